@@ -1,0 +1,1 @@
+"""Every setting of xLLM: frozen dataclasses, composed; see `settings` for the whole."""

@@ -1,0 +1,178 @@
+"""The settings of every role. One section a dataclass; `Settings` holds them all.
+
+A setting is named `section.field`: flag `--section-field`, variable `XLLM_SECTION_FIELD`, key
+`field` of table `[section]` in the TOML file. `load` merges them and checks the bounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from xllm.config.field import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterSettings:
+    """What all processes of a cluster agree on."""
+
+    name: str = setting("default", "Name of the cluster: the root of its registry keys.")
+    registry: str = setting(
+        "", "Address of the registry: ipc://... of a launcher, or etcd://host:port[,host:port]."
+    )
+    run_dir: str = setting("", "Directory for sockets and locks; empty: one is made for each run.")
+    keys_dir: str = setting("", "Directory with this node's CURVE keys and the allow-list.")
+    heartbeat_s: float = setting(
+        0.2, "Period of heartbeats on the bus.", unit="s", low=0.01, high=10
+    )
+    lease_s: float = setting(5.0, "Time to live of registrations.", unit="s", low=2, high=120)
+    shutdown_s: float = setting(
+        15.0, "Time that open requests get to finish at a shutdown.", unit="s", low=0, high=600
+    )
+    log_level: str = setting(
+        "info", "Least severe events to log.", choices=("debug", "info", "warning", "error")
+    )
+    log_format: str = setting(
+        "text", "One event a line, for people or for machines.", choices=("text", "json")
+    )
+    log_dir: str = setting("", "Directory for one log file a process; empty: standard error.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """Which model is served and under what name."""
+
+    path: str = setting("", "Model directory or hub id; empty: the bundled demo model.")
+    name: str = setting("", "Name that clients use; empty: the last part of the path.")
+    revision: str = setting("", "Hub revision to download; empty: the main one.")
+    max_model_len: int = setting(
+        0, "Longest prompt + output; 0: what the model allows.", unit="tokens", low=0
+    )
+    dtype: str = setting(
+        "auto", "Type of weights and KV.", choices=("auto", "float32", "bfloat16", "float16")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterSettings:
+    """The service's front: addresses, limits, patience."""
+
+    name: str = setting("", "Unique name of this router; empty: one is made.")
+    host: str = setting("127.0.0.1", "Address that the HTTP server listens on.")
+    port: int = setting(8010, "Port of the HTTP server; 0: any free one.", low=0, high=65535)
+    zmq_host: str = setting("127.0.0.1", "Address that the ZeroMQ endpoint listens on.")
+    zmq_port: int = setting(
+        8011, "Port of the ZeroMQ endpoint; 0: any free one.", low=0, high=65535
+    )
+    api_key_file: str = setting("", "File with one `name:key` a line, mode 0600; empty: no keys.")
+    bus_endpoint: str = setting("", "Where presence is published; empty: ipc in the run directory.")
+    max_inflight: int = setting(4096, "Open requests at most; more are refused.", low=1)
+    max_body_bytes: int = setting(4 << 20, "Largest HTTP body.", unit="bytes", low=1024)
+    max_prompts: int = setting(64, "Prompts in one completion request at most.", low=1)
+    max_choices: int = setting(128, "n times prompts of one request at most.", low=1)
+    max_logprobs: int = setting(20, "Alternatives a token at most.", low=0, high=1000)
+    max_stop_strings: int = setting(16, "Stop strings of a request at most.", low=0)
+    max_stop_chars: int = setting(512, "Characters of one stop string at most.", low=1)
+    max_logit_bias: int = setting(1024, "Entries of logit_bias at most.", low=0)
+    timeout_s: float = setting(600.0, "Longest life of a request.", unit="s", low=1)
+    hold_ms: int = setting(
+        20,
+        "Tokens of an HTTP stream may be held this long to travel together; 0: each as it comes.",
+        unit="ms",
+        low=0,
+        high=1000,
+    )
+    policy: str = setting(
+        "least-load", "How an instance is chosen.", choices=("least-load", "round-robin")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerSettings:
+    """The master's scheduler."""
+
+    max_num_seqs: int = setting(256, "Running sequences at most.", low=1, high=65536)
+    max_num_batched_tokens: int = setting(2048, "Tokens of a step at most.", unit="tokens", low=16)
+    chunked_prefill: bool = setting(True, "Split long prompts over several steps.")
+    prefix_cache: bool = setting(True, "Reuse the KV of prompts that begin alike.")
+    max_waiting: int = setting(8192, "Waiting requests at most; more are refused.", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MasterSettings:
+    """One instance's master."""
+
+    name: str = setting("", "Unique name of this instance; empty: one is made.")
+    endpoint: str = setting("", "Where routers connect; empty: ipc in the run directory.")
+    bus_endpoint: str = setting(
+        "", "Where heartbeats are published; empty: ipc in the run directory."
+    )
+    worker_endpoint: str = setting("", "Where workers connect; empty: ipc in the run directory.")
+    num_workers: int = setting(1, "Ranks of this instance.", low=1, high=1)
+    spawn_workers: bool = setting(
+        True, "Start the workers as children; off: they are started on their own."
+    )
+    worker_start_s: float = setting(
+        600.0, "Time that a worker gets to load its model.", unit="s", low=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerSettings:
+    """One device's worker."""
+
+    device: str = setting("auto", "Device kind.", choices=("auto", "cpu", "cuda", "npu"))
+    engine: str = setting(
+        "native",
+        "native runs the model; toy draws hashes (for tests and router benchmarks).",
+        choices=("native", "toy"),
+    )
+    block_size: int = setting(
+        16, "Tokens of a KV block, a power of two.", unit="tokens", low=1, high=256
+    )
+    kv_cache_bytes: int = setting(
+        0, "Memory for KV; 0: chosen from what is free.", unit="bytes", low=0
+    )
+    num_threads: int = setting(0, "Threads of the engine on a CPU; 0: all cores.", low=0, high=1024)
+    deterministic: bool = setting(False, "Bit-identical logits for a token in any batch.")
+    rank: int = setting(0, "Rank of this worker in its instance.", low=0)
+    toy_step_ms: float = setting(0.0, "Time of a toy step.", unit="ms", low=0, high=60000)
+    toy_memory: bool = setting(
+        True, "The toy engine writes and reads its KV pages; off: a cheaper hash without memory."
+    )
+    toy_num_blocks: int = setting(4096, "KV blocks of the toy engine.", low=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class KvCacheSettings:
+    """A node's KV cache daemon."""
+
+    name: str = setting("", "Unique name of this daemon; empty: one is made.")
+    endpoint: str = setting(
+        "", "Where masters and workers connect; empty: ipc in the run directory."
+    )
+    bus_endpoint: str = setting(
+        "", "Where heartbeats are published; empty: ipc in the run directory."
+    )
+    dram_bytes: int = setting(256 << 20, "Size of the DRAM tier.", unit="bytes", low=1 << 20)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeSettings:
+    """`xllm serve`: everything on one machine."""
+
+    instances: int = setting(1, "Model instances to start.", low=1, high=64)
+    kvcache: bool = setting(True, "Start a KV cache daemon.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of a process."""
+
+    cluster: ClusterSettings = ClusterSettings()
+    model: ModelSettings = ModelSettings()
+    router: RouterSettings = RouterSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
+    master: MasterSettings = MasterSettings()
+    worker: WorkerSettings = WorkerSettings()
+    kvcache: KvCacheSettings = KvCacheSettings()
+    serve: ServeSettings = ServeSettings()

@@ -1,0 +1,100 @@
+"""Publishers and routers: heartbeats, KV events, presence, the leader's words.
+
+Each message carries (publisher, incarnation, seq), seq counting from 1 for each publisher and
+topic: a gap means "ask for a snapshot", never "guess". The topic is the first frame.
+"""
+
+from __future__ import annotations
+
+from xllm.protocol.message import ArrayMessage, ArrayPart
+
+HEARTBEAT_PERIOD_S = 0.2
+"""A publisher that was silent for three periods in a row is suspect."""
+
+
+class InstanceLoad(ArrayPart):
+    """How busy an instance is, at the time of the heartbeat."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+    waiting_tokens: int = 0
+    """Prompt tokens that still have to be computed, waiting and running sequences together."""
+    running_tokens: int = 0
+    """KV tokens held by running sequences."""
+    num_offline: int = 0
+
+
+class InstanceLatency(ArrayPart):
+    """Seconds, over the time since the last heartbeat; 0 where nothing happened."""
+
+    ttft_mean_s: float = 0.0
+    ttft_max_s: float = 0.0
+    tpot_mean_s: float = 0.0
+    tpot_max_s: float = 0.0
+    step_mean_s: float = 0.0
+
+
+class BlockEvents(ArrayPart):
+    """Changes of the cached blocks, as concatenated 32-byte content hashes."""
+
+    stored: bytes = b""
+    removed: bytes = b""
+    tier: str = "device"
+
+
+class InstanceHeartbeat(ArrayMessage):
+    """A master is alive, and how."""
+
+    publisher: str
+    incarnation: str
+    seq: int
+    state: str
+    """loading, ready, draining or failed."""
+    role: str = "both"
+    load: InstanceLoad = InstanceLoad()
+    latency: InstanceLatency = InstanceLatency()
+    events: tuple[BlockEvents, ...] = ()
+    expert_load: bytes = b""
+    metrics: bytes = b""
+    """Prometheus text of master and workers, about once a second."""
+    message: str = ""
+
+
+class DaemonHeartbeat(ArrayMessage):
+    """A KV cache daemon is alive, and how full its tiers are."""
+
+    publisher: str
+    incarnation: str
+    seq: int
+    dram_blocks: int = 0
+    dram_bytes: int = 0
+    dram_capacity_bytes: int = 0
+    events: tuple[BlockEvents, ...] = ()
+    metrics: bytes = b""
+
+
+class RouterPresence(ArrayMessage):
+    """A router is alive: its requests in flight by instance, and its standing."""
+
+    publisher: str
+    incarnation: str
+    seq: int
+    inflight: tuple[tuple[str, int], ...] = ()
+    leader_epoch: int = 0
+    roles: tuple[tuple[str, str], ...] = ()
+    metrics: bytes = b""
+
+
+class SnapshotOfBlocks(ArrayMessage):
+    """Answer to QuerySnapshot: all cached blocks as of `seq`."""
+
+    publisher: str
+    incarnation: str
+    seq: int
+    hashes: bytes = b""
+    tier: str = "device"
+
+
+BusMessage = InstanceHeartbeat | DaemonHeartbeat | RouterPresence | SnapshotOfBlocks

@@ -1,0 +1,262 @@
+"""Client and router: submit, abort, questions; tokens and exactly one terminal message.
+
+`id` is the client's own number for a request, unique among its open ones on a connection; the
+server's `request_id` (128 random bits, hex) is what logs and other processes use. Deadlines
+travel as remaining milliseconds. docs/protocol.md specifies these bytes for other languages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xllm.protocol.message import MapMessage, MapPart
+from xllm.protocol.sampling import SamplingParams, TokenLogprobs
+
+PROTOCOL_VERSION = 1
+
+
+class ContentPart(MapPart):
+    """A typed piece of a chat message. Only `text` is accepted at present."""
+
+    type: str
+    text: str = ""
+
+
+class ChatMessage(MapPart):
+    """One turn of a conversation."""
+
+    role: str
+    content: str | tuple[ContentPart, ...] = ""
+    name: str = ""
+
+
+class ResumePoint(MapPart):
+    """What a client already holds of a request that another router lost.
+
+    `outputs`: per choice, the token ids received; `attempt`: the highest attempt seen."""
+
+    attempt: int
+    outputs: tuple[tuple[int, ...], ...]
+    seed: int
+
+
+class SubmitRequest(MapMessage, tag="submit"):
+    """Ask for completions of one prompt, given as text, token ids or chat messages (one of)."""
+
+    id: int
+    model: str = ""
+    """"" stands for the only model served."""
+    prompt: str | tuple[int, ...] | None = None
+    messages: tuple[ChatMessage, ...] | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    sampling: SamplingParams = SamplingParams()
+    stream: bool = True
+    """False: no deltas, the terminal message holds all."""
+    hold_ms: int = 20
+    """Tokens may be held this long to travel together; 0: each as it comes."""
+    timeout_ms: int = 0
+    """Remaining time to the end of the answer; 0: the router's own limit."""
+    priority: int = 0
+    """Larger runs earlier, among requests of the same kind."""
+    offline: bool = False
+    """Best effort: yields to online requests."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only with requests of the same salt (and tenant)."""
+    resume: ResumePoint | None = None
+    traceparent: str = ""
+
+
+class AbortRequest(MapMessage, tag="abort"):
+    """Stop a request of this connection; its terminal message follows. Unknown ids are ignored."""
+
+    id: int
+
+
+class ListModels(MapMessage, tag="list_models"):
+    """Ask which models are served."""
+
+    id: int
+
+
+class QueryHealth(MapMessage, tag="query_health"):
+    """Ask how the service is; `probe` sends one token through the data path first."""
+
+    id: int
+    probe: bool = False
+
+
+class QueryStatus(MapMessage, tag="query_status"):
+    """Ask for the router's view of the cluster: processes, roles, load."""
+
+    id: int
+
+
+class TokenizeText(MapMessage, tag="tokenize"):
+    """Ask for the token ids of a text, or of chat messages through the template."""
+
+    id: int
+    model: str = ""
+    text: str | None = None
+    messages: tuple[ChatMessage, ...] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeIds(MapMessage, tag="detokenize"):
+    """Ask for the text of token ids."""
+
+    id: int
+    model: str = ""
+    token_ids: tuple[int, ...] = ()
+
+
+ClientMessage = (
+    SubmitRequest
+    | AbortRequest
+    | ListModels
+    | QueryHealth
+    | QueryStatus
+    | TokenizeText
+    | DetokenizeIds
+)
+
+
+class Usage(MapPart):
+    """Tokens of a request: prompt, new ones over all choices, prompt tokens found cached."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+class TokenDelta(MapMessage, tag="delta"):
+    """New tokens of one choice. `first_index` counts the choice's output tokens from 0, so that
+    a receiver can drop duplicates and late words of a replaced attempt."""
+
+    id: int
+    choice: int = 0
+    attempt: int = 1
+    first_index: int = 0
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: str = ""
+    """"" while the choice goes on; else stop, length or abort."""
+
+
+class ChoiceResult(MapPart):
+    """How one choice ended; with `stream=False` also all it said."""
+
+    index: int
+    finish_reason: str
+    stop_reason: str | int | None = None
+    """The stop string or stop id that ended it, where one did."""
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+class RequestFinished(MapMessage, tag="finished"):
+    """The one terminal message of a request that ended as asked."""
+
+    id: int
+    request_id: str
+    choices: tuple[ChoiceResult, ...]
+    usage: Usage
+    seed: int = 0
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+
+class RequestFailed(MapMessage, tag="failed"):
+    """The one terminal message of a request (or question) that failed or was aborted."""
+
+    id: int
+    code: str
+    message: str
+    request_id: str = ""
+    param: str | None = None
+    retry_after_ms: int = 0
+
+
+class ModelInfo(MapPart):
+    """A model as clients see it."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int = 0
+    revision: str = ""
+    ready: bool = True
+
+
+class ModelList(MapMessage, tag="models"):
+    """Answer to `list_models`."""
+
+    id: int
+    models: tuple[ModelInfo, ...]
+
+
+class HealthReport(MapMessage, tag="health"):
+    """Answer to `query_health`."""
+
+    id: int
+    live: bool
+    ready: bool
+    degraded: tuple[str, ...] = ()
+    version: str = ""
+
+
+class ProcessStatus(MapPart):
+    """One process of the cluster as the router sees it."""
+
+    name: str
+    kind: str
+    """router, instance or daemon."""
+    incarnation: str = ""
+    role: str = ""
+    model: str = ""
+    state: str = "ready"
+    num_waiting: int = 0
+    num_running: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+    heartbeat_age_ms: int = 0
+
+
+class StatusReport(MapMessage, tag="status"):
+    """Answer to `query_status`."""
+
+    id: int
+    processes: tuple[ProcessStatus, ...]
+
+
+class TokenizedText(MapMessage, tag="tokenized"):
+    """Answer to `tokenize`."""
+
+    id: int
+    token_ids: tuple[int, ...]
+    max_model_len: int = 0
+
+
+class DetokenizedText(MapMessage, tag="detokenized"):
+    """Answer to `detokenize`."""
+
+    id: int
+    text: str
+
+
+class BadMessage(MapMessage, tag="bad_message"):
+    """The last frames were no message of this conversation."""
+
+    message: str
+
+
+RouterMessage = (
+    TokenDelta
+    | RequestFinished
+    | RequestFailed
+    | ModelList
+    | HealthReport
+    | StatusReport
+    | TokenizedText
+    | DetokenizedText
+    | BadMessage
+)

@@ -1,0 +1,172 @@
+"""Router and master: admit, cancel, drain, role; tokens and how each request ended."""
+
+from __future__ import annotations
+
+from xllm.protocol.message import ArrayMessage, ArrayPart
+from xllm.protocol.sampling import SamplingParams, TokenLogprobs
+
+
+class AdmitRequest(ArrayMessage):
+    """Run this request. All text is tokens here; bounds were checked, the seed is drawn.
+
+    `outputs`: per choice, the output ids that already exist (after a migration or a resume):
+    the border between prompt and output matters to penalties, min/max tokens and usage.
+    `block_hashes`: content hashes of the full blocks of the prompt, 32 bytes each, computed
+    once by the router. `stop_ids` joins the model's end-of-text ids (unless ignored) and the
+    request's own. `stages`: the route [(role, instance), ...] of which this instance is one.
+    """
+
+    request_id: str
+    attempt: int
+    model: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    block_hashes: bytes = b""
+    outputs: tuple[tuple[int, ...], ...] = ()
+    salt: bytes = b""
+    """Root of this request's hash chain after model, tenant and client salt."""
+    adapter: str = ""
+    priority: int = 0
+    offline: bool = False
+    timeout_ms: int = 0
+    stages: tuple[tuple[str, str], ...] = ()
+    media_hashes: tuple[bytes, ...] = ()
+    traceparent: str = ""
+
+
+class CancelRequest(ArrayMessage):
+    """Stop a request, or one of its choices (`choice` >= 0). `attempt` as admitted: a cancel of
+    an older attempt does nothing. No `RequestEnded` follows a cancel of the whole request:
+    the router has already told its client."""
+
+    request_id: str
+    attempt: int
+    choice: int = -1
+
+
+class DrainInstance(ArrayMessage):
+    """Admit nothing more, finish what runs within `timeout_ms`, then report `Drained`."""
+
+    timeout_ms: int
+    epoch: int = 0
+
+
+class AssignRole(ArrayMessage):
+    """The leader's word on what this instance is for. Lower epochs are refused."""
+
+    role: str
+    epoch: int
+
+
+class ReleaseHold(ArrayMessage):
+    """The KV of a held (prefilled) sequence is no longer needed here."""
+
+    request_id: str
+    attempt: int
+
+
+class QuerySnapshot(ArrayMessage):
+    """After a gap in a publisher's sequence: send the full state (the Clone pattern)."""
+
+    after_seq: int = 0
+
+
+class ProbeInstance(ArrayMessage):
+    """Prove the data path: the master answers `ProbeAnswer` once its workers answered a ping."""
+
+    nonce: int
+
+
+InstanceRequest = (
+    AdmitRequest
+    | CancelRequest
+    | DrainInstance
+    | AssignRole
+    | ReleaseHold
+    | QuerySnapshot
+    | ProbeInstance
+)
+
+
+class TokenItem(ArrayPart):
+    """New tokens of one choice of one attempt; `first_index` counts output tokens from 0.
+
+    `finish_reason`: "" while it goes on, else stop or length; a stop id that ended the choice
+    is the last of `token_ids` and `stop_id` names it."""
+
+    request_id: str
+    choice: int
+    attempt: int
+    first_index: int
+    token_ids: tuple[int, ...]
+    finish_reason: str = ""
+    stop_id: int = -1
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+class PromptScores(ArrayPart):
+    """Logprobs of a piece of the prompt: entry k is for position `first_position` + k."""
+
+    request_id: str
+    attempt: int
+    first_position: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+class RequestEnded(ArrayPart):
+    """The master's one terminal word on an attempt. `code` "" is success (every choice has its
+    finish reason); else an error's wire code with its message."""
+
+    request_id: str
+    attempt: int
+    code: str = ""
+    message: str = ""
+    param: str = ""
+    cached_tokens: int = 0
+
+
+class TokenBatch(ArrayMessage):
+    """All that one step gave one router: tokens first, ends after them."""
+
+    items: tuple[TokenItem, ...] = ()
+    ended: tuple[RequestEnded, ...] = ()
+    prompt_scores: tuple[PromptScores, ...] = ()
+
+
+class PrefillDone(ArrayMessage):
+    """The prompt's KV is computed and held; the router now chooses who decodes."""
+
+    request_id: str
+    attempt: int
+    num_tokens: int
+    hold_ms: int
+
+
+class Drained(ArrayMessage):
+    """Nothing runs here any more."""
+
+    num_aborted: int = 0
+
+
+class ProbeAnswer(ArrayMessage):
+    """The data path to the device works; `step_age_ms` is the age of the worker's last word."""
+
+    nonce: int
+    ok: bool
+    step_age_ms: int = 0
+
+
+class EpochRefused(ArrayMessage):
+    """A command carried an older epoch than the highest seen."""
+
+    epoch: int
+    highest: int
+
+
+class FrameRefused(ArrayMessage):
+    """The last frames did not decode."""
+
+    message: str
+
+
+InstanceReply = TokenBatch | PrefillDone | Drained | ProbeAnswer | EpochRefused | FrameRefused

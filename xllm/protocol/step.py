@@ -1,0 +1,223 @@
+"""Master and worker: step plans and step results; loading, readiness, pings.
+
+The scheduler (in `master`) and the executor (in `worker`) never see each other: they meet here.
+A plan names a new sequence in full once and later only its deltas. Sequence numbers are local
+to an instance and never used again; a preempted sequence comes back as a new one.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from xllm.protocol.message import ArrayMessage, ArrayPart
+from xllm.protocol.sampling import SamplingParams
+
+
+class ItemKind(IntEnum):
+    """What an item of a plan asks for."""
+
+    PREFILL = 0
+    DECODE = 1
+    VERIFY = 2
+    ENCODE = 3
+    DUMMY = 4
+
+
+class NewSequence(ArrayPart):
+    """A sequence that the worker has not seen. Its tokens are prompt_ids + output_ids.
+
+    `block_ids` is its block table so far, cached prefix included. A fork (`parent` >= 0) takes
+    its token history from that sequence instead: `prompt_ids` is then empty and `output_ids`
+    replaces the parent's output."""
+
+    seq: int
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    sampling: SamplingParams
+    choice: int
+    block_ids: tuple[int, ...] = ()
+    parent: int = -1
+    stop_ids: tuple[int, ...] = ()
+    """Masked while fewer than `sampling.min_tokens` tokens are out."""
+    model: str = ""
+    adapter: str = ""
+    dp_rank: int = 0
+
+
+class ItemOptions(ArrayPart):
+    """What few items need; its own part so that the many others stay small.
+
+    `token_ids`, else the placeholder (source_step, source_row) of a step that may still run,
+    say where the item's tokens come from. `positions`: explicit positions, three axes
+    flattened, where they are not start + k. `hold`: keep the KV after the last step."""
+
+    token_ids: tuple[int, ...] = ()
+    source_step: int = -1
+    source_row: int = -1
+    positions: tuple[int, ...] = ()
+    adapter: str = ""
+    dp_rank: int = 0
+    mask_row: int = -1
+    hold: bool = False
+
+
+class StepItem(ArrayPart):
+    """One sequence's share of a step: positions [start, start + num_tokens).
+
+    The tokens are those of the worker's own history of the sequence, unless `options` says
+    otherwise. `new_block_ids` join its block table before the step. `num_samples`: tokens to
+    draw from the last row: 0 (not the prompt's last chunk), 1, or n, then for choices 0 to
+    n - 1 from the same logits. `score_prompt`: report the logprobs of the prompt tokens that
+    this item's rows predict."""
+
+    seq: int
+    kind: int
+    start: int
+    num_tokens: int
+    new_block_ids: tuple[int, ...] = ()
+    num_samples: int = 1
+    score_prompt: bool = False
+    options: ItemOptions | None = None
+
+
+class MapPages(ArrayPart):
+    """Map (or, with no pages, unmap) physical pages under a slot from a page index on."""
+
+    slot: int
+    first_page: int
+    page_ids: tuple[int, ...] = ()
+
+
+class StepPlan(ArrayMessage):
+    """What one forward pass must do. Order of effects: `ended` are forgotten, `copies` of whole
+    blocks (source, destination) are made, pages are mapped, `new` are learnt, items run."""
+
+    step: int
+    items: tuple[StepItem, ...] = ()
+    new: tuple[NewSequence, ...] = ()
+    ended: tuple[int, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
+    model: str = ""
+    interrupt_epoch: int = 0
+    maps: tuple[MapPages, ...] = ()
+
+
+class LoadModel(ArrayMessage):
+    """Load the weights (again after a sleep). Answered by LoadProgress and WorkerReady."""
+
+    model: str = ""
+
+
+class PingWorker(ArrayMessage):
+    """Answered through the engine thread by WorkerPong."""
+
+    nonce: int
+
+
+class StopWorker(ArrayMessage):
+    """Finish the step in flight and exit 0."""
+
+
+MasterMessage = StepPlan | LoadModel | PingWorker | StopWorker
+
+
+class StepResult(ArrayMessage):
+    """What a step gave, one entry an item in the plan's order.
+
+    `tokens[i]`: 0 to n (or k + 1) tokens. `parents[i]`: the parent row of each, for forks and
+    beams. `logprob_rows[i]`: rows that item i has in the logprob frames (empty: no frames);
+    rows of `score_prompt` come before those of drawn tokens. Three frames follow when
+    `num_top` >= 0: int32 ids [rows, 1 + num_top], float32 logprobs [rows, 1 + num_top], both
+    beginning with the token itself, and int32 ranks [rows]. `failed`: items that did not run,
+    as (index, message): only those sequences end. `expert_frames`: further frames with int32
+    token counts [layers, experts]."""
+
+    step: int
+    tokens: tuple[tuple[int, ...], ...] = ()
+    duration_ns: int = 0
+    parents: tuple[tuple[int, ...], ...] = ()
+    logprob_rows: tuple[int, ...] = ()
+    num_top: int = -1
+    failed: tuple[tuple[int, str], ...] = ()
+    loads_done: tuple[int, ...] = ()
+    stores_done: tuple[int, ...] = ()
+    expert_frames: int = 0
+
+
+class WorkerHello(ArrayMessage):
+    """A worker's first word: who it is."""
+
+    rank: int
+    incarnation: str
+    pid: int
+    device: str
+
+
+class LoadProgress(ArrayMessage):
+    """Weights loaded so far."""
+
+    loaded_bytes: int
+    total_bytes: int
+
+
+class KvGroup(ArrayPart):
+    """One kind of KV of a model: bytes a token on this rank, attention window (0: full), layers."""
+
+    name: str
+    bytes_per_token: int
+    window: int = 0
+    num_layers: int = 0
+
+
+class WorkerReady(ArrayMessage):
+    """What is known only after loading. `eos_ids`: all ids that end a text, from
+    generation_config and config. `fingerprint`: device kind, instruction set, dtype, parallel
+    sizes, kernel set: equal fingerprints give bit-identical logits in deterministic mode.
+    `revision`: SHA-256 over the model's configuration and weight names, sizes and headers."""
+
+    rank: int
+    model: str
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    revision: str
+    fingerprint: str
+    kv_groups: tuple[KvGroup, ...] = ()
+    device: str = ""
+    dtype: str = ""
+    load_s: float = 0.0
+
+
+class WorkerFailed(ArrayMessage):
+    """Loading or a whole step failed: `code` is an error's wire code. After a failed load the
+    worker exits; after a failed step (`step` >= 0) it goes on without the step's sequences."""
+
+    rank: int
+    code: str
+    message: str
+    step: int = -1
+
+
+class WorkerPulse(ArrayMessage):
+    """Heartbeat of the actor thread, with the engine thread's progress counter: the engine is
+    frozen when `busy` and the counter stands."""
+
+    rank: int
+    counter: int
+    busy: bool
+    metrics: bytes = b""
+    """Prometheus text of this process, now and then."""
+
+
+class WorkerPong(ArrayMessage):
+    """Answer to PingWorker, from the engine thread."""
+
+    rank: int
+    nonce: int
+
+
+WorkerMessage = (
+    StepResult | WorkerHello | LoadProgress | WorkerReady | WorkerFailed | WorkerPulse | WorkerPong
+)
