@@ -19,6 +19,9 @@ class ClusterSettings:
     registry: str = setting(
         "", "Address of the registry: ipc://... of a launcher, or etcd://host:port[,host:port]."
     )
+    launcher: str = setting(
+        "", "Where this process reports its start (set by the launcher); empty: nowhere."
+    )
     run_dir: str = setting("", "Directory for sockets and locks; empty: one is made for each run.")
     keys_dir: str = setting("", "Directory with this node's CURVE keys and the allow-list.")
     heartbeat_s: float = setting(

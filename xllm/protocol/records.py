@@ -1,0 +1,73 @@
+"""What processes register about themselves, under `/xllm/<cluster>/`.
+
+Addresses come from here and never from a request. A record is written under its process's
+lease; a new incarnation replaces the old one.
+"""
+
+from __future__ import annotations
+
+from xllm.protocol.message import MapPart
+
+
+class InstanceRecord(MapPart):
+    """`instances/<name>`: a master whose workers are ready."""
+
+    name: str
+    incarnation: str
+    endpoint: str
+    bus_endpoint: str
+    model: str
+    model_path: str
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    eos_ids: tuple[int, ...] = ()
+    revision: str = ""
+    fingerprint: str = ""
+    engine: str = ""
+    device: str = ""
+    public_key: str = ""
+
+
+class DaemonRecord(MapPart):
+    """`daemons/<name>`: a node's KV cache daemon."""
+
+    name: str
+    incarnation: str
+    endpoint: str
+    bus_endpoint: str
+    node: str = ""
+    dram_bytes: int = 0
+    public_key: str = ""
+
+
+class RouterRecord(MapPart):
+    """`routers/<name>`: where clients and peers reach a router."""
+
+    name: str
+    incarnation: str
+    zmq_endpoint: str
+    http_address: str = ""
+    bus_endpoint: str = ""
+    public_key: str = ""
+
+
+def cluster_prefix(cluster: str) -> str:
+    """The root of a cluster's keys."""
+    return f"/xllm/{cluster}/"
+
+
+def instance_key(cluster: str, name: str) -> str:
+    """Key of an InstanceRecord."""
+    return f"{cluster_prefix(cluster)}instances/{name}"
+
+
+def daemon_key(cluster: str, name: str) -> str:
+    """Key of a DaemonRecord."""
+    return f"{cluster_prefix(cluster)}daemons/{name}"
+
+
+def router_key(cluster: str, name: str) -> str:
+    """Key of a RouterRecord."""
+    return f"{cluster_prefix(cluster)}routers/{name}"
