@@ -1,0 +1,1 @@
+"""One device: the engine that runs step plans, and its process."""

@@ -1,0 +1,45 @@
+"""The seam between a worker process and what computes: the Executor protocol.
+
+It knows plans and results only: no sockets, no threads, no torch. One thread at a time calls an
+executor; `counter` alone may be read from another thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+from xllm.protocol.step import StepPlan, StepResult, WorkerReady
+
+LoadObserver = Callable[[int, int], None]
+"""Told (loaded bytes, total bytes) while weights are read; cheap, may be called often."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one plan gave: the result, and the frames that travel behind it (logprobs, then
+    expert counts; see StepResult)."""
+
+    result: StepResult
+    frames: tuple[bytes, ...] = ()
+
+
+class Executor(Protocol):
+    """Loads a model once, then runs plans in the order they come."""
+
+    @property
+    def counter(self) -> int:
+        """Grows with each layer (or step) done: the engine is frozen when it is busy and this
+        stands. Safe to read from any thread."""
+
+    def load(self, progress: LoadObserver) -> WorkerReady:
+        """Read the weights, allocate the KV memory, say what is known now. Raises an XllmError
+        where that cannot be done; the executor is of no use then."""
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Run one plan. An item that cannot run is reported in `result.failed`; an exception
+        means that no item of the plan has a token, while sequences of other plans are unharmed."""
+
+    def close(self) -> None:
+        """Release device memory and files. Called once, last."""

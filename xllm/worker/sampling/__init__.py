@@ -1,0 +1,1 @@
+"""Drawing tokens: counter-based noise, penalties, filters, logprobs."""
