@@ -1,0 +1,78 @@
+"""Content hashes: the name of a KV block, the same on every instance and in every tier.
+
+A block's hash is the SHA-256 of its parent's hash and its token ids; the first parent is a root
+that stands for everything else the KV depends on: format version, model revision, adapter,
+tenant salt, media. Equal hashes therefore mean equal prefixes, all the way to the first token.
+This module knows nothing of blocks, pools or who asks. Nothing depends on Python's own hashing.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from hashlib import sha256
+
+HASH_BYTES = 32
+"""Length of a content hash."""
+
+FORMAT_VERSION = 1
+"""Part of every root: a change of the scheme changes every hash."""
+
+_LITTLE_ENDIAN = sys.byteorder == "little"
+
+
+def root_hash(
+    revision: str, adapter: str = "", salt: bytes = b"", media_hashes: Sequence[bytes] = ()
+) -> bytes:
+    """The parent of a prompt's first block: 32 bytes.
+
+    Every field carries its length, so that no two different inputs give the same bytes.
+    `salt` is whatever separates tenants (and a tenant's own cache salts) from each other."""
+    fields = [revision.encode(), adapter.encode(), salt, *media_hashes]
+    parts = [b"xllm-kv", FORMAT_VERSION.to_bytes(4, "little"), len(fields).to_bytes(4, "little")]
+    for field in fields:
+        parts.append(len(field).to_bytes(8, "little"))
+        parts.append(field)
+    return sha256(b"".join(parts)).digest()
+
+
+def next_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """The hash of one full block with these tokens (0 to 2**32 - 1) after `parent`."""
+    return sha256(parent + _token_bytes(token_ids)).digest()
+
+
+def chain_hashes(root: bytes, token_ids: Sequence[int], block_size: int) -> bytes:
+    """Hashes of the full blocks of `token_ids`, in order, concatenated (32 bytes each).
+
+    A last block that is not full has no hash. OverflowError for ids outside 32 bits."""
+    num_blocks = len(token_ids) // block_size
+    if num_blocks == 0:
+        return b""
+    stride = 4 * block_size
+    data = _token_bytes(token_ids)
+    hashes = []
+    parent = root
+    for start in range(0, num_blocks * stride, stride):
+        parent = sha256(parent + data[start : start + stride]).digest()
+        hashes.append(parent)
+    return b"".join(hashes)
+
+
+def extend(hashes: bytes, root: bytes, token_ids: Sequence[int], block_size: int) -> bytes:
+    """`hashes` (of the first full blocks of `token_ids`) followed by those of the others."""
+    num_known = len(hashes) // HASH_BYTES
+    parent = hashes[-HASH_BYTES:] if hashes else root
+    return hashes + chain_hashes(parent, token_ids[num_known * block_size :], block_size)
+
+
+def split_hashes(hashes: bytes) -> list[bytes]:
+    """The single hashes of a concatenation."""
+    return [hashes[i : i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES)]
+
+
+def _token_bytes(token_ids: Sequence[int]) -> bytes:
+    packed = array("I", token_ids)
+    if not _LITTLE_ENDIAN:
+        packed.byteswap()
+    return packed.tobytes()

@@ -1,0 +1,1 @@
+"""One model instance: its scheduler, its sequences, its workers."""
