@@ -1,0 +1,1 @@
+"""The registry: the little that must survive every process, behind one interface."""
