@@ -1,0 +1,259 @@
+"""The toy engine: runs step plans without a model.
+
+It writes each token and position into its KV pages and draws every token from what it reads back
+(see `stream`), so that lost, doubled, reordered and foreign tokens, and stale, foreign or
+misplaced pages change the stream. Stop ids, limits and penalties are not its business: streams run
+on. Invariant: what an item gives depends on its sequence alone, never on the rest of the plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from pathlib import Path
+
+from xllm.config.settings import Settings
+from xllm.errors import EngineError, InvariantError, XllmError
+from xllm.protocol.step import KvGroup, NewSequence, StepItem, StepPlan, StepResult, WorkerReady
+from xllm.worker.executor import LoadObserver, StepOutput
+from xllm.worker.toy.faults import NO_FAULTS, ToyFaults
+from xllm.worker.toy.pages import PageArena, PageStatistics
+from xllm.worker.toy.scores import ScoreFrames
+from xllm.worker.toy.sequence import ToySequence
+from xllm.worker.toy.stream import DIGEST_BYTES, ENTRY_BYTES, draw_cheap, draw_token
+from xllm.worker.toy.vocabulary import toy_vocabulary
+
+DEFAULT_MODEL_LEN = 8192
+SLICE_S = 0.05
+"""A long step bumps the progress counter this often, as a model's layers do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyStatistics:
+    """Counts since the start."""
+
+    num_sequences: int
+    num_steps: int
+    pages: PageStatistics
+
+
+class ToyExecutor:
+    """An Executor (see `xllm.worker.executor`) whose streams `stream.predict` knows."""
+
+    def __init__(
+        self,
+        *,
+        model: str = "toy",
+        model_dir: str = "",
+        max_model_len: int = 0,
+        num_blocks: int = 4096,
+        block_size: int = 16,
+        step_s: float = 0.0,
+        memory: bool = True,
+        rank: int = 0,
+        faults: ToyFaults = NO_FAULTS,
+    ) -> None:
+        self.counter = 0
+        self._model = model
+        self._model_dir = model_dir
+        self._max_model_len = max_model_len
+        self._step_s = step_s
+        self._memory = memory
+        self._rank = rank
+        self._faults = faults
+        self._has_faults = faults is not NO_FAULTS
+        self._arena = PageArena(num_blocks, block_size)
+        self._sequences: dict[int, ToySequence] = {}
+        self._num_steps = 0
+        self._vocab_size, self._ids = toy_vocabulary(model_dir)
+
+    def load(self, progress: LoadObserver) -> WorkerReady:
+        """Ready at once."""
+        progress(1, 1)
+        size, block = self._vocab_size, self._arena.block_size
+        mark = f"xllm toy {self._model} {size} {self._ids} {block} {self._memory}"
+        return WorkerReady(
+            rank=self._rank,
+            model=self._model,
+            num_blocks=self._arena.num_blocks,
+            block_size=block,
+            max_model_len=self._max_model_len or DEFAULT_MODEL_LEN,
+            vocab_size=size,
+            eos_ids=(),
+            revision=hashlib.sha256(mark.encode()).hexdigest(),
+            fingerprint="toy",
+            kv_groups=(KvGroup("toy", ENTRY_BYTES + DIGEST_BYTES // block, num_layers=1),),
+            device="toy",
+            dtype="none",
+        )
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Run one plan."""
+        started = time.perf_counter_ns()
+        broken_news = self._learn(plan.new)
+        for seq in plan.ended:
+            self._sequences.pop(seq, None)
+        for source, destination in plan.copies:
+            self._arena.copy(source, destination)
+        scores = self._score_frames(plan)
+        tokens: list[tuple[int, ...]] = []
+        failed: list[tuple[int, str]] = []
+        run_item = self._run_item
+        for index, item in enumerate(plan.items):
+            try:
+                tokens.append(run_item(item))
+            except (EngineError, InvariantError) as error:
+                failed.append((index, broken_news.get(item.seq, error).message))
+                tokens.append(())
+            else:
+                if scores is not None:
+                    self._add_scores(scores, index, item, tokens[-1])
+        self._rest(started)
+        self.counter += 1
+        self._num_steps += 1
+        result = StepResult(
+            step=plan.step,
+            tokens=tuple(tokens),
+            duration_ns=time.perf_counter_ns() - started,
+            logprob_rows=tuple(scores.rows) if scores is not None else (),
+            num_top=scores.num_top if scores is not None else -1,
+            failed=tuple(failed),
+        )
+        return StepOutput(result, scores.frames() if scores is not None else ())
+
+    def close(self) -> None:
+        """Forget all sequences."""
+        self._sequences.clear()
+
+    @property
+    def token_ids(self) -> range:
+        """The ids that streams consist of: what `predict` needs."""
+        return self._ids
+
+    def statistics(self) -> ToyStatistics:
+        """A snapshot; `pages.pages_broken` is 0 unless pages were mixed up."""
+        return ToyStatistics(len(self._sequences), self._num_steps, self._arena.statistics())
+
+    def check(self) -> None:
+        """Raise InvariantError where a sequence lost its shape."""
+        self._arena.check()
+        for seq, sequence in self._sequences.items():
+            if not 0 < sequence.prompt_len <= len(sequence.tokens):
+                raise InvariantError(f"toy sequence {seq}: {len(sequence.tokens)} tokens")
+
+    def _learn(self, news: tuple[NewSequence, ...]) -> dict[int, XllmError]:
+        broken: dict[int, XllmError] = {}
+        for new in news:
+            try:
+                self._sequences[new.seq] = ToySequence.learn(new, self._sequences)
+            except EngineError as error:
+                broken[new.seq] = error
+        return broken
+
+    def _run_item(self, item: StepItem) -> tuple[int, ...]:
+        sequence = self._sequences.get(item.seq)
+        if sequence is None:
+            raise EngineError(f"sequence {item.seq} is not known here")
+        if item.new_block_ids:
+            sequence.table.extend(item.new_block_ids)
+        start, end = item.start, item.start + item.num_tokens
+        history = sequence.tokens
+        if item.options is not None and item.options.token_ids:
+            history[start:end] = item.options.token_ids
+        if item.num_tokens < 1 or end > len(history):
+            raise EngineError(
+                f"sequence {item.seq} has {len(history)} tokens, not those of [{start}, {end})"
+            )
+        if self._has_faults:
+            self._harm(history[start:end])
+        if self._memory:
+            self._write(sequence, start, end)
+        if item.num_samples == 0:
+            return ()
+        if end != len(history):
+            raise EngineError(f"sequence {item.seq} draws at {end}, before its end {len(history)}")
+        if item.num_samples == 1:
+            drawn = self._draw(sequence, sequence.choice, end)
+            history.append(drawn)
+            return (drawn,)
+        many = tuple(self._draw(sequence, choice, end) for choice in range(item.num_samples))
+        history.append(many[0])
+        return many
+
+    def _write(self, sequence: ToySequence, start: int, end: int) -> None:
+        if not sequence.admitted:
+            sequence.admitted = True
+            if start and not self._arena.verify_prefix(sequence.table, start):
+                sequence.broken = True
+        if end - start == 1:
+            self._arena.write_one(sequence.table, start, sequence.tokens[start])
+        else:
+            self._arena.write(sequence.table, start, sequence.tokens[start:end])
+
+    def _draw(self, sequence: ToySequence, choice: int, position: int) -> int:
+        if not self._memory:
+            return draw_cheap(sequence.key(choice), position, self._ids)
+        page = self._arena.read_tail(sequence.table, position)
+        last = (position - 1) // self._arena.block_size
+        if last and not self._arena.verify_page(sequence.table, position % last):
+            sequence.broken = True
+        return draw_token(page, sequence.seed, choice, position, self._ids, sequence.broken)
+
+    def _score_frames(self, plan: StepPlan) -> ScoreFrames | None:
+        num_top = -1
+        for item in plan.items:
+            sequence = self._sequences.get(item.seq)
+            if sequence is None:
+                continue
+            sampling = sequence.sampling
+            if item.num_samples and sampling.logprobs is not None:
+                num_top = max(num_top, sampling.logprobs)
+            if item.score_prompt:
+                num_top = max(num_top, sampling.prompt_logprobs or 0)
+        return ScoreFrames(num_top, len(plan.items), self._ids) if num_top >= 0 else None
+
+    def _add_scores(
+        self, scores: ScoreFrames, index: int, item: StepItem, drawn: tuple[int, ...]
+    ) -> None:
+        sequence = self._sequences[item.seq]
+        if item.score_prompt:
+            end = min(item.start + item.num_tokens + 1, sequence.prompt_len)
+            for token in sequence.tokens[item.start + 1 : end]:
+                scores.add(index, token)
+        if sequence.sampling.logprobs is not None:
+            for token in drawn:
+                scores.add(index, token)
+
+    def _harm(self, tokens: list[int]) -> None:
+        faults = self._faults
+        if faults.hang in tokens:
+            faults.released.wait()
+        if faults.fail_step in tokens:
+            raise RuntimeError("toy fault: the step fails")
+        if faults.fail_item in tokens:
+            raise EngineError("toy fault: the item fails")
+
+    def _rest(self, started_ns: int) -> None:
+        if self._step_s <= 0:
+            return
+        end = started_ns * 1e-9 + self._step_s
+        while (left := end - time.perf_counter_ns() * 1e-9) > 0:
+            time.sleep(min(left, SLICE_S))
+            self.counter += 1
+
+
+def make_toy_executor(settings: Settings, faults: ToyFaults = NO_FAULTS) -> ToyExecutor:
+    """The toy engine that the settings describe."""
+    model, worker = settings.model, settings.worker
+    return ToyExecutor(
+        model=model.name or Path(model.path).name or "toy",
+        model_dir=model.path,
+        max_model_len=model.max_model_len,
+        num_blocks=worker.toy_num_blocks,
+        block_size=worker.block_size,
+        step_s=worker.toy_step_ms / 1000,
+        memory=worker.toy_memory,
+        rank=worker.rank,
+        faults=faults,
+    )

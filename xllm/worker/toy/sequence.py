@@ -1,0 +1,58 @@
+"""What the toy engine remembers of one sequence: tokens, block table, what its draws depend on.
+
+It knows nothing of pages' contents. Invariant: `tokens` is prompt + output so far; the first
+`prompt_len` of them are the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+from xllm.errors import EngineError
+from xllm.protocol.sampling import SamplingParams
+from xllm.protocol.step import NewSequence
+from xllm.worker.toy.stream import cheap_key, effective_seed
+
+
+class ToySequence:
+    """One sequence, from the plan that names it as new to the one that ends it."""
+
+    __slots__ = ("admitted", "broken", "cheap_key", "choice", "prompt_len", "sampling", "seed",
+                 "table", "tokens")  # fmt: skip
+
+    def __init__(
+        self, tokens: list[int], prompt_len: int, table: list[int], sampling: SamplingParams,
+        choice: int,
+    ) -> None:  # fmt: skip
+        self.tokens = tokens
+        self.prompt_len = prompt_len
+        self.table = table
+        self.sampling = sampling
+        self.choice = choice
+        self.seed = effective_seed(sampling)
+        self.cheap_key: int | None = None
+        self.admitted = False  # its first item ran: a cached prefix was read back
+        self.broken = False  # a page of its prefix did not read back right
+
+    @classmethod
+    def learn(cls, new: NewSequence, known: Mapping[int, ToySequence]) -> Self:
+        """The sequence that a plan introduces; a fork takes its parent's prompt."""
+        if new.parent < 0:
+            prompt = list(new.prompt_ids)
+        else:
+            parent = known.get(new.parent)
+            if parent is None:
+                raise EngineError(f"sequence {new.seq} forks unknown sequence {new.parent}")
+            prompt = parent.tokens[: parent.prompt_len]
+        return cls(
+            [*prompt, *new.output_ids], len(prompt), list(new.block_ids), new.sampling, new.choice
+        )
+
+    def key(self, choice: int) -> int:
+        """The key of a choice's stream in the mode without memory."""
+        if choice != self.choice:
+            return cheap_key(self.tokens[: self.prompt_len], self.sampling, choice)
+        if self.cheap_key is None:
+            self.cheap_key = cheap_key(self.tokens[: self.prompt_len], self.sampling, choice)
+        return self.cheap_key
