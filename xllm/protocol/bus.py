@@ -12,7 +12,7 @@ HEARTBEAT_PERIOD_S = 0.2
 """A publisher that was silent for three periods in a row is suspect."""
 
 
-class InstanceLoad(ArrayPart):
+class InstanceLoad(ArrayPart, frozen=True):
     """How busy an instance is, at the time of the heartbeat."""
 
     num_waiting: int = 0
@@ -26,7 +26,7 @@ class InstanceLoad(ArrayPart):
     num_offline: int = 0
 
 
-class InstanceLatency(ArrayPart):
+class InstanceLatency(ArrayPart, frozen=True):
     """Seconds, over the time since the last heartbeat; 0 where nothing happened."""
 
     ttft_mean_s: float = 0.0
@@ -36,7 +36,7 @@ class InstanceLatency(ArrayPart):
     step_mean_s: float = 0.0
 
 
-class BlockEvents(ArrayPart):
+class BlockEvents(ArrayPart, frozen=True):
     """Changes of the cached blocks, as concatenated 32-byte content hashes."""
 
     stored: bytes = b""
@@ -44,7 +44,7 @@ class BlockEvents(ArrayPart):
     tier: str = "device"
 
 
-class InstanceHeartbeat(ArrayMessage):
+class InstanceHeartbeat(ArrayMessage, frozen=True):
     """A master is alive, and how."""
 
     publisher: str
@@ -62,7 +62,7 @@ class InstanceHeartbeat(ArrayMessage):
     message: str = ""
 
 
-class DaemonHeartbeat(ArrayMessage):
+class DaemonHeartbeat(ArrayMessage, frozen=True):
     """A KV cache daemon is alive, and how full its tiers are."""
 
     publisher: str
@@ -75,7 +75,7 @@ class DaemonHeartbeat(ArrayMessage):
     metrics: bytes = b""
 
 
-class RouterPresence(ArrayMessage):
+class RouterPresence(ArrayMessage, frozen=True):
     """A router is alive: its requests in flight by instance, and its standing."""
 
     publisher: str
@@ -87,7 +87,7 @@ class RouterPresence(ArrayMessage):
     metrics: bytes = b""
 
 
-class SnapshotOfBlocks(ArrayMessage):
+class SnapshotOfBlocks(ArrayMessage, frozen=True):
     """Answer to QuerySnapshot: all cached blocks as of `seq`."""
 
     publisher: str

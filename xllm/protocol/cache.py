@@ -11,7 +11,7 @@ from __future__ import annotations
 from xllm.protocol.message import ArrayMessage, ArrayPart
 
 
-class OpenArena(ArrayMessage):
+class OpenArena(ArrayMessage, frozen=True):
     """A peer's first word: who it is and the layout (dtype, block size, parallel sizes) of its
     blocks. Blocks are stored and found under (content hash, layout)."""
 
@@ -21,7 +21,7 @@ class OpenArena(ArrayMessage):
     block_bytes: int
 
 
-class LookUpBlocks(ArrayMessage):
+class LookUpBlocks(ArrayMessage, frozen=True):
     """How many of these chained blocks (concatenated 32-byte hashes), from the first on, are
     here?"""
 
@@ -29,14 +29,14 @@ class LookUpBlocks(ArrayMessage):
     hashes: bytes
 
 
-class ReserveBlocks(ArrayMessage):
+class ReserveBlocks(ArrayMessage, frozen=True):
     """Room for these blocks, to be written by the peer; known hashes are answered -1."""
 
     id: int
     hashes: bytes
 
 
-class CommitBlocks(ArrayMessage):
+class CommitBlocks(ArrayMessage, frozen=True):
     """The reserved blocks are written; `checksums`: 16 bytes each (BLAKE2b of the bytes)."""
 
     id: int
@@ -44,28 +44,28 @@ class CommitBlocks(ArrayMessage):
     checksums: bytes
 
 
-class PinBlocks(ArrayMessage):
+class PinBlocks(ArrayMessage, frozen=True):
     """Keep these blocks where they are until released, and say where."""
 
     id: int
     hashes: bytes
 
 
-class ReleaseBlocks(ArrayMessage):
+class ReleaseBlocks(ArrayMessage, frozen=True):
     """Undo a pin, or give up a reservation."""
 
     id: int
     hashes: bytes
 
 
-class DropBlocks(ArrayMessage):
+class DropBlocks(ArrayMessage, frozen=True):
     """These blocks failed their checksum at a reader: forget them."""
 
     id: int
     hashes: bytes
 
 
-class PrefetchBlocks(ArrayMessage):
+class PrefetchBlocks(ArrayMessage, frozen=True):
     """Bring these blocks from slower tiers to DRAM, if they are there."""
 
     id: int
@@ -84,7 +84,7 @@ CacheRequest = (
 )
 
 
-class ArenaOpened(ArrayMessage):
+class ArenaOpened(ArrayMessage, frozen=True):
     """Where to map the arena from."""
 
     id: int
@@ -92,7 +92,7 @@ class ArenaOpened(ArrayMessage):
     size_bytes: int
 
 
-class BlocksFound(ArrayMessage):
+class BlocksFound(ArrayMessage, frozen=True):
     """Answer to a look-up: the length of the leading run in each tier."""
 
     id: int
@@ -100,7 +100,7 @@ class BlocksFound(ArrayMessage):
     num_ssd: int = 0
 
 
-class BlockPlaces(ArrayMessage):
+class BlockPlaces(ArrayMessage, frozen=True):
     """Offsets in the arena, one a hash (-1: not there, or not needed); with a pin also the
     checksums, 16 bytes each."""
 
@@ -109,14 +109,14 @@ class BlockPlaces(ArrayMessage):
     checksums: bytes = b""
 
 
-class CacheDone(ArrayMessage):
+class CacheDone(ArrayMessage, frozen=True):
     """Done; `num_blocks` of them took effect."""
 
     id: int
     num_blocks: int = 0
 
 
-class CacheRefused(ArrayMessage):
+class CacheRefused(ArrayMessage, frozen=True):
     """Not done, and why."""
 
     id: int
@@ -127,7 +127,7 @@ class CacheRefused(ArrayMessage):
 CacheReply = ArenaOpened | BlocksFound | BlockPlaces | CacheDone | CacheRefused
 
 
-class StoredLayout(ArrayPart):
+class StoredLayout(ArrayPart, frozen=True):
     """A layout known to a daemon."""
 
     layout: str

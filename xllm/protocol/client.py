@@ -15,14 +15,14 @@ from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 PROTOCOL_VERSION = 1
 
 
-class ContentPart(MapPart):
+class ContentPart(MapPart, frozen=True):
     """A typed piece of a chat message. Only `text` is accepted at present."""
 
     type: str
     text: str = ""
 
 
-class ChatMessage(MapPart):
+class ChatMessage(MapPart, frozen=True):
     """One turn of a conversation."""
 
     role: str
@@ -30,7 +30,7 @@ class ChatMessage(MapPart):
     name: str = ""
 
 
-class ResumePoint(MapPart):
+class ResumePoint(MapPart, frozen=True):
     """What a client already holds of a request that another router lost.
 
     `outputs`: per choice, the token ids received; `attempt`: the highest attempt seen."""
@@ -40,7 +40,7 @@ class ResumePoint(MapPart):
     seed: int
 
 
-class SubmitRequest(MapMessage, tag="submit"):
+class SubmitRequest(MapMessage, tag="submit", frozen=True):
     """Ask for completions of one prompt, given as text, token ids or chat messages (one of)."""
 
     id: int
@@ -66,32 +66,32 @@ class SubmitRequest(MapMessage, tag="submit"):
     traceparent: str = ""
 
 
-class AbortRequest(MapMessage, tag="abort"):
+class AbortRequest(MapMessage, tag="abort", frozen=True):
     """Stop a request of this connection; its terminal message follows. Unknown ids are ignored."""
 
     id: int
 
 
-class ListModels(MapMessage, tag="list_models"):
+class ListModels(MapMessage, tag="list_models", frozen=True):
     """Ask which models are served."""
 
     id: int
 
 
-class QueryHealth(MapMessage, tag="query_health"):
+class QueryHealth(MapMessage, tag="query_health", frozen=True):
     """Ask how the service is; `probe` sends one token through the data path first."""
 
     id: int
     probe: bool = False
 
 
-class QueryStatus(MapMessage, tag="query_status"):
+class QueryStatus(MapMessage, tag="query_status", frozen=True):
     """Ask for the router's view of the cluster: processes, roles, load."""
 
     id: int
 
 
-class TokenizeText(MapMessage, tag="tokenize"):
+class TokenizeText(MapMessage, tag="tokenize", frozen=True):
     """Ask for the token ids of a text, or of chat messages through the template."""
 
     id: int
@@ -101,7 +101,7 @@ class TokenizeText(MapMessage, tag="tokenize"):
     add_special_tokens: bool = True
 
 
-class DetokenizeIds(MapMessage, tag="detokenize"):
+class DetokenizeIds(MapMessage, tag="detokenize", frozen=True):
     """Ask for the text of token ids."""
 
     id: int
@@ -120,7 +120,7 @@ ClientMessage = (
 )
 
 
-class Usage(MapPart):
+class Usage(MapPart, frozen=True):
     """Tokens of a request: prompt, new ones over all choices, prompt tokens found cached."""
 
     prompt_tokens: int
@@ -128,7 +128,7 @@ class Usage(MapPart):
     cached_tokens: int = 0
 
 
-class TokenDelta(MapMessage, tag="delta"):
+class TokenDelta(MapMessage, tag="delta", frozen=True):
     """New tokens of one choice. `first_index` counts the choice's output tokens from 0, so that
     a receiver can drop duplicates and late words of a replaced attempt."""
 
@@ -143,7 +143,7 @@ class TokenDelta(MapMessage, tag="delta"):
     """"" while the choice goes on; else stop, length or abort."""
 
 
-class ChoiceResult(MapPart):
+class ChoiceResult(MapPart, frozen=True):
     """How one choice ended; with `stream=False` also all it said."""
 
     index: int
@@ -155,7 +155,7 @@ class ChoiceResult(MapPart):
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
-class RequestFinished(MapMessage, tag="finished"):
+class RequestFinished(MapMessage, tag="finished", frozen=True):
     """The one terminal message of a request that ended as asked."""
 
     id: int
@@ -166,7 +166,7 @@ class RequestFinished(MapMessage, tag="finished"):
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
-class RequestFailed(MapMessage, tag="failed"):
+class RequestFailed(MapMessage, tag="failed", frozen=True):
     """The one terminal message of a request (or question) that failed or was aborted."""
 
     id: int
@@ -177,7 +177,7 @@ class RequestFailed(MapMessage, tag="failed"):
     retry_after_ms: int = 0
 
 
-class ModelInfo(MapPart):
+class ModelInfo(MapPart, frozen=True):
     """A model as clients see it."""
 
     name: str
@@ -187,14 +187,14 @@ class ModelInfo(MapPart):
     ready: bool = True
 
 
-class ModelList(MapMessage, tag="models"):
+class ModelList(MapMessage, tag="models", frozen=True):
     """Answer to `list_models`."""
 
     id: int
     models: tuple[ModelInfo, ...]
 
 
-class HealthReport(MapMessage, tag="health"):
+class HealthReport(MapMessage, tag="health", frozen=True):
     """Answer to `query_health`."""
 
     id: int
@@ -204,7 +204,7 @@ class HealthReport(MapMessage, tag="health"):
     version: str = ""
 
 
-class ProcessStatus(MapPart):
+class ProcessStatus(MapPart, frozen=True):
     """One process of the cluster as the router sees it."""
 
     name: str
@@ -221,14 +221,14 @@ class ProcessStatus(MapPart):
     heartbeat_age_ms: int = 0
 
 
-class StatusReport(MapMessage, tag="status"):
+class StatusReport(MapMessage, tag="status", frozen=True):
     """Answer to `query_status`."""
 
     id: int
     processes: tuple[ProcessStatus, ...]
 
 
-class TokenizedText(MapMessage, tag="tokenized"):
+class TokenizedText(MapMessage, tag="tokenized", frozen=True):
     """Answer to `tokenize`."""
 
     id: int
@@ -236,14 +236,14 @@ class TokenizedText(MapMessage, tag="tokenized"):
     max_model_len: int = 0
 
 
-class DetokenizedText(MapMessage, tag="detokenized"):
+class DetokenizedText(MapMessage, tag="detokenized", frozen=True):
     """Answer to `detokenize`."""
 
     id: int
     text: str
 
 
-class BadMessage(MapMessage, tag="bad_message"):
+class BadMessage(MapMessage, tag="bad_message", frozen=True):
     """The last frames were no message of this conversation."""
 
     message: str

@@ -6,7 +6,7 @@ from xllm.protocol.message import ArrayMessage, ArrayPart
 from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 
 
-class AdmitRequest(ArrayMessage):
+class AdmitRequest(ArrayMessage, frozen=True):
     """Run this request. All text is tokens here; bounds were checked, the seed is drawn.
 
     `outputs`: per choice, the output ids that already exist (after a migration or a resume):
@@ -34,7 +34,7 @@ class AdmitRequest(ArrayMessage):
     traceparent: str = ""
 
 
-class CancelRequest(ArrayMessage):
+class CancelRequest(ArrayMessage, frozen=True):
     """Stop a request, or one of its choices (`choice` >= 0). `attempt` as admitted: a cancel of
     an older attempt does nothing. No `RequestEnded` follows a cancel of the whole request:
     the router has already told its client."""
@@ -44,34 +44,34 @@ class CancelRequest(ArrayMessage):
     choice: int = -1
 
 
-class DrainInstance(ArrayMessage):
+class DrainInstance(ArrayMessage, frozen=True):
     """Admit nothing more, finish what runs within `timeout_ms`, then report `Drained`."""
 
     timeout_ms: int
     epoch: int = 0
 
 
-class AssignRole(ArrayMessage):
+class AssignRole(ArrayMessage, frozen=True):
     """The leader's word on what this instance is for. Lower epochs are refused."""
 
     role: str
     epoch: int
 
 
-class ReleaseHold(ArrayMessage):
+class ReleaseHold(ArrayMessage, frozen=True):
     """The KV of a held (prefilled) sequence is no longer needed here."""
 
     request_id: str
     attempt: int
 
 
-class QuerySnapshot(ArrayMessage):
+class QuerySnapshot(ArrayMessage, frozen=True):
     """After a gap in a publisher's sequence: send the full state (the Clone pattern)."""
 
     after_seq: int = 0
 
 
-class ProbeInstance(ArrayMessage):
+class ProbeInstance(ArrayMessage, frozen=True):
     """Prove the data path: the master answers `ProbeAnswer` once its workers answered a ping."""
 
     nonce: int
@@ -88,7 +88,7 @@ InstanceRequest = (
 )
 
 
-class TokenItem(ArrayPart):
+class TokenItem(ArrayPart, frozen=True):
     """New tokens of one choice of one attempt; `first_index` counts output tokens from 0.
 
     `finish_reason`: "" while it goes on, else stop or length; a stop id that ended the choice
@@ -104,7 +104,7 @@ class TokenItem(ArrayPart):
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
-class PromptScores(ArrayPart):
+class PromptScores(ArrayPart, frozen=True):
     """Logprobs of a piece of the prompt: entry k is for position `first_position` + k."""
 
     request_id: str
@@ -113,7 +113,7 @@ class PromptScores(ArrayPart):
     logprobs: tuple[TokenLogprobs, ...]
 
 
-class RequestEnded(ArrayPart):
+class RequestEnded(ArrayPart, frozen=True):
     """The master's one terminal word on an attempt. `code` "" is success (every choice has its
     finish reason); else an error's wire code with its message."""
 
@@ -125,7 +125,7 @@ class RequestEnded(ArrayPart):
     cached_tokens: int = 0
 
 
-class TokenBatch(ArrayMessage):
+class TokenBatch(ArrayMessage, frozen=True):
     """All that one step gave one router: tokens first, ends after them."""
 
     items: tuple[TokenItem, ...] = ()
@@ -133,7 +133,7 @@ class TokenBatch(ArrayMessage):
     prompt_scores: tuple[PromptScores, ...] = ()
 
 
-class PrefillDone(ArrayMessage):
+class PrefillDone(ArrayMessage, frozen=True):
     """The prompt's KV is computed and held; the router now chooses who decodes."""
 
     request_id: str
@@ -142,13 +142,13 @@ class PrefillDone(ArrayMessage):
     hold_ms: int
 
 
-class Drained(ArrayMessage):
+class Drained(ArrayMessage, frozen=True):
     """Nothing runs here any more."""
 
     num_aborted: int = 0
 
 
-class ProbeAnswer(ArrayMessage):
+class ProbeAnswer(ArrayMessage, frozen=True):
     """The data path to the device works; `step_age_ms` is the age of the worker's last word."""
 
     nonce: int
@@ -156,14 +156,14 @@ class ProbeAnswer(ArrayMessage):
     step_age_ms: int = 0
 
 
-class EpochRefused(ArrayMessage):
+class EpochRefused(ArrayMessage, frozen=True):
     """A command carried an older epoch than the highest seen."""
 
     epoch: int
     highest: int
 
 
-class FrameRefused(ArrayMessage):
+class FrameRefused(ArrayMessage, frozen=True):
     """The last frames did not decode."""
 
     message: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from xllm.protocol.message import ArrayMessage
 
 
-class ProcessStarted(ArrayMessage):
+class ProcessStarted(ArrayMessage, frozen=True):
     """A process runs: its kind (router, master, worker, kvcache), name and pid."""
 
     kind: str
@@ -14,7 +14,7 @@ class ProcessStarted(ArrayMessage):
     detail: str = ""
 
 
-class ProcessProgress(ArrayMessage):
+class ProcessProgress(ArrayMessage, frozen=True):
     """How far a long start is (weights: bytes)."""
 
     kind: str
@@ -24,7 +24,7 @@ class ProcessProgress(ArrayMessage):
     unit: str = "bytes"
 
 
-class ProcessReady(ArrayMessage):
+class ProcessReady(ArrayMessage, frozen=True):
     """A process does its work from now on; `addresses`: (what, where) pairs."""
 
     kind: str
@@ -34,7 +34,7 @@ class ProcessReady(ArrayMessage):
     detail: str = ""
 
 
-class ProcessFailed(ArrayMessage):
+class ProcessFailed(ArrayMessage, frozen=True):
     """A process cannot go on: an error's wire code, and one clear line."""
 
     kind: str
@@ -43,7 +43,7 @@ class ProcessFailed(ArrayMessage):
     message: str
 
 
-class ProcessStopping(ArrayMessage):
+class ProcessStopping(ArrayMessage, frozen=True):
     """A process drains: what is still open."""
 
     kind: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 from xllm.protocol.message import MapPart
 
 
-class InstanceRecord(MapPart):
+class InstanceRecord(MapPart, frozen=True):
     """`instances/<name>`: a master whose workers are ready."""
 
     name: str
@@ -30,7 +30,7 @@ class InstanceRecord(MapPart):
     public_key: str = ""
 
 
-class DaemonRecord(MapPart):
+class DaemonRecord(MapPart, frozen=True):
     """`daemons/<name>`: a node's KV cache daemon."""
 
     name: str
@@ -42,7 +42,7 @@ class DaemonRecord(MapPart):
     public_key: str = ""
 
 
-class RouterRecord(MapPart):
+class RouterRecord(MapPart, frozen=True):
     """`routers/<name>`: where clients and peers reach a router."""
 
     name: str

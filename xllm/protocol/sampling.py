@@ -5,7 +5,7 @@ from __future__ import annotations
 from xllm.protocol.message import MapPart
 
 
-class SamplingParams(MapPart):
+class SamplingParams(MapPart, frozen=True):
     """Sampling settings of one request; the defaults draw from the model's own distribution.
 
     Applied in this order: penalties, bias, temperature, top-k, top-p, min-p. Bounds are checked
@@ -53,7 +53,7 @@ class SamplingParams(MapPart):
     """The stop string that ended the output is part of the text."""
 
 
-class TokenLogprobs(MapPart):
+class TokenLogprobs(MapPart, frozen=True):
     """One token's log-probability, its rank (1: the best) and its best alternatives."""
 
     token_id: int

@@ -23,7 +23,7 @@ class ItemKind(IntEnum):
     DUMMY = 4
 
 
-class NewSequence(ArrayPart):
+class NewSequence(ArrayPart, frozen=True):
     """A sequence that the worker has not seen. Its tokens are prompt_ids + output_ids.
 
     `block_ids` is its block table so far, cached prefix included. A fork (`parent` >= 0) takes
@@ -44,7 +44,7 @@ class NewSequence(ArrayPart):
     dp_rank: int = 0
 
 
-class ItemOptions(ArrayPart):
+class ItemOptions(ArrayPart, frozen=True):
     """What few items need; its own part so that the many others stay small.
 
     `token_ids`, else the placeholder (source_step, source_row) of a step that may still run,
@@ -61,7 +61,7 @@ class ItemOptions(ArrayPart):
     hold: bool = False
 
 
-class StepItem(ArrayPart):
+class StepItem(ArrayPart, frozen=True):
     """One sequence's share of a step: positions [start, start + num_tokens).
 
     The tokens are those of the worker's own history of the sequence, unless `options` says
@@ -80,7 +80,7 @@ class StepItem(ArrayPart):
     options: ItemOptions | None = None
 
 
-class MapPages(ArrayPart):
+class MapPages(ArrayPart, frozen=True):
     """Map (or, with no pages, unmap) physical pages under a slot from a page index on."""
 
     slot: int
@@ -88,7 +88,7 @@ class MapPages(ArrayPart):
     page_ids: tuple[int, ...] = ()
 
 
-class StepPlan(ArrayMessage):
+class StepPlan(ArrayMessage, frozen=True):
     """What one forward pass must do. Order of effects: `ended` are forgotten, `copies` of whole
     blocks (source, destination) are made, pages are mapped, `new` are learnt, items run."""
 
@@ -102,26 +102,26 @@ class StepPlan(ArrayMessage):
     maps: tuple[MapPages, ...] = ()
 
 
-class LoadModel(ArrayMessage):
+class LoadModel(ArrayMessage, frozen=True):
     """Load the weights (again after a sleep). Answered by LoadProgress and WorkerReady."""
 
     model: str = ""
 
 
-class PingWorker(ArrayMessage):
+class PingWorker(ArrayMessage, frozen=True):
     """Answered through the engine thread by WorkerPong."""
 
     nonce: int
 
 
-class StopWorker(ArrayMessage):
+class StopWorker(ArrayMessage, frozen=True):
     """Finish the step in flight and exit 0."""
 
 
 MasterMessage = StepPlan | LoadModel | PingWorker | StopWorker
 
 
-class StepResult(ArrayMessage):
+class StepResult(ArrayMessage, frozen=True):
     """What a step gave, one entry an item in the plan's order.
 
     `tokens[i]`: 0 to n (or k + 1) tokens. `parents[i]`: the parent row of each, for forks and
@@ -144,7 +144,7 @@ class StepResult(ArrayMessage):
     expert_frames: int = 0
 
 
-class WorkerHello(ArrayMessage):
+class WorkerHello(ArrayMessage, frozen=True):
     """A worker's first word: who it is."""
 
     rank: int
@@ -153,14 +153,14 @@ class WorkerHello(ArrayMessage):
     device: str
 
 
-class LoadProgress(ArrayMessage):
+class LoadProgress(ArrayMessage, frozen=True):
     """Weights loaded so far."""
 
     loaded_bytes: int
     total_bytes: int
 
 
-class KvGroup(ArrayPart):
+class KvGroup(ArrayPart, frozen=True):
     """One kind of KV of a model: bytes a token on this rank, attention window (0: full), layers."""
 
     name: str
@@ -169,7 +169,7 @@ class KvGroup(ArrayPart):
     num_layers: int = 0
 
 
-class WorkerReady(ArrayMessage):
+class WorkerReady(ArrayMessage, frozen=True):
     """What is known only after loading. `eos_ids`: all ids that end a text, from
     generation_config and config. `fingerprint`: device kind, instruction set, dtype, parallel
     sizes, kernel set: equal fingerprints give bit-identical logits in deterministic mode.
@@ -190,7 +190,7 @@ class WorkerReady(ArrayMessage):
     load_s: float = 0.0
 
 
-class WorkerFailed(ArrayMessage):
+class WorkerFailed(ArrayMessage, frozen=True):
     """Loading or a whole step failed: `code` is an error's wire code. After a failed load the
     worker exits; after a failed step (`step` >= 0) it goes on without the step's sequences."""
 
@@ -200,7 +200,7 @@ class WorkerFailed(ArrayMessage):
     step: int = -1
 
 
-class WorkerPulse(ArrayMessage):
+class WorkerPulse(ArrayMessage, frozen=True):
     """Heartbeat of the actor thread, with the engine thread's progress counter: the engine is
     frozen when `busy` and the counter stands."""
 
@@ -211,7 +211,7 @@ class WorkerPulse(ArrayMessage):
     """Prometheus text of this process, now and then."""
 
 
-class WorkerPong(ArrayMessage):
+class WorkerPong(ArrayMessage, frozen=True):
     """Answer to PingWorker, from the engine thread."""
 
     rank: int

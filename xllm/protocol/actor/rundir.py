@@ -1,0 +1,83 @@
+"""The directory of a run: sockets, locks, stores; 0700, and swept when its owner is dead.
+
+`<base>/run-<random>` holds a `lock` file that its owner keeps locked. A directory whose lock is
+free belongs to nobody that lives: the next start removes it. Nothing else depends on them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+
+from xllm.errors import ConfigError
+
+_PREFIX = "run-"
+
+
+class RunDirectory:
+    """A fresh run directory under `base`, after stale ones there were swept."""
+
+    def __init__(self, base: str) -> None:
+        prepare_base(base)
+        self.swept = sweep(base)
+        self.path = os.path.join(base, _PREFIX + secrets.token_hex(6))
+        os.mkdir(self.path, 0o700)
+        self._lock_fd = _lock(self.path)
+        if self._lock_fd < 0:
+            raise ConfigError(f"{self.path} was taken by another process")
+
+    def ipc(self, name: str) -> str:
+        """The ipc endpoint `name` in this directory."""
+        return f"ipc://{self.path}/{name}"
+
+    def remove(self) -> None:
+        """Delete the directory and give up the lock."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock_fd)
+
+
+def prepare_base(base: str) -> None:
+    """Make the parent of run directories, 0700 and ours, or raise ConfigError."""
+    os.makedirs(base, mode=0o700, exist_ok=True)
+    info = os.lstat(base)
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
+        raise ConfigError(f"{base} is not a directory of this user")
+    if info.st_mode & 0o077:
+        os.chmod(base, 0o700)
+
+
+def sweep(base: str) -> int:
+    """Remove the run directories of dead owners; returns how many."""
+    num_swept = 0
+    for name in os.listdir(base):
+        path = os.path.join(base, name)
+        if not name.startswith(_PREFIX) or os.path.islink(path):
+            continue
+        fd = _lock(path)
+        if fd < 0:
+            continue
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(fd)
+        num_swept += 1
+    return num_swept
+
+
+def _lock(path: str) -> int:
+    """A descriptor that holds the directory's lock, or -1 where somebody else does."""
+    try:
+        fd = os.open(
+            os.path.join(path, "lock"),
+            os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW,
+            0o600,
+        )
+    except FileNotFoundError:
+        return -1  # swept by somebody else meanwhile
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return -1
+    return fd

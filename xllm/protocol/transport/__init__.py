@@ -1,0 +1,1 @@
+"""ZeroMQ under one thin wrapper: the only package that imports zmq."""

@@ -1,0 +1,241 @@
+"""A ZeroMQ socket on the running loop: drained with NOBLOCK until it is empty, in one go.
+
+ZeroMQ's descriptor is edge-triggered: after any send or receive its events must be read again,
+so every send schedules one look. What the socket does not take at once waits in a bounded queue
+for each peer; a timer retries, since a ROUTER cannot say when one of its peers reads again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+
+import zmq
+
+from xllm.errors import BackpressureError, BrokenError, ClosedError
+from xllm.protocol.transport.context import Transport
+from xllm.protocol.transport.endpoint import PathLock, check_bindable, is_local
+from xllm.protocol.transport.limits import SocketLimits, apply_options
+from xllm.protocol.transport.security import secure_client, secure_server
+
+_DRAIN_BATCH = 512
+_RETRY_S = 0.002
+_NOBLOCK = zmq.NOBLOCK
+_NOBLOCK_MORE = zmq.NOBLOCK | zmq.SNDMORE
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelStatistics:
+    """Counts since the socket was made."""
+
+    num_received: int
+    num_sent: int
+    num_bad: int
+    num_queued: int
+    queued_bytes: int
+
+
+class _Outbox:
+    """Messages that wait for one peer."""
+
+    __slots__ = ("messages", "num_bytes")
+
+    def __init__(self) -> None:
+        self.messages: deque[Sequence[bytes]] = deque()
+        self.num_bytes = 0
+
+
+class Channel:
+    """What all sockets share. Subclasses implement `_receive(parts)`."""
+
+    def __init__(self, transport: Transport, kind: int, limits: SocketLimits, name: str) -> None:
+        self.name = name
+        self._transport = transport
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._socket = transport.socket(kind)
+        self._fd: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]  # FD is an int
+        self._outboxes: dict[bytes, _Outbox] = {}
+        self._look_scheduled = False
+        self._retry: asyncio.TimerHandle | None = None
+        self._lock: PathLock | None = None
+        self._closed = False
+        self._num_received = 0
+        self._num_sent = 0
+        self._num_bad = 0
+        self._loop.add_reader(self._fd, self._look)
+
+    # -- opening -----------------------------------------------------------------------------
+
+    def _bind(self, endpoint: str) -> str:
+        security = self._transport.security
+        check_bindable(endpoint, has_keys=security is not None)
+        apply_options(self._socket, self._limits, local=endpoint.startswith(("ipc", "inproc")))
+        if endpoint.startswith("tcp://") and security is not None:
+            secure_server(self._socket, security)
+        if endpoint.startswith("ipc://"):
+            self._lock = PathLock(endpoint.removeprefix("ipc://"))
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise BrokenError(f"cannot listen on {endpoint}: {error.strerror}") from error
+        bound = self._socket.getsockopt(zmq.LAST_ENDPOINT)
+        return endpoint if endpoint.startswith("inproc") else _text(bound)
+
+    def _connect(self, endpoint: str, server_key: str = "") -> None:
+        security = self._transport.security
+        apply_options(self._socket, self._limits, local=endpoint.startswith(("ipc", "inproc")))
+        if server_key:
+            if security is None:
+                raise BrokenError(f"{endpoint} demands keys and this process has none")
+            secure_client(self._socket, security, server_key)
+        elif not is_local(endpoint):
+            raise BrokenError(f"{endpoint} is on another machine and no key of it is known")
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            raise BrokenError(f"cannot connect to {endpoint}: {error.strerror}") from error
+
+    # -- receiving ---------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Read all that is there (up to a fair share of the loop), then flush what waits."""
+        self._look_scheduled = False
+        for _ in range(_DRAIN_BATCH):
+            if self._closed:
+                return
+            try:
+                if not self._receive_one():
+                    break
+            except Exception as error:
+                self._transport.handler_failed(self.name, error)
+        else:
+            self._schedule_look()
+        if self._outboxes and not self._closed:
+            self._flush_all()
+
+    def _receive_one(self) -> bool:
+        socket = self._socket
+        try:
+            parts = [socket.recv(_NOBLOCK)]
+        except zmq.Again:
+            return False
+        while socket.getsockopt(zmq.RCVMORE):
+            parts.append(socket.recv(_NOBLOCK))
+            if len(parts) > self._limits.max_frames + 1:
+                self._discard_rest()
+                return True
+        self._num_received += 1
+        self._receive(parts)
+        return True
+
+    def _discard_rest(self) -> None:
+        self._num_bad += 1
+        while self._socket.getsockopt(zmq.RCVMORE):
+            self._socket.recv(_NOBLOCK)
+
+    def _receive(self, parts: list[bytes]) -> None:
+        raise AssertionError("subclasses receive")
+
+    def _schedule_look(self) -> None:
+        if not self._look_scheduled and not self._closed:
+            self._look_scheduled = True
+            self._loop.call_soon(self._look)
+
+    # -- sending -----------------------------------------------------------------------------
+
+    def _send(self, peer: bytes, parts: Sequence[bytes]) -> None:
+        """Send now, or queue behind what waits for `peer` already."""
+        if self._closed:
+            raise ClosedError(f"{self.name} is closed")
+        waits = bool(self._outboxes) and peer in self._outboxes
+        if waits or not self._try_send(parts):
+            self._enqueue(peer, parts)
+        if not self._look_scheduled:
+            self._look_scheduled = True
+            self._loop.call_soon(self._look)
+
+    def _try_send(self, parts: Sequence[bytes]) -> bool:
+        socket = self._socket
+        last = len(parts) - 1
+        try:
+            for index, part in enumerate(parts):
+                socket.send(part, _NOBLOCK if index == last else _NOBLOCK_MORE)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                raise BrokenError(f"{self.name}: the peer is gone") from error
+            raise BrokenError(f"{self.name}: {error.strerror}") from error
+        self._num_sent += 1
+        return True
+
+    def _enqueue(self, peer: bytes, parts: Sequence[bytes]) -> None:
+        outbox = self._outboxes.get(peer)
+        if outbox is None:
+            outbox = self._outboxes[peer] = _Outbox()
+        size = sum(map(len, parts))
+        if (
+            len(outbox.messages) >= self._limits.max_queued_messages
+            or outbox.num_bytes + size > self._limits.max_queued_bytes
+        ):
+            raise BackpressureError(f"{self.name}: {len(outbox.messages)} messages wait already")
+        outbox.messages.append(parts)
+        outbox.num_bytes += size
+        self._schedule_retry()
+
+    def _schedule_retry(self) -> None:
+        if self._retry is None and not self._closed:
+            self._retry = self._loop.call_later(_RETRY_S, self._retry_now)
+
+    def _retry_now(self) -> None:
+        self._retry = None
+        if self._outboxes and not self._closed:
+            self._flush_all()
+            self._schedule_look()
+
+    def _flush_all(self) -> None:
+        for peer in list(self._outboxes):
+            outbox = self._outboxes[peer]
+            try:
+                while outbox.messages and self._try_send(outbox.messages[0]):
+                    outbox.num_bytes -= sum(map(len, outbox.messages.popleft()))
+            except BrokenError:
+                outbox.messages.clear()
+            if not outbox.messages:
+                del self._outboxes[peer]
+        if self._outboxes:
+            self._schedule_retry()
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def statistics(self) -> ChannelStatistics:
+        """Counts since the socket was made."""
+        return ChannelStatistics(
+            self._num_received,
+            self._num_sent,
+            self._num_bad,
+            sum(len(o.messages) for o in self._outboxes.values()),
+            sum(o.num_bytes for o in self._outboxes.values()),
+        )
+
+    def close(self) -> None:
+        """Close the socket; what waits is dropped. Closing again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._fd)
+        if self._retry is not None:
+            self._retry.cancel()
+        self._outboxes.clear()
+        self._socket.close(0)
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _text(value: object) -> str:
+    assert isinstance(value, bytes)
+    return value.rstrip(b"\0").decode()

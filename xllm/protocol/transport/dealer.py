@@ -1,0 +1,105 @@
+"""The connecting side: one socket to one peer, reconnecting for as long as it lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import msgspec
+import zmq
+
+from xllm.errors import BadMessageError
+from xllm.protocol.codec import Decoder, encode
+from xllm.protocol.transport.channel import Channel
+from xllm.protocol.transport.context import Transport
+from xllm.protocol.transport.limits import SocketLimits
+from xllm.protocol.transport.monitor import (
+    CONNECTED,
+    DISCONNECTED,
+    REFUSED,
+    ConnectionMonitor,
+)
+
+T = TypeVar("T")
+
+
+class DealerSocket(Channel, Generic[T]):
+    """Connects to `endpoint` and speaks one conversation with it.
+
+    `on_message(message, frames)` for each message; `on_connected()` and `on_gone()` as the
+    connection comes and goes (never over inproc); `on_refused()` where the peer does not accept
+    our key. Messages sent while there is no connection wait in the bounded queue."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        endpoint: str,
+        decoder: Decoder[T],
+        on_message: Callable[[T, list[bytes]], None],
+        *,
+        on_gone: Callable[[], None] | None = None,
+        on_connected: Callable[[], None] | None = None,
+        on_refused: Callable[[], None] | None = None,
+        server_key: str = "",
+        limits: SocketLimits | None = None,
+        name: str = "",
+    ) -> None:
+        super().__init__(transport, zmq.DEALER, limits or SocketLimits(), name or endpoint)
+        self.endpoint = endpoint
+        self._decode = decoder.decode
+        self._on_message = on_message
+        self._on_gone = on_gone
+        self._on_connected = on_connected
+        self._on_refused = on_refused
+        self._monitor: ConnectionMonitor | None = None
+        self.connected = endpoint.startswith("inproc://")
+        if not self.connected:
+            self._monitor = ConnectionMonitor(transport, self._socket, self._connection_event)
+        self._connect(endpoint, server_key)
+
+    def send(self, message: msgspec.Struct, frames: Sequence[bytes] = ()) -> None:
+        """Send, or queue while there is no connection. BackpressureError past the bound."""
+        self._send(b"", (encode(message), *frames))
+
+    def discard_queued(self) -> int:
+        """Forget what waits for a connection; returns how many messages that was."""
+        outbox = self._outboxes.pop(b"", None)
+        return len(outbox.messages) if outbox else 0
+
+    def _receive(self, parts: list[bytes]) -> None:
+        try:
+            message = self._decode(parts[0])
+        except BadMessageError:
+            self._num_bad += 1
+            return
+        self._on_message(message, parts[1:])
+
+    def _connection_event(self, event: int, descriptor: int) -> None:
+        if event == CONNECTED:
+            self.connected = True
+            if self._outboxes:
+                self._schedule_look()
+            if self._on_connected is not None:
+                self._on_connected()
+        elif event == DISCONNECTED and self.connected:
+            self.connected = False
+            # Later, so that what the peer said before it left is handled first.
+            self._loop.call_soon(self._tell_gone)
+        elif event == REFUSED and self._on_refused is not None:
+            self._on_refused()
+
+    def _tell_gone(self) -> None:
+        if self._closed:
+            return
+        self._look()
+        if self._on_gone is not None and not self._closed:
+            try:
+                self._on_gone()
+            except Exception as error:
+                self._transport.handler_failed(self.name, error)
+
+    def close(self) -> None:
+        """Close the monitor and the socket; what waits is dropped."""
+        if self._monitor is not None:
+            self._monitor.close()
+        super().close()

@@ -1,0 +1,72 @@
+"""Endpoints: what may be bound, and the lock that keeps an ipc path ours.
+
+ipc and inproc addresses and loopback TCP are always allowed; any other address needs keys.
+A second bind of an ipc path would silently steal it, so each bound path has a lock file that is
+held as long as the socket lives; a path whose lock is free is stale and is removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import os
+
+from xllm.errors import ConfigError
+
+MAX_IPC_PATH_BYTES = 107
+
+
+def is_local(endpoint: str) -> bool:
+    """Whether only this machine can reach the endpoint: ipc, inproc, or loopback TCP."""
+    scheme, _, rest = endpoint.partition("://")
+    if scheme in ("ipc", "inproc"):
+        return True
+    if scheme != "tcp":
+        raise ConfigError(f"endpoint {endpoint!r}: only ipc, inproc and tcp are spoken")
+    return is_loopback_host(rest.rsplit(":", 1)[0])
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a host name or address is the loopback interface's."""
+    host = host.strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_bindable(endpoint: str, *, has_keys: bool) -> None:
+    """Refuse what would let strangers in. Raises ConfigError."""
+    if not is_local(endpoint) and not has_keys:
+        raise ConfigError(
+            f"{endpoint} is reachable from other machines: it needs keys (--cluster-keys-dir)"
+        )
+    scheme, _, path = endpoint.partition("://")
+    if scheme == "ipc" and len(os.fsencode(path)) > MAX_IPC_PATH_BYTES:
+        raise ConfigError(f"ipc path of {len(path)} characters: {MAX_IPC_PATH_BYTES} at most")
+
+
+class PathLock:
+    """Holds `<path>.lock` while an ipc socket is bound at `path`."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = os.open(path + ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise ConfigError(f"ipc path {path} is in use by another process") from None
+        if os.path.lexists(path):
+            os.unlink(path)
+
+    def release(self) -> None:
+        """Remove the path and the lock."""
+        for name in (self._path, self._path + ".lock"):
+            try:
+                os.unlink(name)
+            except FileNotFoundError:
+                pass  # a sweep of the run directory was faster
+        os.close(self._fd)

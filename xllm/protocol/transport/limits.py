@@ -1,0 +1,47 @@
+"""Bounds and options that every socket gets: nothing here is left to a library's default."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import zmq
+
+
+@dataclasses.dataclass(frozen=True)
+class SocketLimits:
+    """Bounds of one socket. MAXMSGSIZE is per frame, so frames and their sum are capped too."""
+
+    max_frame_bytes: int = 64 << 20
+    max_frames: int = 16
+    max_message_bytes: int = 256 << 20
+    high_water_mark: int = 1000
+    max_queued_messages: int = 20_000
+    """Messages kept for one peer that does not read, beyond ZeroMQ's own queue."""
+    max_queued_bytes: int = 64 << 20
+
+
+CLIENT_LIMITS = SocketLimits(
+    max_frame_bytes=16 << 20, max_frames=4, max_message_bytes=16 << 20, max_queued_bytes=32 << 20
+)
+"""For sockets that clients reach: they are not trusted to be gentle."""
+
+
+def apply_options(socket: zmq.Socket[bytes], limits: SocketLimits, *, local: bool) -> None:
+    """Set what every socket needs. `local` sockets (ipc) get laxer heartbeats: a peer on a busy
+    machine is late long before it is dead, and its process is watched by other means."""
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, limits.high_water_mark)
+    socket.setsockopt(zmq.RCVHWM, limits.high_water_mark)
+    socket.setsockopt(zmq.MAXMSGSIZE, limits.max_frame_bytes)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 2000)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000 if local else 500)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000 if local else 1500)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, 8000 if local else 2000)
+    socket.setsockopt(zmq.RECONNECT_IVL, 20)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    socket.setsockopt(zmq.BACKLOG, 1024)
+    if socket.socket_type == zmq.ROUTER:
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+    if socket.socket_type == zmq.DEALER:
+        socket.setsockopt(zmq.IMMEDIATE, 1)

@@ -1,0 +1,62 @@
+"""Which connection of a socket came or went: events of ZeroMQ's own monitor, by descriptor."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable
+
+import zmq
+
+from xllm.protocol.transport.context import Transport
+
+CONNECTED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+DISCONNECTED = int(zmq.EVENT_DISCONNECTED)
+REFUSED = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+
+
+class ConnectionMonitor:
+    """Calls `on_event(event, descriptor)` for connections of one socket."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        socket: zmq.Socket[bytes],
+        on_event: Callable[[int, int], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport = transport
+        self._watched = socket
+        self._on_event = on_event
+        self._closed = False
+        address = f"inproc://monitor-{id(self)}"
+        socket.monitor(address, CONNECTED | DISCONNECTED | REFUSED)
+        self._socket = transport.socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(address)
+        self._fd: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]  # FD is an int
+        self._loop.add_reader(self._fd, self.drain)
+        self._loop.call_soon(self.drain)
+
+    def drain(self) -> None:
+        """Deliver all events that happened so far."""
+        while not self._closed:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            event, value = struct.unpack("=Hi", parts[0])
+            try:
+                self._on_event(event, value)
+            except Exception as error:
+                self._transport.handler_failed("monitor", error)
+
+    def close(self) -> None:
+        """Stop listening. Call it before the watched socket is closed."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._fd)
+        if not self._watched.closed:
+            self._watched.disable_monitor()
+        self._socket.close(0)
