@@ -1,7 +1,7 @@
 """A ZeroMQ socket on the running loop: drained with NOBLOCK until it is empty, in one go.
 
 ZeroMQ's descriptor is edge-triggered: after any send or receive its events must be read again,
-so every send schedules one look. What the socket does not take at once waits in a bounded queue
+so every bind, connect and send schedules one look. What the socket does not take at once waits in a bounded queue
 for each peer; a timer retries, since a ROUTER cannot say when one of its peers reads again.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import zmq
 
-from xllm.errors import BackpressureError, BrokenError, ClosedError
+from xllm.errors import BackpressureError, BrokenError, ClosedError, XllmError
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.endpoint import PathLock, check_bindable, is_local
 from xllm.protocol.transport.limits import SocketLimits, apply_options
@@ -70,34 +70,45 @@ class Channel:
     # -- opening -----------------------------------------------------------------------------
 
     def _bind(self, endpoint: str) -> str:
-        security = self._transport.security
-        check_bindable(endpoint, has_keys=security is not None)
-        apply_options(self._socket, self._limits, local=endpoint.startswith(("ipc", "inproc")))
-        if endpoint.startswith("tcp://") and security is not None:
-            secure_server(self._socket, security)
-        if endpoint.startswith("ipc://"):
-            self._lock = PathLock(endpoint.removeprefix("ipc://"))
+        """Bind and return the bound address; a socket that cannot is closed before it raises."""
         try:
+            security = self._transport.security
+            check_bindable(endpoint, has_keys=security is not None)
+            apply_options(self._socket, self._limits, local=_is_near(endpoint))
+            if endpoint.startswith("tcp://") and security is not None:
+                secure_server(self._socket, security)
+            if endpoint.startswith("ipc://"):
+                self._lock = PathLock(endpoint.removeprefix("ipc://"))
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             self.close()
             raise BrokenError(f"cannot listen on {endpoint}: {error.strerror}") from error
+        except XllmError:
+            self.close()
+            raise
+        self._schedule_look()
         bound = self._socket.getsockopt(zmq.LAST_ENDPOINT)
         return endpoint if endpoint.startswith("inproc") else _text(bound)
 
     def _connect(self, endpoint: str, server_key: str = "") -> None:
+        """Connect; a socket that may not is closed before it raises."""
         security = self._transport.security
-        apply_options(self._socket, self._limits, local=endpoint.startswith(("ipc", "inproc")))
-        if server_key:
-            if security is None:
-                raise BrokenError(f"{endpoint} demands keys and this process has none")
-            secure_client(self._socket, security, server_key)
-        elif not is_local(endpoint):
-            raise BrokenError(f"{endpoint} is on another machine and no key of it is known")
         try:
+            apply_options(self._socket, self._limits, local=_is_near(endpoint))
+            if server_key:
+                if security is None:
+                    raise BrokenError(f"{endpoint} demands keys and this process has none")
+                secure_client(self._socket, security, server_key)
+            elif not is_local(endpoint):
+                raise BrokenError(f"{endpoint} is on another machine and no key of it is known")
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
+            self.close()
             raise BrokenError(f"cannot connect to {endpoint}: {error.strerror}") from error
+        except XllmError:
+            self.close()
+            raise
+        self._schedule_look()
 
     # -- receiving ---------------------------------------------------------------------------
 
@@ -234,6 +245,10 @@ class Channel:
         self._socket.close(0)
         if self._lock is not None:
             self._lock.release()
+
+
+def _is_near(endpoint: str) -> bool:
+    return endpoint.startswith(("ipc://", "inproc://"))
 
 
 def _text(value: object) -> str:

@@ -40,8 +40,8 @@ def apply_options(socket: zmq.Socket[bytes], limits: SocketLimits, *, local: boo
     socket.setsockopt(zmq.RECONNECT_IVL, 20)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     socket.setsockopt(zmq.BACKLOG, 1024)
-    if socket.socket_type == zmq.ROUTER:
+    if socket.type == zmq.ROUTER:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
-    if socket.socket_type == zmq.DEALER:
+    if socket.type == zmq.DEALER:
         socket.setsockopt(zmq.IMMEDIATE, 1)

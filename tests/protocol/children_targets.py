@@ -1,0 +1,57 @@
+"""Entry functions of child processes that tests start."""
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+
+
+def exit_with(code: str) -> None:
+    sys.exit(int(code))
+
+
+def sleep_forever() -> None:
+    threading.Event().wait()
+
+
+def ignore_sigterm(flag: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open(flag, "w").close()
+    threading.Event().wait()
+
+
+def note_pid_and_sleep(path: str) -> None:
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    threading.Event().wait()
+
+
+def be_a_parent(path: str) -> None:
+    """A process with one child."""
+    from xllm.protocol.actor.children import Children, ChildSpec
+
+    async def main() -> None:
+        children = Children(lambda child: None)
+        children.start(ChildSpec("grandchild", note_pid_and_sleep, (path,)))
+        with open(path, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        await asyncio.Event().wait()
+
+    asyncio.run(main())
+
+
+def family(path: str) -> None:
+    """A process with a child that has a child."""
+    from xllm.protocol.actor.children import Children, ChildSpec
+
+    async def main() -> None:
+        children = Children(lambda child: None)
+        children.start(ChildSpec("child", be_a_parent, (path,)))
+        await asyncio.Event().wait()
+
+    asyncio.run(main())
+
+
+if __name__ == "__main__":
+    family(sys.argv[2])
