@@ -1,8 +1,9 @@
 """A ZeroMQ socket on the running loop: drained with NOBLOCK until it is empty, in one go.
 
 ZeroMQ's descriptor is edge-triggered: after any send or receive its events must be read again,
-so every bind, connect and send schedules one look. What the socket does not take at once waits in a bounded queue
-for each peer; a timer retries, since a ROUTER cannot say when one of its peers reads again.
+so every bind, connect and send schedules one look. What the socket does not take at once waits
+in a bounded queue for each peer; a timer retries, since a ROUTER cannot say when one of its
+peers reads again.
 """
 
 from __future__ import annotations
