@@ -18,4 +18,22 @@ Epoch      the fencing number of a leadership.
 Event      what happened. Instruction: what an actor must do. Plan: decided, not yet done.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xllm.client.asynchronous import AsyncClient
+    from xllm.client.synchronous import Client
+
+__all__ = ["AsyncClient", "Client", "__version__"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """The client library, imported when it is first asked for."""
+    if name in ("AsyncClient", "Client"):
+        import xllm.client
+
+        return getattr(xllm.client, name)
+    raise AttributeError(f"module 'xllm' has no attribute {name!r}")

@@ -1,0 +1,153 @@
+"""A router for tests of the client: answers from a script, keeps what it was told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from xllm.protocol.client import (
+    AbortRequest,
+    BadMessage,
+    ChoiceResult,
+    ClientMessage,
+    DetokenizedText,
+    DetokenizeIds,
+    HealthReport,
+    ListModels,
+    ModelInfo,
+    ModelList,
+    ProcessStatus,
+    QueryHealth,
+    QueryStatus,
+    RequestFailed,
+    RequestFinished,
+    StatusReport,
+    SubmitRequest,
+    TokenDelta,
+    TokenizedText,
+    TokenizeText,
+    Usage,
+)
+from xllm.protocol.codec import Decoder
+from xllm.protocol.transport.context import Transport
+from xllm.protocol.transport.router import RouterSocket
+
+
+class FakeRouter:
+    """Words of the prompt decide: `echo a b` gives the tokens a, b; `fail CODE` fails;
+    `silent` says nothing; `half` sends one delta and no end; `bad` answers bad_message."""
+
+    def __init__(self, endpoint: str = "tcp://127.0.0.1:0") -> None:
+        self.submits: list[SubmitRequest] = []
+        self.aborts: list[int] = []
+        self._transport = Transport()
+        self._socket = RouterSocket(
+            self._transport, endpoint, Decoder(ClientMessage), self._receive
+        )
+        self.endpoint = self._socket.endpoint
+
+    def close(self) -> None:
+        self._socket.close()
+        self._transport.close()
+
+    def _receive(self, identity, message, frames) -> None:
+        for reply in self._replies(message):
+            self._socket.send(identity, reply)
+
+    def _replies(self, message):
+        match message:
+            case SubmitRequest():
+                self.submits.append(message)
+                return list(self._answer(message))
+            case AbortRequest():
+                self.aborts.append(message.id)
+                return [RequestFailed(id=message.id, code="aborted", message="aborted")]
+            case ListModels():
+                return [ModelList(id=message.id, models=(ModelInfo(name="m", max_model_len=9),))]
+            case QueryHealth():
+                return [HealthReport(id=message.id, live=True, ready=message.probe)]
+            case QueryStatus():
+                processes = (ProcessStatus(name="i0", kind="instance"),)
+                return [StatusReport(id=message.id, processes=processes)]
+            case TokenizeText():
+                ids = tuple(ord(c) for c in message.text or "")
+                return [TokenizedText(id=message.id, token_ids=ids)]
+            case DetokenizeIds():
+                text = "".join(map(chr, message.token_ids))
+                return [DetokenizedText(id=message.id, text=text)]
+
+    def _answer(self, submit: SubmitRequest):
+        prompt = submit.prompt
+        if submit.messages is not None:
+            prompt = submit.messages[-1].content
+        assert isinstance(prompt, str)
+        verb, *words = prompt.split()
+        if verb == "fail":
+            yield RequestFailed(
+                id=submit.id, code=words[0], message="as asked", param="p", retry_after_ms=2500
+            )
+        elif verb == "bad":
+            yield BadMessage(message="as asked")
+        elif verb == "half":
+            yield self._delta(submit, 0, "x")
+        elif verb == "gap":
+            yield self._delta(submit, 0, "x")
+            yield self._delta(submit, 2, "x")
+        elif verb == "twice":
+            yield self._delta(submit, 0, "x")
+            yield self._delta(submit, 0, "x")
+            yield self._end(submit, ["x"])
+        elif verb == "echo":
+            if submit.stream:
+                for index, word in enumerate(words):
+                    yield self._delta(submit, index, word)
+            yield self._end(submit, words)
+
+    def _delta(self, submit: SubmitRequest, index: int, word: str) -> TokenDelta:
+        return TokenDelta(id=submit.id, first_index=index, token_ids=(index,), text=word)
+
+    def _end(self, submit: SubmitRequest, words: list[str]) -> RequestFinished:
+        result = ChoiceResult(index=0, finish_reason="stop", stop_reason="!")
+        if not submit.stream:
+            result = ChoiceResult(
+                index=0,
+                finish_reason="stop",
+                stop_reason="!",
+                text="".join(words),
+                token_ids=tuple(range(len(words))),
+            )
+        return RequestFinished(
+            id=submit.id,
+            request_id="r" * 32,
+            choices=(result,),
+            usage=Usage(prompt_tokens=1, completion_tokens=len(words)),
+            seed=7,
+        )
+
+
+class RouterThread:
+    """A FakeRouter on a loop of its own thread, for tests of the synchronous client."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    def __enter__(self) -> FakeRouter:
+        return self.router
+
+    def __exit__(self, *exc) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        async def make() -> FakeRouter:
+            return FakeRouter()
+
+        self.router = self._loop.run_until_complete(make())
+        self._ready.set()
+        self._loop.run_forever()
+        self.router.close()
+        self._loop.close()

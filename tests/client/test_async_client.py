@@ -1,0 +1,294 @@
+"""AsyncClient against a scripted router: results, errors, deadlines, aborts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+import pytest
+
+from tests.client.fake_router import FakeRouter
+from xllm import AsyncClient
+from xllm.errors import (
+    BadMessageError,
+    BrokenError,
+    ClosedError,
+    ContextLengthError,
+    DeadlineError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestAbortedError,
+)
+from xllm.protocol.client import ChatMessage
+
+
+def talk(conversation, **options) -> None:
+    """Run `conversation(client, router)` against a fresh router."""
+
+    async def main() -> None:
+        router = FakeRouter()
+        try:
+            async with AsyncClient(router.endpoint, **options) as client:
+                await asyncio.wait_for(conversation(client, router), 20)
+                client.connection.check()
+        finally:
+            router.close()
+
+    asyncio.run(main())
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def free_endpoint() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_generate_gives_a_typed_result():
+    async def conversation(client, router):
+        done = await client.generate("echo a b", max_tokens=5, stop="!", temperature=0)
+        assert (done.text, done.token_ids, done.finish_reason) == ("ab", (0, 1), "stop")
+        assert done.choices[0].stop_reason == "!"
+        assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (1, 2)
+        assert done.seed == 7
+        assert done.timing.total_s > 0
+        submit = router.submits[0]
+        assert not submit.stream
+        assert submit.sampling.max_tokens == 5
+        assert submit.sampling.stop == ("!",)
+        assert 0 < submit.timeout_ms <= 600_000
+
+    talk(conversation)
+
+
+def test_chat_takes_mappings_and_structs():
+    async def conversation(client, router):
+        await client.chat([{"role": "user", "content": "echo a"}], model="m", priority=3)
+        await client.chat([ChatMessage(role="user", content="echo a")])
+        assert router.submits[0].messages == router.submits[1].messages
+        assert (router.submits[0].model, router.submits[0].priority) == ("m", 3)
+
+    talk(conversation)
+
+
+def test_stream_gives_deltas_then_the_completion():
+    async def conversation(client, router):
+        stream = client.stream("echo a b c")
+        texts = [delta.text async for delta in stream]
+        assert texts == ["a", "b", "c"]
+        done = stream.completion
+        assert (done.text, done.token_ids) == ("abc", (0, 1, 2))
+        assert 0 < done.timing.ttft_s <= done.timing.total_s
+        assert [d async for d in stream] == []
+        assert router.aborts == []
+
+    talk(conversation)
+
+
+def test_questions():
+    async def conversation(client, router):
+        assert [m.name for m in await client.models()] == ["m"]
+        assert not (await client.health()).ready
+        assert (await client.health(probe=True)).ready
+        assert [p.name for p in await client.status()] == ["i0"]
+        ids = await client.tokenize("ab")
+        assert await client.detokenize(ids) == "ab"
+
+    talk(conversation)
+
+
+@pytest.mark.parametrize(
+    ("code", "cls"),
+    [
+        ("context_length_exceeded", ContextLengthError),
+        ("invalid_value", InvalidRequestError),
+        ("overloaded", OverloadedError),
+    ],
+)
+def test_failures_raise_their_class(code, cls):
+    async def conversation(client, router):
+        with pytest.raises(cls) as caught:
+            await client.generate(f"fail {code}")
+        assert caught.value.param == "p"
+        with pytest.raises(cls):
+            [d async for d in client.stream(f"fail {code}")]
+
+    talk(conversation)
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"max_token": 5}, "max_token"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"stop": 5}, "stop"),
+        ({"priority": "x"}, "priority"),
+        ({"timeout_s": -1}, "timeout_s"),
+        ({"timeout_s": float("nan")}, "timeout_s"),
+    ],
+)
+def test_wrong_options_are_refused_here(options, param):
+    async def conversation(client, router):
+        with pytest.raises(InvalidRequestError) as caught:
+            await client.generate("echo a", **options)
+        assert caught.value.param == param
+        assert param in str(caught.value)
+        assert router.submits == []
+
+    talk(conversation)
+
+
+def test_prompt_or_messages():
+    async def conversation(client, router):
+        with pytest.raises(InvalidRequestError, match="one of them"):
+            client.stream()
+        with pytest.raises(InvalidRequestError, match="one of them"):
+            client.stream("a", messages=[])
+
+    talk(conversation)
+
+
+@pytest.mark.parametrize("prompt", ["silent", "half"])
+def test_time_over_aborts_at_the_router(prompt):
+    async def conversation(client, router):
+        with pytest.raises(DeadlineError):
+            await client.generate(prompt, timeout_s=0.1)
+        await until(lambda: router.aborts == [router.submits[0].id])
+        with pytest.raises(DeadlineError):
+            [d async for d in client.stream(prompt, timeout_s=0.1)]
+        await until(lambda: len(router.aborts) == 2)
+
+    talk(conversation)
+
+
+def test_break_aborts():
+    async def conversation(client, router):
+        stream = client.stream("half")
+        async for _ in stream:
+            break
+        await until(lambda: len(router.aborts) == 1)
+        with pytest.raises(ClosedError):
+            await stream.read()
+
+    talk(conversation)
+
+
+def test_leaving_the_block_aborts():
+    async def conversation(client, router):
+        async with client.stream("half"):
+            pass
+        await until(lambda: len(router.aborts) == 1)
+
+    talk(conversation)
+
+
+def test_cancelling_aborts():
+    async def conversation(client, router):
+        task = asyncio.create_task(client.generate("silent"))
+        await until(lambda: router.submits)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await until(lambda: len(router.aborts) == 1)
+
+    talk(conversation)
+
+
+def test_abort_ends_with_the_routers_word():
+    async def conversation(client, router):
+        stream = client.stream("half")
+        await stream.read()
+        stream.abort()
+        with pytest.raises(RequestAbortedError):
+            await stream.read()
+
+    talk(conversation)
+
+
+def test_lost_and_repeated_tokens():
+    async def conversation(client, router):
+        with pytest.raises(BadMessageError, match="never came"):
+            [d async for d in client.stream("gap")]
+        assert len([d async for d in client.stream("twice")]) == 1
+
+    talk(conversation)
+
+
+def test_words_that_the_router_does_not_know():
+    async def conversation(client, router):
+        with pytest.raises(BadMessageError, match="as asked"):
+            await client.generate("bad")
+
+    talk(conversation)
+
+
+def test_no_router():
+    async def main() -> None:
+        endpoint = free_endpoint()
+        async with AsyncClient(endpoint, connect_timeout_s=0.2) as client:
+            with pytest.raises(BrokenError, match=endpoint):
+                await client.generate("echo a")
+
+    asyncio.run(main())
+
+
+def test_the_next_endpoint_is_tried():
+    async def main() -> None:
+        router = FakeRouter()
+        endpoints = [free_endpoint(), router.endpoint]
+        async with AsyncClient(endpoints, connect_timeout_s=0.2) as client:
+            with pytest.raises(BrokenError):
+                await client.generate("echo a")
+            assert (await client.generate("echo a")).text == "a"
+        router.close()
+
+    asyncio.run(main())
+
+
+def test_a_lost_router_fails_open_requests_and_comes_back():
+    async def main() -> None:
+        router = FakeRouter()
+        async with AsyncClient(router.endpoint) as client:
+            stream = client.stream("half")
+            await stream.read()
+            router.close()
+            with pytest.raises(BrokenError, match="lost"):
+                await asyncio.wait_for(stream.read(), 10)
+            router = FakeRouter(router.endpoint)
+            assert (await client.generate("echo a")).text == "a"
+        router.close()
+
+    asyncio.run(main())
+
+
+def test_closing_fails_what_waits():
+    async def conversation(client, router):
+        task = asyncio.create_task(client.generate("silent"))
+        await until(lambda: router.submits)
+        await client.aclose()
+        with pytest.raises(ClosedError):
+            await task
+        with pytest.raises(ClosedError):
+            await client.generate("echo a")
+
+    async def main() -> None:
+        router = FakeRouter()
+        await conversation(AsyncClient(router.endpoint), router)
+        router.close()
+
+    asyncio.run(main())
+
+
+def test_many_at_once():
+    async def conversation(client, router):
+        done = await asyncio.gather(*(client.generate(f"echo {i}") for i in range(500)))
+        assert [d.text for d in done] == [str(i) for i in range(500)]
+
+    talk(conversation)

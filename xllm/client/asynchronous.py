@@ -1,0 +1,293 @@
+"""The client for programs with a running asyncio loop.
+
+A thin shell: it builds requests, waits for answers and turns them into typed results. It belongs
+to the loop in which it is first used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from xllm.client.answers import AnswerWaiter, StreamBuffer, StreamItem
+from xllm.client.connection import ClientConnection
+from xllm.client.requests import Messages, Prompt, build_submit, build_tokenize
+from xllm.client.results import AnswerBuilder, Completion, StreamDelta
+from xllm.client.session import EndMessage
+from xllm.errors import BadMessageError, ClosedError, InvalidRequestError
+from xllm.protocol.client import (
+    ClientMessage,
+    DetokenizedText,
+    DetokenizeIds,
+    HealthReport,
+    ListModels,
+    ModelInfo,
+    ModelList,
+    ProcessStatus,
+    QueryHealth,
+    QueryStatus,
+    RequestFinished,
+    StatusReport,
+    TokenizedText,
+)
+
+DEFAULT_ENDPOINT = "tcp://127.0.0.1:8011"
+DEFAULT_TIMEOUT_S = 600.0
+
+M = TypeVar("M")
+
+
+class AsyncClient:
+    """Speaks with an xLLM service over ZeroMQ; `async with` closes it.
+
+    Every call takes `timeout_s` (default: the client's): DeadlineError when it passes, and the
+    request is aborted at the service. BrokenError: no router answers, or the connection was lost.
+    What the service refuses or fails raises the class of `xllm.errors` that its code names."""
+
+    def __init__(
+        self,
+        endpoint: str | Sequence[str] = DEFAULT_ENDPOINT,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        connect_timeout_s: float = 5.0,
+        keys_dir: str = "",
+        server_key: str = "",
+    ) -> None:
+        endpoints = (endpoint,) if isinstance(endpoint, str) else tuple(endpoint)
+        if not endpoints:
+            raise InvalidRequestError("no endpoint given", param="endpoint")
+        self._endpoints = endpoints
+        self._timeout_s = check_timeout(timeout_s)
+        self._connect_timeout_s = check_timeout(connect_timeout_s)
+        self._keys_dir = keys_dir
+        self._server_key = server_key
+        self._connection: ClientConnection | None = None
+        self._closed = False
+
+    @property
+    def connection(self) -> ClientConnection:
+        """The low-level interface; made at first use, inside the running loop."""
+        if self._closed:
+            raise ClosedError("this client is closed")
+        if self._connection is None:
+            self._connection = ClientConnection(
+                self._endpoints,
+                connect_timeout_s=self._connect_timeout_s,
+                keys_dir=self._keys_dir,
+                server_key=self._server_key,
+            )
+        return self._connection
+
+    async def generate(
+        self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any
+    ) -> Completion:
+        """Complete a text or token ids. Options: `model`, `priority`, `offline`, `cache_salt` and
+        the fields of SamplingParams (`max_tokens`, `temperature`, `seed`, `n`, `stop`, ...)."""
+        return await self._complete(timeout_s, options, prompt=prompt)
+
+    async def chat(
+        self, messages: Messages, *, timeout_s: float | None = None, **options: Any
+    ) -> Completion:
+        """Answer a conversation: mappings with `role` and `content`. Options as in `generate`."""
+        return await self._complete(timeout_s, options, messages=messages)
+
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> TokenStream:
+        """The answer to a prompt or conversation as it comes. The request starts here; leaving
+        the loop over it early, closing or dropping the stream aborts it."""
+        wait_s = self._resolve_timeout(timeout_s)
+        connection = self.connection
+        request_id = connection.next_id()
+        message = build_submit(
+            request_id, options, timeout_s=wait_s, stream=True, prompt=prompt, messages=messages
+        )
+        buffer = StreamBuffer(asyncio.get_running_loop())
+        connection.ask(message, buffer, wait_s)
+        return TokenStream(connection, request_id, buffer)
+
+    async def models(self, *, timeout_s: float | None = None) -> tuple[ModelInfo, ...]:
+        """The models served."""
+        question = ListModels(id=self.connection.next_id())
+        return (await self._ask(question, ModelList, timeout_s)).models
+
+    async def health(self, *, probe: bool = False, timeout_s: float | None = None) -> HealthReport:
+        """How the service is; `probe` sends a token through the data path first."""
+        question = QueryHealth(id=self.connection.next_id(), probe=probe)
+        return await self._ask(question, HealthReport, timeout_s)
+
+    async def status(self, *, timeout_s: float | None = None) -> tuple[ProcessStatus, ...]:
+        """The processes of the cluster as the router sees them."""
+        question = QueryStatus(id=self.connection.next_id())
+        return (await self._ask(question, StatusReport, timeout_s)).processes
+
+    async def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        messages: Messages | None = None,
+        model: str = "",
+        add_special_tokens: bool = True,
+        timeout_s: float | None = None,
+    ) -> tuple[int, ...]:
+        """Token ids of a text, or of a conversation through the chat template."""
+        question = build_tokenize(
+            self.connection.next_id(),
+            model,
+            text=text,
+            messages=messages,
+            add_special_tokens=add_special_tokens,
+        )
+        return (await self._ask(question, TokenizedText, timeout_s)).token_ids
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, model: str = "", timeout_s: float | None = None
+    ) -> str:
+        """Text of token ids."""
+        question = DetokenizeIds(
+            id=self.connection.next_id(), model=model, token_ids=tuple(token_ids)
+        )
+        return (await self._ask(question, DetokenizedText, timeout_s)).text
+
+    async def aclose(self) -> None:
+        """Close the connection; what is open ends with ClosedError."""
+        self._closed = True
+        if self._connection is not None:
+            self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def _complete(
+        self,
+        timeout_s: float | None,
+        options: dict[str, Any],
+        *,
+        prompt: Prompt | None = None,
+        messages: Messages | None = None,
+    ) -> Completion:
+        wait_s = self._resolve_timeout(timeout_s)
+        message = build_submit(
+            self.connection.next_id(),
+            options,
+            timeout_s=wait_s,
+            stream=False,
+            prompt=prompt,
+            messages=messages,
+        )
+        builder = AnswerBuilder(time.monotonic())
+        end = await self._ask(message, RequestFinished, wait_s)
+        return builder.finish(end, time.monotonic())
+
+    async def _ask(self, message: ClientMessage, answer: type[M], timeout_s: float | None) -> M:
+        connection = self.connection
+        waiter = AnswerWaiter(asyncio.get_running_loop())
+        connection.ask(message, waiter, self._resolve_timeout(timeout_s))
+        try:
+            end: EndMessage = await waiter.wait_end()
+        finally:
+            connection.drop(message.id)
+        if not isinstance(end, answer):
+            raise BadMessageError(f"the router answered {type(end).__name__} to this question")
+        return end
+
+    def _resolve_timeout(self, timeout_s: float | None) -> float:
+        return self._timeout_s if timeout_s is None else check_timeout(timeout_s)
+
+
+class TokenStream:
+    """One streamed answer. `async for` gives its StreamDeltas, once; `completion` is there after
+    the last. `async with` (or `aclose`) stops it for sure, whatever becomes of the loop."""
+
+    def __init__(self, connection: ClientConnection, request_id: int, buffer: StreamBuffer) -> None:
+        self._connection = connection
+        self._request_id = request_id
+        self._buffer = buffer
+
+    @property
+    def completion(self) -> Completion | None:
+        """The whole answer with usage and timing, once it ended well; None before."""
+        return self._buffer.completion
+
+    def __aiter__(self) -> AsyncIterator[StreamDelta]:
+        return StreamCursor(self)
+
+    async def read(self) -> StreamDelta | None:
+        """The next delta; None at the end. Raises what ended the stream instead."""
+        try:
+            return await self._buffer.read()
+        except asyncio.CancelledError:
+            self.drop()
+            raise
+
+    def forward(self, put: Callable[[StreamItem], None]) -> None:
+        """Hand what came and what comes to `put`, called on the client's loop."""
+        self._buffer.forward(put)
+
+    def abort(self) -> None:
+        """Ask the service to stop; the stream goes on to its end, with reason `abort`."""
+        self._connection.abort(self._request_id)
+
+    def drop(self) -> None:
+        """Stop the request and hear nothing more of it; a reader gets ClosedError."""
+        if not self._buffer.ended:
+            self._connection.drop(self._request_id)
+            self._buffer.on_error(ClosedError("this stream was closed"))
+
+    async def aclose(self) -> None:
+        """The same as `drop`."""
+        self.drop()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.drop()
+
+
+class StreamCursor:
+    """One pass over a stream. It dies with the loop over it, and a request that has not ended by
+    then is dropped: that is how `break` aborts."""
+
+    def __init__(self, stream: TokenStream) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> StreamCursor:
+        return self
+
+    async def __anext__(self) -> StreamDelta:
+        delta = await self._stream.read()
+        if delta is None:
+            raise StopAsyncIteration
+        return delta
+
+    def __del__(self) -> None:
+        self._stream.drop()
+
+
+def check_timeout(timeout_s: float) -> float:
+    """The timeout, or InvalidRequestError where it is no positive number of seconds."""
+    if not 0 < timeout_s < 10_000_000:
+        raise InvalidRequestError("timeout_s must be above 0 and finite", param="timeout_s")
+    return float(timeout_s)

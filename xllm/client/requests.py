@@ -1,0 +1,88 @@
+"""What a user asks for, as a message: types are checked here, bounds by the router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from xllm.errors import InvalidRequestError
+from xllm.protocol.client import ChatMessage, SubmitRequest, TokenizeText
+from xllm.protocol.sampling import SamplingParams
+
+T = TypeVar("T")
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+Messages = Sequence[Mapping[str, Any] | ChatMessage]
+"""A conversation: mappings with `role` and `content`, as in the OpenAI API."""
+
+_REQUEST_FIELDS = frozenset(SubmitRequest.__struct_fields__) - {
+    "id", "prompt", "messages", "sampling", "stream", "timeout_ms", "resume",
+}  # fmt: skip
+
+
+def build_submit(
+    request_id: int,
+    options: Mapping[str, Any],
+    *,
+    timeout_s: float,
+    stream: bool,
+    prompt: Prompt | None = None,
+    messages: Messages | None = None,
+) -> SubmitRequest:
+    """A submit. `options` are fields of SubmitRequest (`model`, `priority`, `offline`,
+    `hold_ms`, ...) and of SamplingParams (`max_tokens`, `temperature`, ...).
+
+    InvalidRequestError names an unknown option or one of a wrong type."""
+    sampling = {}
+    fields = {}
+    for name, value in options.items():
+        if name in _REQUEST_FIELDS:
+            fields[name] = value
+        elif name in SamplingParams.__struct_fields__:
+            sampling[name] = value
+        else:
+            raise InvalidRequestError(f"unknown option {name}", param=name)
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = (sampling["stop"],)
+    if (prompt is None) == (messages is None):
+        raise InvalidRequestError("give a prompt or messages, one of them", param="prompt")
+    if prompt is not None:
+        fields["prompt"] = prompt if isinstance(prompt, str) else tuple(prompt)
+    else:
+        fields["messages"] = messages
+    fields["id"] = request_id
+    fields["type"] = "submit"
+    fields["stream"] = stream
+    fields["timeout_ms"] = max(1, int(timeout_s * 1000))
+    fields["sampling"] = sampling
+    return _convert(fields, SubmitRequest)
+
+
+def build_tokenize(
+    request_id: int,
+    model: str,
+    *,
+    text: str | None,
+    messages: Messages | None,
+    add_special_tokens: bool,
+) -> TokenizeText:
+    """A question for token ids."""
+    fields = {
+        "type": "tokenize", "id": request_id, "model": model, "text": text, "messages": messages,
+        "add_special_tokens": add_special_tokens,
+    }  # fmt: skip
+    return _convert(fields, TokenizeText)
+
+
+def _convert(fields: dict[str, Any], cls: type[T]) -> T:
+    try:
+        return msgspec.convert(fields, cls, from_attributes=True)
+    except msgspec.ValidationError as error:
+        text, _, place = str(error).partition(" - at `$")
+        param = place.rstrip("`").lstrip(".").removeprefix("sampling.") or None
+        where = f"{param}: " if param else ""
+        raise InvalidRequestError(where + text, param=param) from error
