@@ -10,14 +10,14 @@ from __future__ import annotations
 from xllm.protocol.message import ArrayMessage, ArrayPart
 
 
-class Lease(ArrayPart):
+class Lease(ArrayPart, frozen=True):
     """A lease and the time to live that was granted (never less than asked)."""
 
     id: int
     ttl_s: float
 
 
-class Entry(ArrayPart):
+class Entry(ArrayPart, frozen=True):
     """A key and its value. `create_revision`: of the write that made the key; `mod_revision`: of
     its last write; `lease_id`: 0 where it lives until deleted."""
 
@@ -28,7 +28,7 @@ class Entry(ArrayPart):
     lease_id: int = 0
 
 
-class Change(ArrayPart):
+class Change(ArrayPart, frozen=True):
     """A key was written, or (`entry` is None) went away, at this revision."""
 
     key: str
@@ -36,14 +36,14 @@ class Change(ArrayPart):
     entry: Entry | None = None
 
 
-class Listing(ArrayPart):
+class Listing(ArrayPart, frozen=True):
     """All entries under a prefix, by key, as of one revision."""
 
     entries: tuple[Entry, ...]
     revision: int
 
 
-class CasResult(ArrayPart):
+class CasResult(ArrayPart, frozen=True):
     """Whether the comparison held, and the entry as it is now (None: no such key)."""
 
     ok: bool
@@ -51,28 +51,28 @@ class CasResult(ArrayPart):
     entry: Entry | None = None
 
 
-class GrantLease(ArrayMessage):
+class GrantLease(ArrayMessage, frozen=True):
     """Ask for a lease."""
 
     id: int
     ttl_s: float
 
 
-class KeepLease(ArrayMessage):
+class KeepLease(ArrayMessage, frozen=True):
     """Start a lease's time anew."""
 
     id: int
     lease_id: int
 
 
-class RevokeLease(ArrayMessage):
+class RevokeLease(ArrayMessage, frozen=True):
     """End a lease and delete its keys."""
 
     id: int
     lease_id: int
 
 
-class PutEntry(ArrayMessage):
+class PutEntry(ArrayMessage, frozen=True):
     """Write a key."""
 
     id: int
@@ -81,28 +81,28 @@ class PutEntry(ArrayMessage):
     lease_id: int = 0
 
 
-class GetEntry(ArrayMessage):
+class GetEntry(ArrayMessage, frozen=True):
     """Read a key."""
 
     id: int
     key: str
 
 
-class ListEntries(ArrayMessage):
+class ListEntries(ArrayMessage, frozen=True):
     """Read all keys that begin with a prefix."""
 
     id: int
     prefix: str
 
 
-class DeleteEntry(ArrayMessage):
+class DeleteEntry(ArrayMessage, frozen=True):
     """Delete a key."""
 
     id: int
     key: str
 
 
-class CompareAndSet(ArrayMessage):
+class CompareAndSet(ArrayMessage, frozen=True):
     """Write a key if its mod_revision is the expected one (0: if there is no such key)."""
 
     id: int
@@ -112,7 +112,7 @@ class CompareAndSet(ArrayMessage):
     lease_id: int = 0
 
 
-class OpenWatch(ArrayMessage):
+class OpenWatch(ArrayMessage, frozen=True):
     """Tell this connection of every change under a prefix after a revision of that registry
     incarnation."""
 
@@ -123,14 +123,14 @@ class OpenWatch(ArrayMessage):
     incarnation: str = ""
 
 
-class CloseWatch(ArrayMessage):
+class CloseWatch(ArrayMessage, frozen=True):
     """No more of that watch."""
 
     id: int
     watch: int
 
 
-class PingRegistry(ArrayMessage):
+class PingRegistry(ArrayMessage, frozen=True):
     """Is anybody there?"""
 
     id: int
@@ -151,21 +151,21 @@ RegistryRequest = (
 )
 
 
-class LeaseAnswer(ArrayMessage):
+class LeaseAnswer(ArrayMessage, frozen=True):
     """A lease granted or kept; `ttl_s` 0: there is no such lease."""
 
     id: int
     lease: Lease
 
 
-class EntryAnswer(ArrayMessage):
+class EntryAnswer(ArrayMessage, frozen=True):
     """Answer to GetEntry."""
 
     id: int
     entry: Entry | None = None
 
 
-class ListingAnswer(ArrayMessage):
+class ListingAnswer(ArrayMessage, frozen=True):
     """Answer to ListEntries."""
 
     id: int
@@ -173,14 +173,14 @@ class ListingAnswer(ArrayMessage):
     incarnation: str = ""
 
 
-class WriteAnswer(ArrayMessage):
+class WriteAnswer(ArrayMessage, frozen=True):
     """Answer to a write: whether it took effect, the revision since, the entry as it is now."""
 
     id: int
     result: CasResult
 
 
-class WatchAnswer(ArrayMessage):
+class WatchAnswer(ArrayMessage, frozen=True):
     """Answer to OpenWatch, CloseWatch and PingRegistry. Not `ok`: the history no longer reaches
     back to that revision (or belongs to another incarnation): list and compare."""
 
@@ -189,14 +189,20 @@ class WatchAnswer(ArrayMessage):
     incarnation: str
 
 
-class EntriesChanged(ArrayMessage):
+class EntriesChanged(ArrayMessage, frozen=True):
     """Changes of a watch, in the order of their revisions."""
 
     watch: int
     changes: tuple[Change, ...]
 
 
-class RegistryRefused(ArrayMessage):
+class WatchLost(ArrayMessage):
+    """The history was cut before this watch was told all of it: list, compare, watch anew."""
+
+    watch: int
+
+
+class RegistryRefused(ArrayMessage, frozen=True):
     """Not done: an error's wire code and message. `id` -1: the frames did not decode."""
 
     id: int
@@ -211,5 +217,6 @@ RegistryReply = (
     | WriteAnswer
     | WatchAnswer
     | EntriesChanged
+    | WatchLost
     | RegistryRefused
 )

@@ -38,17 +38,21 @@ class KnownEntries:
             self.revision = news[-1].revision
         return news
 
-    def replace(self, listing: Listing) -> tuple[Change, ...]:
-        """Take over a listing: deletions of what is gone, then writes by revision. A deletion
-        carries the listing's revision, as its own is unknown."""
+    def replace(self, listing: Listing, *, keep_missing: bool = False) -> tuple[Change, ...]:
+        """Take over a listing: deletions of what is gone (unless those are to be kept), then
+        writes by revision. A deletion carries the listing's revision: its own is unknown."""
         listed = {entry.key: entry for entry in listing.entries}
-        gone = [Change(key, listing.revision) for key in sorted(self._entries) if key not in listed]
+        missing = [key for key in sorted(self._entries) if key not in listed]
         written = [
             Change(key, entry.mod_revision, entry)
             for key, entry in listed.items()
             if self._entries.get(key) != entry
         ]
         written.sort(key=lambda change: change.revision)
-        self._entries = listed
+        if keep_missing:
+            self._entries.update(listed)
+            missing.clear()
+        else:
+            self._entries = listed
         self.revision = listing.revision
-        return (*gone, *written)
+        return (*(Change(key, listing.revision) for key in missing), *written)

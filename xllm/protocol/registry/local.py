@@ -56,6 +56,8 @@ class LocalRegistry:
         self.store = store if store is not None else RegistryStore()
         self._clock = clock
         self._watches: list[LocalWatch] = []
+        self._listeners: list[Callable[[float], None]] = []
+        self._tell_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -67,24 +69,24 @@ class LocalRegistry:
     async def grant(self, ttl_s: float) -> Lease:
         """See Registry."""
         lease = self.store.grant(ttl_s, self._now())
-        self._changed()
+        self.changed()
         return lease
 
     async def keep_alive(self, lease_id: int) -> float:
         """See Registry."""
         ttl_s = self.store.keep_alive(lease_id, self._now())
-        self._changed()
+        self.changed()
         return ttl_s
 
     async def revoke(self, lease_id: int) -> None:
         """See Registry."""
         self.store.revoke(lease_id, self._now())
-        self._changed()
+        self.changed()
 
     async def put(self, key: str, value: bytes, lease_id: int = 0) -> int:
         """See Registry."""
         revision = self.store.put(key, value, lease_id, self._now())
-        self._changed()
+        self.changed()
         return revision
 
     async def get(self, key: str) -> Entry | None:
@@ -98,7 +100,7 @@ class LocalRegistry:
     async def delete(self, key: str) -> bool:
         """See Registry."""
         deleted = self.store.delete(key, self._now())
-        self._changed()
+        self.changed()
         return deleted
 
     async def compare_and_set(
@@ -108,7 +110,7 @@ class LocalRegistry:
         result = self.store.compare_and_set(
             key, expected_mod_revision, value, lease_id, self._now()
         )
-        self._changed()
+        self.changed()
         return result
 
     async def watch(
@@ -118,7 +120,7 @@ class LocalRegistry:
         watch = LocalWatch(self.store, prefix, on_changes, KnownEntries(after))
         self._watches.append(watch)
         watch.tell(self._now())
-        self._changed()
+        self.changed()
         return watch
 
     async def close(self) -> None:
@@ -130,25 +132,42 @@ class LocalRegistry:
         if self._timer is not None:
             self._timer.cancel()
 
+    def add_listener(self, listener: Callable[[float], None]) -> None:
+        """`listener(now)` is called in the loop, soon after each change of the store."""
+        self._listeners.append(listener)
+
+    def changed(self) -> None:
+        """The store was used: tell watches and listeners soon, come back when a lease ends."""
+        if self._closed:
+            return
+        loop = asyncio.get_running_loop()
+        if not self._tell_scheduled:
+            self._tell_scheduled = True
+            loop.call_soon(self._tell)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        expiry = self.store.next_expiry()
+        if expiry is not None:
+            delay = max(expiry - self._clock(), 0.0) + 0.01
+            self._timer = loop.call_later(delay, self._expire)
+
+    def _tell(self) -> None:
+        self._tell_scheduled = False
+        if self._closed:
+            return
+        now = self._clock()
+        self._watches = [watch for watch in self._watches if not watch.closed]
+        for watch in self._watches:
+            watch.tell(now)
+        for listener in self._listeners:
+            listener(now)
+
     def _now(self) -> float:
         if self._closed:
             raise ClosedError("the registry is closed")
         return self._clock()
 
-    def _changed(self) -> None:
-        """Let the watchers know soon, and come back when the next lease ends."""
-        loop = asyncio.get_running_loop()
-        self._watches = [watch for watch in self._watches if not watch.closed]
-        for watch in self._watches:
-            loop.call_soon(watch.tell, self._clock())
-        if self._timer is not None:
-            self._timer.cancel()
-        expiry = self.store.next_expiry()
-        self._timer = None
-        if expiry is not None:
-            delay = max(expiry - self._clock(), 0.0) + 0.01
-            self._timer = loop.call_later(delay, self._expire)
-
     def _expire(self) -> None:
         self.store.expire(self._clock())
-        self._changed()
+        self.changed()

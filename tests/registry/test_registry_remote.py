@@ -1,0 +1,221 @@
+"""The embedded registry across losses: connections, history, the server itself."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from xllm.errors import BrokenError, ConfigError, DependencyError
+from xllm.protocol.codec import Decoder
+from xllm.protocol.registry import remote_watch
+from xllm.protocol.registry.embedded import EmbeddedRegistryServer
+from xllm.protocol.registry.keeper import Registration
+from xllm.protocol.registry.local import LocalRegistry
+from xllm.protocol.registry.open import open_registry
+from xllm.protocol.registry.remote import RemoteRegistry
+from xllm.protocol.registry.store import RegistryStore
+from xllm.protocol.registry_wire import PingRegistry, RegistryRefused, RegistryReply
+from xllm.protocol.transport.context import Transport
+from xllm.protocol.transport.dealer import DealerSocket
+
+
+@pytest.fixture
+def transport():
+    transport = Transport()
+    yield transport
+    transport.close()
+
+
+def run(coroutine):
+    async def main():
+        async with asyncio.timeout(20):
+            return await coroutine
+
+    return asyncio.run(main())
+
+
+async def wait_until(condition):
+    while not condition():  # noqa: ASYNC110 - any condition, with the deadline of `run`
+        await asyncio.sleep(0.005)
+
+
+def test_no_registry_is_a_broken_error_in_time_and_shows_as_degraded(transport, tmp_path):
+    async def main():
+        registry = RemoteRegistry(transport, f"ipc://{tmp_path}/none", timeout_s=0.2)
+        assert not registry.degraded
+        with pytest.raises(BrokenError, match="did not answer"):
+            await registry.get("/a")
+        assert registry.degraded
+        await registry.close()
+
+    run(main())
+
+
+def test_a_watch_survives_the_restart_of_the_registry(transport, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_watch, "RESTART_GRACE_S", 1.0)
+
+    async def main():
+        endpoint = f"ipc://{tmp_path}/registry"
+        server = EmbeddedRegistryServer(transport, endpoint)
+        registry = RemoteRegistry(transport, endpoint, timeout_s=0.5)
+        seen = {}
+        deletions = []
+
+        def on_changes(changes):
+            for change in changes:
+                if change.entry is None:
+                    deletions.append(change.key)
+                    del seen[change.key]
+                else:
+                    seen[change.key] = change.entry.value
+
+        first = await server.registry.put("/stays", b"1")
+        await server.registry.put("/goes", b"1")
+        await registry.watch("/", on_changes)
+        assert seen == {"/stays": b"1", "/goes": b"1"}
+        await server.close()
+        await wait_until(lambda: registry.degraded)
+        assert deletions == []
+        server = EmbeddedRegistryServer(transport, endpoint)
+        assert await server.registry.put("/stays", b"2") > first
+        await wait_until(lambda: seen["/stays"] == b"2")
+        assert deletions == []
+        await wait_until(lambda: deletions == ["/goes"])
+        assert seen == {"/stays": b"2"}
+        assert not registry.degraded
+        await server.registry.put("/new", b"3")
+        await wait_until(lambda: "/new" in seen)
+        await registry.close()
+        await server.close()
+
+    run(main())
+
+
+def test_a_watch_whose_history_was_cut_lists_anew(transport):
+    async def main():
+        store = RegistryStore(max_history=4)
+        server = EmbeddedRegistryServer(transport, "inproc://cut", store=store)
+        registry = RemoteRegistry(transport, "inproc://cut")
+        seen = {}
+
+        def on_changes(changes):
+            for change in changes:
+                if change.entry is None:
+                    del seen[change.key]
+                else:
+                    seen[change.key] = change.entry.value
+
+        await server.registry.put("/gone", b"")
+        await registry.watch("/", on_changes)
+        assert "/gone" in seen
+        # In one go, so that the server cannot tell in between: the watch is lost.
+        store.delete("/gone", 0.0)
+        for number in range(50):
+            store.put(f"/{number % 10}", str(number).encode(), 0, 0.0)
+        server.registry.changed()
+        await wait_until(lambda: len(seen) == 10)
+        assert seen == {e.key: e.value for e in store.list("/", 0.0).entries}
+        await server.registry.put("/after", b"")
+        await wait_until(lambda: "/after" in seen)
+        await registry.close()
+        await server.close()
+
+    run(main())
+
+
+def test_a_gone_connection_leaves_no_watch_behind(transport, tmp_path):
+    async def main():
+        endpoint = f"ipc://{tmp_path}/registry"
+        server = EmbeddedRegistryServer(transport, endpoint)
+        registry = RemoteRegistry(transport, endpoint)
+        await registry.watch("/", lambda changes: None)
+        assert len(server._watches) == 1
+        await registry.close()
+        await wait_until(lambda: not server._watches)
+        await server.close()
+
+    run(main())
+
+
+def test_frames_that_do_not_decode_are_answered_and_harm_nobody(transport):
+    async def main():
+        server = EmbeddedRegistryServer(transport, "inproc://bad")
+        answers = []
+        dealer = DealerSocket(
+            transport, "inproc://bad", Decoder(RegistryReply), lambda m, f: answers.append(m)
+        )
+        dealer._send(b"", (b"\xc1 nonsense",))
+        dealer.send(PingRegistry(7))
+        await wait_until(lambda: len(answers) == 2)
+        assert isinstance(answers[0], RegistryRefused)
+        assert (answers[0].id, answers[0].code) == (-1, "bad_message")
+        assert answers[1].id == 7
+        dealer.close()
+        await server.close()
+
+    run(main())
+
+
+def test_a_registration_renews_and_comes_back_after_a_lost_lease():
+    async def main():
+        registry = LocalRegistry(RegistryStore())
+        record = [b"one"]
+        registration = Registration(registry, "/me", lambda: record[0], 2.0)
+        await registration.start()
+        first = registration.lease_id
+        assert (await registry.get("/me")).value == b"one"
+        record[0] = b"two"
+        await registration.refresh()
+        assert (await registry.get("/me")).value == b"two"
+        await registry.revoke(first)
+        assert await registry.get("/me") is None
+        await wait_until(lambda: registration.num_registrations == 2)
+        entry = await registry.get("/me")
+        assert (entry.value, entry.lease_id) == (b"two", registration.lease_id)
+        assert registration.lease_id != first
+        assert not registration.degraded
+        await registration.withdraw()
+        assert await registry.get("/me") is None
+        await registration.withdraw()
+        await registry.close()
+
+    run(main())
+
+
+def test_a_registration_fails_static_and_returns_with_the_registry(transport, tmp_path):
+    async def main():
+        endpoint = f"ipc://{tmp_path}/registry"
+        server = EmbeddedRegistryServer(transport, endpoint)
+        registry = RemoteRegistry(transport, endpoint, timeout_s=0.2)
+        registration = Registration(registry, "/me", lambda: b"x", 2.0)
+        await registration.start()
+        await server.close()
+        await wait_until(lambda: registration.degraded)
+        server = EmbeddedRegistryServer(transport, endpoint)
+        await wait_until(lambda: not registration.degraded)
+        assert (await server.registry.get("/me")).value == b"x"
+        assert registration.num_registrations == 2
+        await server.close()
+        await registration.withdraw()
+        await registry.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("address", "error"),
+    [
+        ("", ConfigError),
+        ("ipc", ConfigError),
+        ("http://localhost", ConfigError),
+        ("tcp://127.0.0.1:1;key=short", ConfigError),
+        ("etcd://127.0.0.1:2379", DependencyError),
+    ],
+)
+def test_addresses_that_cannot_be_opened(transport, address, error):
+    async def main():
+        with pytest.raises(error):
+            open_registry(address, transport)
+
+    run(main())

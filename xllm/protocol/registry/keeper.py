@@ -1,0 +1,110 @@
+"""Keeps a process registered: one key under one lease, for as long as the process wants.
+
+It renews at half of what remains, counted from when the last renewal was sent; a lease that is
+gone is replaced and the same key put again. A registry that does not answer changes nothing here
+(fail static): `degraded` says so, and trying goes on. It does not know what the record means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import structlog
+
+from xllm.errors import FencedError, OverloadedError, TransportError
+from xllm.protocol.registry.interface import Registry
+
+_log = structlog.get_logger("registration")
+_MIN_PAUSE_S = 0.2
+_MAX_PAUSE_S = 2.0
+
+
+class Registration:
+    """The record of this process under `key`, written as `value()` gives it at each put."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        key: str,
+        value: Callable[[], bytes],
+        ttl_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.key = key
+        self.lease_id = 0
+        self.num_registrations = 0
+        self._registry = registry
+        self._value = value
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._expires_at = 0.0
+        self._degraded = False
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the last renewal failed: others may not see this process before long."""
+        return self._degraded
+
+    async def start(self) -> None:
+        """Register, and keep it so. TransportError: the registry does not answer."""
+        await self._register()
+        self._task = asyncio.get_running_loop().create_task(self._keep(), name=f"keep {self.key}")
+
+    async def refresh(self) -> None:
+        """Write the record again, as `value()` gives it now. A registry that does not answer
+        gets it with the next registration at the latest."""
+        try:
+            await self._registry.put(self.key, self._value(), self.lease_id)
+        except FencedError:
+            await self._register()
+
+    async def withdraw(self) -> None:
+        """End the registration; where the registry does not answer, the lease will."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        lease_id, self.lease_id = self.lease_id, 0
+        if not lease_id:
+            return
+        try:
+            await self._registry.revoke(lease_id)
+        except TransportError as error:
+            _log.warning("withdrawal_unanswered", key=self.key, error=error.message)
+
+    async def _register(self) -> None:
+        sent_at = self._clock()
+        lease = await self._registry.grant(self._ttl_s)
+        await self._registry.put(self.key, self._value(), lease.id)
+        self.lease_id = lease.id
+        self._expires_at = sent_at + lease.ttl_s
+        self._degraded = False
+        self.num_registrations += 1
+
+    async def _renew(self) -> None:
+        sent_at = self._clock()
+        remaining_s = await self._registry.keep_alive(self.lease_id)
+        if remaining_s > 0:
+            self._expires_at = sent_at + remaining_s
+            self._degraded = False
+            return
+        _log.warning("lease_lost", key=self.key)
+        await self._register()
+
+    async def _keep(self) -> None:
+        pause_s = _MIN_PAUSE_S
+        while True:
+            half = (self._expires_at - self._clock()) / 2
+            await asyncio.sleep(pause_s if self._degraded else max(half, _MIN_PAUSE_S))
+            try:
+                await self._renew()
+                pause_s = _MIN_PAUSE_S
+            except (TransportError, FencedError, OverloadedError) as error:
+                pause_s = min(pause_s * 2, _MAX_PAUSE_S)
+                if not self._degraded:
+                    _log.warning("registry_unreachable", key=self.key, error=error.message)
+                self._degraded = True

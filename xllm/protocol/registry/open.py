@@ -1,0 +1,38 @@
+"""Chooses a registry's implementation by its address; knows nothing else of it."""
+
+from __future__ import annotations
+
+from xllm.errors import ConfigError, DependencyError
+from xllm.protocol.registry.interface import Registry
+from xllm.protocol.registry.remote import RemoteRegistry
+from xllm.protocol.transport.context import Transport
+
+_KEY_MARK = ";key="
+
+
+def open_registry(address: str, transport: Transport, *, timeout_s: float = 3.0) -> Registry:
+    """The registry at `ipc://path`, `inproc://name` or `tcp://host:port[;key=PUBLIC_KEY]`.
+
+    The key is the public key of the node that serves the registry; without it a process that has
+    keys expects its own node's. Returns at once: the first call waits for the connection. Raises
+    ConfigError for no or a malformed address, DependencyError for etcd, which is not spoken yet."""
+    endpoint, mark, server_key = address.partition(_KEY_MARK)
+    scheme, separator, _ = endpoint.partition("://")
+    if scheme == "etcd":
+        raise DependencyError(
+            f"{address}: etcd is not supported yet; use the embedded registry (xllm registry)",
+            param="cluster.registry",
+        )
+    if scheme not in ("ipc", "inproc", "tcp") or not separator:
+        raise ConfigError(
+            f"registry address {address!r}: ipc://, inproc:// or tcp:// is expected",
+            param="cluster.registry",
+        )
+    if mark and len(server_key) != 40:
+        raise ConfigError(
+            f"registry address: a public key has 40 characters, not {len(server_key)}",
+            param="cluster.registry",
+        )
+    if scheme == "tcp" and not server_key and transport.security is not None:
+        server_key = transport.security.public_key
+    return RemoteRegistry(transport, endpoint, server_key=server_key, timeout_s=timeout_s)
