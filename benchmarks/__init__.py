@@ -1,0 +1,1 @@
+"""Performance measurements: programs that a person runs, never timed tests."""
