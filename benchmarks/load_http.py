@@ -16,6 +16,7 @@ import json
 import re
 import time
 import urllib.parse
+from typing import Any
 
 import uvloop
 
@@ -59,8 +60,7 @@ class Connection(asyncio.Protocol):
         self.load = load
         self.buffer = b""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: Any) -> None:
         self.transport = transport
         self.fire()
 

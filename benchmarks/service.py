@@ -30,7 +30,7 @@ YARDSTICK = 100_000.0
 ZMQ = "{python} -m benchmarks.load_zmq --endpoint {zmq} --seconds {seconds} "
 HTTP = "{python} -m benchmarks.load_http --url {http}/v1/chat/completions --seconds {seconds} "
 
-# name: (command, figure, target, unit)
+# Each case: its command, the figure to take, the target, the unit.
 CASES: dict[str, tuple[str, str, float, str]] = {
     "zmq-1": (ZMQ + "--concurrency 64 --tokens 1 --batch", "requests_s", 4000, "requests/s"),
     "zmq-stream-hold": (
