@@ -34,8 +34,9 @@ class Executor(Protocol):
         stands. Safe to read from any thread."""
 
     def load(self, progress: LoadObserver) -> WorkerReady:
-        """Read the weights, allocate the KV memory, say what is known now. Raises an XllmError
-        where that cannot be done; the executor is of no use then."""
+        """Read the weights, allocate the KV memory, say what is known now. Called again, it
+        forgets all sequences and keeps what is loaded. Raises an XllmError where it cannot be
+        done; the executor is of no use then."""
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one plan. An item that cannot run is reported in `result.failed`; an exception

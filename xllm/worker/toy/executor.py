@@ -70,6 +70,7 @@ class ToyExecutor:
 
     def load(self, progress: LoadObserver) -> WorkerReady:
         """Ready at once."""
+        self._sequences.clear()
         progress(1, 1)
         size, block = self._vocab_size, self._arena.block_size
         mark = f"xllm toy {self._model} {size} {self._ids} {block} {self._memory}"

@@ -1,0 +1,154 @@
+"""A real worker process: what it imports, how fast it starts, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import uvloop
+
+from tests.worker.process.fake_master import FakeMaster
+from xllm.config.load import encode_settings
+from xllm.config.settings import (
+    ClusterSettings,
+    MasterSettings,
+    ModelSettings,
+    Settings,
+    WorkerSettings,
+)
+from xllm.errors import DependencyError
+from xllm.protocol.actor.children import ChildExit, Children, ChildSpec
+from xllm.protocol.sampling import SamplingParams
+from xllm.protocol.step import (
+    NewSequence,
+    StepItem,
+    StepPlan,
+    StepResult,
+    StopWorker,
+    WorkerFailed,
+    WorkerReady,
+)
+from xllm.protocol.transport.context import Transport
+from xllm.worker.process import main
+from xllm.worker.toy.stream import predict
+
+FRESH = """
+import sys
+from xllm.config.settings import Settings, WorkerSettings
+from xllm.worker import process
+from xllm.worker.factory import make_executor
+make_executor(Settings(worker=WorkerSettings(engine="toy"))).load(lambda done, total: None)
+heavy = {"torch", "numpy", "transformers", "tokenizers"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+
+
+@pytest.mark.process
+def test_the_toy_worker_starts_light_and_fast() -> None:
+    cpu_s = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        cpu_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    # Processor time, the best of three: a busy machine must not fail this.
+    assert min(cpu_s) < 0.3
+
+
+async def spawn_worker(master: FakeMaster, model_path: str = ""):
+    exits: list[ChildExit] = []
+    children = Children(exits.append)
+    settings = Settings(
+        cluster=ClusterSettings(heartbeat_s=0.05, log_level="warning"),
+        master=MasterSettings(name="m", worker_endpoint=master.socket.endpoint),
+        worker=WorkerSettings(engine="toy"),
+        model=ModelSettings(path=model_path),
+    )
+    children.start(ChildSpec("worker", main, (encode_settings(settings),)))
+    return children, exits
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("end", ["stop", "sigterm", "sigkill", "refused"])
+def test_a_worker_process_serves_and_ends(tmp_path, end: str) -> None:
+    async def scenario() -> None:
+        transport = Transport()
+        master = FakeMaster(transport, f"ipc://{tmp_path}/w")
+        if end == "refused":
+            (tmp_path / "tokenizer.json").write_text("no JSON")
+        children, exits = await spawn_worker(master, str(tmp_path))
+        try:
+            if end == "refused":
+                failed = await master.wait_for(WorkerFailed)
+                assert "tokenizer.json" in failed.message
+                await master.until(lambda: exits)
+                assert exits[0].code == DependencyError.exit_code
+                return
+            await master.wait_for(WorkerReady)
+            sampling = SamplingParams(seed=1)
+            new = NewSequence(0, (30, 31), (), sampling, 0)
+            master.send(StepPlan(0, (StepItem(0, 0, 0, 2, (1,)),), (new,)))
+            result = await master.wait_for(StepResult)
+            assert list(result.tokens[0]) == predict((30, 31), sampling, 0, 1)
+            if end == "stop":
+                master.send(StopWorker())
+            else:
+                number = signal.SIGTERM if end == "sigterm" else signal.SIGKILL
+                children.signal("worker", number)
+            await master.until(lambda: exits and master.gone)
+            assert exits[0].code == (-signal.SIGKILL if end == "sigkill" else 0)
+        finally:
+            children.kill_all()
+            await master.until(lambda: not children.pids)
+            master.socket.close()
+            transport.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(scenario(), 90))
+
+
+@pytest.mark.process
+def test_a_worker_dies_with_its_parent(tmp_path) -> None:
+    code = f"""
+import asyncio, os
+from tests.worker.process.test_worker_process import FakeMaster, spawn_worker
+from xllm.protocol.step import WorkerReady
+from xllm.protocol.transport.context import Transport
+async def scenario():
+    master = FakeMaster(Transport(), "ipc://{tmp_path}/w")
+    children, _ = await spawn_worker(master)
+    await master.wait_for(WorkerReady)
+    print(children.pids["worker"], flush=True)
+    os.kill(os.getpid(), 9)
+if __name__ == "__main__":
+    asyncio.run(scenario())
+"""
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    environ = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, env=environ
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pid = int(done.stdout)
+
+    async def scenario() -> None:
+        async with asyncio.timeout(2):
+            while os.path.exists(f"/proc/{pid}") and not _is_zombie(pid):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True

@@ -1,0 +1,206 @@
+"""The worker's shell: messages between the master and the engine, and pulses.
+
+It decides when to greet, what is dropped while no master listens, and when the process must end.
+It knows no model. Invariant: a WorkerHello is the first message of every connection; results of a
+plan go to the connection that the plan came from, or nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+
+import structlog
+
+from xllm.config.settings import Settings
+from xllm.errors import InvariantError, TransportError, XllmError
+from xllm.protocol.actor.base import Actor
+from xllm.protocol.actor.reporter import LaunchReporter
+from xllm.protocol.codec import Decoder
+from xllm.protocol.step import (
+    LoadModel,
+    LoadProgress,
+    MasterMessage,
+    StepPlan,
+    StepResult,
+    StopWorker,
+    WorkerFailed,
+    WorkerHello,
+    WorkerMessage,
+    WorkerPulse,
+    WorkerReady,
+)
+from xllm.protocol.transport.context import Transport
+from xllm.protocol.transport.dealer import DealerSocket
+from xllm.protocol.transport.security import Security
+from xllm.worker.engine import Engine, EngineAnswer, InlineEngine, JobRunner, ThreadEngine
+from xllm.worker.executor import Executor
+from xllm.worker.meter import StepMeter
+
+_log = structlog.get_logger("worker")
+
+LAST_WORD_S = 0.1
+"""What a last message gets to leave the socket, which closes without lingering."""
+METRICS_EVERY = 5
+"""Pulses between two that carry metrics."""
+STEP_GRACE_S = 30.0
+"""What the step in flight gets at a shutdown before the process ends without it."""
+
+
+class WorkerActor(Actor):
+    """One device's worker, connected to `settings.master.worker_endpoint`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        make: Callable[[Settings], Executor],
+        transport: Transport | None = None,
+    ) -> None:
+        super().__init__(worker_name(settings), transport)
+        self._settings = settings
+        self._rank = settings.worker.rank
+        self._incarnation = uuid.uuid4().hex
+        self._engine = self._make_engine(JobRunner(lambda: make(settings), self._rank))
+        self._closers: list[Callable[[], None]] = []
+        self._ready: WorkerReady | None = None
+        self._load_failure: WorkerFailed | None = None
+        self._fresh = False  # loaded, and no plan ran since
+        self._loading = False
+        self._meter = StepMeter()
+        self._num_pulses = 0
+        self._num_unsent = 0
+
+    def make_transport(self) -> Transport:
+        """With the node's keys, if it has any."""
+        keys_dir = self._settings.cluster.keys_dir
+        return Transport(Security.load(keys_dir) if keys_dir else None)
+
+    async def start(self) -> None:
+        """Connect to the master and begin to load the model."""
+        settings = self._settings
+        self._reporter = LaunchReporter(
+            self.transport, settings.cluster.launcher, "worker", self.name
+        )
+        self._closers.append(self._reporter.close)
+        self._reporter.started(f"{settings.worker.engine} engine")
+        self._engine.start()
+        security = self.transport.security
+        self._socket: DealerSocket[MasterMessage] = DealerSocket(
+            self.transport,
+            settings.master.worker_endpoint,
+            Decoder(MasterMessage),
+            self._on_message,
+            on_connected=self._greet,
+            on_gone=self._master_gone,
+            # Master and workers of a node share the node's keys.
+            server_key=security.public_key if security is not None else "",
+            name="master",
+        )
+        self._closers.append(self._socket.close)
+        if self._socket.connected:
+            self._greet()
+        self._load()
+        self.every(settings.cluster.heartbeat_s, self._pulse)
+
+    async def stop(self) -> None:
+        """Finish the step in flight, then close."""
+        if not await self._engine.stop(STEP_GRACE_S):
+            _log.warning("engine_abandoned", counter=self._engine.counter)
+        for close in reversed(self._closers):
+            close()
+
+    def _make_engine(self, runner: JobRunner) -> Engine:
+        worker = self._settings.worker
+        if worker.engine == "toy" and worker.toy_step_ms == 0:
+            return InlineEngine(runner, self._deliver)
+        return ThreadEngine(runner, self._deliver)
+
+    # -- from the master ---------------------------------------------------------------------
+
+    def _on_message(self, message: MasterMessage, frames: list[bytes]) -> None:
+        if isinstance(message, StepPlan):
+            self._fresh = False
+            self._engine.submit(message)
+        elif isinstance(message, StopWorker):
+            self.request_stop()
+        elif not isinstance(message, LoadModel):
+            self._engine.submit(message)
+        elif self._fresh and self._ready is not None:
+            self._send(self._ready)
+        elif not self._loading:
+            self._load()
+
+    def _load(self) -> None:
+        self._loading = True
+        self._engine.submit(LoadModel(self._settings.model.name))
+
+    def _greet(self) -> None:
+        worker = self._settings.worker
+        self._send(WorkerHello(self._rank, self._incarnation, os.getpid(), worker.device))
+        if self._load_failure is not None:
+            self._send(self._load_failure)
+        elif self._ready is not None:
+            self._send(self._ready)
+
+    def _master_gone(self) -> None:
+        _log.warning("master_gone", endpoint=self._socket.endpoint)
+        self._socket.discard_queued()
+
+    # -- to the master -----------------------------------------------------------------------
+
+    def _deliver(self, answer: EngineAnswer) -> None:
+        try:
+            message, frames, error = answer
+            self._send(message, frames)
+            if isinstance(message, StepResult):
+                self._meter.add(message)
+            elif isinstance(message, LoadProgress):
+                self._reporter.progress(message.loaded_bytes, message.total_bytes)
+            elif isinstance(message, WorkerReady):
+                self._loaded(message)
+            elif isinstance(message, WorkerFailed) and error is not None:
+                self._engine_failed(message, error)
+        except Exception as failure:
+            # The engine's hand-over must go on with its next answer.
+            self._failed(failure)
+
+    def _loaded(self, ready: WorkerReady) -> None:
+        self._loading = False
+        self._fresh = True
+        if self._ready is None:
+            _log.info("model_loaded", model=ready.model, device=ready.device, load_s=ready.load_s)
+            self._reporter.ready(detail=f"{ready.model} on {ready.device}")
+        self._ready = ready
+
+    def _engine_failed(self, message: WorkerFailed, error: XllmError) -> None:
+        _log.error("engine_failed", step=message.step, code=message.code, error=message.message)
+        if message.step < 0:
+            self._load_failure = message
+            self._reporter.failed(message.code, message.message)
+        if message.step < 0 or isinstance(error, InvariantError):
+            self.later(LAST_WORD_S, self.request_stop, error.exit_code)
+
+    def _pulse(self) -> None:
+        self._num_pulses += 1
+        metrics = b"" if self._num_pulses % METRICS_EVERY else self._meter.prometheus(self._rank)
+        engine = self._engine
+        self._send(WorkerPulse(self._rank, engine.counter, engine.busy, metrics))
+
+    def _send(self, message: WorkerMessage, frames: tuple[bytes, ...] = ()) -> None:
+        """Send now or not at all: what is said while no master listens concerns nobody, and the
+        next master is greeted first."""
+        if not self._socket.connected:
+            self._num_unsent += 1
+            return
+        try:
+            self._socket.send(message, frames)
+        except TransportError as error:
+            self._num_unsent += 1
+            _log.warning("message_unsent", kind=type(message).__name__, error=error.message)
+
+
+def worker_name(settings: Settings) -> str:
+    """The name of this process in logs and reports."""
+    rank = f"worker-{settings.worker.rank}"
+    return f"{settings.master.name}/{rank}" if settings.master.name else rank
