@@ -1,0 +1,1 @@
+"""The HTTP front end: OpenAI-compatible endpoints over the router's service."""

@@ -1,0 +1,160 @@
+"""The ASGI application: who may enter, where a path leads, and how every error looks.
+
+Invariant: each request gets exactly one response; whatever is raised below becomes a JSON error
+that tells no internals, and ends that request only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Protocol
+
+import structlog
+from starlette.routing import Route, Router
+
+from xllm.errors import (
+    AuthenticationError,
+    MethodNotAllowedError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnsupportedMediaTypeError,
+    XllmError,
+)
+from xllm.router.front import Tenant
+from xllm.router.http.auth import Gate, Header
+from xllm.router.http.context import Caller, FrontContext
+from xllm.router.http.convert import trace_of
+from xllm.router.http.describe import (
+    DetokenizeEndpoint,
+    LiveEndpoint,
+    MetricsEndpoint,
+    ModelsEndpoint,
+    ReadyEndpoint,
+    TokenizeEndpoint,
+    VersionEndpoint,
+)
+from xllm.router.http.generate import ChatEndpoint, CompletionEndpoint
+from xllm.router.http.problem import Problem, problem_of
+from xllm.router.http.respond import ClientGone, Receive, Scope, Send, send_problem
+
+LOG = structlog.get_logger(__name__)
+
+
+class Endpoint(Protocol):
+    """What a path leads to."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """HTTP methods that it answers."""
+        ...
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Answer one request."""
+        ...
+
+
+class CheckedEndpoint:
+    """An endpoint behind the checks of method and media type."""
+
+    __slots__ = ("_endpoint", "_has_body", "_methods")
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._methods = endpoint.methods
+        self._has_body = "POST" in endpoint.methods
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check, then answer."""
+        if scope["method"] not in self._methods:
+            error = MethodNotAllowedError(f"only {' and '.join(self._methods)} is allowed here")
+            allowed = ", ".join(self._methods).encode()
+            await send_problem(send, Problem(error), [(b"allow", allowed)])
+            return
+        if self._has_body:
+            check_media(scope["headers"])
+        await self._endpoint(scope, receive, send)
+
+
+def check_media(headers: list[Header]) -> None:
+    """A body must be plain JSON. (A web page of another origin cannot send that unasked.)"""
+    kind = b""
+    for name, value in headers:
+        if name == b"content-type":
+            kind = value
+        elif name == b"content-encoding" and value.lower() != b"identity":
+            raise UnsupportedMediaTypeError("compressed bodies are not accepted")
+    if kind != b"application/json" and not is_json(kind):
+        raise UnsupportedMediaTypeError("content-type must be application/json")
+
+
+def is_json(content_type: bytes) -> bool:
+    """Whether a content type is JSON, whatever its parameters; its charset must be UTF-8."""
+    kind, _, parameters = content_type.lower().partition(b";")
+    charset = parameters.replace(b" ", b"").replace(b'"', b"")
+    plain = b"charset=" not in charset or b"charset=utf-8" in charset
+    return kind.strip() == b"application/json" and plain
+
+
+class NoSuchPath:
+    """Where every other path leads."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse."""
+        raise NotFoundError("no such path")
+
+
+def routes_of(context: FrontContext) -> list[Route]:
+    """All paths of the front end; the busiest stand first."""
+    ready = ReadyEndpoint(context)
+    models = ModelsEndpoint(context)
+    table: list[tuple[str, Endpoint]] = [
+        ("/v1/chat/completions", ChatEndpoint(context)),
+        ("/v1/completions", CompletionEndpoint(context)),
+        ("/v1/models", models),
+        ("/v1/models/{name:path}", models),
+        ("/tokenize", TokenizeEndpoint(context)),
+        ("/detokenize", DetokenizeEndpoint(context)),
+        ("/health/live", LiveEndpoint()),
+        ("/health/ready", ready),
+        ("/health", ready),
+        ("/metrics", MetricsEndpoint(context)),
+        ("/version", VersionEndpoint()),
+    ]
+    return [Route(path, CheckedEndpoint(endpoint), name=path) for path, endpoint in table]
+
+
+class HttpApplication:
+    """The ASGI callable that uvicorn runs."""
+
+    def __init__(self, context: FrontContext, gate: Gate) -> None:
+        self._gate = gate
+        self._context = context
+        self._router = Router(routes_of(context), redirect_slashes=False, default=NoSuchPath())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, whatever happens."""
+        try:
+            tenant = self._admit(scope)
+            connection = scope["connection"]
+            trace = ""
+            for name, value in scope["headers"]:
+                if name == b"traceparent":
+                    trace = trace_of(value)
+            scope["caller"] = Caller(tenant, connection, trace)
+            await self._router(scope, receive, send)
+        except ClientGone:
+            return
+        except Exception as error:
+            if not isinstance(error, XllmError | Problem):
+                LOG.exception("request_failed", path=scope["path"][:200])
+            headers = [(b"connection", b"close")] if refused_early(error) else []
+            await send_problem(send, problem_of(error), headers)
+
+    def _admit(self, scope: Scope) -> Tenant:
+        client = scope["client"]
+        return self._gate.admit(scope["path"], scope["headers"], client[0] if client else "")
+
+
+def refused_early(error: Exception) -> bool:
+    """Whether the body of the request was not wanted: the connection ends with the answer."""
+    return isinstance(error, AuthenticationError | PermissionDeniedError)

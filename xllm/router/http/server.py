@@ -1,0 +1,134 @@
+"""The HTTP server inside the router's process: starts, sweeps its connections, stops.
+
+Knows uvicorn and sockets, no endpoints. Invariant: the address is bound before `start` returns,
+and nothing here touches the process's signal handlers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import socket
+import time
+from collections.abc import Generator
+from typing import Any, cast
+
+import uvicorn
+
+from xllm.config.settings import Settings
+from xllm.errors import ConfigError
+from xllm.router.http.application import HttpApplication
+from xllm.router.http.auth import Gate, check_exposure, read_key_file
+from xllm.router.http.context import FrontContext
+from xllm.router.http.limits import HttpLimits, limits_of
+from xllm.router.http.protocol import GuardedProtocol
+from xllm.router.service import RouterService
+
+BACKLOG = 2048
+
+
+class QuietServer(uvicorn.Server):
+    """uvicorn's server, as a part of a process that has its own signal handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave signals to the process."""
+        yield
+
+
+class HttpFront:
+    """The HTTP front end of one router."""
+
+    def __init__(
+        self, service: RouterService, settings: Settings, *, limits: HttpLimits | None = None
+    ) -> None:
+        check_exposure(settings.router)
+        path = settings.router.api_key_file
+        gate = Gate(read_key_file(path) if path else {})
+        self._settings = settings
+        self._limits = limits or limits_of(settings.router)
+        context = FrontContext(service, settings.router, self._limits, int(time.time()))
+        self._application = HttpApplication(context, gate)
+        self._server: QuietServer | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._sweep: asyncio.TimerHandle | None = None
+
+    async def start(self) -> str:
+        """Listen, and return the address as `http://host:port`."""
+        sock = bind(self._settings.router.host, self._settings.router.port)
+        host, port = sock.getsockname()[:2]
+        server = QuietServer(self._config())
+        self._server = server
+        self._serving = asyncio.create_task(server.serve(sockets=[sock]), name="http")
+        while not server.started:
+            if self._serving.done():
+                await self._serving
+                raise ConfigError(f"the HTTP server did not start on {host}:{port}")
+            await asyncio.sleep(0.001)
+        self._arm_sweep()
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def stop(self) -> None:
+        """Accept nothing more, let open responses end (the service has ended their requests),
+        close."""
+        if self._sweep is not None:
+            self._sweep.cancel()
+        if self._server is None or self._serving is None:
+            return
+        self._server.should_exit = True
+        await self._serving
+
+    @property
+    def num_connections(self) -> int:
+        """Open connections."""
+        return len(self._server.server_state.connections) if self._server else 0
+
+    def _config(self) -> uvicorn.Config:
+        protocol: Any = functools.partial(GuardedProtocol, limits=self._limits)
+        return uvicorn.Config(
+            cast("Any", self._application),
+            http=protocol,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            proxy_headers=False,
+            server_header=False,
+            access_log=False,
+            log_config=None,
+            log_level="critical",
+            backlog=BACKLOG,
+            timeout_keep_alive=cast("int", self._limits.keep_alive_s),
+            timeout_graceful_shutdown=max(1, round(self._settings.cluster.shutdown_s)),
+        )
+
+    def _arm_sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._sweep = loop.call_later(self._limits.sweep_s, self._check_connections)
+
+    def _check_connections(self) -> None:
+        assert self._server is not None
+        now = asyncio.get_running_loop().time()
+        for connection in list(self._server.server_state.connections):
+            cast("GuardedProtocol", connection).check_time(now)
+        self._arm_sweep()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens on one address; ConfigError where it cannot."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, number, _, address = found[0]
+        sock = socket.socket(family, kind, number)
+    except OSError as error:
+        raise ConfigError(f"{host}: {error.strerror}", param="router.host") from error
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        message = f"cannot listen on {host}:{port}: {error.strerror}"
+        raise ConfigError(message, param="router.port") from error
+    sock.setblocking(False)
+    return sock
