@@ -1,0 +1,1 @@
+"""Attention of mixed batches over paged KV."""

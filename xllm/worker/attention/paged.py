@@ -1,0 +1,107 @@
+"""Attention of a mixed batch over the paged pool, in torch alone.
+
+The blocks that a part of the batch sees are gathered into a workspace and attended by
+`scaled_dot_product_attention`, which accumulates its softmax in fp32. The heads of a group share
+their keys: in a decode they are the rows of one query, so that nothing is repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from xllm.worker.attention.plan import DecodeGroup, PrefillPart, WindowPlan
+from xllm.worker.memory.pool import KvPool
+
+
+class AttentionWorkspace:
+    """Memory for gathered keys and values, kept between steps: fresh memory for each layer of
+    each step costs more than the gathering itself."""
+
+    def __init__(self, pool: KvPool, dtype: torch.dtype, device: torch.device) -> None:
+        layout = pool.layout
+        self._numbers = layout.block_size * layout.num_kv_heads * layout.head_dim
+        self._memory = torch.empty((2, 0, self._numbers), dtype=dtype, device=device)
+
+    def take(self, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the keys and the values of blocks, each [num_blocks, block numbers]; valid
+        until the next call."""
+        if self._memory.shape[1] < num_blocks:
+            # Both are let go first: never two at once.
+            dtype, device = self._memory.dtype, self._memory.device
+            self._memory = torch.empty(0, dtype=dtype, device=device)
+            self._memory = torch.empty((2, num_blocks, self._numbers), dtype=dtype, device=device)
+        return self._memory[0, :num_blocks], self._memory[1, :num_blocks]
+
+
+class PagedAttention:
+    """The attention of one step: `slots` [rows] say where its keys and values go, `plans` holds
+    the plan of each window, `windows` the window of each layer."""
+
+    def __init__(
+        self,
+        pool: KvPool,
+        workspace: AttentionWorkspace,
+        slots: torch.Tensor,
+        plans: dict[int, WindowPlan],
+        windows: tuple[int, ...],
+    ) -> None:
+        self._pool = pool
+        self._workspace = workspace
+        self._slots = slots
+        self._plans = plans
+        self._windows = windows
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Write k and v [rows, kv_heads, head_dim] of all rows, then attend q
+        [rows, heads, head_dim]: [rows, heads * head_dim]. Rows of one step see each other's
+        keys where their block tables share them."""
+        self._pool.write(layer, self._slots, k, v)
+        plan = self._plans[self._windows[layer]]
+        if len(plan.decodes) == 1 and plan.decodes[0].rows is None:
+            return self._decode(layer, plan.decodes[0], q)
+        out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
+        for group in plan.decodes:
+            assert group.rows is not None
+            out[group.rows] = self._decode(layer, group, q[group.rows])
+        for part in plan.prefills:
+            rows = slice(part.first_row, part.first_row + part.num_rows)
+            out[rows] = self._prefill(layer, part, q[rows], k[rows], v[rows])
+        return out
+
+    def _gathered(
+        self, layer: int, block_ids: torch.Tensor, batch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of blocks [batch * width] as [batch, kv_heads, tokens, head_dim]."""
+        keys, values = self._workspace.take(block_ids.shape[0])
+        self._pool.gather(layer, block_ids, keys, values)
+        layout = self._pool.layout
+        shape = (batch, -1, layout.num_kv_heads, layout.head_dim)
+        return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
+
+    def _decode(self, layer: int, group: DecodeGroup, q: torch.Tensor) -> torch.Tensor:
+        keys, values = self._gathered(layer, group.block_ids, group.batch)
+        # Heads that share keys become rows: [batch, kv_heads, group, head_dim].
+        folded = q.reshape(group.batch, keys.shape[1], -1, keys.shape[3])
+        found = F.scaled_dot_product_attention(folded, keys, values, attn_mask=group.mask)
+        return found.reshape(group.batch, -1)
+
+    def _prefill(
+        self, layer: int, part: PrefillPart, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        query = q.transpose(0, 1)[None]
+        if part.fresh:
+            found = F.scaled_dot_product_attention(
+                query,
+                k.transpose(0, 1)[None],
+                v.transpose(0, 1)[None],
+                is_causal=True,
+                enable_gqa=True,
+            )
+        else:
+            assert part.block_ids is not None
+            keys, values = self._gathered(layer, part.block_ids, 1)
+            found = F.scaled_dot_product_attention(
+                query, keys, values, attn_mask=part.mask, enable_gqa=True
+            )
+        return found[0].transpose(0, 1).reshape(part.num_rows, -1)

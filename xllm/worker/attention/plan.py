@@ -1,0 +1,195 @@
+"""Which keys each row of a step sees: index tensors and masks, made once a step and window.
+
+Rows are laid out span by span. A span of one row is a decode: decodes of similar length are put
+into one padded batch. Longer spans are prefill chunks, attended one by one. Padding is the
+sequence's own first block, masked: no other sequence's numbers are ever read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+_MAX_GROUP_TOKENS = 1 << 15
+"""KV tokens that one padded batch of decodes gathers at most (a longer sequence goes alone)."""
+
+_MAX_CHUNK_ROWS = 512
+"""Rows of a prefill chunk that are attended at a time: bounds the mask."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of one sequence: positions [start, start + num_rows), over a block table that
+    reaches at least to their end."""
+
+    start: int
+    num_rows: int
+    block_ids: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        """Tokens of KV once the rows are written."""
+        return self.start + self.num_rows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Decodes attended together: `rows` [batch] (int64, None: all rows of the step in order),
+    blocks [batch * width], additive mask [batch, 1, 1, width * block_size]."""
+
+    rows: torch.Tensor | None
+    batch: int
+    width: int
+    block_ids: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefillPart:
+    """Rows [first_row, first_row + num_rows) of one sequence. Fresh: they see each other alone,
+    causally, and nothing is gathered. Else blocks [width] and an additive mask
+    [num_rows, width * block_size]."""
+
+    first_row: int
+    num_rows: int
+    fresh: bool
+    block_ids: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WindowPlan:
+    """The work of one step for layers of one window."""
+
+    decodes: tuple[DecodeGroup, ...]
+    prefills: tuple[PrefillPart, ...]
+
+
+def write_slots(spans: Sequence[Span], block_size: int) -> list[int]:
+    """The slot (block * block_size + offset) of every row, in order."""
+    slots: list[int] = []
+    for span in spans:
+        ids = span.block_ids
+        if span.num_rows == 1:
+            block, offset = divmod(span.start, block_size)
+            slots.append(ids[block] * block_size + offset)
+            continue
+        position = span.start
+        while position < span.end:
+            block, offset = divmod(position, block_size)
+            count = min(block_size - offset, span.end - position)
+            first = ids[block] * block_size + offset
+            slots.extend(range(first, first + count))
+            position += count
+    return slots
+
+
+def plan_window(
+    spans: Sequence[Span],
+    window: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> WindowPlan:
+    """The plan of a step's spans for one window (0: full attention)."""
+    planner = _Planner(window, block_size, dtype, device)
+    decodes: list[tuple[int, Span]] = []
+    prefills: list[PrefillPart] = []
+    row = 0
+    for span in spans:
+        if span.num_rows == 1:
+            decodes.append((row, span))
+        else:
+            prefills.extend(planner.prefill(row, span))
+        row += span.num_rows
+    groups = tuple(planner.decode(part, row) for part in planner.grouped(decodes))
+    return WindowPlan(groups, tuple(prefills))
+
+
+class _Planner:
+    def __init__(
+        self, window: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._window = window
+        self._block_size = block_size
+        self._dtype = dtype
+        self._device = device
+
+    def _visible_blocks(self, first_position: int, end: int) -> tuple[int, int]:
+        """Blocks [first, last) that rows from `first_position` to `end` may see."""
+        first = max(first_position - self._window + 1, 0) if self._window else 0
+        return first // self._block_size, -(-end // self._block_size)
+
+    def grouped(self, decodes: list[tuple[int, Span]]) -> list[list[tuple[int, Span]]]:
+        """Decodes by the power of two over their block count: padding at most doubles them."""
+        buckets: dict[int, list[tuple[int, Span]]] = {}
+        for item in decodes:
+            first, last = self._visible_blocks(item[1].start, item[1].end)
+            buckets.setdefault((last - first - 1).bit_length(), []).append(item)
+        parts: list[list[tuple[int, Span]]] = []
+        for exponent, items in sorted(buckets.items()):
+            size = max(_MAX_GROUP_TOKENS // (self._block_size << exponent), 1)
+            parts.extend(items[at : at + size] for at in range(0, len(items), size))
+        return parts
+
+    def decode(self, items: list[tuple[int, Span]], num_rows: int) -> DecodeGroup:
+        tables: list[list[int]] = []
+        bounds: list[tuple[int, int]] = []
+        for _, span in items:
+            first, last = self._visible_blocks(span.start, span.end)
+            tables.append(list(span.block_ids[first:last]))
+            origin = first * self._block_size
+            low = max(span.end - self._window, 0) if self._window else 0
+            bounds.append((low - origin, span.end - origin))
+        width = max(len(table) for table in tables)
+        flat = [block for table in tables for block in _padded(table, width)]
+        columns = torch.arange(width * self._block_size, device=self._device)
+        limits = torch.tensor(bounds, dtype=torch.int64, device=self._device)
+        hidden = (columns < limits[:, :1]) | (columns >= limits[:, 1:])
+        rows = [row for row, _ in items]
+        return DecodeGroup(
+            None
+            if len(rows) == num_rows
+            else torch.tensor(rows, dtype=torch.int64, device=self._device),
+            len(items),
+            width,
+            torch.tensor(flat, dtype=torch.int64, device=self._device),
+            self._additive(hidden)[:, None, None, :],
+        )
+
+    def prefill(self, row: int, span: Span) -> list[PrefillPart]:
+        if span.start == 0 and (not self._window or span.num_rows <= self._window):
+            return [PrefillPart(row, span.num_rows, fresh=True)]
+        parts = []
+        for offset in range(0, span.num_rows, _MAX_CHUNK_ROWS):
+            count = min(_MAX_CHUNK_ROWS, span.num_rows - offset)
+            start = span.start + offset
+            first, last = self._visible_blocks(start, start + count)
+            origin = first * self._block_size
+            positions = torch.arange(start, start + count, device=self._device)[:, None]
+            columns = torch.arange(origin, last * self._block_size, device=self._device)
+            hidden = columns > positions
+            if self._window:
+                hidden |= columns <= positions - self._window
+            parts.append(
+                PrefillPart(
+                    row + offset,
+                    count,
+                    fresh=False,
+                    block_ids=torch.tensor(
+                        list(span.block_ids[first:last]), dtype=torch.int64, device=self._device
+                    ),
+                    mask=self._additive(hidden),
+                )
+            )
+        return parts
+
+    def _additive(self, hidden: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
+        return mask.masked_fill_(hidden, float("-inf"))
+
+
+def _padded(table: list[int], width: int) -> list[int]:
+    return table + table[:1] * (width - len(table))

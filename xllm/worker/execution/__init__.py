@@ -1,0 +1,1 @@
+"""Running step plans with a native model."""

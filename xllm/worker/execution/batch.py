@@ -1,0 +1,100 @@
+"""From a plan's items to the rows of a forward pass; items that cannot run are set aside.
+
+Pure but for the sequence table that it reads and extends with the items' new blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from xllm.errors import EngineError
+from xllm.protocol.step import ItemKind, ItemOptions, StepItem
+from xllm.worker.attention.plan import Span
+from xllm.worker.execution.sequences import SequenceState, SequenceTable
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BatchEntry:
+    """An item that runs: its place in the plan, its sequence and its rows' place."""
+
+    index: int
+    item: StepItem
+    state: SequenceState
+    first_row: int
+
+    @property
+    def last_row(self) -> int:
+        """The row that tokens are drawn from."""
+        return self.first_row + self.item.num_tokens - 1
+
+
+@dataclasses.dataclass(slots=True)
+class StepBatch:
+    """The rows of a step: `token_ids`, one a row, and the spans they form.
+    `failed`: (index in the plan, reason)."""
+
+    entries: list[BatchEntry] = dataclasses.field(default_factory=list)
+    spans: list[Span] = dataclasses.field(default_factory=list)
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    failed: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+
+    def single_rows(self) -> list[Span]:
+        """The spans cut into spans of one row each, in order."""
+        return [
+            Span(span.start + offset, 1, span.block_ids)
+            for span in self.spans
+            for offset in range(span.num_rows)
+        ]
+
+
+def build_batch(
+    items: Sequence[StepItem], table: SequenceTable, block_size: int, max_model_len: int
+) -> StepBatch:
+    """The batch of a plan's items, in their order. A dummy item has no rows."""
+    batch = StepBatch()
+    for index, item in enumerate(items):
+        if item.kind == ItemKind.DUMMY:
+            continue
+        try:
+            state = table.find(item.seq)
+            table.join_blocks(state, item.new_block_ids)
+            _check_item(item, state, block_size, max_model_len)
+        except EngineError as error:
+            batch.failed.append((index, error.message))
+            continue
+        end = item.start + item.num_tokens
+        given = item.options.token_ids if item.options is not None else ()
+        batch.entries.append(BatchEntry(index, item, state, len(batch.token_ids)))
+        batch.spans.append(Span(item.start, item.num_tokens, state.block_ids))
+        batch.token_ids.extend(given or state.tokens(item.start, end))
+    return batch
+
+
+def _check_item(item: StepItem, state: SequenceState, block_size: int, max_model_len: int) -> None:
+    """Raise EngineError for an item that this executor cannot run."""
+    name, start, count = f"sequence {item.seq}", item.start, item.num_tokens
+    if item.kind not in (ItemKind.PREFILL, ItemKind.DECODE):
+        raise EngineError(f"{name}: items of kind {item.kind} are not supported")
+    if start < 0 or count < 1 or item.num_samples < 0:
+        raise EngineError(f"{name}: {count} tokens from {start}, {item.num_samples} samples")
+    end = start + count
+    if end > state.length:
+        raise EngineError(f"{name}: tokens to {end} are asked for, {state.length} are known")
+    if end > len(state.block_ids) * block_size:
+        raise EngineError(f"{name}: {end} tokens do not fit {len(state.block_ids)} blocks")
+    if end > max_model_len:
+        raise EngineError(f"{name}: {end} tokens, the model takes {max_model_len}")
+    if item.num_samples and end != state.length:
+        raise EngineError(f"{name}: a draw at {end} of {state.length} known tokens")
+    if item.num_samples > 1 and state.choice >= item.num_samples:
+        raise EngineError(f"{name}: choice {state.choice} of {item.num_samples} samples")
+    if item.options is not None:
+        _check_options(name, item.options, count)
+
+
+def _check_options(name: str, options: ItemOptions, count: int) -> None:
+    if options.token_ids and len(options.token_ids) != count:
+        raise EngineError(f"{name}: {len(options.token_ids)} token ids for {count} rows")
+    if options.source_step >= 0 or options.positions or options.mask_row >= 0 or options.adapter:
+        raise EngineError(f"{name}: placeholders, positions, masks and adapters are not supported")

@@ -1,0 +1,112 @@
+"""From the last layer's output to tokens and logprobs: head, prompt scores, sampler.
+
+The head is applied to the rows that need it, in slices, so that the logits of a long scored chunk
+never stand in memory at once. Drawn tokens join their sequence's history here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from xllm.worker.execution.batch import BatchEntry, StepBatch
+from xllm.worker.execution.outputs import StepOutputs
+from xllm.worker.models.model import NativeModel
+from xllm.worker.sampling.logprobs import token_logprobs
+from xllm.worker.sampling.rows import SampleRow
+from xllm.worker.sampling.sampler import Sampler
+
+_SLICE_BYTES = 64 << 20
+"""Logits in memory at a time, in fp32."""
+
+_NOT_FINITE = "the model's output is not a number (an overflow of its type?)"
+
+
+class TokenDrawer:
+    """Draws the tokens of steps with one model. `rows_at_once` 1 makes a row's logits
+    independent of the rows beside it; 0 takes as many as the memory bound allows."""
+
+    def __init__(self, model: NativeModel, device: torch.device, rows_at_once: int = 0) -> None:
+        vocab_size = model.config.vocab_size
+        self._model = model
+        self._device = device
+        self._sampler = Sampler(vocab_size, device)
+        self._slice = rows_at_once or max(_SLICE_BYTES // (4 * vocab_size), 1)
+
+    def draw(self, batch: StepBatch, hidden: torch.Tensor, outputs: StepOutputs) -> None:
+        """Score and draw for every entry of `batch`, whose rows' last hidden states [rows,
+        hidden] are given. Entries whose numbers are not finite fail; the others have their
+        tokens in `outputs` and in their sequences."""
+        drawing = []
+        for entry, finite in zip(batch.entries, self._finite(batch, hidden), strict=True):
+            if not finite:
+                outputs.fail(entry.index, _NOT_FINITE)
+                continue
+            if entry.item.score_prompt:
+                self._score(entry, hidden, outputs)
+            if entry.item.num_samples:
+                drawing.append(entry)
+        for part in _parts(drawing, self._slice):
+            self._sample(part, hidden, outputs)
+
+    def _finite(self, batch: StepBatch, hidden: torch.Tensor) -> list[bool]:
+        """Whether each entry's last row is made of numbers: it has seen all rows before it."""
+        if not batch.entries:
+            return []
+        last = self._index([entry.last_row for entry in batch.entries])
+        found: list[bool] = hidden.index_select(0, last).isfinite().all(dim=-1).tolist()
+        return found
+
+    def _score(self, entry: BatchEntry, hidden: torch.Tensor, outputs: StepOutputs) -> None:
+        """Logprobs of the prompt tokens that the entry's rows predict: row k is at position
+        start + k and predicts the next one, which the history knows even across a chunk's end."""
+        item, state = entry.item, entry.state
+        first = item.start + 1
+        last = min(item.start + item.num_tokens + 1, len(state.prompt_ids))
+        num_top = state.sampling.prompt_logprobs or 0
+        for at in range(first, last, self._slice):
+            ids = state.tokens(at, min(at + self._slice, last))
+            row = entry.first_row + at - first
+            logits = self._model.head(hidden[row : row + len(ids)])
+            outputs.add_logprobs(entry.index, token_logprobs(logits, self._index(ids), num_top))
+
+    def _sample(
+        self, entries: Sequence[BatchEntry], hidden: torch.Tensor, outputs: StepOutputs
+    ) -> None:
+        rows = self._index([entry.last_row for entry in entries])
+        logits = self._model.head(hidden.index_select(0, rows))
+        result = self._sampler.sample(logits, [_sample_row(entry) for entry in entries])
+        reasons = dict(result.failed)
+        for number, entry in enumerate(entries):
+            if number in reasons:
+                outputs.fail(entry.index, reasons[number])
+                continue
+            tokens = result.tokens[number]
+            outputs.tokens[entry.index] = tokens
+            table = result.logprobs[number]
+            if table is not None:
+                outputs.add_logprobs(entry.index, table)
+            state = entry.state
+            state.output_ids.append(tokens[state.choice if len(tokens) > 1 else 0])
+
+    def _index(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+
+
+def _sample_row(entry: BatchEntry) -> SampleRow:
+    state = entry.state
+    return SampleRow(
+        sampling=state.sampling,
+        choice=state.choice,
+        position=state.length,
+        prompt_ids=state.prompt_ids,
+        output_ids=state.output_ids,
+        stop_ids=state.stop_ids,
+        num_samples=entry.item.num_samples,
+    )
+
+
+def _parts(entries: Sequence[BatchEntry], size: int) -> Iterator[Sequence[BatchEntry]]:
+    for at in range(0, len(entries), size):
+        yield entries[at : at + size]

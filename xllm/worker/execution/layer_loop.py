@@ -1,0 +1,96 @@
+"""The loop over a model's layers, and the hooks around each.
+
+The executor owns this loop, not the model: what must happen between layers (progress, interrupts,
+KV that moves layer by layer) hooks in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from xllm.worker.attention.paged import AttentionWorkspace, PagedAttention
+from xllm.worker.attention.plan import Span, plan_window, write_slots
+from xllm.worker.memory.pool import KvPool
+from xllm.worker.models.model import NativeModel
+
+
+class LayerHook(Protocol):
+    """Called around each layer, on the engine's thread. Raising ends the step."""
+
+    def before_layer(self, index: int) -> None:
+        """Layer `index` is about to run."""
+
+    def after_layer(self, index: int, hidden: torch.Tensor) -> None:
+        """Layer `index` gave `hidden` [rows, hidden]."""
+
+
+class ProgressCounter:
+    """A hook that counts layers: a counter that stands while the engine is busy is a hang.
+    `value` may be read from any thread."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def before_layer(self, index: int) -> None:
+        """Nothing."""
+
+    def after_layer(self, index: int, hidden: torch.Tensor) -> None:
+        """One more layer is done."""
+        self.value += 1
+
+
+class LayerLoop:
+    """Runs rows through all layers of a model over one pool."""
+
+    def __init__(
+        self, model: NativeModel, pool: KvPool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._dtype = dtype
+        self._device = device
+        self._workspace = AttentionWorkspace(pool, dtype, device)
+        self._windows = model.config.layer_windows
+
+    def run(
+        self, spans: Sequence[Span], token_ids: Sequence[int], hooks: Sequence[LayerHook]
+    ) -> torch.Tensor:
+        """The last layer's output [rows, hidden] of the rows of `spans`, whose tokens are
+        `token_ids`, one a row; their keys and values are in the pool then."""
+        size = self._pool.layout.block_size
+        positions = [p for span in spans for p in range(span.start, span.end)]
+        attention = PagedAttention(
+            self._pool,
+            self._workspace,
+            self._index(write_slots(spans, size)),
+            {
+                window: plan_window(spans, window, size, self._dtype, self._device)
+                for window in set(self._windows)
+            },
+            self._windows,
+        )
+        hidden = self._model.embed(self._index(token_ids))
+        tables = self._model.tables(self._index(positions))
+        for index in range(self._model.config.num_layers):
+            for hook in hooks:
+                hook.before_layer(index)
+            hidden = self._model.layer(index, hidden, tables, attention)
+            for hook in hooks:
+                hook.after_layer(index, hidden)
+        return hidden
+
+    def run_single_rows(
+        self, spans: Sequence[Span], token_ids: Sequence[int], hooks: Sequence[LayerHook]
+    ) -> torch.Tensor:
+        """The same, row by row: a row's shapes, and with them its bits, then depend on its own
+        position alone, whatever shares its step and however its prompt was cut."""
+        rows = [
+            self.run([span], [token], hooks) for span, token in zip(spans, token_ids, strict=True)
+        ]
+        return torch.cat(rows)
+
+    def _index(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)

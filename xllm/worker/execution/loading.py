@@ -1,0 +1,104 @@
+"""From a model directory and settings to a model that can run: configuration, weights, KV pool."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from xllm.config.settings import Settings
+from xllm.errors import ConfigError
+from xllm.worker.loader.checkpoint import Checkpoint, open_checkpoint
+from xllm.worker.loader.config import ModelConfig, RawConfig, read_config
+from xllm.worker.loader.weights import WeightTable, load_weights
+from xllm.worker.memory.layout import KvLayout, block_bytes, choose_num_blocks
+from xllm.worker.memory.pool import KvPool, allocate_memory
+from xllm.worker.models.model import NativeModel
+from xllm.worker.models.registry import find_family
+from xllm.worker.platform.platform import Platform, resolve_dtype
+
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model with its weights, and what is known of it only now."""
+
+    model: NativeModel
+    dtype: torch.dtype
+    revision: str
+
+
+def load_model(
+    directory: Path,
+    asked_dtype: str,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> LoadedModel:
+    """Read configuration and weights of a directory onto a device.
+
+    Raises ConfigError or DependencyError naming the file, key or tensor that stands in the way.
+    """
+    raw: RawConfig = read_config(directory)
+    family = find_family(raw.architecture())
+    checkpoint = open_checkpoint(directory)
+    config = family.read(raw)
+    dtype = resolve_dtype(asked_dtype, config.dtype or checkpoint.dtype())
+    config, unused = _settle_tie(config, checkpoint)
+    table = WeightTable(dtype, device)
+    model = family.build(config, table)
+    if config.tie_word_embeddings and _EMBEDDING not in checkpoint.entries:
+        # Some tied checkpoints name the one matrix after the head.
+        table.targets[_HEAD] = table.targets.pop(_EMBEDDING)
+    load_weights(checkpoint, table, progress, unused)
+    model.finish()
+    return LoadedModel(model, dtype, checkpoint.revision(directory))
+
+
+def _settle_tie(config: ModelConfig, checkpoint: Checkpoint) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Whether embedding and head are one, and the tensors that are then not needed: a tied
+    checkpoint may hold both, and if they differ, the file is right and the flag is not."""
+    entries = checkpoint.entries
+    if not config.tie_word_embeddings or _EMBEDDING not in entries or _HEAD not in entries:
+        return config, ()
+    if checkpoint.equal(_EMBEDDING, _HEAD):
+        return config, (_HEAD,)
+    return dataclasses.replace(config, tie_word_embeddings=False), ()
+
+
+def resolve_model_len(settings: Settings, config: ModelConfig) -> int:
+    """The longest prompt + output: the settings' where they are tighter than the model."""
+    asked = settings.model.max_model_len
+    return min(asked, config.max_positions) if asked else config.max_positions
+
+
+def make_pool(
+    settings: Settings, model: NativeModel, dtype: torch.dtype, platform: Platform
+) -> KvPool:
+    """The KV pool of a loaded model, sized by the settings or by what memory is left."""
+    size = settings.worker.block_size
+    if size & (size - 1):
+        raise ConfigError(
+            f"worker.block_size must be a power of two, not {size}", param="worker.block_size"
+        )
+    config = model.config
+    num_blocks = choose_num_blocks(
+        asked_bytes=settings.worker.kv_cache_bytes,
+        budget_bytes=platform.kv_budget(),
+        bytes_per_block=block_bytes(model.kv_groups, size, dtype.itemsize),
+        block_size=size,
+        max_num_seqs=settings.scheduler.max_num_seqs,
+        max_model_len=resolve_model_len(settings, config),
+    )
+    layout = KvLayout(
+        num_blocks,
+        size,
+        config.num_layers,
+        config.num_kv_heads,
+        config.head_dim,
+        dtype.itemsize,
+    )
+    return KvPool(layout, allocate_memory(layout, dtype, platform.device))

@@ -1,0 +1,178 @@
+"""The native executor: a model in torch, run plan by plan.
+
+It ties the parts together and decides nothing itself: `SequenceTable` knows the sequences,
+`build_batch` what can run, `LayerLoop` computes, `TokenDrawer` draws. One thread calls it; only
+`counter` is read from others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from xllm.config.settings import Settings
+from xllm.errors import ConfigError, EngineError
+from xllm.protocol.step import StepPlan, WorkerReady
+from xllm.worker.attention.plan import Span
+from xllm.worker.execution.batch import StepBatch, build_batch
+from xllm.worker.execution.drawing import TokenDrawer
+from xllm.worker.execution.layer_loop import LayerHook, LayerLoop, ProgressCounter
+from xllm.worker.execution.loading import load_model, make_pool, resolve_model_len
+from xllm.worker.execution.outputs import StepOutputs
+from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
+from xllm.worker.executor import Executor, StepOutput
+from xllm.worker.memory.layout import describe_groups
+from xllm.worker.memory.pool import KvPool, KvPoolStatistics
+from xllm.worker.platform.platform import Platform, select_platform
+
+_KERNELS = "torch-sdpa-1"
+
+
+def make_native_executor(settings: Settings, hooks: Sequence[LayerHook] = ()) -> Executor:
+    """An executor of the model at `settings.model.path` (a local directory), not yet loaded.
+    `hooks` are called around every layer of every step."""
+    return NativeExecutor(settings, hooks)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NativeStatistics:
+    """A native executor at a glance."""
+
+    num_steps: int
+    sequences: SequenceTableStatistics
+    pool: KvPoolStatistics
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Engine:
+    """All that exists once the model is loaded."""
+
+    platform: Platform
+    pool: KvPool
+    table: SequenceTable
+    loop: LayerLoop
+    drawer: TokenDrawer
+    max_model_len: int
+
+
+class NativeExecutor:
+    """Implements Executor with the models of `xllm.worker.models`."""
+
+    def __init__(self, settings: Settings, hooks: Sequence[LayerHook] = ()) -> None:
+        self._settings = settings
+        self._progress = ProgressCounter()
+        self._hooks: tuple[LayerHook, ...] = (self._progress, *hooks)
+        self._engine: _Engine | None = None
+        self._num_steps = 0
+
+    @property
+    def counter(self) -> int:
+        """Layers done so far."""
+        return self._progress.value
+
+    def load(self, progress: Callable[[int, int], None]) -> WorkerReady:
+        """Read the model, allocate its KV. Raises ConfigError or DependencyError."""
+        began = time.monotonic()
+        settings, worker = self._settings, self._settings.worker
+        if not settings.model.path:
+            raise ConfigError("model.path is empty: no model directory", param="model.path")
+        directory = Path(settings.model.path)
+        platform = select_platform(worker.device, worker.rank)
+        platform.prepare(worker.num_threads)
+        loaded = load_model(directory, settings.model.dtype, platform.device, progress)
+        model, dtype = loaded.model, loaded.dtype
+        pool = make_pool(settings, model, dtype, platform)
+        max_model_len = resolve_model_len(settings, model.config)
+        vocab_size = model.config.vocab_size
+        self._engine = _Engine(
+            platform,
+            pool,
+            SequenceTable(pool.layout.num_blocks, vocab_size),
+            LayerLoop(model, pool, dtype, platform.device),
+            TokenDrawer(model, platform.device, 1 if worker.deterministic else 0),
+            max_model_len,
+        )
+        type_name = str(dtype).removeprefix("torch.")
+        mode = "deterministic" if worker.deterministic else "default"
+        return WorkerReady(
+            rank=worker.rank,
+            model=settings.model.name or directory.resolve().name,
+            num_blocks=pool.layout.num_blocks,
+            block_size=pool.layout.block_size,
+            max_model_len=max_model_len,
+            vocab_size=vocab_size,
+            eos_ids=model.config.eos_ids,
+            revision=loaded.revision,
+            fingerprint="/".join((*platform.fingerprint(), type_name, "tp-1", _KERNELS, mode)),
+            kv_groups=describe_groups(model.kv_groups, dtype.itemsize),
+            device=platform.describe(),
+            dtype=type_name,
+            load_s=time.monotonic() - began,
+        )
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Run one plan; see Executor. An item that cannot run is reported alone."""
+        engine = self._loaded()
+        began = time.perf_counter_ns()
+        engine.table.begin(plan)
+        engine.pool.copy_blocks(plan.copies)
+        batch = build_batch(
+            plan.items, engine.table, engine.pool.layout.block_size, engine.max_model_len
+        )
+        outputs = StepOutputs(len(plan.items), batch.failed)
+        if batch.entries:
+            with torch.inference_mode():
+                self._run(engine, batch, outputs)
+        self._num_steps += 1
+        return outputs.pack(plan.step, time.perf_counter_ns() - began)
+
+    def close(self) -> None:
+        """Drop the model and its KV."""
+        self._engine = None
+
+    def statistics(self) -> NativeStatistics:
+        """Steps, sequences and memory."""
+        engine = self._loaded()
+        return NativeStatistics(
+            self._num_steps, engine.table.statistics(), engine.pool.statistics()
+        )
+
+    def check(self) -> None:
+        """Raise InvariantError where the state cannot be."""
+        engine = self._loaded()
+        engine.table.check()
+        engine.pool.check()
+
+    def _loaded(self) -> _Engine:
+        if self._engine is None:
+            raise EngineError("the model is not loaded")
+        return self._engine
+
+    def _run(self, engine: _Engine, batch: StepBatch, outputs: StepOutputs) -> None:
+        if engine.pool.may_hold_nan:
+            engine.pool.clear_slots(_tails(batch.spans, engine.pool.layout.block_size))
+        num_failed = len(outputs.failed)
+        deterministic = self._settings.worker.deterministic
+        run = engine.loop.run_single_rows if deterministic else engine.loop.run
+        spans = batch.single_rows() if deterministic else batch.spans
+        hidden = run(spans, batch.token_ids, self._hooks)
+        engine.drawer.draw(batch, hidden, outputs)
+        engine.platform.synchronize()
+        if len(outputs.failed) > num_failed:
+            engine.pool.may_hold_nan = True
+
+
+def _tails(spans: Sequence[Span], block_size: int) -> list[int]:
+    """The slots behind each span's end in its last block: they are read, masked, and may hold
+    what another sequence left."""
+    slots: list[int] = []
+    for span in spans:
+        block, offset = divmod(span.end, block_size)
+        if offset:
+            first = span.block_ids[block] * block_size
+            slots.extend(range(first + offset, first + block_size))
+    return slots

@@ -1,0 +1,132 @@
+"""The sequences that this worker knows: their tokens, sampling settings and block tables.
+
+The token history lives here, so that penalties and the next step's input never wait for the
+master. It learns from plans and from the tokens that were drawn; it knows no tensors.
+Invariant: every block id in a table is in the pool; a history only grows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from xllm.errors import EngineError, InvariantError
+from xllm.protocol.sampling import SamplingParams
+from xllm.protocol.step import NewSequence, StepPlan
+
+
+class SequenceState:
+    """One sequence: prompt, output so far, and where its KV lies."""
+
+    __slots__ = (
+        "block_ids",
+        "choice",
+        "output_ids",
+        "prompt_ids",
+        "sampling",
+        "seq",
+        "stop_ids",
+    )
+
+    def __init__(self, new: NewSequence, prompt_ids: tuple[int, ...]) -> None:
+        self.seq = new.seq
+        self.prompt_ids = prompt_ids
+        self.output_ids = list(new.output_ids)
+        self.sampling: SamplingParams = new.sampling
+        self.choice = new.choice
+        self.stop_ids = new.stop_ids
+        self.block_ids: list[int] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens known: prompt and output."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    def tokens(self, start: int, end: int) -> Sequence[int]:
+        """The tokens at positions [start, end), all of them known."""
+        border = len(self.prompt_ids)
+        if end <= border:
+            return self.prompt_ids[start:end]
+        if start >= border:
+            return self.output_ids[start - border : end - border]
+        return [*self.prompt_ids[start:], *self.output_ids[: end - border]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SequenceTableStatistics:
+    """How much the table holds."""
+
+    num_sequences: int
+    num_tokens: int
+    num_refused: int
+
+
+class SequenceTable:
+    """The sequences by number. `begin` takes a plan's news; what of them makes no sense is
+    remembered as refused, so that only that sequence's items fail."""
+
+    def __init__(self, num_blocks: int, vocab_size: int) -> None:
+        self._num_blocks = num_blocks
+        self._vocab_size = vocab_size
+        self._states: dict[int, SequenceState] = {}
+        self._refused: dict[int, str] = {}
+
+    def begin(self, plan: StepPlan) -> None:
+        """Forget the plan's ended sequences and learn its new ones. A fork whose parent ends in
+        the same plan still finds it."""
+        ended = {}
+        for seq in plan.ended:
+            self._refused.pop(seq, None)
+            state = self._states.pop(seq, None)
+            if state is not None:
+                ended[seq] = state
+        for new in plan.new:
+            try:
+                self._learn(new, ended)
+            except EngineError as error:
+                self._refused[new.seq] = error.message
+
+    def find(self, seq: int) -> SequenceState:
+        """A known sequence; raises EngineError with the reason where it is not."""
+        state = self._states.get(seq)
+        if state is None:
+            raise EngineError(self._refused.get(seq, f"sequence {seq} is not known here"))
+        return state
+
+    def join_blocks(self, state: SequenceState, block_ids: Sequence[int]) -> None:
+        """Append to a block table; raises EngineError for a block that is not in the pool."""
+        for block in block_ids:
+            if not 0 <= block < self._num_blocks:
+                raise EngineError(f"sequence {state.seq}: block {block} of {self._num_blocks}")
+        state.block_ids.extend(block_ids)
+
+    def statistics(self) -> SequenceTableStatistics:
+        """How many sequences and tokens are held."""
+        tokens = sum(state.length for state in self._states.values())
+        return SequenceTableStatistics(len(self._states), tokens, len(self._refused))
+
+    def check(self) -> None:
+        """Raise InvariantError where a table or a history cannot be."""
+        for seq, state in self._states.items():
+            if seq != state.seq or seq in self._refused:
+                raise InvariantError(f"sequence {seq} is filed wrongly")
+            if any(not 0 <= block < self._num_blocks for block in state.block_ids):
+                raise InvariantError(f"sequence {seq} has a block outside the pool")
+
+    def _learn(self, new: NewSequence, ended: dict[int, SequenceState]) -> None:
+        if new.seq in self._states:
+            raise EngineError(f"sequence {new.seq} is already known")
+        prompt_ids = new.prompt_ids
+        if new.parent >= 0:
+            parent = self._states.get(new.parent) or ended.get(new.parent)
+            if parent is None:
+                raise EngineError(f"sequence {new.seq}: its parent {new.parent} is not known")
+            prompt_ids = parent.prompt_ids
+        elif not prompt_ids:
+            raise EngineError(f"sequence {new.seq} has no prompt")
+        for token in (*new.prompt_ids, *new.output_ids):
+            if not 0 <= token < self._vocab_size:
+                raise EngineError(f"sequence {new.seq}: token {token} of {self._vocab_size}")
+        state = SequenceState(new, prompt_ids)
+        self.join_blocks(state, new.block_ids)
+        self._states[new.seq] = state

@@ -1,0 +1,1 @@
+"""The pieces that native models are made of."""

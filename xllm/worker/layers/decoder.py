@@ -1,0 +1,99 @@
+"""One layer of a decoder: attention and gated MLP, each behind a norm and beside a residual.
+
+It computes; where keys and values are kept, and which of them a row sees, is the attention's.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from xllm.worker.layers.linear import Linear
+from xllm.worker.layers.mlp import GatedMlp
+from xllm.worker.layers.norm import RmsNorm
+from xllm.worker.layers.rotary import RotaryTables
+from xllm.worker.loader.config import ModelConfig
+from xllm.worker.loader.weights import WeightTable
+
+
+class Attention(Protocol):
+    """Attention over all that a step's rows may see."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Keep k and v [rows, kv_heads, head_dim] of this layer, then give the attention of
+        q [rows, heads, head_dim] as [rows, heads * head_dim]."""
+
+
+class DecoderLayer:
+    """Layer `index` of a model; its weights are named by `prefix`, as the checkpoint has them."""
+
+    def __init__(self, config: ModelConfig, index: int, prefix: str, table: WeightTable) -> None:
+        self.index = index
+        self._num_heads = config.num_heads
+        self._num_kv_heads = config.num_kv_heads
+        self._head_dim = config.head_dim
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self._input_norm = RmsNorm(table.one(f"{prefix}.input_layernorm.weight", hidden), eps)
+        self._output_norm = RmsNorm(
+            table.one(f"{prefix}.post_attention_layernorm.weight", hidden), eps
+        )
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        rows = [heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim]
+        attention = f"{prefix}.self_attn"
+        self._qkv = _linear(
+            table, [f"{attention}.{x}_proj" for x in "qkv"], rows, hidden, config.qkv_bias
+        )
+        self._out = _linear(table, [f"{attention}.o_proj"], [hidden], rows[0], config.out_bias)
+        self._qk_norm: RmsNorm | None = None
+        self._qk_norm_parts: tuple[torch.Tensor, torch.Tensor] | None = None
+        if config.qk_norm:
+            self._qk_norm_parts = (
+                table.one(f"{attention}.q_norm.weight", config.head_dim),
+                table.one(f"{attention}.k_norm.weight", config.head_dim),
+            )
+            self._qk_norm = RmsNorm(torch.empty(0), eps)
+        inner = config.intermediate_size
+        self._mlp = GatedMlp(
+            _linear(
+                table,
+                [f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"],
+                [inner, inner],
+                hidden,
+                config.mlp_bias,
+            ),
+            _linear(table, [f"{prefix}.mlp.down_proj"], [hidden], inner, config.mlp_bias),
+        )
+
+    def finish(self) -> None:
+        """Called once the weights are loaded: the norms of q and k become one weight a head,
+        for both are normalised in one go."""
+        if self._qk_norm is not None and self._qk_norm_parts is not None:
+            q, k = self._qk_norm_parts
+            self._qk_norm.weight = torch.cat(
+                (q.expand(self._num_heads, -1), k.expand(self._num_kv_heads, -1))
+            )
+            self._qk_norm_parts = None
+
+    def __call__(
+        self, hidden: torch.Tensor, tables: RotaryTables, attention: Attention
+    ) -> torch.Tensor:
+        """[rows, hidden] to [rows, hidden]."""
+        qkv = self._qkv(self._input_norm(hidden)).view(hidden.shape[0], -1, self._head_dim)
+        heads, kv_heads = self._num_heads, self._num_kv_heads
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self._qk_norm is not None:
+            qk = self._qk_norm(qk)
+        qk = tables.rotate(qk)
+        attended = attention.attend(self.index, qk[:, :heads], qk[:, heads:], v)
+        hidden = hidden + self._out(attended)
+        return hidden + self._mlp(self._output_norm(hidden))
+
+
+def _linear(
+    table: WeightTable, names: list[str], rows: list[int], columns: int, bias: bool
+) -> Linear:
+    weight = table.stacked([f"{name}.weight" for name in names], rows, columns)
+    if not bias:
+        return Linear(weight)
+    return Linear(weight, table.stacked([f"{name}.bias" for name in names], rows))

@@ -1,0 +1,23 @@
+"""The gated MLP of Llama-like models: down(silu(gate(x)) * up(x)), gate and up in one product."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from xllm.worker.layers.linear import Linear
+
+
+class GatedMlp:
+    """`gate_up` gives [rows, 2 * intermediate], the gate's half first."""
+
+    __slots__ = ("down", "gate_up")
+
+    def __init__(self, gate_up: Linear, down: Linear) -> None:
+        self.gate_up = gate_up
+        self.down = down
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] to [rows, hidden]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

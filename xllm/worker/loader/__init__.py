@@ -1,0 +1,1 @@
+"""Reading a model directory: configuration files and safetensors weights."""

@@ -1,0 +1,84 @@
+"""How much memory a block of KV takes, and how many blocks there shall be. Numbers only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from xllm.errors import ConfigError
+from xllm.protocol.step import KvGroup
+from xllm.worker.models.model import KvGroupSpec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Blocks of `block_size` tokens; a block id stands for that block in every layer."""
+
+    num_blocks: int
+    block_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    item_bytes: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.item_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """One block over all layers."""
+        return self.token_bytes * self.block_size * self.num_layers
+
+    @property
+    def total_bytes(self) -> int:
+        """All blocks."""
+        return self.block_bytes * self.num_blocks
+
+
+def block_bytes(groups: Sequence[KvGroupSpec], block_size: int, item_bytes: int) -> int:
+    """Bytes of one block over all layers of all groups."""
+    return sum(_token_bytes(group, item_bytes) for group in groups) * block_size
+
+
+def choose_num_blocks(
+    *,
+    asked_bytes: int,
+    budget_bytes: int,
+    bytes_per_block: int,
+    block_size: int,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> int:
+    """How many blocks to allocate.
+
+    `asked_bytes` > 0 is taken as it is; 0 takes the budget, but no more than max_num_seqs
+    sequences of max_model_len could use. Raises ConfigError where not two blocks fit.
+    """
+    blocks_per_seq = -(-max_model_len // block_size)
+    if asked_bytes:
+        num_blocks = asked_bytes // bytes_per_block
+    else:
+        # One block a sequence is to spare: the copy that a fork makes of its last one.
+        wanted = max_num_seqs * (blocks_per_seq + 1)
+        num_blocks = min(budget_bytes // bytes_per_block, wanted)
+    if num_blocks < 2:
+        raise ConfigError(
+            f"worker.kv_cache_bytes: {asked_bytes or budget_bytes} bytes hold {num_blocks} blocks "
+            f"of {bytes_per_block} bytes; at least 2 are needed",
+            param="worker.kv_cache_bytes",
+        )
+    return num_blocks
+
+
+def describe_groups(groups: Sequence[KvGroupSpec], item_bytes: int) -> tuple[KvGroup, ...]:
+    """The groups as the master is told of them."""
+    return tuple(
+        KvGroup(group.name, _token_bytes(group, item_bytes), group.window, len(group.layers))
+        for group in groups
+    )
+
+
+def _token_bytes(group: KvGroupSpec, item_bytes: int) -> int:
+    return 2 * group.num_kv_heads * group.head_dim * item_bytes * len(group.layers)

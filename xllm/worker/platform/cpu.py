@@ -1,0 +1,77 @@
+"""The CPU platform: threads, free memory (of the machine and of the control group), ISA."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from xllm.worker.platform.platform import DeviceMemory
+
+_KV_SHARE = 4
+_KV_CEILING_BYTES = 4 << 30
+
+
+class CpuPlatform:
+    """Computes on the host. KV takes at most a quarter of the free memory and 4 GiB unless
+    told otherwise: a host is shared."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def prepare(self, num_threads: int) -> None:
+        """Set the threads of the engine; 0 takes every core this process may run on."""
+        torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+
+    def memory(self) -> DeviceMemory:
+        """Free and total memory, the tighter of machine and control group."""
+        free, total = _machine_memory(Path("/proc/meminfo"))
+        limit, used = _group_memory(Path("/sys/fs/cgroup"))
+        if 0 < limit < total:
+            free, total = min(free, max(limit - used, 0)), limit
+        return DeviceMemory(free, total)
+
+    def kv_budget(self) -> int:
+        """A quarter of what is free, at most 4 GiB."""
+        return min(self.memory().free_bytes // _KV_SHARE, _KV_CEILING_BYTES)
+
+    def synchronize(self) -> None:
+        """Nothing runs behind our back here."""
+
+    def describe(self) -> str:
+        """Instruction set and threads."""
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"cpu ({capability}, {torch.get_num_threads()} threads)"
+
+    def fingerprint(self) -> tuple[str, ...]:
+        """Instruction set, threads and torch's version."""
+        return (
+            "cpu",
+            torch.backends.cpu.get_cpu_capability(),
+            f"threads-{torch.get_num_threads()}",
+            f"torch-{torch.__version__}",
+        )
+
+
+def _machine_memory(path: Path) -> tuple[int, int]:
+    """(available, total) bytes of the machine."""
+    found: dict[str, int] = {}
+    for line in path.read_text().splitlines():
+        key, _, rest = line.partition(":")
+        if key in ("MemAvailable", "MemTotal"):
+            found[key] = int(rest.split()[0]) * 1024
+    return found["MemAvailable"], found["MemTotal"]
+
+
+def _group_memory(root: Path) -> tuple[int, int]:
+    """(limit, used) bytes of the control group; a limit of 0 means none is known."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = (root / "memory.current").read_text().strip()
+    except OSError:
+        # No version 2 hierarchy here, or the root group: no limit of its own.
+        return 0, 0
+    return (0, 0) if limit == "max" else (int(limit), int(used))

@@ -1,0 +1,63 @@
+"""The CUDA platform."""
+
+from __future__ import annotations
+
+import torch
+
+from xllm.errors import DependencyError
+from xllm.worker.platform.platform import DeviceMemory
+
+_KV_SHARE = 0.85
+
+
+class CudaPlatform:
+    """One NVIDIA GPU. KV takes 85% of what the weights leave unless told otherwise: the rest
+    is for activations."""
+
+    name = "cuda"
+
+    def __init__(self, rank: int = 0) -> None:
+        if not torch.cuda.is_available():
+            raise DependencyError(
+                "worker.device is cuda, but torch sees no GPU: a CUDA build of torch and a driver "
+                "are needed",
+                param="worker.device",
+            )
+        self.device = torch.device("cuda", rank % torch.cuda.device_count())
+
+    def prepare(self, num_threads: int) -> None:
+        """Make the device current; fp32 products stay fp32 (no TF32)."""
+        del num_threads
+        torch.cuda.set_device(self.device)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        # Sums of 16-bit products are kept in fp32.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+    def memory(self) -> DeviceMemory:
+        """Free and total memory of the GPU."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return DeviceMemory(free, total)
+
+    def kv_budget(self) -> int:
+        """85% of what is free once the cached blocks of torch are given back."""
+        torch.cuda.empty_cache()
+        return int(self.memory().free_bytes * _KV_SHARE)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize(self.device)
+
+    def describe(self) -> str:
+        """The GPU's name."""
+        return f"cuda ({torch.cuda.get_device_name(self.device)})"
+
+    def fingerprint(self) -> tuple[str, ...]:
+        """GPU model, compute capability and torch's version."""
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return (
+            "cuda",
+            torch.cuda.get_device_name(self.device),
+            f"sm-{major}{minor}",
+            f"torch-{torch.__version__}",
+        )

@@ -1,0 +1,76 @@
+"""The Ascend NPU platform. torch_npu is imported here, when it is asked for, and nowhere else."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+
+from xllm.errors import DependencyError
+from xllm.worker.platform.platform import DeviceMemory
+
+_KV_SHARE = 0.85
+
+
+def npu_available() -> bool:
+    """Whether torch_npu is installed and sees a device."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    return bool(_import_npu().is_available())
+
+
+def _import_npu() -> Any:
+    """The module torch.npu, which exists once torch_npu is imported."""
+    try:
+        importlib.import_module("torch_npu")
+    except ImportError as error:
+        raise DependencyError(
+            "worker.device is npu, but the package torch_npu is not installed or does not load "
+            f'({error}); install it with: pip install "xllm[npu]"',
+            param="worker.device",
+        ) from error
+    return torch.npu  # type: ignore[attr-defined]  # torch_npu adds it
+
+
+class NpuPlatform:
+    """One Ascend NPU, through torch_npu."""
+
+    name = "npu"
+
+    def __init__(self, rank: int = 0) -> None:
+        self._npu = _import_npu()
+        if not self._npu.is_available():
+            raise DependencyError(
+                "worker.device is npu, but torch_npu sees no device: the CANN driver is needed",
+                param="worker.device",
+            )
+        self.device = torch.device("npu", rank % int(self._npu.device_count()))
+
+    def prepare(self, num_threads: int) -> None:
+        """Make the device current."""
+        del num_threads
+        self._npu.set_device(self.device)
+
+    def memory(self) -> DeviceMemory:
+        """Free and total memory of the NPU."""
+        free, total = self._npu.mem_get_info(self.device)
+        return DeviceMemory(int(free), int(total))
+
+    def kv_budget(self) -> int:
+        """85% of what is free once the cached blocks of torch are given back."""
+        self._npu.empty_cache()
+        return int(self.memory().free_bytes * _KV_SHARE)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        self._npu.synchronize(self.device)
+
+    def describe(self) -> str:
+        """The NPU's name."""
+        return f"npu ({self._npu.get_device_name(self.device)})"
+
+    def fingerprint(self) -> tuple[str, ...]:
+        """NPU model and torch's version."""
+        return ("npu", str(self._npu.get_device_name(self.device)), f"torch-{torch.__version__}")

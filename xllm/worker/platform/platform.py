@@ -1,0 +1,100 @@
+"""The device platform: one interface over CPU, CUDA and NPU, and the choice among them.
+
+It knows nothing of models or plans. A platform is made once by a worker, before anything is
+allocated; what a device cannot do is refused here with the name of what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+
+from xllm.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of a device's memory: free for this process now, and in all."""
+
+    free_bytes: int
+    total_bytes: int
+
+
+class Platform(Protocol):
+    """What the engine needs to know of a device kind."""
+
+    @property
+    def name(self) -> str:
+        """cpu, cuda or npu."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors live."""
+
+    def prepare(self, num_threads: int) -> None:
+        """Set the process up for computing (threads of a CPU; 0: all it may use). Called once,
+        by the thread that will compute."""
+
+    def memory(self) -> DeviceMemory:
+        """Memory now."""
+
+    def kv_budget(self) -> int:
+        """Bytes that KV may take where the settings leave it open; called after the weights
+        are loaded."""
+
+    def synchronize(self) -> None:
+        """Wait until all that was started on the device is done."""
+
+    def describe(self) -> str:
+        """The device in words, for people."""
+
+    def fingerprint(self) -> tuple[str, ...]:
+        """What decides the bits of a product beside its inputs: kind, instruction set or model,
+        library versions."""
+
+
+def select_platform(device: str, rank: int = 0) -> Platform:
+    """The platform of a device kind; `auto` takes the first accelerator found, else the CPU.
+
+    Raises DependencyError where the kind's package or device is absent, ConfigError for an
+    unknown kind. `rank` chooses among several accelerators.
+    """
+    from xllm.worker.platform.cpu import CpuPlatform
+    from xllm.worker.platform.cuda import CudaPlatform
+    from xllm.worker.platform.npu import NpuPlatform, npu_available
+
+    match device:
+        case "cpu":
+            return CpuPlatform()
+        case "cuda":
+            return CudaPlatform(rank)
+        case "npu":
+            return NpuPlatform(rank)
+        case "auto":
+            if torch.cuda.is_available():
+                return CudaPlatform(rank)
+            return NpuPlatform(rank) if npu_available() else CpuPlatform()
+    raise ConfigError(
+        f"worker.device must be auto, cpu, cuda or npu, not {device!r}", param="worker.device"
+    )
+
+
+def resolve_dtype(asked: str, checkpoint: str) -> torch.dtype:
+    """The type of weights and KV: what was asked, or with `auto` the checkpoint's own.
+
+    Raises ConfigError for types that the engine does not compute in.
+    """
+    name = checkpoint if asked == "auto" else asked
+    match name:
+        case "float32":
+            return torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "float16":
+            return torch.float16
+    raise ConfigError(
+        f"model.dtype: the engine computes in float32, bfloat16 or float16, not {name!r}",
+        param="model.dtype",
+    )
