@@ -1,0 +1,399 @@
+"""The life of a request: one terminal message, no token lost or told twice, whatever happens."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.router.model_dirs import byte_level_tokenizer
+from xllm.protocol.client import RequestFailed, RequestFinished, ResumePoint, TokenDelta
+from xllm.protocol.instance import (
+    AdmitRequest,
+    CancelRequest,
+    PromptScores,
+    RequestEnded,
+    TokenItem,
+)
+from xllm.protocol.sampling import SamplingParams, TokenLogprobs
+from xllm.router.state.instructions import SendTo, Wish
+from xllm.router.state.request import MAX_MOVES, PATIENCE_S, RequestState
+from xllm.router.state.spec import RequestSpec
+from xllm.router.text.model import TextModel
+from xllm.router.text.pieces import ByteLevelScheme
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 2
+
+
+@functools.cache
+def model() -> TextModel:
+    return TextModel(byte_level_tokenizer(), ByteLevelScheme(), None)
+
+
+@functools.cache
+def stream(choice: int) -> tuple[int, ...]:
+    """What the engine draws for a choice: a function of choice and index alone."""
+    ids = model().encode(TEXT)
+    return tuple(ids[choice:] + ids[:choice])
+
+
+def make(stream_it: bool = True, hold_s: float = 0.02, stop_ids=(), **sampling) -> RequestState:
+    params = SamplingParams(**{"max_tokens": 20, "seed": 7, **sampling})
+    spec = RequestSpec(
+        request_id="r",
+        client_id=5,
+        model="m",
+        prompt_ids=(1, 2, 3),
+        sampling=params,
+        deadline=100.0,
+        stream=stream_it,
+        hold_s=hold_s,
+        stop_ids=frozenset(stop_ids),
+    )
+    return RequestState(spec, [model().output(params, (1, 2, 3)) for _ in range(params.n)])
+
+
+def start(state: RequestState, instance: str = "a") -> AdmitRequest:
+    word = state.place((("both", instance),), 0.0)[0]
+    assert isinstance(word, SendTo)
+    assert isinstance(word.message, AdmitRequest)
+    return word.message
+
+
+def item(first: int, count: int = 1, *, attempt: int = 1, choice: int = 0, **more) -> TokenItem:
+    ids = stream(choice)[first : first + count]
+    return TokenItem("r", choice, attempt, first, ids, **more)
+
+
+class FakeMaster:
+    """Runs attempts as a master would, its words in a queue for each connection."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self.words: list = []
+        self.done: dict[int, dict[int, int]] = {}
+        """By attempt: where each choice that still runs is."""
+
+    def hear(self, message) -> None:
+        if isinstance(message, AdmitRequest):
+            outputs = message.outputs or ((),) * message.sampling.n
+            self.done[message.attempt] = {k: len(ids) for k, ids in enumerate(outputs)}
+        elif message.choice >= 0:
+            running = self.done.get(message.attempt)
+            if running is not None and running.pop(message.choice, None) is not None:
+                self.close(message.attempt)
+        else:
+            self.done.pop(message.attempt, None)
+
+    def step(self, attempt: int, choice: int, count: int) -> None:
+        running = self.done.get(attempt, {})
+        if choice not in running:
+            return
+        first = running[choice]
+        count = min(count, self.num_tokens - first)
+        running[choice] = first + count
+        is_last = running[choice] >= self.num_tokens
+        reason = "length" if is_last else ""
+        ids = stream(choice)[first : first + count]
+        self.words.append(TokenItem("r", choice, attempt, first, ids, reason))
+        if is_last:
+            del running[choice]
+            self.close(attempt)
+
+    def close(self, attempt: int) -> None:
+        if not self.done[attempt]:
+            del self.done[attempt]
+            self.words.append(RequestEnded("r", attempt, cached_tokens=2))
+
+
+class Client:
+    """Puts a stream together, and fails where it does not fit."""
+
+    def __init__(self, num_choices: int, given: tuple[tuple[int, ...], ...] = ()) -> None:
+        self.ids = [list(ids) for ids in given] or [[] for _ in range(num_choices)]
+        self.texts = [""] * num_choices
+        self.reasons = [""] * num_choices
+        self.terminal: RequestFinished | RequestFailed | None = None
+
+    def hear(self, message) -> None:
+        assert self.terminal is None, f"{message} after the terminal message"
+        assert message.id == 5
+        if not isinstance(message, TokenDelta):
+            self.terminal = message
+            return
+        assert not self.reasons[message.choice]
+        assert message.first_index == len(self.ids[message.choice])
+        self.ids[message.choice] += message.token_ids
+        self.texts[message.choice] += message.text
+        self.reasons[message.choice] = message.finish_reason
+
+
+def carry_out(state, instructions, master, client, now=0.0) -> bool:
+    """As the service does; True where a flush is wished."""
+    wished = False
+    for one in instructions:
+        if isinstance(one, SendTo):
+            master.hear(one.message)
+        elif one is Wish.PLACE:
+            carry_out(state, state.place((("both", "a"),), now), master, client, now)
+        elif one is Wish.FLUSH:
+            wished = True
+        else:
+            client.hear(one)
+    state.check()
+    return wished
+
+
+def expected(choice: int, num_tokens: int, sampling: SamplingParams) -> tuple[list[int], str]:
+    output = model().output(sampling, ())
+    text = output.feed(stream(choice)[:num_tokens]) + output.finish()
+    return list(stream(choice)[: output.num_tokens]), text
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.data(),
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.sampled_from([(), ("fox",), ("x j", "the l"), ("quick", "zz")]),
+    st.booleans(),
+    st.sampled_from([0.0, 0.02]),
+)
+def test_any_life_ends_once_with_the_right_tokens(data, n, num_tokens, stop, streams, hold_s):
+    state = make(streams, hold_s, n=n, stop=stop, max_tokens=num_tokens)
+    master, client = FakeMaster(num_tokens), Client(n)
+    carry_out(state, state.place((("both", "a"),), 0.0), master, client)
+    old: list = []
+    wished = False
+    for _ in range(400):
+        if client.terminal:
+            break
+        event = data.draw(st.sampled_from(["step"] * 6 + ["say"] * 6 + ["flush", "repeat", "lose"]))
+        if event == "step" and master.done:
+            attempt = data.draw(st.sampled_from(sorted(master.done)))
+            choice = data.draw(st.integers(0, n - 1))
+            master.step(attempt, choice, data.draw(st.integers(1, 6)))
+        elif event == "say" and master.words:
+            word = master.words.pop(0)
+            old.append(word)
+            hear = state.tokens if isinstance(word, TokenItem) else state.engine_ended
+            wished |= carry_out(state, hear(word), master, client)
+        elif event == "flush" and wished:
+            wished = False
+            carry_out(state, state.flush(), master, client)
+        elif event == "repeat" and old:
+            word = data.draw(st.sampled_from(old))
+            if isinstance(word, TokenItem):
+                wished |= carry_out(state, state.tokens(word), master, client)
+        elif event == "lose" and state.num_moves < MAX_MOVES:
+            if data.draw(st.booleans()) and master.words:
+                master.words.pop(data.draw(st.integers(0, len(master.words) - 1)))
+            carry_out(state, state.instance_lost("a"), master, client)
+    if client.terminal is None:
+        carry_out(state, state.cancel("aborted", "enough"), master, client)
+    for word in [*old, *master.words]:  # late words
+        hear = state.tokens if isinstance(word, TokenItem) else state.engine_ended
+        assert not carry_out(state, hear(word), master, client)
+    for nothing in (state.flush(), state.cancel("aborted", ""), state.expire(1e9)):
+        carry_out(state, nothing, master, client)
+    assert client.terminal is not None
+    check_told(state, client, streams, num_tokens)
+
+
+def check_told(state, client, streams, num_tokens) -> None:
+    sampling = state.spec.sampling
+    finished = isinstance(client.terminal, RequestFinished)
+    for choice in range(sampling.n):
+        ids, text = expected(choice, num_tokens, sampling)
+        if finished and streams:
+            assert (client.ids[choice], client.texts[choice]) == (ids, text)
+            assert client.reasons[choice] == client.terminal.choices[choice].finish_reason
+        elif finished:
+            result = client.terminal.choices[choice]
+            assert (list(result.token_ids), result.text) == (ids, text)
+        else:
+            assert client.ids[choice] == ids[: len(client.ids[choice])]
+            assert text.startswith(client.texts[choice])
+    if finished:
+        total = sum(len(expected(k, num_tokens, sampling)[0]) for k in range(sampling.n))
+        assert client.terminal.usage.completion_tokens == total
+        assert client.terminal.usage.prompt_tokens == 3
+
+
+@given(st.integers(0, 20), st.sampled_from([(), ("fox",)]), st.booleans())
+def test_a_resumed_stream_goes_on_where_the_client_was(have, stop, streams):
+    whole = expected(0, 20, SamplingParams(stop=stop, max_tokens=20))
+    have = min(have, len(whole[0]))
+    state = make(streams, stop=stop)
+    given_ids = (tuple(whole[0][:have]),)
+    master, client = FakeMaster(20), Client(1, given_ids if streams else ())
+    carry_out(
+        state, state.resume(ResumePoint(attempt=3, outputs=given_ids, seed=7)), master, client
+    )
+    while client.terminal is None:
+        if master.words:
+            word = master.words.pop(0)
+            hear = state.tokens if isinstance(word, TokenItem) else state.engine_ended
+            carry_out(state, hear(word), master, client)
+            carry_out(state, state.flush(), master, client)
+        else:
+            assert list(master.done) == [4]
+            master.step(4, 0, 3)
+    before = model().output(SamplingParams(stop=stop), ()).feed(given_ids[0])
+    if streams:
+        assert (client.ids[0], before + client.texts[0]) == whole
+        assert client.reasons == [client.terminal.choices[0].finish_reason]
+    else:
+        result = client.terminal.choices[0]
+        assert (list(result.token_ids), result.text) == whole
+    assert client.terminal.usage.completion_tokens == len(whole[0])
+
+
+def test_first_token_at_once_then_held():
+    state = make()
+    start(state)
+    [first] = state.tokens(item(0))
+    assert isinstance(first, TokenDelta)
+    assert list(state.tokens(item(1))) == [Wish.FLUSH]
+    assert not state.tokens(item(2, 3))
+    [delta] = state.flush()
+    assert (delta.first_index, len(delta.token_ids)) == (1, 4)
+    assert not state.flush()
+    assert list(state.tokens(item(5))) == [Wish.FLUSH]
+
+
+def test_no_hold_is_a_message_a_token():
+    state = make(hold_s=0.0)
+    start(state)
+    for k in range(5):
+        [delta] = state.tokens(item(k))
+        assert delta.token_ids == stream(0)[k : k + 1]
+
+
+def test_a_stop_id_counts_and_is_not_shown():
+    [x] = model().encode("x")
+    state = make(False, stop_token_ids=(x,))
+    start(state)
+    word = TokenItem("r", 0, 1, 0, (*stream(0)[:4], x), "stop", x)
+    assert not state.tokens(word)
+    [end] = state.engine_ended(RequestEnded("r", 1, cached_tokens=3))
+    [choice] = end.choices
+    assert choice.text == model().decode(stream(0)[:4])
+    assert choice.token_ids[-1] == x
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", x)
+    assert (end.usage.completion_tokens, end.usage.cached_tokens, end.seed) == (5, 3, 7)
+
+
+def test_an_end_of_text_has_no_stop_reason():
+    state = make(False)
+    start(state)
+    state.tokens(TokenItem("r", 0, 1, 0, (*stream(0)[:2], 9), "stop", 9))
+    [end] = state.engine_ended(RequestEnded("r", 1))
+    assert end.choices[0].stop_reason is None
+
+
+def test_a_stop_string_cancels_its_choice_and_drops_what_came_beyond():
+    state = make(True, 0.0, n=2, stop=("fox",))
+    start(state)
+    cancel, delta = state.tokens(item(0, 12))
+    assert cancel == SendTo("a", CancelRequest("r", 1, 0))
+    assert (delta.finish_reason, delta.text) == ("stop", "the quick brown ")
+    assert not state.tokens(item(12, 3))
+    assert state.choices[0].ids == list(delta.token_ids)
+    assert not state.ended
+
+
+def test_lost_tokens_move_the_request():
+    state = make()
+    start(state)
+    state.tokens(item(0, 2))
+    cancel, wish = state.tokens(item(3))
+    assert cancel == SendTo("a", CancelRequest("r", 1))
+    assert wish is Wish.PLACE
+    admit = start(state, "b")
+    assert (admit.attempt, admit.outputs) == (2, (stream(0)[:2],))
+    assert not state.tokens(item(2, attempt=1))
+    assert state.num_dropped == 1
+
+
+def test_a_refusal_moves_and_an_error_ends():
+    state = make()
+    start(state)
+    assert list(state.engine_ended(RequestEnded("r", 1, "unavailable", "drains"))) == [Wish.PLACE]
+    assert state.avoid == {"a"}
+    start(state, "b")
+    [failed] = state.engine_ended(RequestEnded("r", 2, "engine_error", "broke", "x"))
+    assert (failed.code, failed.message, failed.param) == ("engine_error", "broke", "x")
+    assert failed.request_id == "r"
+
+
+def test_no_instance_fails_a_new_request_and_holds_an_old_one():
+    [failed] = make().unplaceable(0.0)
+    assert (failed.code, failed.retry_after_ms) == ("unavailable", 1000)
+    state = make()
+    start(state)
+    state.instance_lost("a")
+    assert not state.unplaceable(10.0)
+    assert not state.unplaceable(10.0 + PATIENCE_S)
+    [failed] = state.unplaceable(10.1 + PATIENCE_S)
+    assert failed.code == "unavailable"
+
+
+def test_full_everywhere_is_overloaded():
+    state = make()
+    start(state)
+    state.engine_ended(RequestEnded("r", 1, "overloaded", "full"))
+    [failed] = state.unplaceable(0.0)
+    assert failed.code == "overloaded"
+
+
+def test_given_up_after_too_many_moves():
+    state = make()
+    for _ in range(MAX_MOVES):
+        start(state)
+        state.instance_lost("a")
+    start(state)
+    *_, failed = state.instance_lost("a")
+    assert isinstance(failed, RequestFailed)
+
+
+def test_the_deadline_ends_it_and_tells_the_instance():
+    state = make()
+    start(state)
+    state.tokens(item(0))
+    state.tokens(item(1))
+    assert not state.expire(99.9)
+    delta, cancel, failed = state.expire(100.0)
+    assert delta.token_ids == stream(0)[1:2]
+    assert cancel == SendTo("a", CancelRequest("r", 1))
+    assert failed.code == "deadline_exceeded"
+
+
+def test_logprobs_go_with_their_tokens():
+    state = make(True, stop=("fox",), logprobs=0)
+    start(state)
+    scores = tuple(TokenLogprobs(token_id=i, logprob=-1.0) for i in stream(0)[:12])
+    _, delta = state.tokens(item(0, 12, logprobs=scores))
+    assert tuple(one.token_id for one in delta.logprobs) == delta.token_ids
+
+
+def test_prompt_logprobs_come_in_pieces():
+    state = make(False, prompt_logprobs=0)
+    start(state)
+    one, two = (TokenLogprobs(token_id=k, logprob=-1.0) for k in (2, 3))
+    state.prompt_scores(PromptScores("r", 1, 1, (one,)))
+    state.prompt_scores(PromptScores("r", 1, 2, (two,)))
+    state.prompt_scores(PromptScores("r", 1, 3, (two,)))  # beyond the prompt: dropped
+    state.tokens(TokenItem("r", 0, 1, 0, stream(0)[:1], "length"))
+    [end] = state.engine_ended(RequestEnded("r", 1))
+    assert end.prompt_logprobs == (None, one, two)
+
+
+@pytest.mark.parametrize("bad", [-1, 1, 99])
+def test_foreign_choices_are_dropped(bad):
+    state = make()
+    start(state)
+    assert not state.tokens(TokenItem("r", bad, 1, 0, (1,)))
+    assert state.num_dropped == 1

@@ -1,0 +1,45 @@
+"""The terminal messages: how a request is told to be over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xllm.protocol.client import RequestFailed, RequestFinished, Usage
+from xllm.protocol.sampling import TokenLogprobs
+from xllm.router.state.choice import ChoiceState
+from xllm.router.state.spec import RequestSpec
+
+
+def finished(
+    spec: RequestSpec,
+    choices: Sequence[ChoiceState],
+    cached_tokens: int,
+    prompt_scores: Sequence[TokenLogprobs | None] | None,
+) -> RequestFinished:
+    """The end as asked. Tokens count that were drawn, whoever drew them, the stop's included."""
+    return RequestFinished(
+        id=spec.client_id,
+        request_id=spec.request_id,
+        choices=tuple([choice.result(spec.stream) for choice in choices]),
+        usage=Usage(
+            prompt_tokens=len(spec.prompt_ids),
+            completion_tokens=sum([len(choice.ids) for choice in choices]),
+            cached_tokens=cached_tokens,
+        ),
+        seed=spec.sampling.seed or 0,
+        prompt_logprobs=None if prompt_scores is None else tuple(prompt_scores),
+    )
+
+
+def failed(
+    spec: RequestSpec, code: str, message: str, retry_after_ms: int, param: str | None
+) -> RequestFailed:
+    """The end as a failure."""
+    return RequestFailed(
+        id=spec.client_id,
+        code=code,
+        message=message,
+        request_id=spec.request_id,
+        param=param,
+        retry_after_ms=retry_after_ms,
+    )

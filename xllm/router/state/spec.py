@@ -1,0 +1,56 @@
+"""What is settled about a request once it was checked and encoded: it never changes again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from xllm.protocol.instance import AdmitRequest
+from xllm.protocol.sampling import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """A request as the state machine needs it. `sampling` is resolved: its seed is drawn and its
+    max_tokens set. `deadline`: monotonic seconds."""
+
+    request_id: str
+    client_id: int
+    model: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    deadline: float
+    stream: bool = True
+    hold_s: float = 0.0
+    block_hashes: bytes = b""
+    salt: bytes = b""
+    priority: int = 0
+    offline: bool = False
+    traceparent: str = ""
+    stop_ids: frozenset[int] = frozenset()
+    """All ids that end a choice: the request's own, and the model's unless those are ignored."""
+
+    def admit(
+        self,
+        attempt: int,
+        stages: tuple[tuple[str, str], ...],
+        outputs: tuple[tuple[int, ...], ...],
+        now: float,
+    ) -> AdmitRequest:
+        """The words that start an attempt."""
+        return AdmitRequest(
+            self.request_id,
+            attempt,
+            self.model,
+            self.prompt_ids,
+            self.sampling,
+            self.block_hashes,
+            outputs,
+            self.salt,
+            "",
+            self.priority,
+            self.offline,
+            max(1, int((self.deadline - now) * 1000)),
+            stages,
+            (),
+            self.traceparent,
+        )
