@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+_MAX_BASE_CHARS = 40
+
 
 def read_environment() -> dict[str, str]:
     """The variables of this process."""
@@ -17,3 +19,11 @@ def prepare_environment() -> None:
     chooses when it is loaded; tokenizers warns about forks that never happen here."""
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def runtime_base() -> str:
+    """Where run directories of this user are made: short, since ipc paths are, and swept."""
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if base and len(base) <= _MAX_BASE_CHARS and os.access(base, os.W_OK | os.X_OK):
+        return os.path.join(base, "xllm")
+    return f"/tmp/xllm-{os.getuid()}"

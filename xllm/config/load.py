@@ -26,19 +26,25 @@ from xllm.errors import ConfigError
 PREFIX = "XLLM_"
 CONFIG_VARIABLE = "XLLM_CONFIG"
 """Names the TOML file where no flag does."""
+NOT_SETTINGS = frozenset({CONFIG_VARIABLE, "XLLM_TORCH"})
+"""Variables with our prefix that are no settings: the file's name, and what scripts install."""
 
 
 def load(
     flags: Mapping[str, object] | None = None,
     file: str | None = None,
     environ: Mapping[str, str] | None = None,
+    *,
+    defaults: Mapping[str, object] | None = None,
 ) -> Settings:
     """The merged settings. `flags` by key (`section.field`); `file`: path of a TOML file;
-    `environ`: the environment (default: the process's own)."""
+    `environ`: the environment (default: the process's own); `defaults` by key: what a command
+    has in place of the dataclasses' own."""
     table = setting_table()
     variables = read_environment() if environ is None else environ
     path = file or variables.get(CONFIG_VARIABLE) or None
-    values = _from_variables(table, variables)
+    values = dict(defaults or {})
+    values.update(_from_variables(table, variables))
     if path is not None:
         values.update(_from_file(table, path))
     for key, value in (flags or {}).items():
@@ -69,7 +75,7 @@ def _from_variables(
     by_variable = {entry.variable: entry for entry in table.values()}
     values: dict[str, object] = {}
     for name, text in environ.items():
-        if not name.startswith(PREFIX) or name == CONFIG_VARIABLE:
+        if not name.startswith(PREFIX) or name in NOT_SETTINGS:
             continue
         entry = by_variable.get(name)
         if entry is None:

@@ -1,0 +1,6 @@
+"""`python -m xllm`: the same as the `xllm` command."""
+
+from xllm.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Options of the commands that talk with a service, and of those that sample.
+
+Sampling flags are made from SamplingParams: a field added there is a flag at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from xllm.client.asynchronous import DEFAULT_ENDPOINT
+from xllm.client.synchronous import Client
+from xllm.errors import BrokenError, DependencyError
+from xllm.protocol.sampling import SamplingParams
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_TYPES: dict[Any, Any] = {
+    int: click.INT,
+    int | None: click.INT,
+    float: click.FLOAT,
+    tuple[str, ...]: click.STRING,
+    tuple[int, ...]: click.INT,
+}
+
+
+def service_options(function: F) -> F:
+    """Decorator: where the service is. The command gets a `connect()` that makes a Client."""
+
+    @functools.wraps(function)
+    def command(
+        *args: Any, endpoint: str, timeout: float, keys_dir: str, server_key: str, **kwargs: Any
+    ) -> Any:
+        def connect(at: str = "") -> Client:
+            return Client(
+                at or endpoint, timeout_s=timeout, keys_dir=keys_dir, server_key=server_key
+            )
+
+        try:
+            return function(*args, connect=connect, **kwargs)
+        except BrokenError as error:
+            hint = "; `xllm serve` starts a service here"
+            raise DependencyError(error.message + hint) from error
+
+    options = (
+        click.option(
+            "--endpoint",
+            default=DEFAULT_ENDPOINT,
+            show_default=True,
+            metavar="TCP",
+            help="ZeroMQ endpoint of a router.",
+        ),
+        click.option(
+            "--timeout",
+            type=click.FLOAT,
+            default=600.0,
+            show_default=True,
+            metavar="S",
+            help="Longest wait for an answer.",
+        ),
+        click.option("--keys-dir", default="", metavar="DIR", help="Directory with our keys."),
+        click.option("--server-key", default="", metavar="KEY", help="The router's public key."),
+    )
+    decorated: Any = command
+    for option in reversed(options):
+        decorated = option(decorated)
+    return typing.cast("F", decorated)
+
+
+def sampling_options(*, without: Sequence[str] = ()) -> Callable[[F], F]:
+    """Decorator: a flag for each field of SamplingParams but logit_bias and those in `without`.
+    The command gets those that were given as `sampling`."""
+    hidden = {"logit_bias", *without}
+    names = [name for name in SamplingParams.__struct_fields__ if name not in hidden]
+    hints = typing.get_type_hints(SamplingParams)
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def command(*args: Any, **kwargs: Any) -> Any:
+            given = {name: kwargs.pop(name) for name in names}
+            sampling = {name: value for name, value in given.items() if value not in (None, ())}
+            return function(*args, sampling=sampling, **kwargs)
+
+        decorated: Any = command
+        for name in reversed(names):
+            decorated = _sampling_option(name, hints[name])(decorated)
+        return typing.cast("F", decorated)
+
+    return decorate
+
+
+def _sampling_option(name: str, kind: Any) -> Callable[[F], F]:
+    flag = "--" + name.replace("_", "-")
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", name, default=None)
+    several = kind in (tuple[str, ...], tuple[int, ...])
+    return click.option(flag, name, type=_TYPES[kind], multiple=several, default=None)

@@ -1,0 +1,89 @@
+"""Which processes make a service on one machine, with which settings each, and what is said when
+all of them are ready.
+
+Pure: starts nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+
+from xllm.cli.startup import ServiceAddresses
+from xllm.cli.targets import run_kvcache, run_master, run_router
+from xllm.config.load import encode_settings
+from xllm.config.settings import Settings, WorkerSettings
+from xllm.protocol.actor.children import ChildSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedChild:
+    """A process to start; `kind` as in LaunchMessages."""
+
+    kind: str
+    spec: ChildSpec
+
+    @property
+    def name(self) -> str:
+        """Its name in lines, logs and the registry."""
+        return self.spec.name
+
+
+def plan_children(settings: Settings, run_dir: str) -> list[PlannedChild]:
+    """The processes of a service whose launcher listens in `run_dir`; the slowest start first."""
+    cluster = dataclasses.replace(
+        settings.cluster,
+        run_dir=run_dir,
+        registry=f"ipc://{run_dir}/registry",
+        launcher=f"ipc://{run_dir}/launch",
+    )
+    base = dataclasses.replace(settings, cluster=cluster, worker=share_cores(settings))
+    planned = []
+    for index in range(settings.serve.instances):
+        name = f"{settings.master.name or 'instance'}-{index}"
+        master = dataclasses.replace(base.master, name=name)
+        own = dataclasses.replace(base, master=master)
+        planned.append(_child("master", name, run_master, own))
+    name = base.router.name or "router-0"
+    own = dataclasses.replace(base, router=dataclasses.replace(base.router, name=name))
+    planned.append(_child("router", name, run_router, own))
+    if settings.serve.kvcache:
+        name = base.kvcache.name or "kvcache-0"
+        own = dataclasses.replace(base, kvcache=dataclasses.replace(base.kvcache, name=name))
+        planned.append(_child("kvcache", name, run_kvcache, own))
+    return planned
+
+
+def share_cores(settings: Settings) -> WorkerSettings:
+    """The worker's settings, with the cores divided among the instances where nobody chose."""
+    worker = settings.worker
+    if worker.num_threads or settings.serve.instances == 1:
+        return worker
+    cores = len(os.sched_getaffinity(0))
+    return dataclasses.replace(worker, num_threads=max(1, cores // settings.serve.instances))
+
+
+def announcement(model: str, addresses: ServiceAddresses, took_s: float) -> list[str]:
+    """The lines that tell a user how to ask."""
+    lines = [f"ready in {took_s:.1f} s: {model}"]
+    if addresses.http:
+        lines.append(f"  HTTP    {addresses.http}/v1")
+    if addresses.zmq:
+        lines.append(f"  ZeroMQ  {addresses.zmq}")
+    if addresses.http:
+        body = {"model": model, "messages": [{"role": "user", "content": "What is xLLM?"}]}
+        lines += [
+            "try",
+            f"  curl {addresses.http}/v1/chat/completions -H 'Content-Type: application/json' \\",
+            f"    -d '{json.dumps(body)}'",
+        ]
+    lines.append("Ctrl-C stops")
+    return lines
+
+
+def _child(
+    kind: str, name: str, target: Callable[[bytes], None], settings: Settings
+) -> PlannedChild:
+    return PlannedChild(kind, ChildSpec(name, target, (encode_settings(settings),)))

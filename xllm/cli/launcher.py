@@ -1,0 +1,184 @@
+"""`xllm serve`'s own process: starts the others, watches them, ends them in order.
+
+Owns the run directory, the embedded registry and the children. It carries no request: when it
+hangs, the service goes on; when it dies, everything ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from xllm.cli.launch_plan import PlannedChild, announcement, plan_children
+from xllm.cli.screen import LaunchScreen
+from xllm.cli.startup import ServiceAddresses, Startup
+from xllm.cli.supervision import GiveUp, RestartPolicy, describe_exit
+from xllm.client.asynchronous import AsyncClient
+from xllm.config.environment import runtime_base
+from xllm.config.settings import Settings
+from xllm.errors import XllmError
+from xllm.protocol.actor.base import Actor
+from xllm.protocol.actor.children import ChildExit, Children
+from xllm.protocol.actor.rundir import RunDirectory
+from xllm.protocol.codec import Decoder
+from xllm.protocol.launch import LaunchMessage, ProcessProgress
+from xllm.protocol.registry.embedded import EmbeddedRegistryServer
+from xllm.protocol.transport.context import Transport
+from xllm.protocol.transport.router import RouterSocket
+from xllm.protocol.transport.security import Security
+
+STOP_GRACE_S = 3.0
+"""What a process gets beyond the time to drain before it is killed."""
+_PROBE_S = 30.0
+_PROBE_AGAIN_S = 0.02
+
+
+class LaunchedService(Actor):
+    """Everything of one service on this machine. `ready` is called with the addresses once a
+    request would be answered."""
+
+    def __init__(self, settings: Settings, screen: LaunchScreen) -> None:
+        super().__init__("launcher")
+        self._settings = settings
+        self._screen = screen
+        self._began = time.monotonic()
+        self._directory: RunDirectory | None = None
+        self._registry: EmbeddedRegistryServer | None = None
+        self._reports: RouterSocket[LaunchMessage] | None = None
+        self._children: Children | None = None
+        self._planned: dict[str, PlannedChild] = {}
+        self._policies: dict[str, RestartPolicy] = {}
+        self._startup = Startup(())
+        self._was_ready = False
+        self._gave_up = False
+        self._num_interrupts = 0
+
+    @property
+    def security(self) -> Security | None:
+        """The node's keys, if it has any."""
+        keys_dir = self._settings.cluster.keys_dir
+        return Security.load(keys_dir) if keys_dir else None
+
+    def make_transport(self) -> Transport:
+        """With the node's keys, if it has any."""
+        return Transport(self.security)
+
+    async def start(self) -> None:
+        """Make the run directory, the registry and the children; all of them start at once."""
+        self._directory = RunDirectory(self._settings.cluster.run_dir or runtime_base())
+        self._registry = EmbeddedRegistryServer(self.transport, self._directory.ipc("registry"))
+        self._reports = RouterSocket(
+            self.transport,
+            self._directory.ipc("launch"),
+            Decoder(LaunchMessage),
+            lambda identity, message, frames: self._report(message),
+            name="launch",
+        )
+        self._children = Children(self._child_ended)
+        planned = plan_children(self._settings, self._directory.path)
+        self._planned = {child.name: child for child in planned}
+        self._policies = {name: RestartPolicy() for name in self._planned}
+        self._startup = Startup(self._planned)
+        for child in planned:
+            self._children.start(child.spec)
+
+    async def stop(self) -> None:
+        """Routers drain first, then instances and the daemon end."""
+        self._screen.close_bars()
+        if self._children is not None:
+            shutdown_s = 0.0 if self._gave_up else self._settings.cluster.shutdown_s
+            routers = [child.name for child in self._planned.values() if child.kind == "router"]
+            for name in routers:
+                await self._children.stop(name, shutdown_s + STOP_GRACE_S)
+            await self._children.stop_all(STOP_GRACE_S)
+        if self._reports is not None:
+            self._reports.close()
+        if self._registry is not None:
+            await self._registry.close()
+        if self._directory is not None:
+            self._directory.remove()
+
+    def interrupt(self, number: int) -> None:
+        """A signal asks for the end: the first one drains, a second one stops at once."""
+        self._num_interrupts += 1
+        if self._num_interrupts == 1:
+            if self._was_ready and not self._gave_up:
+                wait_s = self._settings.cluster.shutdown_s
+                self._screen.line(
+                    f"draining, at most {wait_s:g} s; once more (Ctrl-C) stops at once"
+                )
+            self.request_stop()
+            return
+        self._screen.close_bars()
+        self._screen.line("stopped at once")
+        if self._children is not None:
+            self._children.kill_all()
+        if self._directory is not None:
+            self._directory.remove()
+        os._exit(128 + number)
+
+    # -- reports -----------------------------------------------------------------------------
+
+    def _report(self, message: LaunchMessage) -> None:
+        if isinstance(message, ProcessProgress):
+            self._screen.bar(message.name, message.done, message.total, message.unit)
+            return
+        line = self._startup.handle(message)
+        if line:
+            self._screen.line(line)
+        if self._startup.all_ready and not self._was_ready and not self.stopping:
+            self._was_ready = True
+            self._screen.close_bars()
+            self.spawn(self._announce(self._startup.addresses))
+
+    async def _announce(self, addresses: ServiceAddresses) -> None:
+        """Ask the service itself until it is ready, then say so."""
+        if addresses.zmq:
+            security = self.security
+            client = AsyncClient(
+                addresses.zmq,
+                keys_dir=self._settings.cluster.keys_dir,
+                server_key=security.public_key if security else "",
+            )
+            async with client:
+                await self._wait_healthy(client)
+        took_s = time.monotonic() - self._began
+        for line in announcement(self._settings.model.name, addresses, took_s):
+            self._screen.line(line)
+
+    async def _wait_healthy(self, client: AsyncClient) -> None:
+        deadline = time.monotonic() + _PROBE_S
+        while time.monotonic() < deadline:
+            try:
+                if (await client.health(probe=True, timeout_s=_PROBE_S)).ready:
+                    return
+            except XllmError as error:
+                self._screen.complain(f"the service does not answer yet: {error.message}")
+            await asyncio.sleep(_PROBE_AGAIN_S)
+        self._screen.complain(f"the service is not ready {_PROBE_S:g} s after its processes")
+
+    # -- children ----------------------------------------------------------------------------
+
+    def _child_ended(self, end: ChildExit) -> None:
+        was_ready = self._startup.is_ready(end.name)
+        reason = self._startup.ended(end.name)
+        if end.expected or self.stopping:
+            return
+        decision = self._policies[end.name].exited(end.code, time.monotonic(), was_ready=was_ready)
+        what = f"{end.name} (pid {end.pid}) ended with {describe_exit(end.code)}"
+        if reason:
+            what += f": {reason}"
+        if isinstance(decision, GiveUp):
+            self._gave_up = True
+            self._screen.close_bars()
+            self._screen.complain(f"{what}; {decision.reason}")
+            self.request_stop(decision.exit_code)
+            return
+        when = f" in {decision.delay_s:g} s" if decision.delay_s else ""
+        self._screen.line(f"{what}; it starts again{when}")
+        self.later(decision.delay_s, self._start_again, end.name)
+
+    def _start_again(self, name: str) -> None:
+        if self._children is not None and not self.stopping:
+            self._children.start(self._planned[name].spec)

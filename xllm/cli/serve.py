@@ -1,0 +1,76 @@
+"""`xllm serve`: checks, the model, then the launcher until it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import signal
+import socket
+
+import click
+
+from xllm.cli.flags import settings_options
+from xllm.cli.model_source import resolve_model
+from xllm.config.exposure import check_exposure
+from xllm.config.settings import Settings
+
+SECTIONS = ("model", "router", "serve", "worker", "scheduler", "master", "kvcache", "cluster")
+
+
+@click.command(context_settings={"max_content_width": 100})
+@settings_options(*SECTIONS, defaults={"cluster.log_level": "warning"})
+def serve(settings: Settings) -> int:
+    """Serve a model on this machine: router, masters, workers and KV cache daemon, with an
+    OpenAI-compatible HTTP endpoint and a ZeroMQ one. Without --model, the demo model."""
+    check_exposure(settings)
+    path, name = resolve_model(settings.model)
+    model = dataclasses.replace(settings.model, path=path, name=name)
+    settings = dataclasses.replace(settings, model=model)
+    check_free(settings.router.host, settings.router.port, "--port")
+    check_free(settings.router.zmq_host, settings.router.zmq_port, "--zmq-port")
+    return run_launcher(settings)
+
+
+def run_launcher(settings: Settings) -> int:
+    """Run the service to its end; returns the exit code."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_main(settings))
+
+
+async def _main(settings: Settings) -> int:
+    from xllm.cli.launcher import LaunchedService
+    from xllm.cli.screen import LaunchScreen
+    from xllm.protocol.actor.logs import configure_logs
+
+    cluster = settings.cluster
+    configure_logs(
+        process="launcher",
+        level=cluster.log_level,
+        log_format=cluster.log_format,
+        log_dir=cluster.log_dir,
+    )
+    service = LaunchedService(settings, LaunchScreen())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, service.interrupt, number)
+    return await service.run()
+
+
+def check_free(host: str, port: int, flag: str) -> None:
+    """OSError where nobody could listen on host and port; the router does later."""
+    if port == 0:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError as error:
+            reason = error.strerror or "cannot listen"
+            if error.errno == errno.EADDRINUSE:
+                reason = f"in use already; {flag} takes another, 0 any free one"
+            raise OSError(error.errno, reason, f"{host}:{port}") from error

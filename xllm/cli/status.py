@@ -1,0 +1,61 @@
+"""`xllm status`: the cluster as a router sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import click
+import msgspec
+
+from xllm.cli.client_flags import service_options
+from xllm.client.synchronous import Client
+from xllm.protocol.client import ProcessStatus
+
+_HEADINGS = ("name", "kind", "role", "model", "state", "waiting", "running", "KV used", "seen")
+
+
+@click.command()
+@service_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON list instead of a table.")
+def status(connect: Callable[[], Client], as_json: bool) -> None:
+    """Show the processes of a service, their roles and their load."""
+    with connect() as client:
+        processes = client.status()
+    if as_json:
+        full = [{name: getattr(p, name) for name in p.__struct_fields__} for p in processes]
+        click.echo(msgspec.json.encode(full).decode())
+        return
+    _show_table(processes)
+
+
+def status_row(process: ProcessStatus) -> tuple[str, ...]:
+    """A process's line in the table."""
+    used = ""
+    if process.num_blocks:
+        share = 1 - process.num_free_blocks / process.num_blocks
+        used = f"{100 * share:.0f}% of {process.num_blocks}"
+    return (
+        process.name,
+        process.kind,
+        process.role,
+        process.model,
+        process.state,
+        str(process.num_waiting),
+        str(process.num_running),
+        used,
+        f"{process.heartbeat_age_ms} ms ago",
+    )
+
+
+def _show_table(processes: Sequence[ProcessStatus]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for heading in _HEADINGS:
+        right = heading in ("waiting", "running")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for process in processes:
+        table.add_row(*(Text(cell) for cell in status_row(process)))
+    Console().print(table)
