@@ -1,0 +1,104 @@
+"""Whether an instance's state can be: every invariant of the scheduler's parts, looked at.
+
+Reads everything and changes nothing; costs time in proportion to the state, so tests call it
+after every step and processes do not.
+"""
+
+from __future__ import annotations
+
+from xllm.errors import InvariantError
+from xllm.master.lifecycle import InstanceState
+from xllm.master.sequence import Sequence, SequenceState
+
+
+def check_state(state: InstanceState) -> None:
+    """Raise InvariantError with a sequence's story where something contradicts itself."""
+    sequences = _all_sequences(state)
+    _check_requests(state)
+    _check_membership(state)
+    for seq in sequences:
+        _check_sequence(state, seq)
+    pins = [fork.copy[0] for fork in state.pending_forks if fork.copy is not None]
+    for step in state.steps.values():
+        pins.extend(step.pins)
+    state.tables.check(sequences, pins)
+
+
+def _all_sequences(state: InstanceState) -> list[Sequence]:
+    found: dict[int, Sequence] = {}
+    for request in state.requests.values():
+        for seq in request.sequences:
+            found[id(seq)] = seq
+    for step in state.steps.values():
+        for seq in step.sequences:
+            found[id(seq)] = seq
+    return list(found.values())
+
+
+def _check_requests(state: InstanceState) -> None:
+    for request_id, request in state.requests.items():
+        if not request.open_choices or request.request_id != request_id:
+            raise InvariantError(f"request {request_id} is kept and has no open choice")
+        covered = 0
+        for seq in request.sequences:
+            if seq.state is SequenceState.FINISHED:
+                raise InvariantError(f"finished and still listed: {seq.story()}")
+            mask = (1 << request.sampling.n) - 1 if seq.num_samples > 1 else 1 << seq.choice
+            if seq.num_samples == 0:
+                mask = request.open_choices
+            covered |= mask
+        if request.open_choices & ~covered:
+            raise InvariantError(f"request {request_id} has an open choice without a sequence")
+
+
+def _check_membership(state: InstanceState) -> None:
+    lists = (
+        ("decoding", [s for s in state.decoding if not s.is_prefilling]),
+        ("prefilling", [s for s in state.prefilling if s.is_prefilling]),
+    )
+    num_running = 0
+    for name, members in lists:
+        alive = [seq for seq in members if seq.state is SequenceState.RUNNING]
+        if len({id(seq) for seq in alive}) != len(alive):
+            raise InvariantError(f"a sequence is listed twice as {name}")
+        num_running += len(alive)
+    if num_running != state.num_running:
+        raise InvariantError(f"{state.num_running} running, but {num_running} are listed")
+    if num_running > state.limits.max_running:
+        raise InvariantError(f"{num_running} running, the limit is {state.limits.max_running}")
+    open_sequences = [seq for r in state.requests.values() for seq in r.sequences]
+    by_state = [seq.state for seq in open_sequences]
+    if by_state.count(SequenceState.RUNNING) != num_running:
+        raise InvariantError("a running sequence belongs to no open request")
+    queued = {id(seq) for seq in state.waiting}
+    waiting = {id(seq) for seq in open_sequences if seq.state is SequenceState.WAITING}
+    if queued != waiting or len(queued) != len(state.waiting):
+        raise InvariantError(
+            f"{len(waiting)} wait, {len(queued)} are queued, {len(state.waiting)} are counted"
+        )
+
+
+def _check_sequence(state: InstanceState, seq: Sequence) -> None:
+    wrong = ""
+    size = state.limits.block_size
+    if seq.num_tokens != seq.num_prompt + len(seq.output):
+        wrong = "its tokens are miscounted"
+    elif seq.capacity != len(seq.block_ids) * size or seq.num_computed > seq.capacity:
+        wrong = "its blocks do not cover what is computed"
+    elif len(seq.block_ids) > -(-seq.end // size):
+        wrong = "it has more blocks than it can ever need"
+    elif seq.num_sealed * size > seq.num_computed:
+        wrong = "a block is sealed before it is computed"
+    elif seq.state is SequenceState.WAITING and (seq.block_ids or seq.number >= 0):
+        wrong = "it waits with blocks or a number"
+    elif seq.state is SequenceState.RUNNING:
+        if seq.num_tokens >= seq.end and seq.num_samples:
+            wrong = "it runs past its end"
+        elif seq.number < 0 or not seq.block_ids:
+            wrong = "it runs without a number or blocks"
+        elif not seq.is_prefilling and seq.num_computed != seq.num_tokens - 1:
+            wrong = "it decodes with more than one token to compute"
+        elif any(not state.tables.cache.hash_of(b) for b in seq.block_ids[: seq.num_sealed]):
+            wrong = "a sealed block is not cached"
+    if wrong:
+        raise InvariantError(f"{wrong}: {seq.story()}")

@@ -1,0 +1,89 @@
+"""What an instance can hold, and whether a request can ever fit.
+
+Made once from what the worker reported and the settings. Knows no load: a request that does not
+fit here will not fit on an idle instance either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from xllm.config.settings import SchedulerSettings
+from xllm.errors import ContextLengthError
+from xllm.protocol.step import WorkerReady
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InstanceLimits:
+    """Bounds of one instance. Lengths are in tokens."""
+
+    model: str
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    vocab_size: int
+    eos_ids: tuple[int, ...] = ()
+    revision: str = ""
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    chunked_prefill: bool = True
+    prefix_cache: bool = True
+    max_waiting: int = 8192
+
+    @classmethod
+    def from_ready(cls, ready: WorkerReady, settings: SchedulerSettings) -> InstanceLimits:
+        """The limits of an instance whose worker is ready."""
+        return cls(
+            model=ready.model,
+            num_blocks=ready.num_blocks,
+            block_size=ready.block_size,
+            max_model_len=ready.max_model_len,
+            vocab_size=ready.vocab_size,
+            eos_ids=ready.eos_ids,
+            revision=ready.revision,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            chunked_prefill=settings.chunked_prefill,
+            prefix_cache=settings.prefix_cache,
+            max_waiting=settings.max_waiting,
+        )
+
+    @property
+    def max_running(self) -> int:
+        """Sequences that run at a time: each of them must find room in one step's budget."""
+        return min(self.max_num_seqs, self.max_num_batched_tokens)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of KV in all blocks."""
+        return self.num_blocks * self.block_size
+
+    def sequence_end(self, num_prompt: int, max_tokens: int | None) -> int:
+        """Tokens (prompt and output) at which a sequence ends by length.
+
+        The last token needs no KV. ContextLengthError, with the numbers, if it can never fit."""
+        longest = min(self.max_model_len, self.capacity + 1)
+        wanted = 0 if max_tokens == 0 else 1
+        if num_prompt + wanted > self.max_model_len:
+            raise ContextLengthError(
+                f"the prompt has {num_prompt} tokens and the model's context is "
+                f"{self.max_model_len} tokens, prompt and output together",
+                param="prompt",
+            )
+        if num_prompt > self.capacity:
+            raise ContextLengthError(
+                f"the prompt has {num_prompt} tokens and the instance's KV memory holds "
+                f"{self.capacity} ({self.num_blocks} blocks of {self.block_size})",
+                param="prompt",
+            )
+        if max_tokens is None:
+            return longest
+        end = min(num_prompt + max_tokens, self.max_model_len)
+        if end > longest:
+            raise ContextLengthError(
+                f"{num_prompt} prompt tokens and up to {max_tokens} new ones need KV for "
+                f"{end - 1} tokens and the instance's KV memory holds {self.capacity} "
+                f"({self.num_blocks} blocks of {self.block_size})",
+                param="max_tokens",
+            )
+        return end

@@ -1,0 +1,92 @@
+"""Waiting sequences in the order in which they may start, and deadlines in the order they pass.
+
+Online before offline, higher priority first, then by arrival: a preempted sequence keeps its
+arrival and so comes back at the front of its class. Entries of sequences and requests that ended
+meanwhile are skipped when they surface, and swept when they are the majority.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+from xllm.master.request import RequestState
+from xllm.master.sequence import Sequence, SequenceState
+
+
+class WaitingQueue:
+    """A priority queue of sequences in state WAITING."""
+
+    __slots__ = ("_heap", "_num_live")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[bool, int, int, int], Sequence]] = []
+        self._num_live = 0
+
+    def __len__(self) -> int:
+        return self._num_live
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """In no particular order."""
+        return (seq for _, seq in self._heap if seq.state is SequenceState.WAITING)
+
+    def push(self, seq: Sequence) -> None:
+        """Add a sequence that waits. Its key must not be in the queue already."""
+        heapq.heappush(self._heap, (seq.key, seq))
+        self._num_live += 1
+
+    def peek(self) -> Sequence | None:
+        """The next sequence, which stays in the queue."""
+        heap = self._heap
+        while heap:
+            seq = heap[0][1]
+            if seq.state is SequenceState.WAITING:
+                return seq
+            heapq.heappop(heap)
+        return None
+
+    def pop(self) -> Sequence:
+        """Remove what `peek` just returned."""
+        self._num_live -= 1
+        return heapq.heappop(self._heap)[1]
+
+    def note_gone(self) -> None:
+        """A queued sequence has left the state WAITING by another door."""
+        self._num_live -= 1
+        if len(self._heap) > 2 * self._num_live + 64:
+            self._heap = [e for e in self._heap if e[1].state is SequenceState.WAITING]
+            heapq.heapify(self._heap)
+
+
+class DeadlineQueue:
+    """Requests by deadline; those without one never enter."""
+
+    __slots__ = ("_heap", "_num_pushed")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, RequestState]] = []
+        self._num_pushed = 0
+
+    def push(self, request: RequestState) -> None:
+        """Watch a request's deadline, if it has one."""
+        if request.deadline:
+            self._num_pushed += 1
+            heapq.heappush(self._heap, (request.deadline, self._num_pushed, request))
+
+    def pop_passed(self, now: float) -> list[RequestState]:
+        """Requests whose deadline is not after `now`, some of them perhaps ended already."""
+        passed = []
+        heap = self._heap
+        while heap and heap[0][0] <= now:
+            passed.append(heapq.heappop(heap)[2])
+        return passed
+
+    def sweep(self, num_open: int) -> None:
+        """Drop entries of ended requests where they outnumber the `num_open` others."""
+        if len(self._heap) > 2 * num_open + 1024:
+            self._heap = [entry for entry in self._heap if entry[2].open_choices]
+            heapq.heapify(self._heap)
+
+    def next_deadline(self) -> float | None:
+        """When `pop_passed` may next give something."""
+        return self._heap[0][0] if self._heap else None

@@ -1,0 +1,195 @@
+"""The scheduler of one instance: requests in, step plans out, step results in, tokens out.
+
+A facade: admission, planning, settling and the ways to end live in files of their own, over one
+InstanceState. Plain Python: no sockets, threads or clock (`now` is monotonic seconds, given by
+the caller). The caller runs one step at a time: `schedule`, execute, `update` or `fail_step`.
+`schedule` may be called with a step in flight; it then plans for the other sequences only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence as AbstractSequence
+
+from xllm.errors import DeadlineError
+from xllm.master.admission import Admission
+from xllm.master.audit import check_state
+from xllm.master.lifecycle import InstanceState
+from xllm.master.limits import InstanceLimits
+from xllm.master.outcome import StepOutcome
+from xllm.master.planning import StepPlanner
+from xllm.master.sequence import Sequence
+from xllm.master.settling import StepSettler
+from xllm.master.strategy import PrefillStrategy, choose_strategy
+from xllm.protocol.bus import BlockEvents, InstanceLatency
+from xllm.protocol.instance import AdmitRequest, RequestEnded
+from xllm.protocol.step import StepPlan, StepResult
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SchedulerStatistics:
+    """How busy an instance is. `num_waiting` and `num_running` count sequences;
+    `num_available_blocks` are free or cached without holder; `waiting_tokens` still have to be
+    computed, `running_tokens` are held by running sequences."""
+
+    num_requests: int
+    num_waiting: int
+    num_running: int
+    num_offline: int
+    num_blocks: int
+    num_available_blocks: int
+    num_cached_blocks: int
+    waiting_tokens: int
+    running_tokens: int
+    num_steps_in_flight: int
+    num_preemptions: int
+    num_evictions: int
+
+
+class Scheduler:
+    """Continuous batching for one model on one instance."""
+
+    def __init__(self, limits: InstanceLimits, strategy: PrefillStrategy | None = None) -> None:
+        self.limits = limits
+        self._state = InstanceState(limits)
+        self._admission = Admission(self._state)
+        self._planner = StepPlanner(
+            self._state, strategy or choose_strategy(limits.chunked_prefill)
+        )
+        self._settler = StepSettler(self._state, self._planner)
+
+    @property
+    def num_requests(self) -> int:
+        """Open requests."""
+        return len(self._state.requests)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is open and nothing in flight."""
+        return not self._state.requests and not self._state.steps
+
+    def admit(self, request: AdmitRequest, now: float) -> RequestEnded | None:
+        """Take a request in (None), or say why not: codes context_length_exceeded with the
+        numbers, invalid_value, model_not_found, overloaded, unavailable, conflict. What a
+        resumed request finished before it came is in the next outcome."""
+        return self._admission.admit(request, now)
+
+    def cancel(self, request_id: str, attempt: int, choice: int = -1) -> None:
+        """Stop a request (silently) or one choice of it (the request then ends with its last
+        choice). Unknown requests and older attempts are ignored."""
+        state = self._state
+        request = state.requests.get(request_id)
+        if request is None or attempt < request.attempt:
+            return
+        if choice < 0:
+            state.end_request(request)
+            return
+        if not request.is_open(choice):
+            return
+        for seq in tuple(request.sequences):
+            # A leader that has not forked yet stands for the other choices too.
+            if seq.choice == choice and seq.num_samples <= 1:
+                state.finish_sequence(seq)
+        state.close_choice(request, choice)
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, or None where there is nothing to do (or all of it is in flight)."""
+        return self._planner.plan(now)
+
+    def update(
+        self, result: StepResult, frames: AbstractSequence[bytes], now: float
+    ) -> StepOutcome:
+        """Take in the result of a plan. BadMessageError if it contradicts the plan: the step is
+        then still in flight, and `fail_step` is the answer."""
+        self._settler.settle(result, frames, now)
+        return self._state.take_outcome()
+
+    def fail_step(self, step: int, code: str, message: str) -> StepOutcome:
+        """A step failed as a whole: the requests in it end with this code."""
+        self._settler.fail(step, code, message)
+        return self._state.take_outcome()
+
+    def fail_all(self, code: str, message: str) -> StepOutcome:
+        """The worker is gone: every request ends with this code, steps in flight with them."""
+        for number in tuple(self._state.steps):
+            self._settler.fail(number, code, message)
+        for request in tuple(self._state.requests.values()):
+            self._state.end_request(request, code, message)
+        return self._state.take_outcome()
+
+    def expire(self, now: float) -> StepOutcome:
+        """End the requests whose deadline has passed, with code deadline_exceeded. Also hands
+        over whatever admissions and cancels have left to say. Cheap where there is nothing."""
+        state = self._state
+        for request in state.deadlines.pop_passed(now):
+            if request.open_choices:
+                waited = now - request.admitted_at
+                state.end_request(
+                    request, DeadlineError.code, f"not finished {waited:.3f} s after admission"
+                )
+        return state.take_outcome()
+
+    def next_deadline(self) -> float | None:
+        """When `expire` may next end a request."""
+        return self._state.deadlines.next_deadline()
+
+    def drain(self) -> None:
+        """Admit nothing more."""
+        self._state.is_draining = True
+
+    def quiet_steps(self) -> int:
+        """For how many steps from now the batch certainly stays as it is, unless a request
+        comes or a stop id is drawn: only decodes run, none reaches its length, all blocks that
+        they need are there. Fixed at 0 while anything waits, prefills or is in flight."""
+        state = self._state
+        if len(state.waiting) or state.steps or state.is_stale or state.prefilling:
+            return 0
+        if not state.decoding:
+            return 0
+        left = min(seq.end - seq.num_tokens for seq in state.decoding) - 1
+        size = self.limits.block_size
+        available = state.tables.cache.num_available
+        worst = len(state.decoding)
+        # Every decode begins at most one block in `size` steps.
+        return max(0, min(left, available // worst * size))
+
+    def drain_events(self) -> BlockEvents | None:
+        """Blocks cached and evicted since the last call."""
+        return self._state.tables.cache.drain_events()
+
+    def snapshot_blocks(self) -> bytes:
+        """Hashes of all cached blocks."""
+        return self._state.tables.cache.snapshot()
+
+    def take_latency(self) -> InstanceLatency:
+        """Latencies since the last call."""
+        return self._state.latency.take()
+
+    def statistics(self) -> SchedulerStatistics:
+        """A snapshot; does not mutate."""
+        state = self._state
+        if state.is_stale:
+            state.sweep()
+        waiting = list(state.waiting)
+        cache = state.tables.cache.statistics()
+        running: list[Sequence] = [*state.decoding, *state.prefilling]
+        waiting_tokens = sum(seq.num_tokens for seq in waiting)
+        waiting_tokens += sum(seq.num_tokens - seq.num_computed for seq in state.prefilling)
+        return SchedulerStatistics(
+            num_requests=len(state.requests),
+            num_waiting=len(state.waiting),
+            num_running=state.num_running,
+            num_offline=state.num_offline_running + sum(seq.key[0] for seq in waiting),
+            num_blocks=self.limits.num_blocks,
+            num_available_blocks=cache.num_available,
+            num_cached_blocks=cache.num_cached,
+            waiting_tokens=waiting_tokens,
+            running_tokens=sum(seq.num_tokens for seq in running),
+            num_steps_in_flight=len(state.steps),
+            num_preemptions=state.num_preemptions,
+            num_evictions=cache.num_evicted,
+        )
+
+    def check(self) -> None:
+        """Raise InvariantError, with the story, where the state contradicts itself."""
+        check_state(self._state)
