@@ -69,12 +69,14 @@ class Admission:
         end = limits.sequence_end(len(message.prompt_ids), sampling.max_tokens)
         self._check_tokens(message)
         root, hashes = self._hashes(message)
-        stop_ids = self._eos
+        stop_ids, stop_tuple = self._eos, limits.eos_ids
         if sampling.stop_token_ids or sampling.ignore_eos:
             own = frozenset(sampling.stop_token_ids)
             stop_ids = own if sampling.ignore_eos else own | self._eos
+            stop_tuple = tuple(sorted(stop_ids))
         self._num_admitted += 1
-        return RequestState(message, self._num_admitted, now, end, stop_ids, root, hashes)
+        arrival = self._num_admitted
+        return RequestState(message, arrival, now, end, stop_ids, stop_tuple, root, hashes)
 
     def _check_tokens(self, message: AdmitRequest) -> None:
         limits = self._state.limits

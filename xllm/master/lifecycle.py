@@ -22,11 +22,13 @@ from xllm.protocol.step import StepPlan
 
 @dataclasses.dataclass(slots=True)
 class PendingFork:
-    """A fork that the worker will learn with the next plan. `copy`: (source, destination) of its
+    """A fork that the worker will learn with the next plan. `block_ids`: its table as of the fork
+    (what it grows by until then comes with its item). `copy`: (source, destination) of its
     partial block, the source pinned until that plan is done; None where nothing is copied."""
 
     child: Sequence
     parent_number: int
+    block_ids: tuple[int, ...]
     copy: tuple[int, int] | None
 
 

@@ -172,7 +172,7 @@ class StepPlanner:
                 seq.choice,
                 tuple(seq.block_ids),
                 -1,
-                tuple(seq.stop_ids),
+                seq.request.stop_tuple,
                 seq.request.message.model,
                 seq.request.message.adapter,
             )
@@ -228,9 +228,9 @@ def _fork_message(fork: PendingFork) -> NewSequence:
         tuple(child.output),
         child.request.sampling,
         child.choice,
-        tuple(child.block_ids[: child.num_sent_blocks]),
+        fork.block_ids,
         fork.parent_number,
-        tuple(child.stop_ids),
+        child.request.stop_tuple,
         child.request.message.model,
         child.request.message.adapter,
     )

@@ -19,7 +19,7 @@ class RequestState:
     __slots__ = (
         "admitted_at", "attempt", "cached_tokens", "deadline", "end", "first_token_at", "hashes",
         "key", "message", "num_scored", "open_choices", "prompt_ids", "request_id", "root",
-        "sampling", "sequences", "stop_ids",
+        "sampling", "sequences", "stop_ids", "stop_tuple",
     )  # fmt: skip
 
     def __init__(
@@ -29,6 +29,7 @@ class RequestState:
         now: float,
         end: int,
         stop_ids: frozenset[int],
+        stop_tuple: tuple[int, ...],
         root: bytes,
         hashes: list[bytes],
     ) -> None:
@@ -43,6 +44,7 @@ class RequestState:
         self.deadline = now + message.timeout_ms / 1000 if message.timeout_ms > 0 else 0.0
         self.end = end
         self.stop_ids = stop_ids
+        self.stop_tuple = stop_tuple
         self.root = root
         self.hashes = hashes
         self.cached_tokens = -1

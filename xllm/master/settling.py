@@ -242,7 +242,7 @@ class StepSettler:
         child.is_prefilling = False
         state.run(child)
         pair = copy if isinstance(copy, tuple) else None
-        state.pending_forks.append(PendingFork(child, leader.number, pair))
+        state.pending_forks.append(PendingFork(child, leader.number, tuple(child.block_ids), pair))
 
     def _finish_forked(self, child: Sequence, logprobs: tuple[TokenLogprobs, ...] | None) -> None:
         self._finish(child, 0, (child.output[0],), logprobs)
