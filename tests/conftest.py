@@ -1,0 +1,57 @@
+"""What all tests share: hypothesis's profiles, run directories, and the leak guard."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+import uuid
+
+import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+
+from tests.leaks import MARK, Leaks
+from xllm.config.environment import prepare_environment
+
+prepare_environment()
+
+# A busy machine makes an example slow, never wrong: no deadline by the clock.
+_SLOW_IS_FINE = [HealthCheck.too_slow]
+hypothesis_settings.register_profile(
+    "default", deadline=None, database=None, suppress_health_check=_SLOW_IS_FINE
+)
+hypothesis_settings.register_profile(
+    "ci", deadline=None, database=None, derandomize=True, suppress_health_check=_SLOW_IS_FINE
+)
+hypothesis_settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+LEAK_DEADLINE_S = 5.0
+os.environ[MARK] = uuid.uuid4().hex
+
+
+@pytest.fixture
+def run_dir():
+    """A short-named 0700 directory for sockets: an ipc path holds 107 bytes, tmp_path may not."""
+    path = pathlib.Path(tempfile.mkdtemp(prefix="xr-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _leak_guard(request):
+    """A test that starts processes leaves none behind, nor descriptors, nor shared memory."""
+    if request.node.get_closest_marker("process") is None:
+        yield
+        return
+    before = Leaks()
+    yield
+    deadline = time.monotonic() + LEAK_DEADLINE_S
+    while (leaks := Leaks().since(before)) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.02)
+    if leaks:
+        pytest.fail(f"left behind: {'; '.join(leaks)}", pytrace=False)
