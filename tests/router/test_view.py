@@ -1,0 +1,155 @@
+"""The view of the cluster, and the policies over it."""
+
+from __future__ import annotations
+
+import pytest
+
+from xllm.errors import ConfigError
+from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat, InstanceLoad
+from xllm.protocol.records import InstanceRecord
+from xllm.router.policy import make_policy
+from xllm.router.view import ClusterView, ViewChange
+
+NOTHING = ViewChange()
+
+
+def record(name: str = "a", incarnation: str = "1", model: str = "m") -> InstanceRecord:
+    return InstanceRecord(
+        name=name,
+        incarnation=incarnation,
+        endpoint="ipc://x",
+        bus_endpoint="ipc://y",
+        model=model,
+        model_path="",
+        max_model_len=64,
+        vocab_size=320,
+        block_size=16,
+        num_blocks=8,
+    )
+
+
+def beat(name: str = "a", incarnation: str = "1", seq: int = 1, state: str = "ready", **load):
+    return InstanceHeartbeat(name, incarnation, seq, state, load=InstanceLoad(**load))
+
+
+def ready_view(*names: str) -> ClusterView:
+    view = ClusterView(0.2)
+    for name in names:
+        view.registered(record(name), 0.0)
+        view.connected(name)
+        view.heartbeat(beat(name), 0.0)
+    view.check()
+    return view
+
+
+def usable(view: ClusterView, model: str = "m") -> list[str]:
+    view.check()
+    return [one.name for one in view.usable(model)]
+
+
+def test_an_instance_is_usable_once_registered_connected_and_ready():
+    view = ClusterView(0.2)
+    assert view.heartbeat(beat(), 0.0) == NOTHING
+    assert view.registered(record(), 0.0) == NOTHING
+    assert view.heartbeat(beat(state="loading"), 0.0) == NOTHING
+    assert view.connected("a") == NOTHING
+    assert usable(view) == []
+    assert view.heartbeat(beat(seq=2), 0.1) == ViewChange(ready=("a",))
+    assert usable(view) == ["a"]
+    assert usable(view, "other") == []
+
+
+def test_draining_takes_nothing_new_and_loses_nothing():
+    view = ready_view("a")
+    assert view.heartbeat(beat(seq=2, state="draining"), 0.2) == NOTHING
+    assert usable(view) == []
+
+
+def test_failure_disconnection_and_deregistration_lose_it():
+    for lose in (
+        lambda view: view.heartbeat(beat(seq=2, state="failed"), 0.2),
+        lambda view: view.disconnected("a"),
+        lambda view: view.deregistered("a"),
+        lambda view: view.registered(record(incarnation="2"), 0.2),
+    ):
+        view = ready_view("a")
+        assert lose(view) == ViewChange(lost=("a",))
+        assert usable(view) == []
+
+
+def test_three_silent_periods_are_suspect_and_one_word_ends_it():
+    view = ready_view("a", "b")
+    for step in range(1, 4):
+        view.heartbeat(beat("b", seq=1 + step), 0.2 * step)
+        assert view.tick(0.2 * step) == NOTHING
+    assert view.tick(0.7) == ViewChange(lost=("a",))
+    assert view.tick(0.75) == NOTHING
+    assert usable(view) == ["b"]
+    assert view.heartbeat(beat(seq=9), 0.8) == ViewChange(ready=("a",))
+    one = view.get("a")
+    assert one is not None
+    assert one.num_gaps == 1
+
+
+def test_a_pause_of_the_router_itself_suspects_nobody():
+    view = ready_view("a")
+    view.tick(0.1)
+    assert view.tick(5.0) == NOTHING
+    assert view.tick(5.2) == NOTHING
+    assert usable(view) == ["a"]
+
+
+def test_a_new_incarnation_is_heard_only_after_it_registered():
+    view = ready_view("a")
+    view.disconnected("a")
+    view.connected("a")
+    assert view.heartbeat(beat(incarnation="2"), 0.1) == NOTHING
+    assert usable(view) == []
+    view.registered(record(incarnation="2"), 0.1)
+    view.connected("a")
+    assert view.heartbeat(beat(incarnation="2"), 0.2) == ViewChange(ready=("a",))
+
+
+def test_daemons_come_and_go():
+    view = ClusterView(0.2)
+    view.daemon_heartbeat(DaemonHeartbeat("d", "1", 1, dram_blocks=3), 1.0)
+    assert view.daemons["d"].heartbeat.dram_blocks == 3
+    view.daemon_gone("d")
+    assert not view.daemons
+
+
+def test_least_load_counts_what_it_sent_and_what_others_sent():
+    view = ready_view("a", "b", "c")
+    view.heartbeat(beat("a", seq=2, num_running=4), 0.1)
+    view.placed("b")
+    policy = make_policy("least-load")
+    chosen = []
+    for _ in range(6):
+        [(role, name)] = policy.choose(view.usable("m"), 10)
+        assert role == "both"
+        view.placed(name)
+        chosen.append(name)
+    assert chosen == ["c", "b", "c", "b", "c", "b"]
+    view.left("c")
+    assert policy.choose(view.usable("m"), 1) == (("both", "c"),)
+
+
+def test_least_load_spreads_equals():
+    view = ready_view("a", "b", "c")
+    policy = make_policy("least-load")
+    chosen = {policy.choose(view.usable("m"), 1)[0][1] for _ in range(3)}
+    assert chosen == {"a", "b", "c"}
+
+
+def test_round_robin_takes_turns():
+    view = ready_view("b", "a", "c")
+    policy = make_policy("round-robin")
+    chosen = [policy.choose(view.usable("m"), 1)[0][1] for _ in range(4)]
+    assert chosen == ["a", "b", "c", "a"]
+    view.disconnected("b")
+    assert policy.choose(view.usable("m"), 1)[0][1] == "c"
+
+
+def test_unknown_policies_are_refused():
+    with pytest.raises(ConfigError):
+        make_policy("best")

@@ -1,0 +1,250 @@
+"""Every bound of a request, checked before anything is allocated for it.
+
+Pure: knows limits and the model's facts, nothing of tokenizers, tenants or instances. Each
+refusal names the field and its bound. What passed here cannot harm a master or a worker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from xllm.config.settings import RouterSettings
+from xllm.errors import ContextLengthError, InvalidRequestError
+from xllm.protocol.client import ChatMessage, ResumePoint, SubmitRequest
+from xllm.protocol.sampling import SamplingParams
+from xllm.router.text.template import MAX_KWARG_CHARS, TEMPLATE_KWARGS
+
+MAX_SEED = (1 << 64) - 1
+MAX_MESSAGES = 4096
+MAX_SALT_CHARS = 128
+MAX_PRIORITY = 1 << 31
+MAX_TRACEPARENT_CHARS = 256
+MAX_STOP_IDS = 256
+ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
+_SALT = re.compile(r"[A-Za-z0-9._~+/=-]*")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What bounds depend on."""
+
+    max_model_len: int
+    vocab_size: int
+    longest_token_bytes: int
+
+
+def refuse(param: str, message: str) -> InvalidRequestError:
+    """An error that names its field."""
+    return InvalidRequestError(f"{param} {message}", param=param)
+
+
+def check_request(request: SubmitRequest, limits: RouterSettings, facts: ModelFacts) -> None:
+    """Raise RequestError for the first field out of its bound."""
+    given = (request.prompt is not None) + (request.messages is not None)
+    if given != 1:
+        raise InvalidRequestError(f"give one of prompt and messages, not {given}", param="prompt")
+    if request.prompt is not None:
+        check_prompt(request.prompt, facts)
+    elif request.messages is not None:
+        check_messages(request.messages, facts)
+        check_template_kwargs(request)
+    check_sampling(request.sampling, limits, facts)
+    if not 0 <= request.hold_ms <= 1000:
+        raise refuse("hold_ms", f"must be from 0 to 1000, not {request.hold_ms}")
+    if not 0 <= request.timeout_ms <= limits.timeout_s * 1000:
+        raise refuse(
+            "timeout_ms", f"must be from 0 to {int(limits.timeout_s * 1000)} (router.timeout_s)"
+        )
+    if abs(request.priority) >= MAX_PRIORITY:
+        raise refuse("priority", f"must be within {MAX_PRIORITY} of 0")
+    if len(request.cache_salt) > MAX_SALT_CHARS or not _SALT.fullmatch(request.cache_salt):
+        raise refuse("cache_salt", f"must be at most {MAX_SALT_CHARS} letters, digits or ._~+/=-")
+    if len(request.traceparent) > MAX_TRACEPARENT_CHARS:
+        raise refuse("traceparent", f"must have at most {MAX_TRACEPARENT_CHARS} characters")
+    if request.resume is not None:
+        check_resume(request.resume, request.sampling, facts)
+
+
+def check_prompt(prompt: str | tuple[int, ...], facts: ModelFacts) -> None:
+    """A prompt's size and ids; text by its bytes, before it is tokenized."""
+    if not prompt:
+        raise refuse("prompt", "must not be empty")
+    if isinstance(prompt, str):
+        check_text_bytes("prompt", prompt, facts)
+        return
+    if len(prompt) >= facts.max_model_len:
+        raise too_long(len(prompt), 1, facts.max_model_len)
+    if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
+        raise refuse("prompt", f"must hold ids from 0 to {facts.vocab_size - 1}")
+
+
+def check_text_bytes(param: str, text: str, facts: ModelFacts) -> None:
+    """A text of more bytes than the context can hold is refused without tokenizing it."""
+    bound = facts.max_model_len * facts.longest_token_bytes
+    if len(text) > bound or (4 * len(text) > bound and len(_utf8(param, text)) > bound):
+        raise ContextLengthError(
+            f"{param} has more than {bound} bytes, which cannot fit the context of "
+            f"{facts.max_model_len} tokens",
+            param=param,
+        )
+    if not text.isascii():
+        _utf8(param, text)
+
+
+def check_messages(messages: tuple[ChatMessage, ...], facts: ModelFacts) -> None:
+    """Roles and contents of a conversation; their bytes together."""
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise refuse("messages", f"must be from 1 to {MAX_MESSAGES} messages")
+    num_chars = 0
+    for index, message in enumerate(messages):
+        if message.role not in ROLES:
+            raise refuse(f"messages[{index}].role", f"must be one of {', '.join(sorted(ROLES))}")
+        content = message.content
+        if not isinstance(content, str):
+            for part in content:
+                if part.type != "text":
+                    raise refuse(f"messages[{index}].content", "must hold parts of type text only")
+            content = "".join([part.text for part in content])
+        num_chars += len(content)
+        check_text_bytes(f"messages[{index}].content", content, facts)
+        check_text_bytes(f"messages[{index}].name", message.name, facts)
+    bound = facts.max_model_len * facts.longest_token_bytes
+    if num_chars > bound:
+        raise ContextLengthError(
+            f"messages have more than {bound} bytes, which cannot fit the context of "
+            f"{facts.max_model_len} tokens",
+            param="messages",
+        )
+
+
+def check_template_kwargs(request: SubmitRequest) -> None:
+    """Only known switches reach a template."""
+    for name, value in request.chat_template_kwargs.items():
+        kind = TEMPLATE_KWARGS.get(name)
+        if kind is None:
+            raise InvalidRequestError(
+                f"chat_template_kwargs may hold {', '.join(sorted(TEMPLATE_KWARGS))} only",
+                param="chat_template_kwargs",
+            )
+        if type(value) is not kind or (isinstance(value, str) and len(value) > MAX_KWARG_CHARS):
+            raise refuse(f"chat_template_kwargs.{name}", f"must be a {kind.__name__}")
+
+
+def check_sampling(params: SamplingParams, limits: RouterSettings, facts: ModelFacts) -> None:
+    """Sampling parameters. The common defaults cost a comparison each."""
+    _check_counts(params, limits, facts)
+    _check_number("temperature", params.temperature, 0.0, 2.0)
+    _check_number("top_p", params.top_p, 0.0, 1.0, open_low=True)
+    _check_number("min_p", params.min_p, 0.0, 1.0)
+    if params.top_k < -1:
+        raise refuse("top_k", "must be -1 or 0 (all), or a number of candidates")
+    _check_number("presence_penalty", params.presence_penalty, -2.0, 2.0)
+    _check_number("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
+    _check_number("repetition_penalty", params.repetition_penalty, 0.0, 10.0, open_low=True)
+    if params.seed is not None and not 0 <= params.seed <= MAX_SEED:
+        raise refuse("seed", "must be from 0 to 2**64 - 1")
+    if params.logit_bias:
+        _check_bias(params.logit_bias, limits, facts)
+    if params.stop:
+        _check_stops(params.stop, limits)
+    if params.stop_token_ids:
+        ids = params.stop_token_ids
+        if len(ids) > MAX_STOP_IDS:
+            raise refuse("stop_token_ids", f"must be at most {MAX_STOP_IDS} ids")
+        if min(ids) < 0 or max(ids) >= facts.vocab_size:
+            raise refuse("stop_token_ids", f"must hold ids from 0 to {facts.vocab_size - 1}")
+
+
+def check_resume(point: ResumePoint, params: SamplingParams, facts: ModelFacts) -> None:
+    """What a client says it holds already."""
+    if not 1 <= point.attempt < 1 << 31:
+        raise refuse("resume.attempt", "must be from 1 to 2**31 - 1")
+    if not 0 <= point.seed <= MAX_SEED:
+        raise refuse("resume.seed", "must be from 0 to 2**64 - 1")
+    if len(point.outputs) != params.n:
+        raise refuse("resume.outputs", f"must be one for each of the {params.n} choices")
+    most = params.max_tokens or facts.max_model_len
+    for ids in point.outputs:
+        if len(ids) > min(most, facts.max_model_len):
+            raise refuse("resume.outputs", f"must have at most {most} tokens (max_tokens)")
+        if ids and (min(ids) < 0 or max(ids) >= facts.vocab_size):
+            raise refuse("resume.outputs", f"must hold ids from 0 to {facts.vocab_size - 1}")
+
+
+def check_context(
+    num_prompt_tokens: int, max_tokens: int | None, min_tokens: int, max_model_len: int
+) -> int:
+    """The resolved max_tokens of a prompt that was tokenized; ContextLengthError with the
+    numbers where prompt and output do not fit."""
+    left = max_model_len - num_prompt_tokens
+    if left < 1 or (max_tokens is not None and max_tokens > left):
+        raise too_long(num_prompt_tokens, max_tokens or 1, max_model_len)
+    resolved = left if max_tokens is None else max_tokens
+    if min_tokens > resolved:
+        raise refuse("min_tokens", f"must be at most max_tokens, which is {resolved}")
+    return resolved
+
+
+def too_long(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> ContextLengthError:
+    """The error with its numbers."""
+    return ContextLengthError(
+        f"the context is {max_model_len} tokens; this asks for {num_prompt_tokens + max_tokens}: "
+        f"{num_prompt_tokens} of the prompt and {max_tokens} of output",
+        param="max_tokens" if num_prompt_tokens < max_model_len else "prompt",
+    )
+
+
+def _check_counts(params: SamplingParams, limits: RouterSettings, facts: ModelFacts) -> None:
+    if not 1 <= params.n <= limits.max_choices:
+        raise refuse("n", f"must be from 1 to {limits.max_choices}, not {params.n}")
+    if params.max_tokens is not None and params.max_tokens < 1:
+        raise refuse("max_tokens", f"must be at least 1, not {params.max_tokens}")
+    if params.max_tokens is not None and params.max_tokens > facts.max_model_len:
+        raise ContextLengthError(
+            f"max_tokens is {params.max_tokens}; the context is {facts.max_model_len} tokens",
+            param="max_tokens",
+        )
+    if params.min_tokens:
+        bound = facts.max_model_len if params.max_tokens is None else params.max_tokens
+        if not 0 <= params.min_tokens <= bound:
+            raise refuse("min_tokens", f"must be from 0 to {bound} (max_tokens)")
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(params, name)
+        if count is not None and not 0 <= count <= limits.max_logprobs:
+            raise refuse(name, f"must be from 0 to {limits.max_logprobs}, not {count}")
+
+
+def _check_number(
+    param: str, value: float, low: float, high: float, open_low: bool = False
+) -> None:
+    # The comparison is false for NaN, too.
+    if not (low < value if open_low else low <= value) or not value <= high:
+        bracket = "more than" if open_low else "at least"
+        raise refuse(param, f"must be {bracket} {low:g} and at most {high:g}, not {value}")
+
+
+def _check_bias(bias: dict[int, float], limits: RouterSettings, facts: ModelFacts) -> None:
+    if len(bias) > limits.max_logit_bias:
+        raise refuse("logit_bias", f"must be at most {limits.max_logit_bias} entries")
+    if min(bias) < 0 or max(bias) >= facts.vocab_size:
+        raise refuse("logit_bias", f"must hold ids from 0 to {facts.vocab_size - 1}")
+    for value in bias.values():
+        if not math.isfinite(value) or abs(value) > 100:
+            raise refuse("logit_bias", f"must hold values from -100 to 100, not {value}")
+
+
+def _check_stops(stops: tuple[str, ...], limits: RouterSettings) -> None:
+    if len(stops) > limits.max_stop_strings:
+        raise refuse("stop", f"must be at most {limits.max_stop_strings} strings")
+    for stop in stops:
+        if not 1 <= len(stop) <= limits.max_stop_chars:
+            raise refuse("stop", f"must hold strings of 1 to {limits.max_stop_chars} characters")
+
+
+def _utf8(param: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise refuse(param, "must be valid Unicode text") from error

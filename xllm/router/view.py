@@ -1,0 +1,217 @@
+"""What the router knows of the cluster: instances and daemons, from records and heartbeats.
+
+Pure: told what happened and when, it says which instances became usable and which were lost. An
+instance is usable while it is registered, connected, heard of under the registered incarnation
+within three heartbeat periods, and says that it is ready. Three silent periods make it suspect,
+and suspicion is enough to move its requests: their words carry attempts, so being wrong costs
+time and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from xllm.errors import InvariantError
+from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat, InstanceLoad
+from xllm.protocol.records import InstanceRecord
+
+MISSED_HEARTBEATS = 3
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class InstanceView:
+    """One instance as this router sees it."""
+
+    record: InstanceRecord
+    connected: bool = False
+    heard_at: float = 0.0
+    """When its last heartbeat came (or it was registered)."""
+    seq: int = 0
+    """Of its last heartbeat; 0: none yet."""
+    state: str = "unknown"
+    role: str = "both"
+    load: InstanceLoad = dataclasses.field(default_factory=InstanceLoad)
+    metrics: bytes = b""
+    num_inflight: int = 0
+    """Requests of this router that run there."""
+    num_gaps: int = 0
+    suspect: bool = False
+
+    @property
+    def name(self) -> str:
+        """The instance's name."""
+        return self.record.name
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests may be sent there."""
+        return self.connected and not self.suspect and self.state == "ready"
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class DaemonView:
+    """One KV cache daemon as heard of."""
+
+    heartbeat: DaemonHeartbeat
+    heard_at: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ViewChange:
+    """What an event changed: names of instances that can take requests now, and of those whose
+    requests must go elsewhere."""
+
+    ready: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+
+
+_UNCHANGED = ViewChange()
+
+
+class ClusterView:
+    """All instances and daemons. `period_s`: of heartbeats."""
+
+    def __init__(self, period_s: float) -> None:
+        self._period_s = period_s
+        self._instances: dict[str, InstanceView] = {}
+        self._daemons: dict[str, DaemonView] = {}
+        self._ticked_at = 0.0
+        self._usable: dict[str, tuple[InstanceView, ...]] = {}
+        """By model; made anew after each change."""
+
+    def __iter__(self) -> Iterator[InstanceView]:
+        return iter(self._instances.values())
+
+    def get(self, name: str) -> InstanceView | None:
+        """The instance of that name, if it is registered."""
+        return self._instances.get(name)
+
+    def usable(self, model: str) -> tuple[InstanceView, ...]:
+        """Instances of a model that can take requests, in a stable order."""
+        found = self._usable.get(model)
+        if found is None:
+            found = tuple(
+                one for one in self._instances.values() if one.usable and one.record.model == model
+            )
+            self._usable[model] = found
+        return found
+
+    @property
+    def daemons(self) -> dict[str, DaemonView]:
+        """KV cache daemons by name."""
+        return self._daemons
+
+    # -- events ------------------------------------------------------------------------------
+
+    def registered(self, record: InstanceRecord, now: float) -> ViewChange:
+        """A record was written. Another incarnation replaces the instance: what ran is lost."""
+        old = self._instances.get(record.name)
+        if old is not None and old.record.incarnation == record.incarnation:
+            old.record = record
+            return self._changed(old, old.usable)
+        fresh = InstanceView(record, heard_at=now)
+        self._instances[record.name] = fresh
+        self._usable.clear()
+        return ViewChange(lost=(record.name,)) if old is not None else _UNCHANGED
+
+    def deregistered(self, name: str) -> ViewChange:
+        """A record is gone."""
+        self._usable.clear()
+        return ViewChange(lost=(name,)) if self._instances.pop(name, None) else _UNCHANGED
+
+    def connected(self, name: str) -> ViewChange:
+        """The connection to an instance stands."""
+        one = self._instances.get(name)
+        if one is None:
+            return _UNCHANGED
+        was = one.usable
+        one.connected = True
+        return self._changed(one, was)
+
+    def disconnected(self, name: str) -> ViewChange:
+        """The connection is lost: it is not used until it is heard of again."""
+        one = self._instances.get(name)
+        if one is None:
+            return _UNCHANGED
+        one.connected = False
+        one.state = "unknown"
+        self._usable.clear()
+        return ViewChange(lost=(name,))
+
+    def heartbeat(self, word: InstanceHeartbeat, now: float) -> ViewChange:
+        """An instance speaks. Words of other incarnations than the registered one are ignored."""
+        one = self._instances.get(word.publisher)
+        if one is None or one.record.incarnation != word.incarnation:
+            return _UNCHANGED
+        was = one.usable
+        if one.seq and word.seq != one.seq + 1:
+            one.num_gaps += 1
+        failed_now = word.state == "failed" and one.state != "failed"
+        one.seq = word.seq
+        one.heard_at = now
+        one.state = word.state
+        one.role = word.role
+        one.load = word.load
+        one.suspect = False
+        if word.metrics:
+            one.metrics = word.metrics
+        if failed_now:
+            self._usable.clear()
+            return ViewChange(lost=(one.name,))
+        return self._changed(one, was)
+
+    def daemon_heartbeat(self, word: DaemonHeartbeat, now: float) -> None:
+        """A KV cache daemon speaks."""
+        self._daemons[word.publisher] = DaemonView(word, now)
+
+    def daemon_gone(self, name: str) -> None:
+        """A daemon's record is gone."""
+        self._daemons.pop(name, None)
+
+    def tick(self, now: float) -> ViewChange:
+        """Call at least once a period: who was silent too long becomes suspect. After a pause of
+        this process itself everybody gets a fresh start, for their words may still wait unread."""
+        paused = self._ticked_at and now - self._ticked_at > self._period_s * 2
+        self._ticked_at = now
+        if paused:
+            for one in self._instances.values():
+                one.heard_at = now
+            return _UNCHANGED
+        lost = []
+        limit = now - MISSED_HEARTBEATS * self._period_s
+        for one in self._instances.values():
+            if one.seq and not one.suspect and one.heard_at < limit:
+                one.suspect = True
+                lost.append(one.name)
+        if not lost:
+            return _UNCHANGED
+        self._usable.clear()
+        return ViewChange(lost=tuple(lost))
+
+    def _changed(self, one: InstanceView, was: bool) -> ViewChange:
+        if one.usable == was:
+            return _UNCHANGED
+        self._usable.clear()
+        return ViewChange(ready=(one.name,)) if one.usable else _UNCHANGED
+
+    # -- counts ------------------------------------------------------------------------------
+
+    def placed(self, name: str) -> None:
+        """A request of this router was sent there."""
+        one = self._instances.get(name)
+        if one is not None:
+            one.num_inflight += 1
+
+    def left(self, name: str) -> None:
+        """A request of this router ended there or was moved away."""
+        one = self._instances.get(name)
+        if one is not None and one.num_inflight:
+            one.num_inflight -= 1
+
+    def check(self) -> None:
+        """InvariantError if the state cannot be."""
+        for model, cached in self._usable.items():
+            for one in cached:
+                if not one.usable or self._instances.get(one.name) is not one:
+                    raise InvariantError(f"{one.name} is listed as usable for {model}")
