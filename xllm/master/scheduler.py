@@ -87,8 +87,8 @@ class Scheduler:
         if not request.is_open(choice):
             return
         for seq in tuple(request.sequences):
-            # A leader that has not forked yet stands for the other choices too.
-            if seq.choice == choice and seq.num_samples <= 1:
+            # A leader that did not fork yet stands for the others too; the last one ends it.
+            if seq.choice == choice and seq.num_samples == 1:
                 state.finish_sequence(seq)
         state.close_choice(request, choice)
 
