@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 
 from xllm.cli.launch_plan import PlannedChild, announcement, plan_children
 from xllm.cli.screen import LaunchScreen
@@ -35,11 +36,16 @@ _PROBE_AGAIN_S = 0.02
 
 
 class LaunchedService(Actor):
-    """Everything of one service on this machine. `ready` is called with the addresses once a
-    request would be answered."""
+    """Everything of one service on this machine. `plan` says which processes that are."""
 
-    def __init__(self, settings: Settings, screen: LaunchScreen) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        screen: LaunchScreen,
+        plan: Callable[[Settings, str], list[PlannedChild]] = plan_children,
+    ) -> None:
         super().__init__("launcher")
+        self._plan = plan
         self._settings = settings
         self._screen = screen
         self._began = time.monotonic()
@@ -76,7 +82,7 @@ class LaunchedService(Actor):
             name="launch",
         )
         self._children = Children(self._child_ended)
-        planned = plan_children(self._settings, self._directory.path)
+        planned = self._plan(self._settings, self._directory.path)
         self._planned = {child.name: child for child in planned}
         self._policies = {name: RestartPolicy() for name in self._planned}
         self._startup = Startup(self._planned)

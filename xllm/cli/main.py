@@ -96,8 +96,8 @@ def run_command(arguments: Sequence[str]) -> int:
         return complain(error.message, ConfigError.exit_code if asked_wrong else error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Who read our output left; nothing may be flushed to it at exit either.
+    except (BrokenPipeError, SystemExit):
+        # Who read our output left (click exits at that); nothing may be flushed to it any more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

@@ -1,0 +1,57 @@
+"""Children for tests of the launcher: they report like roles and do nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from xllm.protocol.actor.base import Actor
+from xllm.protocol.actor.reporter import LaunchReporter
+from xllm.protocol.actor.run import run_child
+
+
+class IdleRole(Actor):
+    """Reports its start, progress and readiness, and waits for its end."""
+
+    def __init__(self, endpoint: str, kind: str, name: str) -> None:
+        super().__init__(name)
+        self._endpoint = endpoint
+        self._kind = kind
+
+    async def start(self) -> None:
+        self._reporter = LaunchReporter(self.transport, self._endpoint, self._kind, self.name)
+        self._reporter.started()
+        self._reporter.progress(1, 2)
+        self._reporter.ready((("http", "http://h:1"),), detail="idle")
+
+    async def stop(self) -> None:
+        self._reporter.close()
+
+
+class FailingRole(IdleRole):
+    """Reports a failure and ends with a code."""
+
+    def __init__(self, endpoint: str, kind: str, name: str, code: int) -> None:
+        super().__init__(endpoint, kind, name)
+        self._code = code
+
+    async def start(self) -> None:
+        self._reporter = LaunchReporter(self.transport, self._endpoint, self._kind, self.name)
+        self._reporter.failed("config_error", "as asked")
+        self.later(0.2, self.request_stop, self._code)
+
+
+def idle(endpoint: str, kind: str, name: str) -> None:
+    run_child(lambda: IdleRole(endpoint, kind, name))
+
+
+def fail(endpoint: str, kind: str, name: str, code: str) -> None:
+    run_child(lambda: FailingRole(endpoint, kind, name, int(code)))
+
+
+def fail_once(endpoint: str, kind: str, name: str, flag: str) -> None:
+    """Dies the first time, before anything else."""
+    if not os.path.exists(flag):
+        open(flag, "w").close()
+        sys.exit(75)
+    idle(endpoint, kind, name)

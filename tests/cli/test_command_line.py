@@ -1,0 +1,123 @@
+"""The `xllm` command: its list, its weight, its exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from xllm.cli.main import COMMANDS, root, run_command
+from xllm.config.table import setting_table
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "xllm", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_help_is_quick_and_light():
+    code = (
+        "import sys; from xllm.cli.main import run_command; run_command(['--help'])\n"
+        "heavy = {'torch', 'transformers', 'zmq', 'rich', 'uvloop', 'starlette', 'numpy'}\n"
+        "sys.exit(','.join(heavy & set(sys.modules)) or None)"
+    )
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        times.append(time.perf_counter() - began)
+        assert done.returncode == 0, done.stderr
+        for name in COMMANDS:
+            assert name in done.stdout
+    assert min(times) < 0.3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help(name, capsys):
+    assert run_command([name, "--help"]) == 0
+    assert "Usage: xllm" in capsys.readouterr().out
+
+
+def test_serve_takes_every_setting_as_a_flag(capsys):
+    command = root.get_command(None, "serve")
+    flags = {flag for parameter in command.params for flag in parameter.opts}
+    assert {entry.flag for entry in setting_table().values()} <= flags
+    assert {"--model", "--host", "--port", "--zmq-port", "--device", "--instances"} <= flags
+    assert {"--config", "--api-key-file"} <= flags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nothing"], 64, "nothing"),
+        (["serve", "--prot", "1"], 64, "--prot"),
+        (["serve", "--port", "x"], 64, "router.port"),
+        (["serve", "--port", "70000"], 64, "65535"),
+        (["serve", "--config", "/nowhere.toml"], 64, "/nowhere.toml"),
+        (["serve", "--host", "0.0.0.0"], 64, "--api-key-file"),
+        (["serve", "--zmq-host", "0.0.0.0"], 64, "--cluster-keys-dir"),
+        (["serve", "--model", "/nowhere"], 69, "/nowhere"),
+        (["router"], 64, "--registry"),
+        (["kvcache"], 64, "--registry"),
+        (["master"], 64, "--registry"),
+        (["worker"], 64, "--master-worker-endpoint"),
+        (["status", "--endpoint", "tcp://127.0.0.1:9", "--timeout", "0.2"], None, ""),
+        (["status", "--timeout", "-1"], 64, "timeout_s"),
+    ],
+)
+def test_refusals_are_one_clear_line(arguments, code, words, capsys, monkeypatch):
+    began = time.monotonic()
+    found = run_command(arguments)
+    err = capsys.readouterr().err
+    assert time.monotonic() - began < 3
+    assert found == code if code is not None else found in (69, 70)
+    assert words in err
+    assert err.startswith("xllm: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_unknown_variables_refuse_to_start(capsys, monkeypatch):
+    monkeypatch.setenv("XLLM_ROUTER_PROT", "1")
+    assert run_command(["serve"]) == 64
+    assert "XLLM_ROUTER_PROT" in capsys.readouterr().err
+
+
+def test_a_port_in_use(capsys):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        from xllm.cli.serve import check_free
+
+        with pytest.raises(OSError, match="in use"):
+            check_free("127.0.0.1", int(port), "--port")
+
+
+def test_version():
+    done = run("version")
+    assert done.returncode == 0
+    assert "xllm 0." in done.stdout
+    assert "pyzmq" in done.stdout
+
+
+def test_a_reader_that_leaves_is_no_failure():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xllm", "serve", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.wait(30) == 0
+    assert process.stderr.read() == ""
+    process.stderr.close()

@@ -1,0 +1,78 @@
+"""How far a start is, and what a service's processes are."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from xllm.cli.launch_plan import announcement, plan_children, share_cores
+from xllm.cli.startup import ServiceAddresses, Startup
+from xllm.config.load import decode_settings, load
+from xllm.protocol.launch import ProcessFailed, ProcessReady, ProcessStarted, ProcessStopping
+
+
+def test_ready_when_all_are():
+    startup = Startup(["a", "r"])
+    assert "started (pid 5), cpu" in startup.handle(ProcessStarted("master", "a", 5, "cpu"))
+    startup.handle(ProcessReady("master", "a", 5))
+    startup.handle(ProcessReady("worker", "a/worker-0", 6))
+    assert not startup.all_ready
+    addresses = (("http", "http://127.0.0.1:1"), ("zmq", "tcp://127.0.0.1:2"), ("bus", "ipc://x"))
+    startup.handle(ProcessReady("router", "r", 7, addresses))
+    assert startup.all_ready
+    assert startup.addresses == ServiceAddresses("http://127.0.0.1:1", "tcp://127.0.0.1:2")
+    startup.ended("a")
+    assert not startup.all_ready
+
+
+def test_the_reason_of_an_end_is_its_own_or_its_childs():
+    startup = Startup(["a"])
+    startup.handle(ProcessFailed("worker", "a/worker-0", "dependency_error", "no such device"))
+    assert startup.ended("a") == "no such device"
+    assert startup.ended("a") == ""
+
+
+def test_draining_is_told_where_something_is_open():
+    startup = Startup([])
+    assert startup.handle(ProcessStopping("router", "r", 0)) == ""
+    assert "3 open" in startup.handle(ProcessStopping("router", "r", 3))
+
+
+def test_a_plan_names_each_process_once():
+    settings = load({"serve.instances": 3, "model.name": "m"}, None, {})
+    planned = plan_children(settings, "/run/x")
+    assert [child.name for child in planned] == [
+        "instance-0", "instance-1", "instance-2", "router-0", "kvcache-0",
+    ]  # fmt: skip
+    for child in planned:
+        own = decode_settings(child.spec.args[0])
+        assert own.cluster.registry == "ipc:///run/x/registry"
+        assert own.cluster.launcher == "ipc:///run/x/launch"
+        assert getattr(own, child.kind).name == child.name
+        assert own.model.name == "m"
+
+
+def test_a_service_without_a_daemon():
+    settings = load({"serve.kvcache": False}, None, {})
+    assert [child.kind for child in plan_children(settings, "/r")] == ["master", "router"]
+
+
+@pytest.mark.parametrize(("instances", "chosen"), [(1, 0), (2, 0), (1000, 0), (2, 3)])
+def test_cores_are_shared(instances, chosen):
+    flags = {"serve.instances": min(instances, 64), "worker.num_threads": chosen}
+    settings = load(flags, None, {})
+    threads = share_cores(settings).num_threads
+    if chosen or instances == 1:
+        assert threads == chosen
+    else:
+        assert threads == max(1, len(os.sched_getaffinity(0)) // settings.serve.instances)
+
+
+def test_the_announcement_can_be_pasted():
+    lines = announcement("m", ServiceAddresses("http://h:1", "tcp://h:2"), 1.25)
+    text = "\n".join(lines)
+    assert "ready in 1.2 s: m" in text
+    assert "tcp://h:2" in text
+    assert "curl http://h:1/v1/chat/completions" in text
+    assert '-d \'{"model": "m"' in text

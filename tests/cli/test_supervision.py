@@ -1,0 +1,64 @@
+"""When a child starts again, and when the launcher gives up."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xllm.cli.supervision import MAX_CRASHES, WINDOW_S, GiveUp, Restart, RestartPolicy
+
+
+def test_delays_double_until_it_is_given_up():
+    policy = RestartPolicy()
+    steps = [policy.exited(-9, float(i), was_ready=True) for i in range(MAX_CRASHES)]
+    assert steps[:4] == [Restart(0.5), Restart(1.0), Restart(2.0), Restart(4.0)]
+    assert isinstance(steps[4], GiveUp)
+    assert steps[4].exit_code == 70
+
+
+def test_old_crashes_are_forgotten():
+    policy = RestartPolicy()
+    for i in range(20):
+        step = policy.exited(70, i * WINDOW_S, was_ready=True)
+        assert step == Restart(0.5)
+
+
+def test_a_fenced_process_starts_at_once():
+    assert RestartPolicy().exited(75, 0.0, was_ready=True) == Restart(0.0)
+
+
+@pytest.mark.parametrize(
+    ("code", "was_ready", "given_up"),
+    [
+        (64, True, True),
+        (64, False, True),
+        (69, False, True),
+        (69, True, False),
+        (71, False, True),
+        (71, True, False),
+        (70, False, False),
+        (0, True, False),
+    ],
+)
+def test_what_another_try_would_not_help(code, was_ready, given_up):
+    step = RestartPolicy().exited(code, 0.0, was_ready=was_ready)
+    assert isinstance(step, GiveUp) is given_up
+    if given_up:
+        assert step.exit_code == code
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([-9, 70, 75, 71, 0]), st.floats(0, 20)), max_size=40))
+def test_never_more_than_five_starts_a_minute(events):
+    policy = RestartPolicy()
+    now = 0.0
+    restarts: list[float] = []
+    for code, pause in events:
+        now += pause
+        step = policy.exited(code, now, was_ready=True)
+        if isinstance(step, GiveUp):
+            break
+        assert 0 <= step.delay_s <= 30
+        restarts.append(now)
+        assert len([t for t in restarts if now - t < WINDOW_S]) < MAX_CRASHES
