@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Sequence
 
-from xllm.config.settings import RouterSettings
+from xllm.config.exposure import is_loopback
 from xllm.errors import AuthenticationError, ConfigError, InvalidRequestError, PermissionDeniedError
 from xllm.router.front import Tenant
 
@@ -27,36 +27,19 @@ SALT_LABEL = b"xllm tenant salt v1"
 Header = tuple[bytes, bytes]
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on, or a client's, is this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def check_exposure(settings: RouterSettings) -> None:
-    """Refuse (ConfigError) to listen beyond loopback without keys."""
-    if not settings.api_key_file and not is_loopback(settings.host):
-        raise ConfigError(
-            f"router.host {settings.host} is beyond loopback: router.api_key_file is needed",
-            param="router.host",
-        )
-
-
 def read_key_file(path: str) -> dict[bytes, Tenant]:
     """Tenants by the SHA-256 of their keys, from `name:key` lines of a private file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise _bad_file(f"{path}: {error.strerror}") from error
-    with open(descriptor, "rb") as file:
+    try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode) or stat.S_IMODE(mode) & 0o077:
             raise _bad_file(f"{path} must be a regular file of mode 0600")
-        data = file.read(MAX_KEY_FILE_BYTES + 1)
+        data = os.read(descriptor, MAX_KEY_FILE_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > MAX_KEY_FILE_BYTES:
         raise _bad_file(f"{path} is larger than {MAX_KEY_FILE_BYTES} bytes")
     tenants: dict[bytes, Tenant] = {}

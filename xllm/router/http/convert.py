@@ -19,13 +19,13 @@ MAX_MESSAGES = 4096
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for plain completions; a chat may use what the context leaves."""
 
-TRACEPARENT = re.compile(rb"^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")
+TRACEPARENT = re.compile(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 Prompt = str | tuple[int, ...]
 
 
 def trace_of(value: bytes) -> str:
     """A W3C traceparent header, or "" for anything else."""
-    return value.decode("ascii") if TRACEPARENT.match(value) else ""
+    return value.decode("ascii") if TRACEPARENT.fullmatch(value) else ""
 
 
 def chat_request(body: ChatBody, settings: RouterSettings, trace: str) -> SubmitRequest:

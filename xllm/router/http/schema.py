@@ -184,7 +184,7 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     tokens: list[Int]
 
 
-PLACE = re.compile(r" - at `(?:key in )?\$\.?([^`]*)`$|missing required field `(\w+)`$")
+PLACE = re.compile(r"`\$\.?([^`]*?)(?:\[\.\.\.\])?`$|missing required field `(\w+)`$")
 
 
 def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:

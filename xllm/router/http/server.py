@@ -16,10 +16,11 @@ from typing import Any, cast
 
 import uvicorn
 
+from xllm.config.exposure import check_exposure
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
 from xllm.router.http.application import HttpApplication
-from xllm.router.http.auth import Gate, check_exposure, read_key_file
+from xllm.router.http.auth import Gate, read_key_file
 from xllm.router.http.context import FrontContext
 from xllm.router.http.limits import HttpLimits, limits_of
 from xllm.router.http.protocol import GuardedProtocol
@@ -43,7 +44,7 @@ class HttpFront:
     def __init__(
         self, service: RouterService, settings: Settings, *, limits: HttpLimits | None = None
     ) -> None:
-        check_exposure(settings.router)
+        check_exposure(settings)
         path = settings.router.api_key_file
         gate = Gate(read_key_file(path) if path else {})
         self._settings = settings
