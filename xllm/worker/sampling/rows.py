@@ -40,7 +40,8 @@ class LogprobTable:
 
     ids: int32 [rows, 1 + num_top], the token itself first, then the best in falling order;
     logprobs: float32 [rows, 1 + num_top], raw log-softmax of the model's logits;
-    ranks: int32 [rows], 1 for the most probable token, equals rank by id.
+    ranks: int32 [rows], 1 for the most probable token; equals are ranked by
+    rising id.
     """
 
     ids: torch.Tensor

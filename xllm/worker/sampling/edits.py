@@ -1,0 +1,109 @@
+"""What changes logits before temperature: penalties, bias, and stop ids masked by min_tokens.
+
+Order: repetition (prompt and output), frequency and presence (output), bias, mask. Only rows that
+ask for an edit are touched, in place; all rows of a batch go through one tensor operation a kind.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from xllm.worker.sampling.rows import SampleRow
+
+
+def needs_edit(row: SampleRow) -> bool:
+    """Whether the row's logits change before they are tempered."""
+    params = row.sampling
+    return (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+        or bool(params.logit_bias)
+        or (bool(row.stop_ids) and len(row.output_ids) < params.min_tokens)
+    )
+
+
+def apply_edits(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+    """Edit the rows of `logits` [rows, vocab] in place. Token ids must be below vocab."""
+    edited = [index for index, row in enumerate(rows) if needs_edit(row)]
+    if not edited:
+        return
+    _repetition(logits, rows, edited)
+    _counted(logits, rows, edited)
+    _bias(logits, rows, edited)
+    masked = _Entries()
+    for index in edited:
+        row = rows[index]
+        if len(row.output_ids) < row.sampling.min_tokens:
+            masked.add(index, row.stop_ids, 0.0)
+    if masked:
+        where = masked.where(logits.device)
+        logits[where] = -torch.inf
+
+
+def _repetition(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[int]) -> None:
+    entries = _Entries()
+    for index in edited:
+        row = rows[index]
+        penalty = row.sampling.repetition_penalty
+        if penalty != 1.0:
+            entries.add(index, row.prompt_ids, penalty)
+            entries.add(index, row.output_ids, penalty)
+    if entries:
+        where = entries.where(logits.device)
+        penalty_of = entries.values(logits)
+        old = logits[where]
+        # An id that occurs again is written again, with the same value: old was read before.
+        logits[where] = torch.where(old > 0, old / penalty_of, old * penalty_of)
+
+
+def _counted(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[int]) -> None:
+    entries = _Entries()
+    for index in edited:
+        params = rows[index].sampling
+        if params.presence_penalty or params.frequency_penalty:
+            for token, count in Counter(rows[index].output_ids).items():
+                delta = params.presence_penalty + params.frequency_penalty * count
+                entries.add(index, (token,), delta)
+    if entries:
+        logits[entries.where(logits.device)] -= entries.values(logits)
+
+
+def _bias(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[int]) -> None:
+    entries = _Entries()
+    for index in edited:
+        for token, bias in rows[index].sampling.logit_bias.items():
+            entries.add(index, (token,), bias)
+    if entries:
+        logits[entries.where(logits.device)] += entries.values(logits)
+
+
+class _Entries:
+    """Places of the logits and a value for each."""
+
+    def __init__(self) -> None:
+        self._rows = array("q")
+        self._ids = array("q")
+        self._values = array("d")
+
+    def __bool__(self) -> bool:
+        return bool(self._ids)
+
+    def add(self, row: int, ids: Sequence[int], value: float) -> None:
+        """The same value at several ids of one row."""
+        self._ids.extend(ids)
+        self._rows.extend([row] * len(ids))
+        self._values.extend([value] * len(ids))
+
+    def where(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and column indices."""
+        rows = torch.frombuffer(self._rows, dtype=torch.int64).to(device)
+        return rows, torch.frombuffer(self._ids, dtype=torch.int64).to(device)
+
+    def values(self, like: torch.Tensor) -> torch.Tensor:
+        """The values, of the type and device of `like`."""
+        return torch.frombuffer(self._values, dtype=torch.float64).to(like.device, like.dtype)

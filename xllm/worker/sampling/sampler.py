@@ -1,0 +1,196 @@
+"""The sampler: rows of logits in, tokens and log-probabilities out.
+
+Order: (raw log-probabilities are taken,) penalties, bias and masks, temperature, top-k, top-p,
+min-p, arg-max with Gumbel noise. It groups the rows of a batch by what they need, so that a greedy
+or a plainly tempered row never pays for another's filters. It remembers nothing between calls.
+Invariant: a row's tokens depend on that row alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+
+from xllm.errors import InvariantError
+from xllm.protocol.sampling import SamplingParams
+from xllm.worker.sampling.candidates import (
+    find_candidates,
+    is_filtered,
+    temperature_of,
+    window_sizes,
+)
+from xllm.worker.sampling.draw import draw_filtered, draw_plain
+from xllm.worker.sampling.edits import apply_edits
+from xllm.worker.sampling.logprobs import score_rows
+from xllm.worker.sampling.noise_tensor import DrawKey
+from xllm.worker.sampling.rows import LogprobTable, SampleResult, SampleRow
+
+T = TypeVar("T")
+
+SLICE_ELEMENTS = 1 << 18
+"""Logits scored at a time: with its scratch a slice stays in a core's cache."""
+
+
+class Sampler:
+    """Draws the tokens of a model with `vocab_size` logits a row, on `device`."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._all_ids = torch.arange(vocab_size, dtype=torch.int32, device=device)
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> SampleResult:
+        """Draw for each row of `logits` [rows, vocab] float32, which is edited in place."""
+        if logits.shape != (len(rows), self._vocab_size) or logits.dtype != torch.float32:
+            raise InvariantError(
+                f"sampler: logits {tuple(logits.shape)} {logits.dtype} for {len(rows)} rows "
+                f"of {self._vocab_size} float32"
+            )
+        if not rows:
+            return SampleResult([], [], [])
+        failed = self._bad_rows(rows)
+        scored = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+        raw = logits[scored].clone() if scored else None
+        apply_edits(logits, [_inert(row) if i in failed else row for i, row in enumerate(rows)])
+        tokens: list[tuple[int, ...]] = [()] * len(rows)
+        greedy = [i for i, row in enumerate(rows) if row.sampling.temperature == 0]
+        others = [i for i, row in enumerate(rows) if row.sampling.temperature != 0]
+        self._draw_greedy(logits, rows, greedy, tokens, failed)
+        self._draw_noisy(logits, rows, others, tokens, failed)
+        for index in failed:
+            tokens[index] = ()
+        logprobs: list[LogprobTable | None] = [None] * len(rows)
+        if raw is not None:
+            for place, index in enumerate(scored):
+                logprobs[index] = self._score(raw[place], tokens[index], rows[index])
+        return SampleResult(tokens, logprobs, sorted(failed.items()))
+
+    def score_rows(
+        self, logits: torch.Tensor, targets: Sequence[int] | torch.Tensor, num_top: int
+    ) -> LogprobTable:
+        """Raw log-probabilities of given tokens, for prompt_logprobs: row k of `logits` scores
+        `targets[k]`. The logits stay as they are."""
+        return score_rows(logits, torch.as_tensor(targets), num_top)
+
+    def _bad_rows(self, rows: Sequence[SampleRow]) -> dict[int, str]:
+        failed: dict[int, str] = {}
+        for index, row in enumerate(rows):
+            for name, ids in (("logit_bias", row.sampling.logit_bias), ("stop_ids", row.stop_ids)):
+                wrong = [token for token in ids if not 0 <= token < self._vocab_size]
+                if wrong:
+                    failed[index] = (
+                        f"{name}: token {wrong[0]} of a vocabulary of {self._vocab_size}"
+                    )
+        return failed
+
+    def _draw_greedy(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[SampleRow],
+        greedy: list[int],
+        tokens: list[tuple[int, ...]],
+        failed: dict[int, str],
+    ) -> None:
+        if not greedy:
+            return
+        part = logits if len(greedy) == len(rows) else logits[greedy]
+        best = part.argmax(dim=1)  # the first of equals: the lowest id
+        top = part.gather(1, best[:, None])[:, 0]
+        _note_bad(top, greedy, failed)
+        for index, token in zip(greedy, best.tolist(), strict=True):
+            tokens[index] = (token,) * rows[index].num_samples
+
+    def _draw_noisy(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[SampleRow],
+        noisy: list[int],
+        tokens: list[tuple[int, ...]],
+        failed: dict[int, str],
+    ) -> None:
+        if not noisy:
+            return
+        tops = logits.amax(dim=1)
+        _note_bad(tops[noisy], noisy, failed)
+        sound = [index for index in noisy if index not in failed]
+        filtered = [i for i in sound if is_filtered(rows[i].sampling, self._vocab_size)]
+        plain = [i for i in sound if not is_filtered(rows[i].sampling, self._vocab_size)]
+        drawn: dict[int, list[int]] = {index: [] for index in sound}
+        per_slice = max(1, SLICE_ELEMENTS // self._vocab_size)
+        for part in _slices([(i, key) for i in plain for key in _draws(rows[i])], per_slice):
+            owners = [index for index, _ in part]
+            heat = [temperature_of(rows[index].sampling) for index in owners]
+            found = draw_plain(
+                logits[owners],
+                tops[owners],
+                torch.tensor(heat, dtype=torch.float64, device=logits.device),
+                [key for _, key in part],
+                self._all_ids,
+            )
+            for index, token in zip(owners, found, strict=True):
+                drawn[index].append(token)
+        for group in _slices(filtered, max(1, 8 * per_slice)):
+            self._draw_filtered(logits, tops, rows, group, drawn)
+        for index, values in drawn.items():
+            tokens[index] = tuple(values)
+
+    def _draw_filtered(
+        self,
+        logits: torch.Tensor,
+        tops: torch.Tensor,
+        rows: Sequence[SampleRow],
+        group: list[int],
+        drawn: dict[int, list[int]],
+    ) -> None:
+        left = group
+        for window in window_sizes([rows[i].sampling for i in group], self._vocab_size):
+            params = [rows[index].sampling for index in left]
+            found = find_candidates(logits[left], tops[left], params, window)
+            clear: list[bool] = found.clear.tolist()
+            owners: list[int] = []
+            keys: list[DrawKey] = []
+            for place, index in enumerate(left):
+                if clear[place]:
+                    draws = _draws(rows[index])
+                    owners.extend([place] * len(draws))
+                    keys.extend(draws)
+            if owners:
+                chosen = draw_filtered(found, owners, keys)
+                for place, token in zip(owners, chosen, strict=True):
+                    drawn[left[place]].append(token)
+            left = [index for place, index in enumerate(left) if not clear[place]]
+            if not left:
+                return
+
+    def _score(
+        self, raw: torch.Tensor, tokens: tuple[int, ...], row: SampleRow
+    ) -> LogprobTable | None:
+        if not tokens:
+            return None
+        targets = torch.tensor(tokens)
+        return score_rows(raw.expand(len(tokens), -1), targets, row.sampling.logprobs or 0)
+
+
+def _draws(row: SampleRow) -> list[DrawKey]:
+    """The keys of a row's draws."""
+    seed = row.sampling.seed or 0
+    choices = (row.choice,) if row.num_samples == 1 else range(row.num_samples)
+    return [(seed, choice, row.position) for choice in choices]
+
+
+def _note_bad(tops: torch.Tensor, indices: list[int], failed: dict[int, str]) -> None:
+    """A row's maximum is finite unless some of its logits are no numbers."""
+    for index, top in zip(indices, tops.tolist(), strict=True):
+        if not math.isfinite(top):
+            failed.setdefault(index, "the model gave logits that are not finite numbers")
+
+
+def _inert(row: SampleRow) -> SampleRow:
+    """A row that edits nothing, in place of one whose edits cannot be made."""
+    return SampleRow(SamplingParams(), row.choice, row.position, (), ())
+
+
+def _slices(items: list[T], size: int) -> list[list[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
