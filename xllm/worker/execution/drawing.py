@@ -13,7 +13,7 @@ import torch
 from xllm.worker.execution.batch import BatchEntry, StepBatch
 from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.models.model import NativeModel
-from xllm.worker.sampling.logprobs import token_logprobs
+from xllm.worker.sampling.logprobs import score_rows
 from xllm.worker.sampling.rows import SampleRow
 from xllm.worker.sampling.sampler import Sampler
 
@@ -69,7 +69,7 @@ class TokenDrawer:
             ids = state.tokens(at, min(at + self._slice, last))
             row = entry.first_row + at - first
             logits = self._model.head(hidden[row : row + len(ids)])
-            outputs.add_logprobs(entry.index, token_logprobs(logits, self._index(ids), num_top))
+            outputs.add_logprobs(entry.index, score_rows(logits, self._index(ids), num_top))
 
     def _sample(
         self, entries: Sequence[BatchEntry], hidden: torch.Tensor, outputs: StepOutputs

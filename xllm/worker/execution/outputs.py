@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from xllm.protocol.step import StepResult
 from xllm.worker.executor import StepOutput
+from xllm.worker.sampling.logprobs import pack_logprobs
 from xllm.worker.sampling.rows import LogprobTable
 
 
@@ -31,39 +30,15 @@ class StepOutputs:
         self._tables.setdefault(index, []).append(table)
 
     def pack(self, step: int, duration_ns: int) -> StepOutput:
-        """The result of the step and its frames. Rows that asked for fewer alternatives than
-        others are padded with id -1 and logprob -inf."""
-        failed = tuple(sorted(self.failed.items()))
-        tokens = tuple(self.tokens)
-        if not self._tables:
-            return StepOutput(StepResult(step, tokens, duration_ns, failed=failed))
-        found = [table for index in sorted(self._tables) for table in self._tables[index]]
-        num_top = max(table.num_top for table in found)
-        num_rows = [
-            sum(table.num_rows for table in self._tables.get(index, ()))
-            for index in range(len(tokens))
-        ]
+        """The result of the step and its logprob frames."""
+        tables = [self._tables.get(index, ()) for index in range(len(self.tokens))]
+        logprob_rows, num_top, frames = pack_logprobs(tables) if self._tables else ((), -1, ())
         result = StepResult(
             step,
-            tokens,
+            tuple(self.tokens),
             duration_ns,
-            logprob_rows=tuple(num_rows),
+            logprob_rows=logprob_rows,
             num_top=num_top,
-            failed=failed,
+            failed=tuple(sorted(self.failed.items())),
         )
-        return StepOutput(result, _frames(found, num_top))
-
-
-def _frames(tables: Sequence[LogprobTable], num_top: int) -> tuple[bytes, bytes, bytes]:
-    """ids and logprobs [rows, 1 + num_top] and ranks [rows], little-endian."""
-    ids, logprobs = [], []
-    for table in tables:
-        padding = ((0, 0), (0, num_top - table.num_top))
-        ids.append(np.pad(table.ids.numpy(), padding, constant_values=-1))
-        logprobs.append(np.pad(table.logprobs.numpy(), padding, constant_values=-np.inf))
-    ranks = [table.ranks.numpy() for table in tables]
-    return (
-        np.concatenate(ids).astype("<i4").tobytes(),
-        np.concatenate(logprobs).astype("<f4").tobytes(),
-        np.concatenate(ranks).astype("<i4").tobytes(),
-    )
+        return StepOutput(result, frames)
