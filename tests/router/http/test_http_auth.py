@@ -1,6 +1,7 @@
 """Keys, tenants and Host headers: who may enter, on every path and by every trick."""
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from tests.router.http.fake_service import FakeService
 from tests.router.http.front_thread import FrontThread, chat, raw_post
@@ -8,6 +9,7 @@ from xllm.errors import AuthenticationError, ConfigError
 from xllm.router.http.application import routes_of
 from xllm.router.http.auth import Gate, is_plain_host, read_key_file
 from xllm.router.http.context import FrontContext
+from xllm.router.http.figures import HttpFigures
 
 KEYS = """# two tenants
 alice:alice-key-0123456789
@@ -76,7 +78,8 @@ def test_two_authorization_headers_are_none(keyed):
 
 def paths():
     context = FrontContext(FakeService(), None, None, 0)
-    return [route.path.replace("{name:path}", "fake") for route in routes_of(context)]
+    figures = HttpFigures(CollectorRegistry(), lambda: 0)
+    return [route.path.replace("{name:path}", "fake") for route in routes_of(context, figures)]
 
 
 @pytest.mark.parametrize("path", [*paths(), "/", "/nothing", "/docs", "/openapi.json"])

@@ -128,8 +128,6 @@ def test_refused_fields(name):
         ({"model": None}, "model"),
         ({"messages": []}, "messages"),
         ({"messages": None}, "messages"),
-        ({"messages": MESSAGES * 4097}, "messages"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [*MESSAGES, {"role": "user"}]}, "messages[1].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content"),
@@ -206,11 +204,9 @@ def test_content_parts_and_roles():
     assert request.messages == (ChatMessage(role="system", content=content, name="n"),)
 
 
-def test_max_completion_tokens_and_top_k():
+def test_max_completion_tokens():
     assert chat(max_completion_tokens=9).sampling.max_tokens == 9
     assert chat(max_completion_tokens=9, max_tokens=9).sampling.max_tokens == 9
-    assert chat(top_k=-1).sampling.top_k == 0
-    assert chat(top_k=-5).sampling.top_k == -5
 
 
 def test_traceparents():

@@ -250,3 +250,15 @@ def test_traceparent_is_carried(start_front):
     front.post("/v1/chat/completions", chat(), headers={"traceparent": trace})
     front.post("/v1/chat/completions", chat(), headers={"traceparent": "nonsense"})
     assert [request.traceparent for request, _ in service.submitted] == [trace, ""]
+
+
+def test_figures_are_shown(start_front):
+    front = start_front()
+    front.post("/v1/chat/completions", chat())
+    front.get("/nowhere")
+    assert front.raw(b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
+    text = front.get("/metrics").text
+    assert 'xllm_http_requests_total{path="/v1/chat/completions"} 1.0' in text
+    assert 'xllm_http_errors_total{status="404"} 1.0' in text
+    assert 'xllm_http_errors_total{status="400"} 1.0' in text
+    assert "\nxllm_http_connections " in text

@@ -33,6 +33,7 @@ from xllm.router.http.describe import (
     TokenizeEndpoint,
     VersionEndpoint,
 )
+from xllm.router.http.figures import HttpFigures
 from xllm.router.http.generate import ChatEndpoint, CompletionEndpoint
 from xllm.router.http.problem import Problem, problem_of
 from xllm.router.http.respond import ClientGone, Receive, Scope, Send, send_problem
@@ -56,9 +57,11 @@ class Endpoint(Protocol):
 class CheckedEndpoint:
     """An endpoint behind the checks of method and media type."""
 
-    __slots__ = ("_endpoint", "_has_body", "_methods")
+    __slots__ = ("_endpoint", "_figures", "_has_body", "_methods", "_path")
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, path: str, endpoint: Endpoint, figures: HttpFigures) -> None:
+        self._path = path
+        self._figures = figures
         self._endpoint = endpoint
         self._methods = endpoint.methods
         self._has_body = "POST" in endpoint.methods
@@ -68,8 +71,8 @@ class CheckedEndpoint:
         if scope["method"] not in self._methods:
             error = MethodNotAllowedError(f"only {' and '.join(self._methods)} is allowed here")
             allowed = ", ".join(self._methods).encode()
-            await send_problem(send, Problem(error), [(b"allow", allowed)])
-            return
+            raise Problem(error, headers=((b"allow", allowed),))
+        self._figures.requested(self._path)
         if self._has_body:
             check_media(scope["headers"])
         await self._endpoint(scope, receive, send)
@@ -103,7 +106,7 @@ class NoSuchPath:
         raise NotFoundError("no such path")
 
 
-def routes_of(context: FrontContext) -> list[Route]:
+def routes_of(context: FrontContext, figures: HttpFigures) -> list[Route]:
     """All paths of the front end; the busiest stand first."""
     ready = ReadyEndpoint(context)
     models = ModelsEndpoint(context)
@@ -120,16 +123,17 @@ def routes_of(context: FrontContext) -> list[Route]:
         ("/metrics", MetricsEndpoint(context)),
         ("/version", VersionEndpoint()),
     ]
-    return [Route(path, CheckedEndpoint(endpoint), name=path) for path, endpoint in table]
+    return [Route(path, CheckedEndpoint(path, one, figures), name=path) for path, one in table]
 
 
 class HttpApplication:
     """The ASGI callable that uvicorn runs."""
 
-    def __init__(self, context: FrontContext, gate: Gate) -> None:
+    def __init__(self, context: FrontContext, gate: Gate, figures: HttpFigures) -> None:
         self._gate = gate
-        self._context = context
-        self._router = Router(routes_of(context), redirect_slashes=False, default=NoSuchPath())
+        self._figures = figures
+        routes = routes_of(context, figures)
+        self._router = Router(routes, redirect_slashes=False, default=NoSuchPath())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whatever happens."""
@@ -147,14 +151,12 @@ class HttpApplication:
         except Exception as error:
             if not isinstance(error, XllmError | Problem):
                 LOG.exception("request_failed", path=scope["path"][:200])
-            headers = [(b"connection", b"close")] if refused_early(error) else []
-            await send_problem(send, problem_of(error), headers)
+            problem = problem_of(error)
+            if isinstance(error, AuthenticationError | PermissionDeniedError):
+                problem.headers += ((b"connection", b"close"),)  # its body is not wanted
+            self._figures.answered_with(problem.status)
+            await send_problem(send, problem)
 
     def _admit(self, scope: Scope) -> Tenant:
         client = scope["client"]
         return self._gate.admit(scope["path"], scope["headers"], client[0] if client else "")
-
-
-def refused_early(error: Exception) -> bool:
-    """Whether the body of the request was not wanted: the connection ends with the answer."""
-    return isinstance(error, AuthenticationError | PermissionDeniedError)

@@ -14,8 +14,6 @@ from xllm.protocol.client import ChatMessage, ContentPart, SubmitRequest
 from xllm.protocol.sampling import SamplingParams
 from xllm.router.http.schema import ABSENT, ChatBody, CompletionBody, GenerationBody, MessageBody
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-MAX_MESSAGES = 4096
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for plain completions; a chat may use what the context leaves."""
 
@@ -133,19 +131,11 @@ def chat_messages(bodies: list[MessageBody]) -> tuple[ChatMessage, ...]:
     """The turns of a chat; only text is accepted."""
     if not bodies:
         raise InvalidRequestError("messages is empty", param="messages")
-    if len(bodies) > MAX_MESSAGES:
-        raise InvalidRequestError(
-            f"{len(bodies)} messages are more than {MAX_MESSAGES}", param="messages"
-        )
     return tuple(chat_message(body, index) for index, body in enumerate(bodies))
 
 
 def chat_message(body: MessageBody, index: int) -> ChatMessage:
     """One turn; `developer` is OpenAI's newer word for `system`."""
-    if body.role not in ROLES:
-        raise InvalidRequestError(
-            f"role must be one of {', '.join(sorted(ROLES))}", param=f"messages[{index}].role"
-        )
     for name, raw in (("tool_calls", body.tool_calls), ("function_call", body.function_call)):
         if raw is not ABSENT and bytes(raw).strip() not in (b"null", b"[]"):
             raise InvalidRequestError(f"{name} is not supported", param=f"messages[{index}].{name}")
@@ -174,7 +164,7 @@ def sampling_of(
         max_tokens=max_tokens,
         min_tokens=0 if body.min_tokens is None else body.min_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=top_k_of(body.top_k),
+        top_k=body.top_k or 0,
         top_p=1.0 if body.top_p is None else body.top_p,
         min_p=0.0 if body.min_p is None else body.min_p,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
@@ -190,11 +180,6 @@ def sampling_of(
         skip_special_tokens=body.skip_special_tokens is not False,
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
     )
-
-
-def top_k_of(value: int | None) -> int:
-    """top_k; -1 is what some clients say for "all"."""
-    return 0 if value is None or value == -1 else value
 
 
 def with_prompt_logprobs(sampling: SamplingParams, count: int) -> SamplingParams:

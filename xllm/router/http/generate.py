@@ -33,7 +33,7 @@ from xllm.router.http.convert import (
     completion_requests,
 )
 from xllm.router.http.problem import Problem, problem_json, problem_of, problem_of_failure
-from xllm.router.http.respond import Receive, Scope, Send, read_body, send_body, send_problem
+from xllm.router.http.respond import Receive, Scope, Send, read_body, send_body
 from xllm.router.http.schema import ChatBody, CompletionBody, GenerationBody, decode_body
 from xllm.router.http.shape import DONE, AnswerShape, Envelope, total_usage
 
@@ -173,8 +173,7 @@ class Generation:
         self._submit(answer)
         results = await answer.wait_done()
         if answer.failure is not None:
-            await send_problem(send, problem_of_failure(answer.failure), self._headers())
-            return
+            raise problem_of_failure(answer.failure)
         usage = total_usage([result.usage for result in results])
         body = self._shape().whole(results, usage)
         await send_body(send, body, headers=self._headers())
@@ -191,8 +190,7 @@ class Generation:
         # The status waits for the first word of the service: a request that it refuses is
         # answered as an error, not as a stream that begins well.
         if messages and isinstance(messages[0], RequestFailed):
-            await send_problem(send, problem_of_failure(messages[0]), self._headers())
-            return
+            raise problem_of_failure(messages[0])
         headers = STREAM_HEADERS + self._headers()
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         writer = StreamWriter(self._shape(), self._requests[0].sampling.n, self._body)

@@ -32,11 +32,19 @@ UNAVAILABLE_RETRY_S = 1.0
 class Problem(Exception):
     """An error on its way to a client, with the status it is answered with."""
 
-    def __init__(self, error: XllmError, status: int = 0, retry_after_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        error: XllmError,
+        status: int = 0,
+        *,
+        retry_after_s: float = 0.0,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
         super().__init__(error.code)
         self.error = error
         self.status = status or status_of(error)
         self.retry_after_s = retry_after_s
+        self.headers = headers
 
 
 def status_of(error: XllmError) -> int:
@@ -58,7 +66,8 @@ def problem_of(error: Exception) -> Problem:
 def problem_of_failure(failure: RequestFailed) -> Problem:
     """A failed request as the service reported it."""
     error = error_from_code(failure.code, failure.message, failure.param)
-    return Problem(error, retry_after_s=failure.retry_after_ms / 1000)
+    headers = ((b"x-request-id", failure.request_id.encode()),) if failure.request_id else ()
+    return Problem(error, retry_after_s=failure.retry_after_ms / 1000, headers=headers)
 
 
 def problem_json(problem: Problem) -> bytes:
@@ -81,14 +90,14 @@ def problem_json(problem: Problem) -> bytes:
 
 
 def problem_headers(problem: Problem) -> list[tuple[bytes, bytes]]:
-    """Headers that belong to the status."""
-    status = problem.status
-    if status in (429, 503):
+    """The problem's own headers, and those that belong to the status."""
+    headers = list(problem.headers)
+    if problem.status in (429, 503):
         seconds = max(1, math.ceil(problem.retry_after_s or UNAVAILABLE_RETRY_S))
-        return [(b"retry-after", str(seconds).encode())]
-    if status == 401:
-        return [(b"www-authenticate", b"Bearer")]
-    return []
+        headers.append((b"retry-after", str(seconds).encode()))
+    elif problem.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    return headers
 
 
 EXPLANATION_OF_CODE = {

@@ -28,9 +28,12 @@ CLOSE_AFTER_REFUSAL_S = 0.5
 class GuardedProtocol(HttpToolsProtocol):
     """Refuses what is too large, too slow or ambiguous, with a JSON error."""
 
-    def __init__(self, *, limits: HttpLimits, **arguments: Any) -> None:
+    def __init__(
+        self, *, limits: HttpLimits, on_refused: Callable[[int], None], **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self.limits = limits
+        self.on_refused = on_refused
         self.on_lost: Callable[[], None] | None = None
         self._refused = False
         self._problem: Problem | None = None
@@ -190,6 +193,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Answer with an error and close. Where an earlier request of the connection is still
         being answered, or this one's answer has begun, nothing may be written between."""
         self._refused = True
+        self.on_refused(problem.status)
         if self.transport.is_closing():
             return
         cycle = self.cycle

@@ -38,10 +38,10 @@ async def send_body(
     await send({"type": "http.response.body", "body": body})
 
 
-async def send_problem(send: Send, problem: Problem, headers: Headers | None = None) -> None:
+async def send_problem(send: Send, problem: Problem) -> None:
     """An error as a whole response."""
-    lines = problem_headers(problem) + (headers or [])
-    await send_body(send, problem_json(problem), status=problem.status, headers=lines)
+    headers = problem_headers(problem)
+    await send_body(send, problem_json(problem), status=problem.status, headers=headers)
 
 
 async def read_body(receive: Receive) -> bytes:

@@ -22,6 +22,7 @@ from xllm.errors import ConfigError
 from xllm.router.http.application import HttpApplication
 from xllm.router.http.auth import Gate, read_key_file
 from xllm.router.http.context import FrontContext
+from xllm.router.http.figures import HttpFigures
 from xllm.router.http.limits import HttpLimits, limits_of
 from xllm.router.http.protocol import GuardedProtocol
 from xllm.router.service import RouterService
@@ -50,7 +51,8 @@ class HttpFront:
         self._settings = settings
         self._limits = limits or limits_of(settings.router)
         context = FrontContext(service, settings.router, self._limits, int(time.time()))
-        self._application = HttpApplication(context, gate)
+        self._figures = HttpFigures(service.registry, lambda: self.num_connections)
+        self._application = HttpApplication(context, gate, self._figures)
         self._server: QuietServer | None = None
         self._serving: asyncio.Task[None] | None = None
         self._sweep: asyncio.TimerHandle | None = None
@@ -86,7 +88,9 @@ class HttpFront:
         return len(self._server.server_state.connections) if self._server else 0
 
     def _config(self) -> uvicorn.Config:
-        protocol: Any = functools.partial(GuardedProtocol, limits=self._limits)
+        protocol: Any = functools.partial(
+            GuardedProtocol, limits=self._limits, on_refused=self._figures.answered_with
+        )
         return uvicorn.Config(
             cast("Any", self._application),
             http=protocol,
