@@ -64,11 +64,12 @@ def _repetition(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[in
 def _counted(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[int]) -> None:
     entries = _Entries()
     for index in edited:
-        params = rows[index].sampling
-        if params.presence_penalty or params.frequency_penalty:
-            for token, count in Counter(rows[index].output_ids).items():
-                delta = params.presence_penalty + params.frequency_penalty * count
-                entries.add(index, (token,), delta)
+        presence = rows[index].sampling.presence_penalty
+        frequency = rows[index].sampling.frequency_penalty
+        if presence or frequency:
+            counts = Counter(rows[index].output_ids)
+            deltas = [presence + frequency * count for count in counts.values()]
+            entries.add_each(index, list(counts), deltas)
     if entries:
         logits[entries.where(logits.device)] -= entries.values(logits)
 
@@ -76,18 +77,19 @@ def _counted(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[int])
 def _bias(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[int]) -> None:
     entries = _Entries()
     for index in edited:
-        for token, bias in rows[index].sampling.logit_bias.items():
-            entries.add(index, (token,), bias)
+        bias = rows[index].sampling.logit_bias
+        entries.add_each(index, list(bias), list(bias.values()))
     if entries:
         logits[entries.where(logits.device)] += entries.values(logits)
 
 
 class _Entries:
-    """Places of the logits and a value for each."""
+    """Places of the logits and a value for each, in runs of one row."""
 
     def __init__(self) -> None:
-        self._rows = array("q")
         self._ids = array("q")
+        self._rows: list[int] = []
+        self._lengths: list[int] = []
         self._values = array("d")
 
     def __bool__(self) -> bool:
@@ -95,15 +97,24 @@ class _Entries:
 
     def add(self, row: int, ids: Sequence[int], value: float) -> None:
         """The same value at several ids of one row."""
-        self._ids.extend(ids)
-        self._rows.extend([row] * len(ids))
-        self._values.extend([value] * len(ids))
+        self._add_ids(row, ids)
+        self._values.extend(array("d", (value,)) * len(ids))
+
+    def add_each(self, row: int, ids: Sequence[int], values: Sequence[float]) -> None:
+        """A value of its own at each of several ids of one row."""
+        self._add_ids(row, ids)
+        self._values.extend(values)
 
     def where(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and column indices."""
-        rows = torch.frombuffer(self._rows, dtype=torch.int64).to(device)
-        return rows, torch.frombuffer(self._ids, dtype=torch.int64).to(device)
+        rows = torch.tensor(self._rows).repeat_interleave(torch.tensor(self._lengths))
+        return rows.to(device), torch.frombuffer(self._ids, dtype=torch.int64).to(device)
 
     def values(self, like: torch.Tensor) -> torch.Tensor:
         """The values, of the type and device of `like`."""
         return torch.frombuffer(self._values, dtype=torch.float64).to(like.device, like.dtype)
+
+    def _add_ids(self, row: int, ids: Sequence[int]) -> None:
+        self._ids.fromlist(ids if isinstance(ids, list) else list(ids))
+        self._rows.append(row)
+        self._lengths.append(len(ids))
