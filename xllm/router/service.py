@@ -6,26 +6,90 @@ message, whatever happens.
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from functools import partial
 
+import structlog
+from prometheus_client import CollectorRegistry, generate_latest
+
+from xllm import __version__
+from xllm.config.settings import Settings
+from xllm.errors import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestAbortedError,
+    UnavailableError,
+    XllmError,
+)
 from xllm.protocol.client import (
     DetokenizedText,
     DetokenizeIds,
     HealthReport,
     ModelInfo,
+    RequestFailed,
     StatusReport,
     SubmitRequest,
     TokenizedText,
     TokenizeText,
 )
+from xllm.protocol.instance import InstanceReply, ProbeAnswer, TokenBatch
+from xllm.protocol.records import InstanceRecord
+from xllm.protocol.transport.context import describe_error
+from xllm.router.dispatcher import Dispatcher
 from xllm.router.front import Sink, Tenant
+from xllm.router.intake import Intake, is_long
+from xllm.router.metrics import RouterMetrics
+from xllm.router.open_request import InstanceLinks, OpenRequest
+from xllm.router.policy import make_policy
+from xllm.router.probe import Prober
+from xllm.router.report import degraded_parts, merged_metrics, process_list
+from xllm.router.state.instructions import Wish
+from xllm.router.state.request import RequestState
+from xllm.router.state.spec import RequestSpec
+from xllm.router.text.model import TextModel
+from xllm.router.text.pool import TextPool
+from xllm.router.view import ClusterView
+
+_log = structlog.get_logger("router")
+MAX_DETOKENIZE_IDS = 1 << 20
 
 
 class RouterService:
     """All methods are called on the event loop's thread."""
 
-    registry: CollectorRegistry
-    """The router's own metrics; front ends add theirs here."""
+    def __init__(
+        self,
+        settings: Settings,
+        model_name: str,
+        text: TextModel,
+        links: InstanceLinks,
+        *,
+        name: str = "router",
+        incarnation: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = settings.router
+        self._name = name
+        self._incarnation = incarnation
+        self._clock = clock
+        self.intake = Intake(model_name, text, settings.router)
+        self.view = ClusterView(settings.cluster.heartbeat_s)
+        self.registry = CollectorRegistry()
+        """The router's own metrics; front ends add theirs here."""
+        self.metrics = RouterMetrics(self.registry, lambda: self.num_open)
+        policy = make_policy(settings.router.policy)
+        self.dispatcher = Dispatcher(self.view, policy, links, self.metrics, clock)
+        self.prober = Prober(lambda instance, message: _ignore(links.send(instance, message)))
+        self._pool = TextPool()
+        self.registry_degraded = False
+        """Set by the actor: the registry does not answer."""
+        self.draining = False
+
+    # -- requests ----------------------------------------------------------------------------
 
     def submit(self, request: SubmitRequest, tenant: Tenant, sink: Sink) -> str:
         """Start a request and return the server's id of it (128 random bits, hex).
@@ -33,42 +97,205 @@ class RouterService:
         Never raises for a fault of the request: `sink` gets deltas (where `request.stream`; the
         last one of each choice has its `finish_reason`), then exactly one RequestFinished or
         RequestFailed, possibly before this returns."""
-        raise NotImplementedError
+        drawn = os.urandom(24)
+        request_id = drawn[:16].hex()
+        seed = int.from_bytes(drawn[16:], "little")
+        now = self._clock()
+        time_s = request.timeout_ms / 1000 if request.timeout_ms > 0 else self._limits.timeout_s
+        opened = OpenRequest(request.id, sink, now, now + min(time_s, self._limits.timeout_s))
+        self.dispatcher.enter(request_id, opened)
+        try:
+            self._check_room()
+            self._check_model(request.model)
+            self.intake.check(request)
+            prepare = partial(
+                self.intake.prepare, request, tenant, request_id, seed, opened.deadline
+            )
+            if is_long(request.prompt, request.messages):
+                opened.encoding = self._pool.run(tenant.name, prepare)
+                opened.encoding.add_done_callback(
+                    partial(self._encoded, request_id, opened, request)
+                )
+            else:
+                self._start(opened, request, prepare())
+        except Exception as error:
+            self._refuse(request_id, opened, error)
+        return request_id
 
     def abort(self, request_id: str) -> None:
         """Stop a request: its sink gets RequestFailed with code `aborted`. Unknown: ignored."""
-        raise NotImplementedError
+        self.dispatcher.abort(request_id, RequestAbortedError.code, "aborted by its client")
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take nothing new, let open requests end for so long, then fail the rest; returns how
+        many those were."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self.dispatcher.wait_empty(), timeout_s)
+        except TimeoutError:
+            pass  # the rest is told below
+        rest = list(self.dispatcher.open)
+        for request_id in rest:
+            self.dispatcher.abort(request_id, RequestAbortedError.code, "the router stops")
+        return len(rest)
+
+    def close(self) -> None:
+        """Stop timers and threads."""
+        self.dispatcher.close()
+        self.prober.close()
+        self._pool.close()
+
+    def _check_room(self) -> None:
+        if self.draining:
+            raise UnavailableError("this router is about to stop")
+        if len(self.dispatcher.open) > self._limits.max_inflight:
+            raise OverloadedError(
+                f"{self._limits.max_inflight} requests are open (router.max_inflight)"
+            )
+
+    def _check_model(self, name: str) -> None:
+        if name and name != self.intake.name:
+            raise ModelNotFoundError(
+                f"no model {name[:100]!r} is served here, but {self.intake.name!r}", param="model"
+            )
+
+    def _start(self, opened: OpenRequest, request: SubmitRequest, spec: RequestSpec) -> None:
+        text = self.intake.text
+        sampling, prompt_ids = spec.sampling, spec.prompt_ids
+        state = RequestState(spec, [text.output(sampling, prompt_ids) for _ in range(sampling.n)])
+        opened.state = state
+        if request.resume is not None:
+            self.dispatcher.start(opened, state.resume(request.resume))
+        else:
+            self.dispatcher.start(opened, _PLACE)
+
+    def _encoded(
+        self,
+        request_id: str,
+        opened: OpenRequest,
+        request: SubmitRequest,
+        done: asyncio.Future[RequestSpec],
+    ) -> None:
+        if done.cancelled():
+            return  # it was ended meanwhile, or the pool was closed
+        opened.encoding = None
+        try:
+            if self.dispatcher.open.get(request_id) is opened:
+                self._start(opened, request, done.result())
+            else:
+                done.exception()
+        except Exception as error:
+            self._refuse(request_id, opened, error)
+
+    def _refuse(self, request_id: str, opened: OpenRequest, error: Exception) -> None:
+        """The request's own fault, or ours: its sink is told, nobody else notices."""
+        if not isinstance(error, XllmError):
+            _log.error("submit_failed", request_id=request_id, error=describe_error(error))
+            error = XllmError("an internal error; the log of the router has it")
+        if self.dispatcher.open.get(request_id) is not opened:
+            return
+        if opened.state is not None:
+            self.dispatcher.abort(request_id, error.code, error.message)
+            return
+        retry_s = error.retry_after_s if isinstance(error, OverloadedError) else 1.0
+        failed = RequestFailed(
+            id=opened.client_id,
+            code=error.code,
+            message=error.message,
+            request_id=request_id,
+            param=error.param,
+            retry_after_ms=int(retry_s * 1000)
+            if isinstance(error, OverloadedError | UnavailableError)
+            else 0,
+        )
+        self.dispatcher.fail(request_id, opened, failed)
+
+    # -- what the actor hears ----------------------------------------------------------------
+
+    def instance_says(self, name: str, message: InstanceReply) -> None:
+        """A message of an instance."""
+        if isinstance(message, TokenBatch):
+            self.dispatcher.batch(message)
+        elif isinstance(message, ProbeAnswer):
+            self.prober.answered(message)
+        else:
+            _log.warning("unexpected_word", instance=name, word=type(message).__name__)
+
+    def registered(self, record: InstanceRecord) -> None:
+        """An instance's record was written."""
+        if record.model == self.intake.name:
+            self.intake.learn(record)
+        self.dispatcher.changed(self.view.registered(record, self._clock()))
+
+    def tick(self) -> None:
+        """Several times a second."""
+        now = self._clock()
+        self.dispatcher.changed(self.view.tick(now))
+        self.dispatcher.tick(now)
+
+    # -- questions ---------------------------------------------------------------------------
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The models served here, ready or not."""
-        raise NotImplementedError
+        return (self.intake.info(bool(self.view.usable(self.intake.name))),)
 
     async def tokenize(self, request: TokenizeText, tenant: Tenant) -> TokenizedText:
         """Token ids of a text or of messages; XllmError where it cannot."""
-        raise NotImplementedError
+        self._check_model(request.model)
+        info = self.intake.check_text(request)
+        if is_long(request.text, request.messages):
+            ids = await self._pool.run(tenant.name, partial(self.intake.encode_text, request))
+        else:
+            ids = self.intake.encode_text(request)
+        return TokenizedText(id=request.id, token_ids=ids, max_model_len=info.max_model_len)
 
     async def detokenize(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:
         """The text of token ids; XllmError where it cannot."""
-        raise NotImplementedError
+        self._check_model(request.model)
+        ids = request.token_ids
+        most = self.intake.info(True).vocab_size or self.intake.text.num_tokens
+        if len(ids) > MAX_DETOKENIZE_IDS:
+            raise InvalidRequestError(
+                f"token_ids must be at most {MAX_DETOKENIZE_IDS}", param="token_ids"
+            )
+        if ids and (min(ids) < 0 or max(ids) >= most):
+            raise InvalidRequestError(f"token_ids must be from 0 to {most - 1}", param="token_ids")
+        text = self.intake.text.decode(ids, skip_special_tokens=False)
+        return DetokenizedText(id=request.id, text=text)
 
     def token_bytes(self, model: str, token_id: int) -> bytes:
         """The bytes that a token stands for (special tokens: their name), for logprobs."""
-        raise NotImplementedError
+        return self.intake.text.token_bytes(token_id)
 
     async def health(self, probe: bool) -> HealthReport:
         """`live`: this process works. `ready`: an instance is; with `probe`, one answered
         through its worker within 1 s."""
-        raise NotImplementedError
+        usable = self.view.usable(self.intake.name)
+        ready = bool(usable) and not self.draining
+        if ready and probe:
+            ready = await self.prober.probe([one.name for one in usable])
+        degraded = degraded_parts(self.view, self.registry_degraded, self.draining)
+        if usable and probe and not ready and not self.draining:
+            degraded = (*degraded, "no instance answered within 1 s")
+        return HealthReport(id=0, live=True, ready=ready, degraded=degraded, version=__version__)
 
     def status(self) -> StatusReport:
         """The router's view of the cluster."""
-        raise NotImplementedError
+        own = (self._name, self._incarnation, self.draining, self.num_open)
+        return StatusReport(id=0, processes=process_list(self.view, own, self._clock()))
 
     def metrics_text(self) -> bytes:
         """Prometheus text of all processes, labelled by role and instance."""
-        raise NotImplementedError
+        return merged_metrics(self.view, self._name, generate_latest(self.registry))
 
     @property
     def num_open(self) -> int:
         """Requests without a terminal message."""
-        raise NotImplementedError
+        return len(self.dispatcher.open)
+
+
+_PLACE = (Wish.PLACE,)
+
+
+def _ignore(reached: bool) -> None:
+    """A probe that cannot be sent is a probe without an answer."""

@@ -1,0 +1,393 @@
+"""The service over fakes: from a submit to its terminal message, and the questions."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from tests.router.fake_cluster import CONTEXT, TENANT, FakeCluster, text_model
+from xllm.errors import InvalidRequestError, ModelNotFoundError
+from xllm.kvcache.hashing import chain_hashes
+from xllm.protocol.bus import DaemonHeartbeat, InstanceLoad
+from xllm.protocol.client import (
+    ChatMessage,
+    DetokenizeIds,
+    RequestFinished,
+    ResumePoint,
+    SubmitRequest,
+    TokenDelta,
+    TokenizeText,
+)
+from xllm.protocol.instance import TokenBatch, TokenItem
+from xllm.router.front import Tenant
+from xllm.router.text.pool import TextPool
+
+
+def in_loop(test):
+    """The test is a coroutine function over the cluster that it makes."""
+
+    def wrapped():
+        asyncio.run(asyncio.wait_for(test(), 20))
+
+    wrapped.__name__ = test.__name__
+    return wrapped
+
+
+@in_loop
+async def test_a_request_from_submit_to_finish():
+    cluster = FakeCluster("a")
+    request_id, sink = cluster.ask("the quick brown fox", max_tokens=8, cache_salt="s1")
+    assert len(request_id) == 32
+    [admit] = cluster.links.admits()
+    assert admit.request_id == request_id
+    assert admit.prompt_ids == tuple(text_model().encode("the quick brown fox"))
+    assert admit.block_hashes == chain_hashes(admit.salt, admit.prompt_ids, 4)
+    assert (admit.attempt, admit.outputs, admit.stages) == (1, (), (("both", "a"),))
+    assert admit.timeout_ms == 600_000
+    assert admit.sampling.seed is not None
+    assert admit.sampling.max_tokens == 8
+    count = cluster.say(request_id, 0, "hello ")
+    assert [type(one) for one in sink.messages] == [TokenDelta]
+    cluster.say(request_id, count, "world", "length")
+    cluster.end(request_id, cached=4)
+    last = sink.last
+    assert isinstance(last, RequestFinished)
+    assert (last.id, last.request_id, last.seed) == (7, request_id, admit.sampling.seed)
+    assert sink.text == "hello world"
+    assert last.usage.cached_tokens == 4
+    assert cluster.service.num_open == 0
+    assert not cluster.links.cancels()
+    cluster.close()
+
+
+@in_loop
+async def test_held_tokens_go_out_together_by_one_timer():
+    cluster = FakeCluster("a", clock=time.monotonic)
+    asked = [cluster.ask("hello", max_tokens=9, hold_ms=5) for _ in range(3)]
+    for request_id, sink in asked:
+        first = cluster.say(request_id, 0, "a")
+        more = cluster.say(request_id, first, "b")
+        cluster.say(request_id, first + more, "c")
+        assert sink.text == "a"
+    deadline = time.monotonic() + 5
+    while any(sink.text != "abc" for _, sink in asked):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+    assert all(len(sink.messages) == 2 for _, sink in asked)
+    cluster.close()
+
+
+@in_loop
+async def test_aborting_tells_client_and_instance_once():
+    cluster = FakeCluster("a")
+    request_id, sink = cluster.ask()
+    cluster.service.abort("unknown")
+    cluster.service.abort(request_id)
+    cluster.service.abort(request_id)
+    assert (sink.last.code, sink.last.request_id) == ("aborted", request_id)
+    [cancel] = cluster.links.cancels()
+    assert (cancel.request_id, cancel.choice) == (request_id, -1)
+    cluster.say(request_id, 0, "late")  # dropped
+    assert cluster.service.metrics.num_dropped == 1
+    cluster.close()
+
+
+@in_loop
+async def test_without_an_instance_it_is_unavailable():
+    cluster = FakeCluster()
+    _, sink = cluster.ask()
+    assert sink.last.code == "unavailable"
+    cluster.join("a")
+    cluster.beat("a", state="draining")
+    _, sink = cluster.ask()
+    assert (sink.last.code, sink.last.retry_after_ms) == ("unavailable", 1000)
+    cluster.close()
+
+
+@in_loop
+async def test_requests_of_a_lost_instance_go_on_elsewhere():
+    cluster = FakeCluster("a", "b")
+    asked = [cluster.ask(max_tokens=30) for _ in range(4)]
+    there = {word.request_id: name for name, word in cluster.links.sent}
+    assert sorted(there.values()) == ["a", "a", "b", "b"]
+    for request_id, _ in asked:
+        cluster.say(request_id, 0, "hello")
+    cluster.links.unreachable.add("a")
+    cluster.change(cluster.service.view.disconnected("a"))
+    moved = [word for _, word in cluster.links.sent[4:]]
+    assert sorted(word.request_id for word in moved) == sorted(
+        request_id for request_id, name in there.items() if name == "a"
+    )
+    assert all(
+        word.attempt == 2 and word.outputs == (tuple(text_model().encode("hello")),)
+        for word in moved
+    )
+    for request_id, sink in asked:
+        attempt = 2 if there[request_id] == "a" else 1
+        count = len(text_model().encode("hello"))
+        cluster.say(request_id, count, " world", "length", attempt)
+        cluster.end(request_id, attempt)
+        assert sink.text == "hello world"
+    assert cluster.service.metrics.num_moves == 2
+    assert all(one.num_inflight == 0 for one in cluster.service.view)
+    cluster.close()
+
+
+@in_loop
+async def test_a_request_waits_for_its_only_instance_to_come_back():
+    cluster = FakeCluster("a")
+    request_id, sink = cluster.ask(max_tokens=5)
+    cluster.change(cluster.service.view.disconnected("a"))
+    cluster.service.tick()
+    assert not sink.messages
+    assert cluster.service.num_open == 1
+    cluster.join("a", "2")
+    assert [word.attempt for word in cluster.links.admits()] == [1, 2]
+    cluster.say(request_id, 0, "a", "length", 2)
+    cluster.end(request_id, 2)
+    assert isinstance(sink.last, RequestFinished)
+    cluster.close()
+
+
+@in_loop
+async def test_nobody_comes_back_forever():
+    cluster = FakeCluster("a")
+    _, sink = cluster.ask()
+    cluster.change(cluster.service.view.deregistered("a"))
+    cluster.service.tick()
+    for _ in range(40):
+        cluster.clock.now += 1
+        cluster.service.tick()
+    assert sink.last.code == "unavailable"
+    cluster.close()
+
+
+@in_loop
+async def test_an_unreachable_instance_does_not_get_stuck_requests():
+    cluster = FakeCluster("a", "b")
+    cluster.links.unreachable.add("a")
+    for _ in range(2):
+        cluster.ask()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert {name for name, _ in cluster.links.sent} == {"b"}
+    cluster.service.dispatcher.check()
+    cluster.close()
+
+
+@in_loop
+async def test_deadlines_end_requests():
+    cluster = FakeCluster("a")
+    _, sink = cluster.ask(timeout_ms=500)
+    cluster.clock.now += 0.4
+    cluster.service.tick()
+    assert not sink.messages
+    cluster.clock.now += 0.2
+    cluster.service.tick()
+    assert sink.last.code == "deadline_exceeded"
+    assert len(cluster.links.cancels()) == 1
+    cluster.close()
+
+
+@in_loop
+async def test_more_than_max_inflight_are_refused():
+    cluster = FakeCluster("a", max_inflight=2)
+    cluster.ask()
+    second, _ = cluster.ask()
+    _, refused = cluster.ask()
+    assert (refused.last.code, refused.last.retry_after_ms) == ("overloaded", 1000)
+    cluster.service.abort(second)
+    _, sink = cluster.ask()
+    assert not sink.messages
+    cluster.close()
+
+
+@in_loop
+async def test_long_texts_are_encoded_in_a_thread():
+    cluster = FakeCluster("a")
+    text = "a b c d " * 700
+    assert len(text) > 4096
+    request_id, sink = cluster.ask(text)
+    assert not cluster.links.admits()
+    await asyncio.wait_for(sink.done.wait(), 10)
+    assert sink.last.code == "context_length_exceeded"
+    assert str(CONTEXT) in sink.last.message
+    aborted, sink = cluster.ask(text)
+    cluster.service.abort(aborted)
+    assert sink.last.code == "aborted"
+    late, sink = cluster.ask(text, timeout_ms=10)
+    cluster.clock.now += 1
+    cluster.service.tick()
+    assert sink.last.code == "deadline_exceeded"
+    assert cluster.service.num_open == 0
+    assert len({request_id, aborted, late}) == 3
+    cluster.close()
+
+
+@in_loop
+async def test_draining_lets_open_requests_end_and_fails_the_rest():
+    cluster = FakeCluster("a")
+    first, ended = cluster.ask(max_tokens=2)
+    _, cut = cluster.ask()
+    drain = asyncio.ensure_future(cluster.service.drain(0.05))
+    await asyncio.sleep(0)
+    _, refused = cluster.ask()
+    assert refused.last.code == "unavailable"
+    cluster.say(first, 0, "a", "length")
+    cluster.end(first)
+    assert await drain == 1
+    assert isinstance(ended.last, RequestFinished)
+    assert cut.last.code == "aborted"
+    assert not (await cluster.service.health(False)).ready
+    cluster.close()
+
+
+@in_loop
+async def test_a_resume_goes_on_under_the_next_attempt():
+    cluster = FakeCluster("a")
+    ids = tuple(text_model().encode("hello "))
+    point = ResumePoint(attempt=4, outputs=(ids,), seed=99)
+    request_id, sink = cluster.ask("hi", max_tokens=20, resume=point)
+    [admit] = cluster.links.admits()
+    assert (admit.attempt, admit.outputs, admit.sampling.seed) == (5, (ids,), 99)
+    cluster.say(request_id, len(ids), "world", "length", 5)
+    cluster.end(request_id, 5)
+    assert sink.text == "world"
+    assert sink.messages[0].first_index == len(ids)
+    cluster.close()
+
+
+@in_loop
+async def test_salts_keep_prefixes_apart():
+    cluster = FakeCluster("a")
+    cluster.ask("one two three four", cache_salt="x")
+    cluster.ask("one two three four", cache_salt="x")
+    cluster.ask("one two three four", cache_salt="y")
+    cluster.ask("one two three four")
+    first, second, third, fourth = (word.block_hashes for word in cluster.links.admits())
+    assert first == second
+    assert len({first, third, fourth}) == 3
+    cluster.close()
+
+
+@in_loop
+async def test_a_sink_that_raises_harms_nobody():
+    cluster = FakeCluster("a")
+
+    class BadSink:
+        def send(self, message):
+            raise RuntimeError("front end bug")
+
+    bad = cluster.service.submit(SubmitRequest(id=1, prompt="x"), Tenant(), BadSink())
+    good, sink = cluster.ask(max_tokens=5)
+    ids = tuple(text_model().encode("a"))
+    items = (TokenItem(bad, 0, 1, 0, ids), TokenItem(good, 0, 1, 0, ids, "length"))
+    cluster.service.instance_says("a", TokenBatch(items))
+    cluster.end(good)
+    assert isinstance(sink.last, RequestFinished)
+    cluster.close()
+
+
+@in_loop
+async def test_chat_goes_through_the_template():
+    cluster = FakeCluster("a")
+    cluster.ask(messages=(ChatMessage(role="user", content="hello"),))
+    [admit] = cluster.links.admits()
+    text = text_model().decode(admit.prompt_ids, skip_special_tokens=False)
+    assert text == "<|im_start|>user\nhello<|im_end|>\n\n<|im_start|>assistant\n"
+    cluster.close()
+
+
+@in_loop
+async def test_models_tokenize_and_detokenize():
+    cluster = FakeCluster("a")
+    service = cluster.service
+    [info] = service.models()
+    assert (info.name, info.max_model_len, info.ready) == ("m", CONTEXT, True)
+    answer = await service.tokenize(TokenizeText(id=3, text="hello world"), TENANT)
+    assert (answer.id, answer.max_model_len) == (3, CONTEXT)
+    back = await service.detokenize(DetokenizeIds(id=4, token_ids=answer.token_ids), TENANT)
+    assert back.text == "hello world"
+    long = await service.tokenize(TokenizeText(id=3, text="hello " * 900), TENANT)
+    assert list(long.token_ids) == text_model().encode("hello " * 900)
+    talk = (ChatMessage(role="user", content="x"),)
+    assert (await service.tokenize(TokenizeText(id=1, messages=talk), TENANT)).token_ids
+    for bad in (
+        TokenizeText(id=1),
+        TokenizeText(id=1, text="x", messages=talk),
+        TokenizeText(id=1, text="x" * 10**6),
+    ):
+        with pytest.raises(Exception, match="text"):
+            await service.tokenize(bad, TENANT)
+    with pytest.raises(InvalidRequestError):
+        await service.detokenize(DetokenizeIds(id=1, token_ids=(-1,)), TENANT)
+    with pytest.raises(ModelNotFoundError):
+        await service.detokenize(DetokenizeIds(id=1, model="other"), TENANT)
+    assert service.token_bytes("m", answer.token_ids[0])
+    cluster.close()
+
+
+@in_loop
+async def test_health_says_what_the_data_path_says():
+    cluster = FakeCluster()
+    report = await cluster.service.health(True)
+    assert (report.live, report.ready) == (True, False)
+    cluster.join("a")
+    reports = await asyncio.gather(*(cluster.service.health(True) for _ in range(5)))
+    assert all(one.ready and not one.degraded for one in reports)
+    assert len(cluster.links.sent) == 1
+    cluster.links.answer_probes = False
+    started = time.monotonic()
+    report = await cluster.service.health(True)
+    assert 0.9 < time.monotonic() - started < 3
+    assert not report.ready
+    assert report.degraded
+    assert (await cluster.service.health(False)).ready
+    cluster.close()
+
+
+@in_loop
+async def test_status_and_metrics_show_all_processes():
+    cluster = FakeCluster("a")
+    text = b'# HELP steps_total S.\n# TYPE steps_total counter\nsteps_total{role="worker"} 3\n'
+    cluster.beat("a", load=InstanceLoad(num_running=2), metrics=text)
+    cluster.service.view.daemon_heartbeat(DaemonHeartbeat("d", "1", 1), cluster.clock.now)
+    kinds = {one.name: one.kind for one in cluster.service.status().processes}
+    assert kinds == {"router": "router", "a": "instance", "d": "daemon"}
+    request_id, _ = cluster.ask(max_tokens=1)
+    cluster.say(request_id, 0, "a", "length")
+    cluster.end(request_id)
+    page = cluster.service.metrics_text().decode()
+    assert 'steps_total{role="worker",instance="a"} 3' in page
+    assert 'xllm_router_requests_total{code="ok",role="router",instance="router"} 1.0' in page
+    assert 'xllm_router_ttft_seconds_bucket{le="+Inf",role="router",instance="router"} 1.0' in page
+    cluster.close()
+
+
+@in_loop
+async def test_a_tenants_long_texts_wait_for_its_own():
+    pool = TextPool(num_threads=2, per_tenant=1)
+    order = []
+
+    def job(name):
+        order.append(name)
+        return name
+
+    hold = threading.Event()
+    slow = pool.run("greedy", hold.wait)
+    rest = [pool.run("greedy", lambda k=k: job(k)) for k in range(3)]
+    assert await pool.run("other", lambda: job("other")) == "other"
+    assert order == ["other"]
+    assert pool.num_waiting == 3
+    rest[0].cancel()
+    hold.set()
+    assert await slow
+    assert await asyncio.gather(*rest[1:]) == [1, 2]
+    assert order == ["other", 1, 2]
+    failing = pool.run("x", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        await failing
+    pool.close()

@@ -1,0 +1,181 @@
+"""From a SubmitRequest to what the state machine needs: check, render, encode, hash, once.
+
+Knows the model's text side and facts; no instances, clocks or sinks. `prepare` is the dear part
+and touches nothing shared, so that long texts can go through it in a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from xllm.config.settings import RouterSettings
+from xllm.errors import InvalidRequestError, UnavailableError
+from xllm.kvcache.hashing import chain_hashes, root_hash
+from xllm.protocol.client import ChatMessage, ModelInfo, SubmitRequest, TokenizeText
+from xllm.protocol.records import InstanceRecord
+from xllm.protocol.sampling import SamplingParams
+from xllm.router.front import Tenant
+from xllm.router.state.spec import RequestSpec
+from xllm.router.text.model import TextModel
+from xllm.router.validation import (
+    ModelFacts,
+    check_context,
+    check_messages,
+    check_request,
+    check_text_bytes,
+)
+
+LONG_TEXT_CHARS = 4096
+"""Longer texts are encoded in a thread: the loop must not wait a millisecond for one."""
+LONG_TALK_MESSAGES = 64
+
+
+class Intake:
+    """What one served model accepts."""
+
+    def __init__(self, name: str, text: TextModel, limits: RouterSettings) -> None:
+        self.name = name
+        self.text = text
+        self._limits = limits
+        self._record: InstanceRecord | None = None
+        self._facts: ModelFacts | None = None
+
+    def learn(self, record: InstanceRecord) -> None:
+        """An instance of this model registered: its facts bound requests from now on."""
+        self._record = record
+        self._facts = ModelFacts(
+            record.max_model_len, record.vocab_size, self.text.longest_token_bytes
+        )
+
+    def info(self, ready: bool) -> ModelInfo:
+        """The model as clients see it."""
+        record = self._record
+        if record is None:
+            return ModelInfo(name=self.name, max_model_len=0, ready=False)
+        return ModelInfo(
+            name=self.name,
+            max_model_len=record.max_model_len,
+            vocab_size=record.vocab_size,
+            revision=record.revision,
+            ready=ready,
+        )
+
+    def check(self, request: SubmitRequest) -> None:
+        """RequestError for what is out of bounds; UnavailableError before any instance came."""
+        check_request(request, self._limits, self._known_facts())
+
+    def encode(self, request: SubmitRequest) -> tuple[int, ...]:
+        """The prompt's token ids."""
+        prompt = request.prompt
+        if isinstance(prompt, tuple):
+            return prompt
+        if prompt is not None:
+            ids = self.text.encode(prompt)
+        else:
+            assert request.messages is not None
+            ids = self._encode_talk(request.messages, request.chat_template_kwargs)
+        if not ids:
+            raise InvalidRequestError("the prompt has no tokens", param="prompt")
+        return tuple(ids)
+
+    def prepare(
+        self,
+        request: SubmitRequest,
+        tenant: Tenant,
+        request_id: str,
+        drawn_seed: int,
+        deadline: float,
+    ) -> RequestSpec:
+        """Encode and hash a request that was checked."""
+        prompt_ids = self.encode(request)
+        record = self._record
+        assert record is not None
+        asked = request.sampling
+        max_tokens = check_context(
+            len(prompt_ids), asked.max_tokens, asked.min_tokens, record.max_model_len
+        )
+        seed = asked.seed
+        if request.resume is not None:
+            seed = request.resume.seed
+        sampling = _resolve(asked, drawn_seed if seed is None else seed, max_tokens)
+        root = root_hash(record.revision, "", _salt(tenant.salt, request.cache_salt))
+        stop_ids = frozenset(asked.stop_token_ids)
+        return RequestSpec(
+            request_id,
+            request.id,
+            self.name,
+            prompt_ids,
+            sampling,
+            deadline,
+            request.stream,
+            request.hold_ms / 1000,
+            chain_hashes(root, prompt_ids, record.block_size),
+            root,
+            request.priority,
+            request.offline,
+            request.traceparent,
+            stop_ids if asked.ignore_eos else stop_ids.union(record.eos_ids),
+        )
+
+    def encode_text(self, request: TokenizeText) -> tuple[int, ...]:
+        """The ids that `tokenize` answers with."""
+        if request.text is not None:
+            return tuple(self.text.encode(request.text, request.add_special_tokens))
+        assert request.messages is not None
+        return tuple(self._encode_talk(request.messages, {}))
+
+    def check_text(self, request: TokenizeText) -> ModelInfo:
+        """RequestError for a `tokenize` that is out of bounds."""
+        facts = self._known_facts()
+        if (request.text is None) == (request.messages is None):
+            raise InvalidRequestError("give one of text and messages", param="text")
+        if request.text is not None:
+            check_text_bytes("text", request.text, facts)
+        elif request.messages is not None:
+            check_messages(request.messages, facts)
+        return self.info(True)
+
+    def _known_facts(self) -> ModelFacts:
+        if self._facts is None:
+            raise UnavailableError("no instance of the model has come up yet")
+        return self._facts
+
+    def _encode_talk(
+        self, messages: tuple[ChatMessage, ...], kwargs: dict[str, object]
+    ) -> list[int]:
+        # The template writes the special tokens itself.
+        return self.text.encode(self.text.render(messages, kwargs), add_special_tokens=False)
+
+
+def is_long(prompt: str | tuple[int, ...] | None, messages: tuple[ChatMessage, ...] | None) -> bool:
+    """Whether encoding would keep the loop waiting."""
+    if isinstance(prompt, str):
+        return len(prompt) > LONG_TEXT_CHARS
+    if messages is None:
+        return False
+    if len(messages) > LONG_TALK_MESSAGES:
+        return True
+    num_chars = 0
+    for message in messages:
+        content = message.content
+        if isinstance(content, str):
+            num_chars += len(content)
+        else:
+            num_chars += sum(len(part.text) for part in content)
+    return num_chars > LONG_TEXT_CHARS
+
+
+def _resolve(asked: SamplingParams, seed: int, max_tokens: int) -> SamplingParams:
+    return msgspec.structs.replace(
+        asked, seed=seed, max_tokens=max_tokens, top_k=max(0, asked.top_k)
+    )
+
+
+def _salt(tenant_salt: bytes, cache_salt: str) -> bytes:
+    """One salt of the server's and the client's, either of which keeps prefixes apart."""
+    if not tenant_salt and not cache_salt:
+        return b""
+    length = len(tenant_salt).to_bytes(8, "little")
+    return hashlib.sha256(length + tenant_salt + cache_salt.encode()).digest()

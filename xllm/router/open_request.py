@@ -1,0 +1,36 @@
+"""What the service keeps of a request beside its state: where its words go, and since when."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+from xllm.protocol.instance import AdmitRequest, CancelRequest, ProbeInstance
+from xllm.router.front import Sink
+from xllm.router.state.request import RequestState
+
+
+class InstanceLinks(Protocol):
+    """Connections to instances by name."""
+
+    def send(self, instance: str, message: AdmitRequest | CancelRequest | ProbeInstance) -> bool:
+        """Send or queue; False where the instance cannot be reached. Must not raise."""
+        ...
+
+
+class OpenRequest:
+    """A request without a terminal message. `state` is None while its text is encoded."""
+
+    __slots__ = ("client_id", "deadline", "encoding", "placed", "sink", "started", "state", "told")
+
+    def __init__(self, client_id: int, sink: Sink, started: float, deadline: float) -> None:
+        self.client_id = client_id
+        self.sink = sink
+        self.started = started
+        self.deadline = deadline
+        self.state: RequestState | None = None
+        self.encoding: asyncio.Future[Any] | None = None
+        self.placed = ""
+        """The instance whose requests it counts among."""
+        self.told = False
+        """Whether a first token was handed out."""

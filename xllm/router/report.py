@@ -1,0 +1,86 @@
+"""The view as clients see it: processes, and what is amiss. Pure."""
+
+from __future__ import annotations
+
+from xllm.protocol.client import ProcessStatus
+from xllm.router.exposition import merge_texts
+from xllm.router.view import ClusterView, InstanceView
+
+
+def process_list(
+    view: ClusterView, own: tuple[str, str, bool, int], now: float
+) -> tuple[ProcessStatus, ...]:
+    """This router (`own`: name, incarnation, whether it drains, open requests), then instances
+    and daemons by name."""
+    name, incarnation, draining, num_open = own
+    found = [
+        ProcessStatus(
+            name=name,
+            kind="router",
+            incarnation=incarnation,
+            state="draining" if draining else "ready",
+            num_running=num_open,
+        )
+    ]
+    found += [_instance(one, now) for one in sorted(view, key=lambda one: one.name)]
+    for daemon_name, daemon in sorted(view.daemons.items()):
+        word = daemon.heartbeat
+        found.append(
+            ProcessStatus(
+                name=daemon_name,
+                kind="daemon",
+                incarnation=word.incarnation,
+                num_blocks=word.dram_blocks,
+                heartbeat_age_ms=int((now - daemon.heard_at) * 1000),
+            )
+        )
+    return tuple(found)
+
+
+def degraded_parts(view: ClusterView, registry_silent: bool, draining: bool) -> tuple[str, ...]:
+    """What is not as it should be, in words."""
+    parts = []
+    if registry_silent:
+        parts.append("the registry does not answer")
+    if draining:
+        parts.append("this router drains")
+    parts += [
+        f"instance {one.name} is {_state(one)}"
+        for one in sorted(view, key=lambda one: one.name)
+        if not one.usable
+    ]
+    return tuple(parts)
+
+
+def merged_metrics(view: ClusterView, name: str, own: bytes) -> bytes:
+    """The router's text with what instances and daemons last said of themselves."""
+    texts = [({"role": "router", "instance": name}, own)]
+    texts += [({"role": "master", "instance": one.name}, one.metrics) for one in view]
+    texts += [
+        ({"role": "kvcache", "instance": daemon}, seen.heartbeat.metrics)
+        for daemon, seen in view.daemons.items()
+    ]
+    return merge_texts(texts)
+
+
+def _instance(one: InstanceView, now: float) -> ProcessStatus:
+    load = one.load
+    return ProcessStatus(
+        name=one.name,
+        kind="instance",
+        incarnation=one.record.incarnation,
+        role=one.role,
+        model=one.record.model,
+        state=_state(one),
+        num_waiting=load.num_waiting,
+        num_running=load.num_running,
+        num_free_blocks=load.num_free_blocks,
+        num_blocks=load.num_blocks or one.record.num_blocks,
+        heartbeat_age_ms=int((now - one.heard_at) * 1000),
+    )
+
+
+def _state(one: InstanceView) -> str:
+    if one.suspect:
+        return "suspect"
+    return one.state if one.connected else "disconnected"
