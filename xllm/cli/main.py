@@ -39,6 +39,9 @@ COMMANDS: dict[str, CommandEntry] = {
     "master": CommandEntry("xllm.cli.roles", "master", "Run one instance's master."),
     "worker": CommandEntry("xllm.cli.roles", "worker", "Run one worker of an instance."),
     "kvcache": CommandEntry("xllm.cli.roles", "kvcache", "Run a node's KV cache daemon."),
+    "registry": CommandEntry("xllm.cli.registry", "registry", "Serve a cluster's registry."),
+    "node": CommandEntry("xllm.cli.node", "node", "Start, stop, show a node's processes."),
+    "keys": CommandEntry("xllm.cli.keys", "keys", "Make and exchange the keys of nodes."),
     "version": CommandEntry("xllm.cli.version", "version", "Show versions."),
 }
 

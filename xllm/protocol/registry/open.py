@@ -8,6 +8,24 @@ from xllm.protocol.registry.remote import RemoteRegistry
 from xllm.protocol.transport.context import Transport
 
 _KEY_MARK = ";key="
+_KEY_CHARS = 40
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """(endpoint, public key or "") of an address; ConfigError where it is malformed."""
+    endpoint, mark, server_key = address.partition(_KEY_MARK)
+    scheme, separator, rest = endpoint.partition("://")
+    if scheme not in ("ipc", "inproc", "tcp", "etcd") or not separator or not rest:
+        raise ConfigError(
+            f"registry address {address!r}: ipc://, inproc:// or tcp:// is expected",
+            param="cluster.registry",
+        )
+    if mark and len(server_key) != _KEY_CHARS:
+        raise ConfigError(
+            f"registry address: a public key has {_KEY_CHARS} characters, not {len(server_key)}",
+            param="cluster.registry",
+        )
+    return endpoint, server_key
 
 
 def open_registry(address: str, transport: Transport, *, timeout_s: float = 3.0) -> Registry:
@@ -16,23 +34,12 @@ def open_registry(address: str, transport: Transport, *, timeout_s: float = 3.0)
     The key is the public key of the node that serves the registry; without it a process that has
     keys expects its own node's. Returns at once: the first call waits for the connection. Raises
     ConfigError for no or a malformed address, DependencyError for etcd, which is not spoken yet."""
-    endpoint, mark, server_key = address.partition(_KEY_MARK)
-    scheme, separator, _ = endpoint.partition("://")
-    if scheme == "etcd":
+    endpoint, server_key = split_address(address)
+    if endpoint.startswith("etcd://"):
         raise DependencyError(
             f"{address}: etcd is not supported yet; use the embedded registry (xllm registry)",
             param="cluster.registry",
         )
-    if scheme not in ("ipc", "inproc", "tcp") or not separator:
-        raise ConfigError(
-            f"registry address {address!r}: ipc://, inproc:// or tcp:// is expected",
-            param="cluster.registry",
-        )
-    if mark and len(server_key) != 40:
-        raise ConfigError(
-            f"registry address: a public key has 40 characters, not {len(server_key)}",
-            param="cluster.registry",
-        )
-    if scheme == "tcp" and not server_key and transport.security is not None:
+    if endpoint.startswith("tcp://") and not server_key and transport.security is not None:
         server_key = transport.security.public_key
     return RemoteRegistry(transport, endpoint, server_key=server_key, timeout_s=timeout_s)

@@ -1,0 +1,72 @@
+"""`scripts/keys` and the systemd units."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import stat
+import subprocess
+
+import pytest
+
+from tests.architecture.sources import ROOT
+from xllm.cli.keys import allow_peer
+from xllm.cli.main import COMMANDS, run_command
+from xllm.cli.node_file import ROLES
+from xllm.errors import ConfigError
+from xllm.protocol.transport.security import Security, create_keys
+
+
+def test_a_pair_is_made_shown_and_never_overwritten(tmp_path, capsys):
+    directory = str(tmp_path / "keys")
+    assert run_command(["keys", "create", directory]) == 0
+    public = capsys.readouterr().out.strip()
+    assert len(public) == 40
+    assert run_command(["keys", "show", directory]) == 0
+    assert capsys.readouterr().out.strip() == public
+    assert run_command(["keys", "create", directory]) == 64
+    assert Security.load(directory).public_key == public
+    for folder, _, names in os.walk(directory):
+        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+        for name in names:
+            mode = stat.S_IMODE(os.stat(os.path.join(folder, name)).st_mode)
+            assert mode == 0o600 or (mode == 0o644 and not name.endswith("_secret")), name
+
+
+def test_peers_join_the_allow_list(tmp_path):
+    public = create_keys(str(tmp_path / "b"))
+    create_keys(str(tmp_path / "a"))
+    assert run_command(["keys", "allow", str(tmp_path / "a"), "node-b", public]) == 0
+    written = (tmp_path / "a" / "allowed" / "node-b.key").read_text()
+    assert public in written
+    assert "secret" not in written
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("../evil", "a" * 40), ("", "a" * 40), ("b", "short"), ("b", "é" * 40), ("b", 'a"' * 20)],
+)
+def test_bad_names_and_keys_are_refused(tmp_path, name, key):
+    create_keys(str(tmp_path))
+    with pytest.raises(ConfigError):
+        allow_peer(str(tmp_path), name, key)
+    assert os.listdir(tmp_path / "allowed") == ["self.key"]
+
+
+@pytest.mark.parametrize("name", ["node-start", "node-stop", "node-status", "keys"])
+def test_scripts_are_executable_bash(name):
+    path = ROOT / "scripts" / name
+    assert os.access(path, os.X_OK)
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.parametrize("name", ["xllm@.service", "xllm-node.service"])
+def test_systemd_units_name_commands_that_exist(name):
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str
+    unit.read(ROOT / "scripts" / "systemd" / name)
+    assert set(unit.sections()) == {"Unit", "Service", "Install"}
+    command = unit["Service"]["ExecStart"].split()
+    assert command[0] == "/opt/xllm/.venv/bin/xllm"
+    roles = ROLES if command[1] == "%i" else (command[1],)
+    assert all(role in COMMANDS for role in roles)
