@@ -28,6 +28,7 @@ from xllm.protocol.step import (
     WorkerFailed,
     WorkerHello,
     WorkerMessage,
+    WorkerPong,
     WorkerPulse,
     WorkerReady,
 )
@@ -70,6 +71,8 @@ class WorkerActor(Actor):
         self._meter = StepMeter()
         self._num_pulses = 0
         self._num_unsent = 0
+        self._num_pending = 0  # plans and pings without an answer, oldest first
+        self._num_stale = 0  # of those, the ones whose master is gone
 
     def make_transport(self) -> Transport:
         """With the node's keys, if it has any."""
@@ -121,10 +124,12 @@ class WorkerActor(Actor):
     def _on_message(self, message: MasterMessage, frames: list[bytes]) -> None:
         if isinstance(message, StepPlan):
             self._fresh = False
+            self._num_pending += 1
             self._engine.submit(message)
         elif isinstance(message, StopWorker):
             self.request_stop()
         elif not isinstance(message, LoadModel):
+            self._num_pending += 1
             self._engine.submit(message)
         elif self._fresh and self._ready is not None:
             self._send(self._ready)
@@ -140,19 +145,23 @@ class WorkerActor(Actor):
         self._send(WorkerHello(self._rank, self._incarnation, os.getpid(), worker.device))
         if self._load_failure is not None:
             self._send(self._load_failure)
-        elif self._ready is not None:
+        elif self._fresh and self._ready is not None:
             self._send(self._ready)
+        # Otherwise another master's plans ran here: this one asks for a fresh load first.
 
     def _master_gone(self) -> None:
         _log.warning("master_gone", endpoint=self._socket.endpoint)
-        self._socket.discard_queued()
+        self._num_stale = self._num_pending
+        if not self._socket.connected:
+            self._socket.discard_queued()
 
     # -- to the master -----------------------------------------------------------------------
 
     def _deliver(self, answer: EngineAnswer) -> None:
         try:
             message, frames, error = answer
-            self._send(message, frames)
+            if not self._is_stale(message):
+                self._send(message, frames)
             if isinstance(message, StepResult):
                 self._meter.add(message)
             elif isinstance(message, LoadProgress):
@@ -164,6 +173,17 @@ class WorkerActor(Actor):
         except Exception as failure:
             # The engine's hand-over must go on with its next answer.
             self._failed(failure)
+
+    def _is_stale(self, message: WorkerMessage) -> bool:
+        """Count the answer of a plan or ping; whether the one who asked is gone."""
+        failed_step = isinstance(message, WorkerFailed) and message.step >= 0
+        if not failed_step and not isinstance(message, StepResult | WorkerPong):
+            return False
+        self._num_pending -= 1
+        if self._num_stale == 0:
+            return False
+        self._num_stale -= 1
+        return True
 
     def _loaded(self, ready: WorkerReady) -> None:
         self._loading = False

@@ -2,10 +2,10 @@
 
 Two ways with one face: `ThreadEngine` runs them on a thread of its own, so that the actor's loop
 goes on with pulses while a step computes; `InlineEngine` runs them at once on the caller's loop,
-for an executor whose steps cost less than the hop to a thread and back (some 20 us where it was measured, more on
-busy cores).
-It knows neither sockets nor the master. Invariant: every job is answered exactly once (a load
-also by progress), and an exception of the executor is an answer, never the end of the thread.
+for an executor whose steps cost less than the hop to a thread and back (20 us on an idle core,
+more on busy ones). It knows neither sockets nor the master. Invariant: every job is answered
+exactly once (a load also by progress), and an exception of the executor is an answer, never the
+end of the thread.
 """
 
 from __future__ import annotations

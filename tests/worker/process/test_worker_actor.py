@@ -219,19 +219,26 @@ def test_what_is_no_message_of_a_master_is_counted(tmp_path) -> None:
 
 def test_a_new_master_is_greeted_first(tmp_path) -> None:
     async def scenario() -> None:
-        async with running(tmp_path, step_ms=50) as (master, _, _):
+        async with running(tmp_path, step_ms=100) as (master, _, _):
             await master.wait_for(WorkerReady)
             master.send(first_plan())
+            master.send(PingWorker(4))
             await master.until(lambda: master.pulses and master.pulses[-1].busy)
             endpoint, transport = master.socket.endpoint, Transport()
             master.socket.close()
             successor = FakeMaster(transport, endpoint)
             try:
+                await successor.wait_for(WorkerHello)
+                successor.send(LoadModel())
                 await successor.wait_for(WorkerReady)
                 assert isinstance(successor.heard[0], WorkerHello)
                 assert successor.heard[0].incarnation == master.heard[0].incarnation
                 successor.send(PingWorker(5))
-                await successor.wait_for(WorkerPong)
+                successor.send(first_plan(1, seq=0))
+                await successor.wait_for(StepResult)
+                # The plan and the ping of the master that is gone are answered to nobody.
+                assert [pong.nonce for pong in successor.of(WorkerPong)] == [5]
+                assert [result.step for result in successor.of(StepResult)] == [1]
             finally:
                 successor.socket.close()
                 transport.close()
