@@ -18,6 +18,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from xllm.errors import InvalidRequestError, PayloadTooLargeError, UnavailableError, XllmError
+from xllm.router.http.joining import JoiningTransport
 from xllm.router.http.limits import BODY_BYTES_PER_S, HttpLimits
 from xllm.router.http.problem import Problem, problem_headers, problem_json
 
@@ -77,7 +78,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         """Take the connection, unless there are too many."""
-        super().connection_made(transport)
+        super().connection_made(JoiningTransport(transport, self.loop))
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
