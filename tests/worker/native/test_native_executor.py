@@ -230,10 +230,14 @@ def test_numbers_that_are_not_finite_harm_one_sequence(tmp_path: Path) -> None:
     assert [index for index, _ in result.failed] == [0]
     assert "not a number" in result.failed[0][1]
     assert result.tokens == ((), expected)
-    # The spoilt blocks, in the hands of the next sequence.
-    result = driver.run([prefill(4, 20)], [new(4, prompt, GREEDY, [3, 2])]).result
+    # The spoilt blocks in the hands of the next sequence, which stops short of the spoilt
+    # position but reads the rest of its block, masked.
+    short = [new(4, prompt[:18], GREEDY, [4, 5]), new(5, prompt[:18], GREEDY, [2, 3])]
+    driver.run([prefill(4, 17, 0), prefill(5, 17, 0)], short)
+    last = [prefill(4, 1, start=17), prefill(5, 1, start=17)]
+    result = driver.run(last).result
     assert result.failed == ()
-    assert result.tokens == (expected,)
+    assert result.tokens[0] == result.tokens[1] != ()
 
 
 def test_min_tokens_masks_stop_ids(driver: PlanDriver) -> None:
@@ -252,14 +256,17 @@ def test_min_tokens_masks_stop_ids(driver: PlanDriver) -> None:
     assert second not in wanted
 
 
-def test_a_resumed_sequence_draws_what_it_would_have_drawn(driver: PlanDriver) -> None:
-    """Prompt and output so far, sent anew, go on with the same tokens: the draw depends on the
-    seed, the choice and the absolute position."""
+@pytest.mark.parametrize("moved", [0, 5])
+def test_a_resumed_sequence_draws_what_it_would_have_drawn(driver: PlanDriver, moved: int) -> None:
+    """Prompt and output so far, sent anew, go on with the same tokens, wherever the border
+    between them is: the draw depends on the seed, the choice and the absolute position."""
     (prompt,) = random_prompts(1, 18, 18)
     whole = driver.job(prompt, 12, SAMPLED)
     driver.generate([whole])
+    border = len(prompt) + moved
+    history = (*prompt, *whole.output[:5])
     resumed = NewSequence(
-        91, tuple(prompt), tuple(whole.output[:5]), SAMPLED, 0, tuple(driver.free[:2])
+        91, history[:border], history[border:], SAMPLED, 0, tuple(driver.free[:2])
     )
     tokens = list(driver.run([prefill(91, 23)], [resumed]).result.tokens[0])
     for position in range(23, 29):

@@ -114,5 +114,10 @@ class KvPool:
 
     def check(self) -> None:
         """Raise InvariantError where the pool holds numbers that are not finite, unnoticed."""
-        if not self.may_hold_nan and not bool(torch.isfinite(self._data).all()):
-            raise InvariantError(f"the KV pool ({self._origin}) holds NaN or infinity unnoticed")
+        if self.may_hold_nan:
+            return
+        for layer, data in enumerate(self._data):
+            if not bool(torch.isfinite(data).all()):
+                raise InvariantError(
+                    f"the KV pool ({self._origin}): layer {layer} holds NaN or infinity unnoticed"
+                )
