@@ -17,7 +17,7 @@ def run_master(settings: bytes) -> None:
     """A master; never returns."""
     from xllm.master.process import main
 
-    main(settings)
+    main(settings, run_worker)
 
 
 def run_worker(settings: bytes) -> None:

@@ -1,0 +1,76 @@
+"""A master's Prometheus metrics: counted plainly, turned into text when asked for.
+
+Its own registry, no globals. Names carry no instance: the router that serves them labels them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from xllm.master.outcome import StepOutcome
+from xllm.master.scheduler import SchedulerStatistics
+
+
+class MasterMetrics:
+    """Counts since the start of the process, and the last statistics of the scheduler."""
+
+    def __init__(self) -> None:
+        self.num_admitted = 0
+        self.num_refused = 0
+        self.num_ended = 0
+        self.num_failed = 0
+        self.num_steps = 0
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_worker_ends = 0
+        self._statistics: SchedulerStatistics | None = None
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def note_outcome(self, outcome: StepOutcome) -> None:
+        """Count what goes to the routers."""
+        self.num_tokens += len(outcome.items)
+        for ended in outcome.ended:
+            if ended.code:
+                self.num_failed += 1
+            else:
+                self.num_ended += 1
+                self.num_cached_tokens += ended.cached_tokens
+
+    def text(self, statistics: SchedulerStatistics | None) -> bytes:
+        """Prometheus text format."""
+        self._statistics = statistics
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """What prometheus_client asks of a collector."""
+        counters = (
+            ("admitted", "Requests taken in.", self.num_admitted),
+            ("refused", "Requests refused at admission.", self.num_refused),
+            ("ended", "Requests that ended as asked.", self.num_ended),
+            ("failed", "Requests that ended with an error.", self.num_failed),
+            ("steps", "Steps settled.", self.num_steps),
+            ("tokens", "Token items sent to routers.", self.num_tokens),
+            ("cached_prompt_tokens", "Prompt tokens found cached.", self.num_cached_tokens),
+            ("worker_ends", "Workers lost.", self.num_worker_ends),
+        )
+        for name, text, value in counters:
+            yield CounterMetricFamily(f"xllm_master_{name}", text, value=value)
+        stats = self._statistics
+        if stats is None:
+            return
+        gauges = (
+            ("waiting_sequences", "Sequences that wait.", stats.num_waiting),
+            ("running_sequences", "Sequences that run.", stats.num_running),
+            ("blocks", "KV blocks.", stats.num_blocks),
+            ("available_blocks", "KV blocks free or reusable.", stats.num_available_blocks),
+            ("cached_blocks", "KV blocks in the prefix cache.", stats.num_cached_blocks),
+            ("waiting_tokens", "Tokens still to be computed.", stats.waiting_tokens),
+            ("preemptions", "Preemptions of this worker's life.", stats.num_preemptions),
+            ("evictions", "Evicted blocks of this worker's life.", stats.num_evictions),
+        )
+        for name, text, value in gauges:
+            yield GaugeMetricFamily(f"xllm_master_{name}", text, value=value)

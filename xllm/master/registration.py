@@ -1,0 +1,73 @@
+"""An instance's entry in the registry: written when its worker is ready, kept, withdrawn.
+
+A registry that does not answer costs nothing but being found: the first write is tried again
+until it succeeds. The lease is the Registration's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from xllm.config.settings import ClusterSettings
+from xllm.errors import TransportError
+from xllm.protocol.codec import encode
+from xllm.protocol.records import InstanceRecord, instance_key
+from xllm.protocol.registry.interface import Registry
+from xllm.protocol.registry.keeper import Registration
+from xllm.protocol.registry.open import open_registry
+from xllm.protocol.transport.context import Transport
+
+_log = structlog.get_logger("registration")
+_AGAIN_S = 1.0
+
+
+class InstanceRegistration:
+    """Registers one instance; nowhere if the cluster has no registry."""
+
+    def __init__(self, cluster: ClusterSettings, name: str, transport: Transport) -> None:
+        self._registry: Registry | None = None
+        self._record: InstanceRecord | None = None
+        self._cluster = cluster
+        self._name = name
+        self._registration: Registration | None = None
+        self._withdrawn = False
+        if cluster.registry:
+            self._registry = open_registry(cluster.registry, transport)
+
+    async def publish(self, record: InstanceRecord) -> None:
+        """Write the record, or write it anew; returns when it is there."""
+        if self._registry is None:
+            return
+        self._record = record
+        if self._registration is not None:
+            await self._registration.refresh()
+            return
+        registration = Registration(
+            self._registry,
+            instance_key(self._cluster.name, self._name),
+            self._encoded,
+            self._cluster.lease_s,
+        )
+        while not self._withdrawn:
+            try:
+                await registration.start()
+            except TransportError as error:
+                _log.warning("registry_unreachable", error=error.message)
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                self._registration = registration
+                return
+
+    async def withdraw(self) -> None:
+        """End the registration and the connection."""
+        self._withdrawn = True
+        if self._registration is not None:
+            await self._registration.withdraw()
+        if self._registry is not None:
+            await self._registry.close()
+
+    def _encoded(self) -> bytes:
+        assert self._record is not None
+        return encode(self._record)

@@ -1,0 +1,46 @@
+"""When a worker that ended is started again, and when the master gives up.
+
+Pure: it is told ends and the time. Backs off from 0.5 s to 30 s; five ends within a minute, or
+one that another try cannot help (a wrong setting, a missing thing before the first start), and
+it gives up.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from xllm.errors import ConfigError, DependencyError, XllmError
+
+MAX_CRASHES = 5
+WINDOW_S = 60.0
+FIRST_DELAY_S = 0.5
+MAX_DELAY_S = 30.0
+_HOPELESS = (ConfigError.exit_code, DependencyError.exit_code)
+
+
+class WorkerRestarts:
+    """The ends of one worker."""
+
+    def __init__(self) -> None:
+        self._ends: deque[float] = deque()
+        self.exit_code = XllmError.exit_code
+        """What the master exits with after giving up."""
+
+    @property
+    def num_recent(self) -> int:
+        """Ends within the window, as of the last one."""
+        return len(self._ends)
+
+    def ended(self, code: int, now: float, *, was_ready: bool) -> float | None:
+        """A worker ended unasked, with this exit code (negative: a signal). Seconds until it is
+        started again; None: give up."""
+        while self._ends and now - self._ends[0] >= WINDOW_S:
+            self._ends.popleft()
+        self._ends.append(now)
+        if not was_ready and code in _HOPELESS:
+            self.exit_code = code
+            return None
+        if len(self._ends) >= MAX_CRASHES:
+            return None
+        delay: float = FIRST_DELAY_S * 2 ** (len(self._ends) - 1)
+        return min(MAX_DELAY_S, delay)

@@ -1,0 +1,136 @@
+"""One step after another: asks the scheduler for a plan, sends it, settles its result.
+
+A shell around the scheduler of one worker's life. Invariants: one step is in flight at a time;
+what a step gave is routed after the next plan has left, so that the worker never waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+from xllm.errors import BadMessageError, EngineError
+from xllm.master.metrics import MasterMetrics
+from xllm.master.outcome import StepOutcome
+from xllm.master.scheduler import Scheduler
+from xllm.protocol.step import StepPlan, StepResult
+
+
+class StepLoop:
+    """`send_plan(plan, num_tokens)` reaches the worker, `route(outcome)` the routers; `failed`
+    hears of exceptions that nobody else could catch."""
+
+    def __init__(
+        self,
+        send_plan: Callable[[StepPlan, int], None],
+        route: Callable[[StepOutcome], None],
+        failed: Callable[[Exception], None],
+        metrics: MasterMetrics,
+    ) -> None:
+        self.scheduler: Scheduler | None = None
+        self._send_plan = send_plan
+        self._route = route
+        self._failed = failed
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._step = -1
+        self._pump_scheduled = False
+        self._outcome = StepOutcome()
+        self._drained: asyncio.Event | None = None
+
+    @property
+    def num_open(self) -> int:
+        """Open requests."""
+        return self.scheduler.num_requests if self.scheduler is not None else 0
+
+    def begin(self, scheduler: Scheduler) -> None:
+        """A worker is ready that knows no sequence."""
+        self.scheduler = scheduler
+        self._step = -1
+        self.pump()
+
+    def fail_all(self, code: str, message: str) -> None:
+        """End every request with this code, now."""
+        if self.scheduler is not None:
+            self._step = -1
+            self._take(self.scheduler.fail_all(code, message))
+            self.flush()
+
+    def pump(self) -> None:
+        """Plan the next step soon, after what else is there was read."""
+        if not self._pump_scheduled:
+            self._pump_scheduled = True
+            self._loop.call_soon(self._pump)
+
+    def settle(self, result: StepResult, frames: Sequence[bytes]) -> None:
+        """A step came back; results of other steps than the one in flight are dropped."""
+        scheduler = self.scheduler
+        if scheduler is None or result.step != self._step:
+            return
+        self._step = -1
+        try:
+            outcome = scheduler.update(result, frames, time.monotonic())
+        except BadMessageError as error:
+            outcome = scheduler.fail_step(result.step, EngineError.code, error.message)
+        self._take(outcome)
+        self.pump()
+
+    def fail_step(self, step: int, code: str, message: str) -> None:
+        """The step in flight failed: its requests end; others go on."""
+        if self.scheduler is None or step != self._step:
+            return
+        self._step = -1
+        self._take(self.scheduler.fail_step(step, code, message))
+        self.pump()
+
+    def flush(self) -> None:
+        """Route what was collected."""
+        outcome = self._outcome
+        if outcome:
+            self._outcome = StepOutcome()
+            self._metrics.note_outcome(outcome)
+            self._route(outcome)
+        if self._drained is not None and not self.num_open:
+            self._drained.set()
+
+    async def wait_drained(self, timeout_s: float) -> bool:
+        """Wait until nothing is open; False if something still is after `timeout_s`."""
+        if self.num_open:
+            self._drained = asyncio.Event()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._drained.wait()
+            except TimeoutError:
+                return False
+            finally:
+                self._drained = None
+        return True
+
+    def _pump(self) -> None:
+        self._pump_scheduled = False
+        try:
+            scheduler = self.scheduler
+            if scheduler is not None:
+                now = time.monotonic()
+                self._take(scheduler.expire(now))
+                if self._step < 0:
+                    plan = scheduler.schedule(now)
+                    if plan is not None:
+                        self._step = plan.step
+                        self._metrics.num_steps += 1
+                        self._send_plan(plan, sum([item.num_tokens for item in plan.items]))
+            self.flush()
+        except Exception as error:
+            self._failed(error)
+
+    def _take(self, outcome: StepOutcome) -> None:
+        """Keep an outcome for the next flush."""
+        if not outcome:
+            return
+        if not self._outcome:
+            self._outcome = outcome
+            return
+        self._outcome.items += outcome.items
+        self._outcome.ended += outcome.ended
+        self._outcome.prompt_scores += outcome.prompt_scores
