@@ -120,7 +120,7 @@ class FakeCluster:
             self.join(name)
 
     def join(self, name: str, incarnation: str = "1") -> None:
-        self.service.registered(
+        registered = self.service.registered(
             InstanceRecord(
                 name=name,
                 incarnation=incarnation,
@@ -136,8 +136,12 @@ class FakeCluster:
                 revision="r1",
             )
         )
+        self.change(registered)
         self.change(self.service.view.connected(name))
         self.beat(name, incarnation)
+
+    def tick(self) -> None:
+        self.change(self.service.tick())
 
     def change(self, change: Any) -> None:
         self.service.dispatcher.changed(change)

@@ -141,7 +141,7 @@ async def test_a_request_waits_for_its_only_instance_to_come_back():
     cluster = FakeCluster("a")
     request_id, sink = cluster.ask(max_tokens=5)
     cluster.change(cluster.service.view.disconnected("a"))
-    cluster.service.tick()
+    cluster.tick()
     assert not sink.messages
     assert cluster.service.num_open == 1
     cluster.join("a", "2")
@@ -157,10 +157,11 @@ async def test_nobody_comes_back_forever():
     cluster = FakeCluster("a")
     _, sink = cluster.ask()
     cluster.change(cluster.service.view.deregistered("a"))
-    cluster.service.tick()
+    cluster.change(cluster.service.view.disconnected("a"))
+    cluster.tick()
     for _ in range(40):
         cluster.clock.now += 1
-        cluster.service.tick()
+        cluster.tick()
     assert sink.last.code == "unavailable"
     cluster.close()
 
@@ -183,10 +184,10 @@ async def test_deadlines_end_requests():
     cluster = FakeCluster("a")
     _, sink = cluster.ask(timeout_ms=500)
     cluster.clock.now += 0.4
-    cluster.service.tick()
+    cluster.tick()
     assert not sink.messages
     cluster.clock.now += 0.2
-    cluster.service.tick()
+    cluster.tick()
     assert sink.last.code == "deadline_exceeded"
     assert len(cluster.links.cancels()) == 1
     cluster.close()
@@ -220,7 +221,7 @@ async def test_long_texts_are_encoded_in_a_thread():
     assert sink.last.code == "aborted"
     late, sink = cluster.ask(text, timeout_ms=10)
     cluster.clock.now += 1
-    cluster.service.tick()
+    cluster.tick()
     assert sink.last.code == "deadline_exceeded"
     assert cluster.service.num_open == 0
     assert len({request_id, aborted, late}) == 3

@@ -69,12 +69,29 @@ def test_failure_disconnection_and_deregistration_lose_it():
     for lose in (
         lambda view: view.heartbeat(beat(seq=2, state="failed"), 0.2),
         lambda view: view.disconnected("a"),
-        lambda view: view.deregistered("a"),
         lambda view: view.registered(record(incarnation="2"), 0.2),
     ):
         view = ready_view("a")
         assert lose(view) == ViewChange(lost=("a",))
         assert usable(view) == []
+
+
+def test_a_deregistered_instance_finishes_what_it_runs():
+    for end in (lambda view: view.disconnected("a"), lambda view: view.tick(0.7)):
+        view = ready_view("a")
+        view.tick(0.5)
+        assert view.deregistered("a") == NOTHING
+        assert usable(view) == []
+        assert view.get("a") is not None
+        assert view.heartbeat(beat(seq=2, state="ready"), 0.0) == NOTHING
+        assert end(view) == ViewChange(lost=("a",))
+        assert view.get("a") is None
+        assert end(view) == NOTHING
+    view = ready_view("a")
+    view.deregistered("a")
+    assert view.registered(record(), 0.1) == ViewChange(ready=("a",))
+    view.disconnected("a")
+    assert view.deregistered("a") == ViewChange(lost=("a",))
 
 
 def test_three_silent_periods_are_suspect_and_one_word_ends_it():

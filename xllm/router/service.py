@@ -52,7 +52,7 @@ from xllm.router.state.request import RequestState
 from xllm.router.state.spec import RequestSpec
 from xllm.router.text.model import TextModel
 from xllm.router.text.pool import TextPool
-from xllm.router.view import ClusterView
+from xllm.router.view import ClusterView, ViewChange
 
 _log = structlog.get_logger("router")
 MAX_DETOKENIZE_IDS = 1 << 20
@@ -221,17 +221,17 @@ class RouterService:
         else:
             _log.warning("unexpected_word", instance=name, word=type(message).__name__)
 
-    def registered(self, record: InstanceRecord) -> None:
-        """An instance's record was written."""
+    def registered(self, record: InstanceRecord) -> ViewChange:
+        """An instance's record was written; what that changed is for `dispatcher.changed`."""
         if record.model == self.intake.name:
             self.intake.learn(record)
-        self.dispatcher.changed(self.view.registered(record, self._clock()))
+        return self.view.registered(record, self._clock())
 
-    def tick(self) -> None:
-        """Several times a second."""
+    def tick(self) -> ViewChange:
+        """Several times a second; what that changed is for `dispatcher.changed`."""
         now = self._clock()
-        self.dispatcher.changed(self.view.tick(now))
         self.dispatcher.tick(now)
+        return self.view.tick(now)
 
     # -- questions ---------------------------------------------------------------------------
 

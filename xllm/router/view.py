@@ -37,6 +37,8 @@ class InstanceView:
     """Requests of this router that run there."""
     num_gaps: int = 0
     suspect: bool = False
+    leaving: bool = False
+    """Its record is gone: it finishes what it runs."""
 
     @property
     def name(self) -> str:
@@ -46,7 +48,7 @@ class InstanceView:
     @property
     def usable(self) -> bool:
         """Whether requests may be sent there."""
-        return self.connected and not self.suspect and self.state == "ready"
+        return not self.leaving and self.connected and not self.suspect and self.state == "ready"
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -108,17 +110,27 @@ class ClusterView:
         """A record was written. Another incarnation replaces the instance: what ran is lost."""
         old = self._instances.get(record.name)
         if old is not None and old.record.incarnation == record.incarnation:
+            was = old.usable
             old.record = record
-            return self._changed(old, old.usable)
+            old.leaving = False
+            return self._changed(old, was)
         fresh = InstanceView(record, heard_at=now)
         self._instances[record.name] = fresh
         self._usable.clear()
         return ViewChange(lost=(record.name,)) if old is not None else _UNCHANGED
 
     def deregistered(self, name: str) -> ViewChange:
-        """A record is gone."""
+        """A record is gone: the instance drains, or its lease ended while it lives on. It gets
+        nothing new; what it runs is lost only once the connection or its heartbeats are."""
+        one = self._instances.get(name)
+        if one is None:
+            return _UNCHANGED
         self._usable.clear()
-        return ViewChange(lost=(name,)) if self._instances.pop(name, None) else _UNCHANGED
+        if one.connected and not one.suspect:
+            one.leaving = True
+            return _UNCHANGED
+        del self._instances[name]
+        return ViewChange(lost=(name,))
 
     def connected(self, name: str) -> ViewChange:
         """The connection to an instance stands."""
@@ -136,7 +148,7 @@ class ClusterView:
             return _UNCHANGED
         one.connected = False
         one.state = "unknown"
-        self._usable.clear()
+        self._forget_leaving(one)
         return ViewChange(lost=(name,))
 
     def heartbeat(self, word: InstanceHeartbeat, now: float) -> ViewChange:
@@ -183,11 +195,15 @@ class ClusterView:
         for one in self._instances.values():
             if one.seq and not one.suspect and one.heard_at < limit:
                 one.suspect = True
-                lost.append(one.name)
-        if not lost:
-            return _UNCHANGED
+                lost.append(one)
+        for one in lost:
+            self._forget_leaving(one)
+        return ViewChange(lost=tuple(one.name for one in lost)) if lost else _UNCHANGED
+
+    def _forget_leaving(self, one: InstanceView) -> None:
         self._usable.clear()
-        return ViewChange(lost=tuple(lost))
+        if one.leaving:
+            del self._instances[one.name]
 
     def _changed(self, one: InstanceView, was: bool) -> ViewChange:
         if one.usable == was:

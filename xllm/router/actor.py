@@ -1,0 +1,260 @@
+"""The router's shell: registry, instances, buses and fronts, tied to the service.
+
+It decides nothing: what is watched goes to the view, what instances say goes to the service, and
+time passes. Invariant: there is a link for each instance of the view, and for no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from xllm.config.exposure import check_exposure
+from xllm.config.settings import Settings
+from xllm.errors import BadMessageError, ConfigError, DependencyError, TransportError
+from xllm.protocol.actor.base import Actor
+from xllm.protocol.actor.reporter import LaunchReporter
+from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, RouterPresence
+from xllm.protocol.codec import Decoder, encode
+from xllm.protocol.instance import AdmitRequest, CancelRequest, ProbeInstance
+from xllm.protocol.records import (
+    DaemonRecord,
+    InstanceRecord,
+    RouterRecord,
+    daemon_key,
+    instance_key,
+    router_key,
+)
+from xllm.protocol.registry.interface import Registry
+from xllm.protocol.registry.keeper import Registration
+from xllm.protocol.registry.open import open_registry
+from xllm.protocol.registry_wire import Change
+from xllm.protocol.transport.context import Transport
+from xllm.protocol.transport.pubsub import PublisherSocket
+from xllm.protocol.transport.security import Security
+from xllm.router.http.server import HttpFront
+from xllm.router.links import SocketLinks
+from xllm.router.service import RouterService
+from xllm.router.text.model import load_text_model
+from xllm.router.view import ViewChange
+from xllm.router.zmq_front import ZmqFront
+
+_log = structlog.get_logger("router")
+TICK_S = 0.1
+LAST_WORD_S = 0.1
+"""What last messages get to leave the sockets, which close without lingering."""
+_TOPIC = b"router"
+
+
+def router_name(settings: Settings) -> str:
+    """The name of this process."""
+    return settings.router.name or f"router-{os.getpid()}"
+
+
+def model_name(settings: Settings) -> str:
+    """The name under which clients and instances know the model."""
+    return settings.model.name or os.path.basename(os.path.normpath(settings.model.path))
+
+
+class RouterActor(Actor):
+    """One router process. `settings.model.path` is a directory."""
+
+    def __init__(self, settings: Settings, transport: Transport | None = None) -> None:
+        check_exposure(settings)
+        super().__init__(router_name(settings), transport)
+        self.incarnation = uuid.uuid4().hex
+        self._settings = settings
+        self._closers: list[Callable[[], None]] = []
+        self._reporter: LaunchReporter | None = None
+        self._registry: Registry | None = None
+        self._registration: Registration | None = None
+        self._http: HttpFront | None = None
+        self._seq = 0
+        self.http_address = ""
+        self._instances: Decoder[InstanceRecord] = Decoder(InstanceRecord)
+        self._daemons: Decoder[DaemonRecord] = Decoder(DaemonRecord)
+
+    def make_transport(self) -> Transport:
+        """With the node's keys, if it has any."""
+        keys_dir = self._settings.cluster.keys_dir
+        return Transport(Security.load(keys_dir) if keys_dir else None)
+
+    # -- starting ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the text side, watch the cluster, open the fronts, register."""
+        settings = self._settings
+        self._reporter = LaunchReporter(
+            self.transport, settings.cluster.launcher, "router", self.name
+        )
+        self._closers.append(self._reporter.close)
+        self._reporter.started()
+        text = load_text_model(settings.model.path)
+        self._links = SocketLinks(
+            self.transport,
+            lambda name, message: self.service.instance_says(name, message),
+            self._connected,
+            self._gone,
+            self._heard,
+        )
+        self._closers.append(self._links.close_all)
+        self.service = RouterService(
+            settings,
+            model_name(settings),
+            text,
+            self,
+            name=self.name,
+            incarnation=self.incarnation,
+        )
+        self._closers.append(self.service.close)
+        self._bus = PublisherSocket(self.transport, self._bus_endpoint())
+        self._closers.append(self._bus.close)
+        zmq_endpoint = f"tcp://{_bracketed(settings.router.zmq_host)}:{settings.router.zmq_port}"
+        self.zmq = ZmqFront(self.transport, zmq_endpoint, self.service, self.spawn)
+        self._closers.append(self.zmq.close)
+        self.every(TICK_S, self._tick)
+        self.every(settings.cluster.heartbeat_s, self._beat)
+        await self._join_cluster()
+        self._http = HttpFront(self.service, settings)
+        self.http_address = await self._http.start()
+        await self._register()
+        addresses = (("http", self.http_address), ("zmq", self.zmq.endpoint))
+        _log.info("router_ready", http=self.http_address, zmq=self.zmq.endpoint)
+        self._reporter.ready(addresses, f"{self.service.intake.name}")
+
+    async def _join_cluster(self) -> None:
+        cluster = self._settings.cluster
+        if not cluster.registry:
+            raise ConfigError("cluster.registry is not set", param="cluster.registry")
+        registry = self._registry = open_registry(cluster.registry, self.transport)
+        try:
+            await registry.watch(instance_key(cluster.name, ""), self._instances_changed)
+            await registry.watch(daemon_key(cluster.name, ""), self._daemons_changed)
+        except TransportError as error:
+            raise DependencyError(f"the registry does not answer: {error.message}") from error
+
+    async def _register(self) -> None:
+        assert self._registry is not None
+        cluster = self._settings.cluster
+        security = self.transport.security
+        record = RouterRecord(
+            name=self.name,
+            incarnation=self.incarnation,
+            zmq_endpoint=self.zmq.endpoint,
+            http_address=self.http_address,
+            bus_endpoint=self._bus.endpoint,
+            public_key=security.public_key if security is not None else "",
+        )
+        self._registration = Registration(
+            self._registry,
+            router_key(cluster.name, self.name),
+            lambda: encode(record),
+            cluster.lease_s,
+        )
+        await self._registration.start()
+
+    def _bus_endpoint(self) -> str:
+        configured = self._settings.router.bus_endpoint
+        if configured:
+            return configured
+        run_dir = self._settings.cluster.run_dir
+        if not run_dir:
+            raise ConfigError(
+                "neither router.bus_endpoint nor cluster.run_dir is set",
+                param="router.bus_endpoint",
+            )
+        return f"ipc://{run_dir}/{self.name}-bus"
+
+    # -- stopping ----------------------------------------------------------------------------
+
+    async def stop(self) -> None:
+        """Refuse new requests, let open ones end, fail the rest, close."""
+        if self._registration is not None:
+            await self._registration.withdraw()
+        if self._http is not None:
+            num_open = self.service.num_open
+            if self._reporter is not None:
+                self._reporter.stopping(num_open)
+            num_failed = await self.service.drain(self._settings.cluster.shutdown_s)
+            _log.info("router_drained", num_open=num_open, num_failed=num_failed)
+            await self._http.stop()
+            if num_open:
+                await asyncio.sleep(LAST_WORD_S)
+        if self._registry is not None:
+            await self._registry.close()
+        for close in reversed(self._closers):
+            close()
+
+    # -- what happens ------------------------------------------------------------------------
+
+    def send(self, instance: str, message: AdmitRequest | CancelRequest | ProbeInstance) -> bool:
+        """InstanceLinks for the service."""
+        return self._links.send(instance, message)
+
+    def _changed(self, change: ViewChange) -> None:
+        self.service.dispatcher.changed(change)
+        if change.lost:
+            for name in self._links.names:
+                if self.service.view.get(name) is None:
+                    self._links.close(name)
+
+    def _connected(self, name: str) -> None:
+        self._changed(self.service.view.connected(name))
+
+    def _gone(self, name: str) -> None:
+        self._changed(self.service.view.disconnected(name))
+
+    def _heard(self, message: BusMessage) -> None:
+        now = asyncio.get_running_loop().time()
+        if isinstance(message, InstanceHeartbeat):
+            self._changed(self.service.view.heartbeat(message, now))
+        elif isinstance(message, DaemonHeartbeat):
+            self.service.view.daemon_heartbeat(message, now)
+
+    def _instances_changed(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            name = change.key.rpartition("/")[2]
+            if change.entry is None:
+                self._changed(self.service.view.deregistered(name))
+                continue
+            try:
+                record = self._instances.decode(change.entry.value)
+            except BadMessageError as error:
+                _log.error("bad_record", key=change.key, error=error.message)
+                continue
+            known = self.service.view.get(name)
+            self._changed(self.service.registered(record))
+            if known is None or known.record.incarnation != record.incarnation:
+                self._links.open(record)
+
+    def _daemons_changed(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            name = change.key.rpartition("/")[2]
+            if change.entry is None:
+                self.service.view.daemon_gone(name)
+                self._links.unhear(name)
+                continue
+            try:
+                self._links.hear(self._daemons.decode(change.entry.value))
+            except BadMessageError as error:
+                _log.error("bad_record", key=change.key, error=error.message)
+
+    def _tick(self) -> None:
+        if self._registry is not None:
+            silent = self._registration is not None and self._registration.degraded
+            self.service.registry_degraded = silent or self._registry.degraded
+        self._changed(self.service.tick())
+
+    def _beat(self) -> None:
+        self._seq += 1
+        inflight = tuple((one.name, one.num_inflight) for one in self.service.view)
+        word = RouterPresence(self.name, self.incarnation, self._seq, inflight)
+        self._bus.publish(_TOPIC, word)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
