@@ -16,9 +16,12 @@ def prepare_environment() -> None:
     """What libraries of this process and its children read at their import; call it first.
 
     The etcd client's generated code needs protobuf's pure Python back-end, which protobuf
-    chooses when it is loaded; tokenizers warns about forks that never happen here."""
+    chooses when it is loaded; tokenizers warns about forks that never happen here. OpenMP's
+    threads sleep where they wait: spinning, two of them on cores that other processes use made
+    a step of a small model 30 times slower."""
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def runtime_base() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xllm.config.environment import prepare_environment
 from xllm.config.load import decode_settings
 from xllm.protocol.actor.logs import configure_logs
 from xllm.protocol.actor.run import run_child
@@ -11,6 +12,7 @@ from xllm.worker.factory import make_executor
 
 def main(settings: bytes) -> None:
     """Run one worker to its end; `settings` as `encode_settings` wrote them. Never returns."""
+    prepare_environment()
     decoded = decode_settings(settings)
     cluster = decoded.cluster
     configure_logs(

@@ -259,6 +259,23 @@ def test_logits_that_are_no_numbers_fail_their_row_alone(bad, temperature) -> No
     assert result.logprobs[2] is None
 
 
+def test_a_failed_row_does_not_shift_the_others_logprobs() -> None:
+    logits = some_logits(3)
+    rows = [row_of(n=n, logprobs=k, seed=k) for k, n in enumerate((2, 1, 1))]
+    expected = Sampler(VOCAB, CPU).sample(logits.clone(), rows)
+    logits[1, 3] = math.nan
+    found = Sampler(VOCAB, CPU).sample(logits, rows)
+    assert [index for index, _ in found.failed] == [1]
+    for index in (0, 2):
+        table, other = found.logprobs[index], expected.logprobs[index]
+        assert table is not None
+        assert other is not None
+        assert table.num_top == index
+        assert table.ids[:, 0].tolist() == list(found.tokens[index])
+        assert torch.equal(table.ids, other.ids)
+        assert torch.equal(table.logprobs, other.logprobs)
+
+
 def test_ids_beyond_the_vocabulary_fail_their_row_alone() -> None:
     logits = some_logits(3)
     rows = [row_of(seed=1), row_of(logit_bias={VOCAB: 1.0}), row_of(seed=3, temperature=0)]

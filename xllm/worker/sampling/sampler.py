@@ -63,8 +63,7 @@ class Sampler:
             tokens[index] = ()
         logprobs: list[LogprobTable | None] = [None] * len(rows)
         if raw is not None:
-            for place, index in enumerate(scored):
-                logprobs[index] = self._score(raw[place], tokens[index], rows[index])
+            _score_drawn(raw, scored, rows, tokens, logprobs)
         return SampleResult(tokens, logprobs, sorted(failed.items()))
 
     def score_rows(
@@ -164,13 +163,32 @@ class Sampler:
             if not left:
                 return
 
-    def _score(
-        self, raw: torch.Tensor, tokens: tuple[int, ...], row: SampleRow
-    ) -> LogprobTable | None:
-        if not tokens:
-            return None
-        targets = torch.tensor(tokens)
-        return score_rows(raw.expand(len(tokens), -1), targets, row.sampling.logprobs or 0)
+
+def _score_drawn(
+    raw: torch.Tensor,
+    scored: list[int],
+    rows: Sequence[SampleRow],
+    tokens: list[tuple[int, ...]],
+    logprobs: list[LogprobTable | None],
+) -> None:
+    """Tables of the rows `scored`, whose raw logits are `raw`, in one go."""
+    places = [place for place, index in enumerate(scored) for _ in tokens[index]]
+    if not places:
+        return
+    targets = torch.tensor([token for index in scored for token in tokens[index]])
+    num_top = max(rows[index].sampling.logprobs or 0 for index in scored)
+    whole = score_rows(raw if places == list(range(len(raw))) else raw[places], targets, num_top)
+    start = 0
+    for index in scored:
+        if tokens[index]:
+            end = start + len(tokens[index])
+            width = 1 + (rows[index].sampling.logprobs or 0)
+            logprobs[index] = LogprobTable(
+                whole.ids[start:end, :width],
+                whole.logprobs[start:end, :width],
+                whole.ranks[start:end],
+            )
+            start = end
 
 
 def _draws(row: SampleRow) -> list[DrawKey]:
