@@ -36,7 +36,7 @@ def run(coroutine):
 
 
 async def wait_until(condition):
-    while not condition():  # noqa: ASYNC110 - any condition, with the deadline of `run`
+    while not condition():
         await asyncio.sleep(0.005)
 
 
@@ -199,6 +199,30 @@ def test_a_registration_fails_static_and_returns_with_the_registry(transport, tm
         await server.close()
         await registration.withdraw()
         await registry.close()
+
+    run(main())
+
+
+def test_a_refresh_that_is_not_answered_is_made_up_for(transport, tmp_path):
+    async def main():
+        endpoint = f"ipc://{tmp_path}/registry"
+        store = RegistryStore()
+        server = EmbeddedRegistryServer(transport, endpoint, store=store)
+        registry = RemoteRegistry(transport, endpoint, timeout_s=0.2)
+        record = [b"one"]
+        registration = Registration(registry, "/me", lambda: record[0], 2.0)
+        await registration.start()
+        await server.close()
+        record[0] = b"two"
+        await registration.refresh()
+        assert store.get("/me", 0.0).value == b"one"
+        # The same entries and leases again, as a durable registry has them after a restart.
+        server = EmbeddedRegistryServer(transport, endpoint, store=store)
+        await wait_until(lambda: store.get("/me", 0.0).value == b"two")
+        assert registration.num_registrations == 1
+        await registration.withdraw()
+        await registry.close()
+        await server.close()
 
     run(main())
 

@@ -13,7 +13,13 @@ import uuid
 import structlog
 
 from xllm.config.settings import Settings
-from xllm.errors import BackpressureError, BrokenError, ConfigError
+from xllm.errors import (
+    BackpressureError,
+    BrokenError,
+    ConfigError,
+    DependencyError,
+    TransportError,
+)
 from xllm.kvcache.arena import Arena
 from xllm.kvcache.dram import DramTier
 from xllm.kvcache.service import CacheService
@@ -93,7 +99,10 @@ class KvCacheDaemon(Actor):
                 lambda: encode(self.record()),
                 settings.cluster.lease_s,
             )
-            await self._registration.start()
+            try:
+                await self._registration.start()
+            except TransportError as error:
+                raise DependencyError(error.message, param="cluster.registry") from error
         _log.info("kvcache_ready", name=self.name, dram_bytes=settings.kvcache.dram_bytes)
         self._reporter.ready(
             (("kvcache", self._socket.endpoint),),

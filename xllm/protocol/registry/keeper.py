@@ -42,6 +42,7 @@ class Registration:
         self._clock = clock
         self._expires_at = 0.0
         self._degraded = False
+        self._is_stale = False
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -56,11 +57,12 @@ class Registration:
 
     async def refresh(self) -> None:
         """Write the record again, as `value()` gives it now. A registry that does not answer
-        gets it with the next registration at the latest."""
+        gets it with the next renewal that it does answer."""
+        self._is_stale = True
         try:
-            await self._registry.put(self.key, self._value(), self.lease_id)
-        except FencedError:
-            await self._register()
+            await self._write_again()
+        except (TransportError, OverloadedError) as error:
+            _log.warning("registry_unreachable", key=self.key, error=error.message)
 
     async def withdraw(self) -> None:
         """End the registration; where the registry does not answer, the lease will."""
@@ -76,6 +78,13 @@ class Registration:
         except TransportError as error:
             _log.warning("withdrawal_unanswered", key=self.key, error=error.message)
 
+    async def _write_again(self) -> None:
+        try:
+            await self._registry.put(self.key, self._value(), self.lease_id)
+        except FencedError:
+            await self._register()
+        self._is_stale = False
+
     async def _register(self) -> None:
         sent_at = self._clock()
         lease = await self._registry.grant(self._ttl_s)
@@ -83,6 +92,7 @@ class Registration:
         self.lease_id = lease.id
         self._expires_at = sent_at + lease.ttl_s
         self._degraded = False
+        self._is_stale = False
         self.num_registrations += 1
 
     async def _renew(self) -> None:
@@ -90,6 +100,8 @@ class Registration:
         remaining_s = await self._registry.keep_alive(self.lease_id)
         if remaining_s > 0:
             self._expires_at = sent_at + remaining_s
+            if self._is_stale:
+                await self._write_again()
             self._degraded = False
             return
         _log.warning("lease_lost", key=self.key)
