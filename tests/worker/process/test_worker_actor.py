@@ -28,6 +28,7 @@ from xllm.protocol.step import (
 )
 from xllm.protocol.transport.context import Transport
 from xllm.worker.actor import WorkerActor
+from xllm.worker.engine import JobRunner
 from xllm.worker.toy.executor import make_toy_executor
 from xllm.worker.toy.faults import ToyFaults
 from xllm.worker.toy.stream import predict
@@ -50,9 +51,9 @@ def settings_for(endpoint: str, step_ms: float = 0.0) -> Settings:
 
 
 @contextlib.asynccontextmanager
-async def running(tmp_path, *, step_ms: float = 0.0, make=make_toy_executor):
+async def running(run_dir, *, step_ms: float = 0.0, make=make_toy_executor):
     """A fake master and a worker that run; gives (master, actor, task of the actor's life)."""
-    endpoint = f"ipc://{tmp_path}/w"
+    endpoint = f"ipc://{run_dir}/w"
     transport = Transport()
     master = FakeMaster(transport, endpoint)
     actor = WorkerActor(settings_for(endpoint, step_ms), make)
@@ -76,9 +77,9 @@ def step_ms(request) -> float:
     return request.param
 
 
-def test_the_life_of_a_worker(tmp_path, step_ms) -> None:
+def test_the_life_of_a_worker(run_dir, step_ms) -> None:
     async def scenario() -> None:
-        async with running(tmp_path, step_ms=step_ms) as (master, _, life):
+        async with running(run_dir, step_ms=step_ms) as (master, _, life):
             ready = await master.wait_for(WorkerReady)
             assert isinstance(master.heard[0], WorkerHello)
             assert master.heard[0].device == "cpu"
@@ -103,9 +104,9 @@ def test_the_life_of_a_worker(tmp_path, step_ms) -> None:
     run(scenario())
 
 
-def test_asking_to_load_again(tmp_path, step_ms) -> None:
+def test_asking_to_load_again(run_dir, step_ms) -> None:
     async def scenario() -> None:
-        async with running(tmp_path, step_ms=step_ms) as (master, _, _):
+        async with running(run_dir, step_ms=step_ms) as (master, _, _):
             await master.wait_for(WorkerReady)
             master.send(LoadModel())
             await master.wait_for(WorkerReady, 2)
@@ -121,12 +122,12 @@ def test_asking_to_load_again(tmp_path, step_ms) -> None:
     run(scenario())
 
 
-def test_a_failed_step_harms_no_other(tmp_path, step_ms) -> None:
+def test_a_failed_step_harms_no_other(run_dir, step_ms) -> None:
     def make(settings):
         return make_toy_executor(settings, ToyFaults(fail_step=6))
 
     async def scenario() -> None:
-        async with running(tmp_path, step_ms=step_ms, make=make) as (master, _, _):
+        async with running(run_dir, step_ms=step_ms, make=make) as (master, _, _):
             await master.wait_for(WorkerReady)
             master.send(first_plan())
             master.send(first_plan(1, seq=1, prompt=(6, 7)))
@@ -141,12 +142,12 @@ def test_a_failed_step_harms_no_other(tmp_path, step_ms) -> None:
     run(scenario())
 
 
-def test_a_hang_shows_in_the_pulses(tmp_path) -> None:
+def test_a_hang_shows_in_the_pulses(run_dir) -> None:
     faults = ToyFaults(hang=6)
 
     async def scenario() -> None:
         make = lambda settings: make_toy_executor(settings, faults)  # noqa: E731
-        async with running(tmp_path, step_ms=0.01, make=make) as (master, _, _):
+        async with running(run_dir, step_ms=0.01, make=make) as (master, _, _):
             await master.wait_for(WorkerReady)
             await master.until(lambda: master.pulses)
             assert not master.pulses[-1].busy
@@ -164,12 +165,12 @@ def test_a_hang_shows_in_the_pulses(tmp_path) -> None:
     run(scenario())
 
 
-def test_a_load_that_fails_ends_the_process_with_its_code(tmp_path, step_ms) -> None:
+def test_a_load_that_fails_ends_the_process_with_its_code(run_dir, step_ms) -> None:
     def make(settings):
         raise DependencyError("no model at nowhere", param="model.path")
 
     async def scenario() -> None:
-        async with running(tmp_path, step_ms=step_ms, make=make) as (master, _, life):
+        async with running(run_dir, step_ms=step_ms, make=make) as (master, _, life):
             assert await life == DependencyError.exit_code
             failed = await master.wait_for(WorkerFailed)
             assert (failed.step, failed.code) == (-1, "dependency_error")
@@ -178,7 +179,7 @@ def test_a_load_that_fails_ends_the_process_with_its_code(tmp_path, step_ms) -> 
     run(scenario())
 
 
-def test_a_broken_invariant_ends_the_process(tmp_path, step_ms) -> None:
+def test_a_broken_invariant_ends_the_process(run_dir, step_ms) -> None:
     class BrokenExecutor:
         counter = 0
 
@@ -195,7 +196,7 @@ def test_a_broken_invariant_ends_the_process(tmp_path, step_ms) -> None:
             self.inner.close()
 
     async def scenario() -> None:
-        async with running(tmp_path, step_ms=step_ms, make=BrokenExecutor) as (master, _, life):
+        async with running(run_dir, step_ms=step_ms, make=BrokenExecutor) as (master, _, life):
             await master.wait_for(WorkerReady)
             master.send(first_plan())
             failed = await master.wait_for(WorkerFailed)
@@ -205,9 +206,9 @@ def test_a_broken_invariant_ends_the_process(tmp_path, step_ms) -> None:
     run(scenario())
 
 
-def test_what_is_no_message_of_a_master_is_counted(tmp_path) -> None:
+def test_what_is_no_message_of_a_master_is_counted(run_dir) -> None:
     async def scenario() -> None:
-        async with running(tmp_path, step_ms=0.01) as (master, actor, _):
+        async with running(run_dir, step_ms=0.01) as (master, actor, _):
             await master.wait_for(WorkerReady)
             master.socket.send(master.identity, WorkerPong(0, 1))  # no MasterMessage
             master.send(PingWorker(1))
@@ -217,9 +218,9 @@ def test_what_is_no_message_of_a_master_is_counted(tmp_path) -> None:
     run(scenario())
 
 
-def test_a_new_master_is_greeted_first(tmp_path) -> None:
+def test_a_new_master_is_greeted_first(run_dir) -> None:
     async def scenario() -> None:
-        async with running(tmp_path, step_ms=100) as (master, _, _):
+        async with running(run_dir, step_ms=100) as (master, _, _):
             await master.wait_for(WorkerReady)
             master.send(first_plan())
             master.send(PingWorker(4))
@@ -246,27 +247,27 @@ def test_a_new_master_is_greeted_first(tmp_path) -> None:
     run(scenario())
 
 
-def test_progress_is_told_at_most_ten_times_a_second(tmp_path) -> None:
+def test_progress_is_told_at_most_ten_times_a_second() -> None:
     class SlowLoader:
         counter = 0
-
-        def __init__(self, settings) -> None:
-            self.inner = make_toy_executor(settings)
 
         def load(self, progress):
             for done in range(1, 1001):
                 progress(done, 1000)
-            return self.inner.load(lambda done, total: None)
+            return make_toy_executor(settings_for("")).load(lambda done, total: None)
 
-        def close(self) -> None:
-            self.inner.close()
+    answers = []
+    JobRunner(SlowLoader, 0).run(LoadModel(), answers.append)
+    *told, ready = [message for message, _, _ in answers]
+    assert isinstance(ready, WorkerReady)
+    assert 2 <= len(told) <= 4
+    assert [told[0], told[-1]] == [LoadProgress(1, 1000), LoadProgress(1000, 1000)]
 
-    async def scenario() -> None:
-        async with running(tmp_path, step_ms=0.01, make=SlowLoader) as (master, _, _):
-            await master.wait_for(WorkerReady)
-            told = [m.loaded_bytes for m in master.of(LoadProgress)]
-            assert 1 <= len(told) <= 3
-            assert told == sorted(told)
-            assert told[-1] == 1000
 
-    run(scenario())
+def test_a_plan_before_the_model_is_answered() -> None:
+    answers = []
+    JobRunner(lambda: make_toy_executor(settings_for("")), 0).run(first_plan(), answers.append)
+    [(failed, frames, error)] = answers
+    assert (failed.step, failed.code, frames) == (0, "engine_error", ())
+    assert "before the model" in failed.message
+    assert failed.message == error.message

@@ -76,13 +76,13 @@ async def spawn_worker(master: FakeMaster, model_path: str = ""):
 
 @pytest.mark.process
 @pytest.mark.parametrize("end", ["stop", "sigterm", "sigkill", "refused"])
-def test_a_worker_process_serves_and_ends(tmp_path, end: str) -> None:
+def test_a_worker_process_serves_and_ends(run_dir, end: str) -> None:
     async def scenario() -> None:
         transport = Transport()
-        master = FakeMaster(transport, f"ipc://{tmp_path}/w")
+        master = FakeMaster(transport, f"ipc://{run_dir}/w")
         if end == "refused":
-            (tmp_path / "tokenizer.json").write_text("no JSON")
-        children, exits = await spawn_worker(master, str(tmp_path))
+            (run_dir / "tokenizer.json").write_text("no JSON")
+        children, exits = await spawn_worker(master, str(run_dir))
         try:
             if end == "refused":
                 failed = await master.wait_for(WorkerFailed)
@@ -114,14 +114,14 @@ def test_a_worker_process_serves_and_ends(tmp_path, end: str) -> None:
 
 
 @pytest.mark.process
-def test_a_worker_dies_with_its_parent(tmp_path) -> None:
+def test_a_worker_dies_with_its_parent(run_dir) -> None:
     code = f"""
 import asyncio, os
 from tests.worker.process.test_worker_process import FakeMaster, spawn_worker
 from xllm.protocol.step import WorkerReady
 from xllm.protocol.transport.context import Transport
 async def scenario():
-    master = FakeMaster(Transport(), "ipc://{tmp_path}/w")
+    master = FakeMaster(Transport(), "ipc://{run_dir}/w")
     children, _ = await spawn_worker(master)
     await master.wait_for(WorkerReady)
     print(children.pids["worker"], flush=True)
@@ -129,7 +129,7 @@ async def scenario():
 if __name__ == "__main__":
     asyncio.run(scenario())
 """
-    script = tmp_path / "parent.py"
+    script = run_dir / "parent.py"
     script.write_text(code)
     environ = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
