@@ -19,7 +19,7 @@ from xllm.protocol.instance import (
 )
 from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 from xllm.router.state.instructions import SendTo, Wish
-from xllm.router.state.request import MAX_MOVES, PATIENCE_S, RequestState
+from xllm.router.state.request import MAX_MOVES, PATIENCE_S, RequestLife
 from xllm.router.state.spec import RequestSpec
 from xllm.router.text.model import TextModel
 from xllm.router.text.pieces import ByteLevelScheme
@@ -39,7 +39,7 @@ def stream(choice: int) -> tuple[int, ...]:
     return tuple(ids[choice:] + ids[:choice])
 
 
-def make(stream_it: bool = True, hold_s: float = 0.02, stop_ids=(), **sampling) -> RequestState:
+def make(stream_it: bool = True, hold_s: float = 0.02, stop_ids=(), **sampling) -> RequestLife:
     params = SamplingParams(**{"max_tokens": 20, "seed": 7, **sampling})
     spec = RequestSpec(
         request_id="r",
@@ -52,10 +52,10 @@ def make(stream_it: bool = True, hold_s: float = 0.02, stop_ids=(), **sampling) 
         hold_s=hold_s,
         stop_ids=frozenset(stop_ids),
     )
-    return RequestState(spec, [model().output(params, (1, 2, 3)) for _ in range(params.n)])
+    return RequestLife(spec, [model().output(params, (1, 2, 3)) for _ in range(params.n)])
 
 
-def start(state: RequestState, instance: str = "a") -> AdmitRequest:
+def start(state: RequestLife, instance: str = "a") -> AdmitRequest:
     word = state.place((("both", instance),), 0.0)[0]
     assert isinstance(word, SendTo)
     assert isinstance(word.message, AdmitRequest)

@@ -23,7 +23,7 @@ from xllm.protocol.step import WorkerReady
 from xllm.router.front import Tenant
 from xllm.router.intake import Intake
 from xllm.router.state.instructions import Instruction, SendTo, Wish
-from xllm.router.state.request import RequestState
+from xllm.router.state.request import RequestLife
 from xllm.router.text.model import load_text_model
 from xllm.worker.factory import make_executor
 
@@ -58,7 +58,7 @@ class OfflineEngine:
         spec = self._intake.prepare(request, Tenant(), secrets.token_hex(16), seed, deadline)
         text = self._intake.text
         outputs = [text.output(spec.sampling, spec.prompt_ids) for _ in range(spec.sampling.n)]
-        state = RequestState(spec, outputs)
+        state = RequestLife(spec, outputs)
         todo: deque[Instruction] = deque(state.place(_ROUTE, now))
         try:
             while True:
@@ -82,7 +82,7 @@ class OfflineEngine:
         """Release the device's memory."""
         self._executor.close()
 
-    def _carry_out(self, instruction: Instruction, state: RequestState) -> list[Instruction]:
+    def _carry_out(self, instruction: Instruction, state: RequestLife) -> list[Instruction]:
         now = time.monotonic()
         if instruction is Wish.FLUSH:
             return list(state.flush())
@@ -97,7 +97,7 @@ class OfflineEngine:
         refused = self._scheduler.admit(message, now)
         return list(state.engine_ended(refused)) if refused is not None else []
 
-    def _step(self, state: RequestState) -> list[Instruction]:
+    def _step(self, state: RequestLife) -> list[Instruction]:
         """One step of the engine, or the end of requests whose time is over."""
         scheduler = self._scheduler
         now = time.monotonic()
@@ -116,7 +116,7 @@ class OfflineEngine:
         outcome = scheduler.update(output.result, output.frames, time.monotonic())
         return said + self._tell(state, outcome)
 
-    def _tell(self, state: RequestState, outcome: StepOutcome) -> list[Instruction]:
+    def _tell(self, state: RequestLife, outcome: StepOutcome) -> list[Instruction]:
         said: list[Instruction] = []
         for scores in outcome.prompt_scores:
             said += state.prompt_scores(scores)

@@ -18,7 +18,7 @@ from xllm.config.settings import Settings
 from xllm.errors import BadMessageError, ConfigError, DependencyError, TransportError
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
-from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, RouterPresence
+from xllm.protocol.bus import BusMessage, RouterPresence
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.instance import AdmitRequest, CancelRequest, ProbeInstance
 from xllm.protocol.records import (
@@ -209,11 +209,7 @@ class RouterActor(Actor):
         self._changed(self.service.view.disconnected(name))
 
     def _heard(self, message: BusMessage) -> None:
-        now = asyncio.get_running_loop().time()
-        if isinstance(message, InstanceHeartbeat):
-            self._changed(self.service.view.heartbeat(message, now))
-        elif isinstance(message, DaemonHeartbeat):
-            self.service.view.daemon_heartbeat(message, now)
+        self._changed(self.service.heard(message))
 
     def _instances_changed(self, changes: Sequence[Change]) -> None:
         for change in changes:

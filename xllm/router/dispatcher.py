@@ -22,12 +22,12 @@ from xllm.protocol.instance import (
     TokenBatch,
 )
 from xllm.protocol.transport.context import describe_error
+from xllm.router.inflight import InflightRequest, InstanceLinks
 from xllm.router.metrics import RouterMetrics
-from xllm.router.open_request import InstanceLinks, OpenRequest
 from xllm.router.policy import Policy
 from xllm.router.state.endings import failed
 from xllm.router.state.instructions import Instruction, SendTo, Wish
-from xllm.router.state.request import RequestState
+from xllm.router.state.request import RequestLife
 from xllm.router.state.wheel import FlushWheel
 from xllm.router.view import ClusterView, ViewChange
 
@@ -50,25 +50,25 @@ class Dispatcher:
         self._links = links
         self._metrics = metrics
         self._clock = clock
-        self.open: dict[str, OpenRequest] = {}
-        self._homeless: dict[str, OpenRequest] = {}
-        self._wheel: FlushWheel[OpenRequest] = FlushWheel()
+        self.open: dict[str, InflightRequest] = {}
+        self._homeless: dict[str, InflightRequest] = {}
+        self._wheel: FlushWheel[InflightRequest] = FlushWheel()
         self._timer: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
         self._empty.set()
 
     # -- beginning and ending ----------------------------------------------------------------
 
-    def enter(self, request_id: str, request: OpenRequest) -> None:
+    def enter(self, request_id: str, request: InflightRequest) -> None:
         """Note a request that will get its state later or now."""
         self.open[request_id] = request
         self._empty.clear()
 
-    def start(self, request: OpenRequest, instructions: Sequence[Instruction]) -> None:
+    def start(self, request: InflightRequest, instructions: Sequence[Instruction]) -> None:
         """Its state is there: carry out the first instructions."""
         self._carry_out(request, instructions)
 
-    def fail(self, request_id: str, request: OpenRequest, failed: RequestFailed) -> None:
+    def fail(self, request_id: str, request: InflightRequest, failed: RequestFailed) -> None:
         """The terminal message of a request without a state."""
         del self.open[request_id]
         if request.encoding is not None:
@@ -126,7 +126,7 @@ class Dispatcher:
         except Exception as error:
             self._broken(request, state, error)
 
-    def _broken(self, request: OpenRequest, state: RequestState, error: Exception) -> None:
+    def _broken(self, request: InflightRequest, state: RequestLife, error: Exception) -> None:
         """A fault of ours in one request ends that request, and no other."""
         if isinstance(error, InvariantError):
             raise error
@@ -170,7 +170,7 @@ class Dispatcher:
             if request_id in self.open:
                 self._place(request)
 
-    def _hold(self, request: OpenRequest, state: RequestState) -> None:
+    def _hold(self, request: InflightRequest, state: RequestLife) -> None:
         due = self._clock() + state.spec.hold_s
         self._wheel.add(request, due)
         if self._timer is None:
@@ -198,7 +198,7 @@ class Dispatcher:
 
     # -- carrying out ------------------------------------------------------------------------
 
-    def _carry_out(self, request: OpenRequest, instructions: Sequence[Instruction]) -> None:
+    def _carry_out(self, request: InflightRequest, instructions: Sequence[Instruction]) -> None:
         state = request.state
         assert state is not None
         for one in instructions:
@@ -221,7 +221,7 @@ class Dispatcher:
                 self._metrics.num_dropped += state.num_dropped
                 self._ended(request, one)
 
-    def _place(self, request: OpenRequest) -> None:
+    def _place(self, request: InflightRequest) -> None:
         state = request.state
         assert state is not None
         usable = self._view.usable(state.spec.model)
@@ -236,7 +236,7 @@ class Dispatcher:
         if not state.ended:
             self._homeless[state.spec.request_id] = request
 
-    def _send(self, request: OpenRequest, one: SendTo) -> None:
+    def _send(self, request: InflightRequest, one: SendTo) -> None:
         reached = self._links.send(one.instance, one.message)
         if type(one.message) is not AdmitRequest:
             return
@@ -246,21 +246,21 @@ class Dispatcher:
             # Later: the state is in the middle of its instructions.
             asyncio.get_running_loop().call_soon(self._unreached, request, one)
 
-    def _unreached(self, request: OpenRequest, one: SendTo) -> None:
+    def _unreached(self, request: InflightRequest, one: SendTo) -> None:
         state = request.state
         if state is not None and state.attempt == one.message.attempt:
             self._carry_out(request, state.instance_lost(one.instance))
 
-    def _leave(self, request: OpenRequest) -> None:
+    def _leave(self, request: InflightRequest) -> None:
         if request.placed:
             self._view.left(request.placed)
             request.placed = ""
 
-    def _first_token(self, request: OpenRequest) -> None:
+    def _first_token(self, request: InflightRequest) -> None:
         request.told = True
         self._metrics.ttft.observe(self._clock() - request.started)
 
-    def _ended(self, request: OpenRequest, last: RequestFinished | RequestFailed) -> None:
+    def _ended(self, request: InflightRequest, last: RequestFinished | RequestFailed) -> None:
         self._leave(request)
         metrics = self._metrics
         if isinstance(last, RequestFinished):
@@ -278,7 +278,7 @@ class Dispatcher:
             self._empty.set()
 
     def _deliver(
-        self, request: OpenRequest, message: TokenDelta | RequestFinished | RequestFailed
+        self, request: InflightRequest, message: TokenDelta | RequestFinished | RequestFailed
     ) -> None:
         try:
             request.sink.send(message)

@@ -30,6 +30,7 @@ from xllm.router.validation import (
 LONG_TEXT_CHARS = 4096
 """Longer texts are encoded in a thread: the loop must not wait a millisecond for one."""
 LONG_TALK_MESSAGES = 64
+MAX_DETOKENIZE_IDS = 1 << 20
 
 
 class Intake:
@@ -136,6 +137,16 @@ class Intake:
         elif request.messages is not None:
             check_messages(request.messages, facts)
         return self.info(True)
+
+    def check_ids(self, token_ids: tuple[int, ...]) -> None:
+        """InvalidRequestError for a `detokenize` that is out of bounds."""
+        if len(token_ids) > MAX_DETOKENIZE_IDS:
+            raise InvalidRequestError(
+                f"token_ids must be at most {MAX_DETOKENIZE_IDS}", param="token_ids"
+            )
+        size = self._facts.vocab_size if self._facts is not None else self.text.num_tokens
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= size):
+            raise InvalidRequestError(f"token_ids must be from 0 to {size - 1}", param="token_ids")
 
     def _known_facts(self) -> ModelFacts:
         if self._facts is None:

@@ -18,13 +18,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from xllm import __version__
 from xllm.config.settings import Settings
 from xllm.errors import (
-    InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
     RequestAbortedError,
     UnavailableError,
     XllmError,
 )
+from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat
 from xllm.protocol.client import (
     DetokenizedText,
     DetokenizeIds,
@@ -41,21 +41,20 @@ from xllm.protocol.records import InstanceRecord
 from xllm.protocol.transport.context import describe_error
 from xllm.router.dispatcher import Dispatcher
 from xllm.router.front import Sink, Tenant
+from xllm.router.inflight import InflightRequest, InstanceLinks
 from xllm.router.intake import Intake, is_long
 from xllm.router.metrics import RouterMetrics
-from xllm.router.open_request import InstanceLinks, OpenRequest
 from xllm.router.policy import make_policy
 from xllm.router.probe import Prober
 from xllm.router.report import degraded_parts, merged_metrics, process_list
 from xllm.router.state.instructions import Wish
-from xllm.router.state.request import RequestState
+from xllm.router.state.request import RequestLife
 from xllm.router.state.spec import RequestSpec
 from xllm.router.text.model import TextModel
 from xllm.router.text.pool import TextPool
 from xllm.router.view import ClusterView, ViewChange
 
 _log = structlog.get_logger("router")
-MAX_DETOKENIZE_IDS = 1 << 20
 
 
 class RouterService:
@@ -102,7 +101,7 @@ class RouterService:
         seed = int.from_bytes(drawn[16:], "little")
         now = self._clock()
         time_s = request.timeout_ms / 1000 if request.timeout_ms > 0 else self._limits.timeout_s
-        opened = OpenRequest(request.id, sink, now, now + min(time_s, self._limits.timeout_s))
+        opened = InflightRequest(request.id, sink, now, now + min(time_s, self._limits.timeout_s))
         self.dispatcher.enter(request_id, opened)
         try:
             self._check_room()
@@ -159,10 +158,10 @@ class RouterService:
                 f"no model {name[:100]!r} is served here, but {self.intake.name!r}", param="model"
             )
 
-    def _start(self, opened: OpenRequest, request: SubmitRequest, spec: RequestSpec) -> None:
+    def _start(self, opened: InflightRequest, request: SubmitRequest, spec: RequestSpec) -> None:
         text = self.intake.text
         sampling, prompt_ids = spec.sampling, spec.prompt_ids
-        state = RequestState(spec, [text.output(sampling, prompt_ids) for _ in range(sampling.n)])
+        state = RequestLife(spec, [text.output(sampling, prompt_ids) for _ in range(sampling.n)])
         opened.state = state
         if request.resume is not None:
             self.dispatcher.start(opened, state.resume(request.resume))
@@ -172,7 +171,7 @@ class RouterService:
     def _encoded(
         self,
         request_id: str,
-        opened: OpenRequest,
+        opened: InflightRequest,
         request: SubmitRequest,
         done: asyncio.Future[RequestSpec],
     ) -> None:
@@ -187,7 +186,7 @@ class RouterService:
         except Exception as error:
             self._refuse(request_id, opened, error)
 
-    def _refuse(self, request_id: str, opened: OpenRequest, error: Exception) -> None:
+    def _refuse(self, request_id: str, opened: InflightRequest, error: Exception) -> None:
         """The request's own fault, or ours: its sink is told, nobody else notices."""
         if not isinstance(error, XllmError):
             _log.error("submit_failed", request_id=request_id, error=describe_error(error))
@@ -227,6 +226,14 @@ class RouterService:
             self.intake.learn(record)
         return self.view.registered(record, self._clock())
 
+    def heard(self, word: BusMessage) -> ViewChange:
+        """A heartbeat; what that changed is for `dispatcher.changed`."""
+        if isinstance(word, InstanceHeartbeat):
+            return self.view.heartbeat(word, self._clock())
+        if isinstance(word, DaemonHeartbeat):
+            self.view.daemon_heartbeat(word, self._clock())
+        return ViewChange()
+
     def tick(self) -> ViewChange:
         """Several times a second; what that changed is for `dispatcher.changed`."""
         now = self._clock()
@@ -253,13 +260,7 @@ class RouterService:
         """The text of token ids; XllmError where it cannot."""
         self._check_model(request.model)
         ids = request.token_ids
-        most = self.intake.info(True).vocab_size or self.intake.text.num_tokens
-        if len(ids) > MAX_DETOKENIZE_IDS:
-            raise InvalidRequestError(
-                f"token_ids must be at most {MAX_DETOKENIZE_IDS}", param="token_ids"
-            )
-        if ids and (min(ids) < 0 or max(ids) >= most):
-            raise InvalidRequestError(f"token_ids must be from 0 to {most - 1}", param="token_ids")
+        self.intake.check_ids(ids)
         text = self.intake.text.decode(ids, skip_special_tokens=False)
         return DetokenizedText(id=request.id, text=text)
 

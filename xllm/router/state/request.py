@@ -37,7 +37,7 @@ _MOVABLE = frozenset((UnavailableError.code, OverloadedError.code))
 """Refusals of a master after which another may serve the request."""
 
 
-class RequestState:
+class RequestLife:
     """One request, from its submission to its terminal message."""
 
     __slots__ = (

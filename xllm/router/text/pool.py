@@ -53,9 +53,7 @@ class TextPool:
         run = loop.run_in_executor(self._executor, job)
         run.add_done_callback(lambda done: self._done(tenant, done, future))
 
-    def _done(
-        self, tenant: str, done: asyncio.Future[Any], future: asyncio.Future[Any]
-    ) -> None:
+    def _done(self, tenant: str, done: asyncio.Future[Any], future: asyncio.Future[Any]) -> None:
         self._running[tenant] -= 1
         if not self._running[tenant]:
             del self._running[tenant]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from xllm.protocol.instance import AdmitRequest, CancelRequest, ProbeInstance
 from xllm.router.front import Sink
-from xllm.router.state.request import RequestState
+from xllm.router.state.request import RequestLife
 
 
 class InstanceLinks(Protocol):
@@ -18,7 +18,7 @@ class InstanceLinks(Protocol):
         ...
 
 
-class OpenRequest:
+class InflightRequest:
     """A request without a terminal message. `state` is None while its text is encoded."""
 
     __slots__ = ("client_id", "deadline", "encoding", "placed", "sink", "started", "state", "told")
@@ -28,7 +28,7 @@ class OpenRequest:
         self.sink = sink
         self.started = started
         self.deadline = deadline
-        self.state: RequestState | None = None
+        self.state: RequestLife | None = None
         self.encoding: asyncio.Future[Any] | None = None
         self.placed = ""
         """The instance whose requests it counts among."""
