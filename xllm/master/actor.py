@@ -152,13 +152,17 @@ class MasterActor(Actor):
             if socket is not None:
                 socket.close()
 
-    async def drain(self, timeout_s: float) -> int:
-        """Admit nothing more; wait until nothing is open, and after `timeout_s` end the rest as
-        unavailable. Returns how many those were."""
+    def begin_drain(self) -> None:
+        """Admit nothing more, from now on."""
         self._draining = True
         if self.scheduler is not None:
             self.scheduler.drain()
         self.beat()
+
+    async def drain(self, timeout_s: float) -> int:
+        """Wait until nothing is open, and after `timeout_s` end the rest as unavailable. Returns
+        how many those were."""
+        self.begin_drain()
         if await self.steps.wait_drained(timeout_s):
             return 0
         num_left = self.steps.num_open

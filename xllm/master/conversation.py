@@ -101,6 +101,7 @@ class RouterConversation:
                 self.role = message.role
                 self._master.beat()
         elif isinstance(message, DrainInstance) and self._is_current(router, message.epoch):
+            self._master.begin_drain()
             self._master.spawn(self._drain(router, message.timeout_ms / 1000))
         # ReleaseHold: nothing is ever held here yet, so that there is nothing to release.
 
