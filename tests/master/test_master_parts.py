@@ -1,0 +1,162 @@
+"""The master's small pure parts: routes, vigil, restarts, latency, metrics."""
+
+from xllm.master.latency import LatencyMeter
+from xllm.master.metrics import MasterMetrics
+from xllm.master.outcome import StepOutcome
+from xllm.master.restarts import WorkerRestarts
+from xllm.master.routes import RequestRoutes
+from xllm.master.vigil import FIRST_STEP_S, WorkerVigil
+from xllm.protocol.instance import PromptScores, RequestEnded, TokenItem
+
+
+def outcome_of(*names: str, ended: tuple[str, ...] = ()) -> StepOutcome:
+    outcome = StepOutcome()
+    outcome.items = [TokenItem(name, 0, 1, 0, (5,)) for name in names]
+    outcome.ended = [RequestEnded(name, 1) for name in ended]
+    outcome.prompt_scores = [PromptScores(name, 1, 1, ()) for name in names]
+    return outcome
+
+
+def test_each_router_gets_its_own():
+    routes = RequestRoutes()
+    routes.add("a", 1, b"one")
+    routes.add("b", 1, b"two")
+    routes.add("c", 1, b"one")
+    batches = dict(routes.split(outcome_of("a", "b", "c", "unknown", ended=("a",))))
+    assert [item.request_id for item in batches[b"one"].items] == ["a", "c"]
+    assert [item.request_id for item in batches[b"two"].items] == ["b"]
+    assert [ended.request_id for ended in batches[b"one"].ended] == ["a"]
+    assert [scores.request_id for scores in batches[b"two"].prompt_scores] == ["b"]
+    assert len(routes) == 2
+    assert routes.attempt("a") == -1
+
+
+def test_a_higher_attempt_moves_a_request_to_its_router():
+    routes = RequestRoutes()
+    routes.add("a", 1, b"one")
+    routes.add("a", 2, b"two")
+    assert routes.owned_by(b"one") == []
+    assert routes.owned_by(b"two") == [("a", 2)]
+    [(router, batch)] = routes.split(outcome_of("a", ended=("a",)))
+    assert router == b"two"
+    assert len(batch.items) == 1
+    # The end of attempt 1 is not the end of attempt 2.
+    assert routes.attempt("a") == 2
+    routes.remove("a")
+    routes.remove("a")
+    assert routes.split(outcome_of("a")) == []
+
+
+def test_a_step_that_stands_is_seen_within_a_second_or_so():
+    vigil = WorkerVigil(0.0)
+    for step in range(3):
+        vigil.sent(4, step * 0.1)
+        vigil.result(0.01, step * 0.1 + 0.01)
+    now = 0.3
+    vigil.sent(4, now)
+    verdicts = []
+    while now < 2.0:
+        now += 0.1
+        vigil.pulse(counter=7, busy=True, now=now)
+        verdicts.append(vigil.verdict(now))
+    # 1 s after the first pulse that shows the counter where it stays.
+    assert not any(verdicts[:10])
+    assert all(verdicts[12:])
+
+
+def test_a_long_legal_prefill_is_no_death():
+    vigil = WorkerVigil(0.0)
+    vigil.sent(100, 0.0)
+    vigil.result(4.0, 4.0)
+    vigil.verdict(4.0)
+    vigil.sent(2000, 4.0)
+    now = 4.0
+    while now < 40.0:
+        now += 0.5
+        vigil.pulse(1, True, now)
+        assert vigil.verdict(now) == ""
+    # Five times the 80 s that it is predicted to take is too long.
+    assert vigil.patience_s() == 400.0
+
+
+def test_progress_by_layer_shortens_patience():
+    vigil = WorkerVigil(0.0)
+    vigil.pulse(0, False, 0.0)
+    vigil.sent(100, 0.0)
+    vigil.result(4.0, 4.0)
+    vigil.pulse(40, False, 4.0)
+    vigil.sent(200, 4.0)
+    assert vigil.patience_s() == 5 * 8.0 / 40
+
+
+def test_the_first_step_gets_more_time():
+    vigil = WorkerVigil(0.0)
+    vigil.sent(4, 0.0)
+    assert vigil.patience_s() >= FIRST_STEP_S
+
+
+def test_an_idle_worker_may_stand_still_but_not_be_silent():
+    vigil = WorkerVigil(0.0)
+    now = 0.0
+    while now < 20.0:
+        now += 0.5
+        vigil.pulse(3, False, now)
+        assert vigil.verdict(now) == ""
+    silent = []
+    for _ in range(16):
+        now += 0.5
+        silent.append(vigil.verdict(now))
+    assert not any(silent[:10])
+    assert "silent" in silent[-1]
+
+
+def test_after_a_pause_of_the_master_nobody_is_blamed():
+    vigil = WorkerVigil(0.0)
+    vigil.verdict(0.2)
+    assert vigil.verdict(60.0) == ""
+    assert vigil.verdict(60.2) == ""
+
+
+def test_restarts_back_off_and_end():
+    restarts = WorkerRestarts()
+    assert [restarts.ended(-9, t, was_ready=True) for t in (0, 1, 2, 3)] == [0.5, 1.0, 2.0, 4.0]
+    assert restarts.ended(-9, 4, was_ready=True) is None
+    assert restarts.exit_code == 70
+
+
+def test_restarts_forget_what_is_long_ago():
+    restarts = WorkerRestarts()
+    assert all(restarts.ended(70, 61.0 * k, was_ready=True) == 0.5 for k in range(20))
+    assert restarts.num_recent == 1
+
+
+def test_a_worker_that_cannot_start_is_not_tried_again():
+    restarts = WorkerRestarts()
+    assert restarts.ended(69, 0.0, was_ready=False) is None
+    assert restarts.exit_code == 69
+
+
+def test_latencies_are_of_the_time_since_the_last_take():
+    meter = LatencyMeter()
+    meter.note_first_token(0.2)
+    meter.note_first_token(0.4)
+    meter.note_step(1.0, 0.01, 0)
+    meter.note_step(1.1, 0.01, 2)
+    meter.note_step(1.2, 0.03, 2)
+    meter.note_step(1.5, 0.03, 2)
+    summary = meter.take()
+    assert abs(summary.ttft_mean_s - 0.3) < 1e-9
+    assert summary.ttft_max_s == 0.4
+    assert abs(summary.tpot_mean_s - 0.2) < 1e-9
+    assert abs(summary.tpot_max_s - 0.3) < 1e-9
+    assert abs(summary.step_mean_s - 0.02) < 1e-9
+    assert meter.take().ttft_mean_s == 0.0
+
+
+def test_metrics_are_prometheus_text():
+    metrics = MasterMetrics()
+    metrics.note_outcome(outcome_of("a", "b", ended=("a",)))
+    text = metrics.text(None).decode()
+    assert "xllm_master_tokens_total 2.0" in text
+    assert "xllm_master_ended_total 1.0" in text
+    assert "waiting_sequences" not in text
