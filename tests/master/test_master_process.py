@@ -1,0 +1,133 @@
+"""A master that starts, loses and restarts worker processes; a master as a process."""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+
+import pytest
+
+from tests.master.fake_router import FakeRouter
+from tests.master.test_master_actor import expected, make_settings
+from tests.master.worker_targets import (
+    FAIL_TOKEN,
+    HANG_TOKEN,
+    run_nothing,
+    run_toy_master,
+    run_toy_worker,
+)
+from xllm.config.load import encode_settings
+from xllm.config.settings import MasterSettings
+from xllm.master.actor import MasterActor
+from xllm.protocol.actor.children import Children, ChildSpec
+from xllm.protocol.transport.context import Transport
+
+pytestmark = pytest.mark.process
+
+
+@contextlib.asynccontextmanager
+async def running(run_dir, target=run_toy_worker):
+    settings = dataclasses.replace(
+        make_settings(run_dir, toy_step_ms=2.0), master=MasterSettings(name="i0")
+    )
+    transport = Transport()
+    master = MasterActor(settings, target, transport)
+    await master.open()
+    router = FakeRouter(transport, master.conversation.endpoint, master.bus_endpoint)
+    try:
+        yield master, router
+    finally:
+        await master.close()
+        router.close()
+        transport.close()
+
+
+def worker_pid(master) -> int:
+    [pid] = master.workers.pids.values()
+    return pid
+
+
+async def serve_one(master, router, name) -> None:
+    await router.until(lambda: master.state == "ready", 30)
+    request = router.admit(name, range(20, 30))
+    assert (await router.ends(name)).code == ""
+    assert router.streams[name, 1, 0].tokens == expected(request)
+
+
+def test_a_killed_worker_comes_back(run_dir):
+    async def scenario():
+        async with running(run_dir) as (master, router):
+            await serve_one(master, router, "a")
+            router.admit("b", range(20, 30), max_tokens=200)
+            await router.until(lambda: ("b", 1, 0) in router.streams)
+            old = worker_pid(master)
+            began = time.monotonic()
+            os.kill(old, signal.SIGKILL)
+            ended = await router.ends("b")
+            assert ended.code == "unavailable"
+            assert time.monotonic() - began < 1.0
+            await serve_one(master, router, "c")
+            assert worker_pid(master) != old
+
+    asyncio.run(scenario())
+
+
+def test_a_frozen_worker_is_seen_and_replaced(run_dir):
+    async def scenario():
+        async with running(run_dir) as (master, router):
+            await serve_one(master, router, "a")
+            began = time.monotonic()
+            router.admit("b", [20, HANG_TOKEN])
+            assert (await router.ends("b")).code == "unavailable"
+            assert 0.9 < time.monotonic() - began < 3.0
+            await serve_one(master, router, "c")
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_step_costs_its_requests_only(run_dir):
+    async def scenario():
+        async with running(run_dir) as (master, router):
+            await serve_one(master, router, "a")
+            pid = worker_pid(master)
+            router.admit("b", [20, FAIL_TOKEN])
+            assert (await router.ends("b")).code == "engine_error"
+            await serve_one(master, router, "c")
+            assert worker_pid(master) == pid
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_cannot_start_ends_the_master(run_dir):
+    async def scenario():
+        async with running(run_dir, run_nothing) as (master, router):
+            await router.until(lambda: master.stopping, 30)
+            assert master._exit_code == 64
+
+    asyncio.run(scenario())
+
+
+def test_a_master_process_drains_at_sigterm_and_leaves_nobody(run_dir):
+    async def scenario():
+        settings = dataclasses.replace(
+            make_settings(run_dir, toy_step_ms=2.0), master=MasterSettings(name="i0")
+        )
+        ends = []
+        children = Children(ends.append)
+        children.start(ChildSpec("master", run_toy_master, (encode_settings(settings),)))
+        transport = Transport()
+        router = FakeRouter(transport, f"ipc://{run_dir}/i0-instance", f"ipc://{run_dir}/i0-bus")
+        await router.until(lambda: any(b.state == "ready" for b in router.beats), 30)
+        request = router.admit("a", range(20, 30), max_tokens=50)
+        await router.until(lambda: router.streams)
+        children.signal("master", signal.SIGTERM)
+        assert (await router.ends("a")).code == ""
+        assert router.streams["a", 1, 0].tokens == expected(request)
+        await router.until(lambda: ends)
+        assert ends[0].code == 0
+        router.close()
+        transport.close()
+
+    asyncio.run(scenario())
