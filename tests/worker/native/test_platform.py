@@ -122,3 +122,17 @@ def test_block_sizes_give_the_same_tokens(tmp_path: Path, block_size: int) -> No
         driver.generate(jobs, chunk=13)
         outputs.append([job.output for job in jobs])
     assert outputs[0] == outputs[1]
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_untouched_kv_takes_no_memory(tmp_path: Path) -> None:
+    directory = make_model("qwen3", tmp_path)
+    before = resident_bytes()
+    driver = PlanDriver(directory, kv_cache_bytes=1 << 30)
+    driver.step([driver.job([1, 2, 3])])
+    assert driver.ready.num_blocks == (1 << 30) // (1536 * 16)
+    assert resident_bytes() - before < 100 << 20
+    driver.executor.close()
