@@ -1,5 +1,6 @@
 """Bounds of a connection: size, time, ambiguity; each refused in JSON, and others unharmed."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -176,6 +177,20 @@ def test_slow_heads_and_bodies_are_closed(small):
 
 def test_silent_connections_are_closed(small):
     assert small.raw(b"") == b""
+    wait_until(lambda: small.call(lambda: small.front.num_connections == 0))
+
+
+def test_many_slow_clients_do_not_delay_others(small):
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(small.socket()) for _ in range(200)]
+        for sock in slow:
+            sock.sendall(b"POST /tokenize HTTP/1.1\r\nhost:")
+        begin = time.monotonic()
+        assert small.post(PATH, chat(max_tokens=1)).status_code == 200
+        assert time.monotonic() - begin < 1
+        for sock in slow:
+            assert status_of(read_all(sock)) == 408
+        assert time.monotonic() - begin < 5
     wait_until(lambda: small.call(lambda: small.front.num_connections == 0))
 
 
