@@ -35,6 +35,18 @@ from xllm.router.text.pieces import ByteLevelScheme
 from xllm.router.text.template import ChatTemplate
 
 TENANT = Tenant()
+
+
+def in_loop(test: Callable[[], Any]) -> Callable[[], None]:
+    """The test is a coroutine function; it gets a loop and a deadline."""
+
+    def wrapped() -> None:
+        asyncio.run(asyncio.wait_for(test(), 20))
+
+    wrapped.__name__ = test.__name__
+    return wrapped
+
+
 CONTEXT = 512
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.router.fake_cluster import CONTEXT, TENANT, FakeCluster, text_model
+from tests.router.fake_cluster import CONTEXT, TENANT, FakeCluster, in_loop, text_model
 from xllm.errors import InvalidRequestError, ModelNotFoundError
 from xllm.kvcache.hashing import chain_hashes
 from xllm.protocol.bus import DaemonHeartbeat, InstanceLoad
@@ -24,16 +24,6 @@ from xllm.protocol.client import (
 from xllm.protocol.instance import TokenBatch, TokenItem
 from xllm.router.front import Tenant
 from xllm.router.text.pool import TextPool
-
-
-def in_loop(test):
-    """The test is a coroutine function over the cluster that it makes."""
-
-    def wrapped():
-        asyncio.run(asyncio.wait_for(test(), 20))
-
-    wrapped.__name__ = test.__name__
-    return wrapped
 
 
 @in_loop
