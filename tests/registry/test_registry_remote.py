@@ -18,6 +18,7 @@ from xllm.protocol.registry.store import RegistryStore
 from xllm.protocol.registry_wire import PingRegistry, RegistryRefused, RegistryReply
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
+from xllm.protocol.transport.security import Security, create_keys
 
 
 @pytest.fixture
@@ -241,5 +242,23 @@ def test_addresses_that_cannot_be_opened(transport, address, error):
     async def main():
         with pytest.raises(error):
             open_registry(address, transport)
+
+    run(main())
+
+
+def test_keys_matter_on_tcp_alone(tmp_path):
+    keys = str(tmp_path / "keys")
+    create_keys(keys)
+
+    async def main():
+        transport = Transport(Security.load(keys))
+        for endpoint in (f"ipc://{tmp_path}/r", "inproc://r", "tcp://127.0.0.1:0"):
+            server = EmbeddedRegistryServer(transport, endpoint)
+            key = transport.security.public_key
+            registry = open_registry(f"{server.endpoint};key={key}", transport)
+            assert await registry.put("/a", b"") > 0
+            await registry.close()
+            await server.close()
+        transport.close()
 
     run(main())

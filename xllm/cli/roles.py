@@ -23,7 +23,7 @@ from xllm.protocol.actor.rundir import RunDirectory
 def router(settings: Settings) -> None:
     """Run one router: the HTTP and ZeroMQ front of a cluster."""
     _need_registry(settings)
-    _run(run_router, settings)
+    _run(run_router, _with_model(settings))
 
 
 @click.command()

@@ -96,7 +96,8 @@ class Channel:
         security = self._transport.security
         try:
             apply_options(self._socket, self._limits, local=_is_near(endpoint))
-            if server_key:
+            if server_key and endpoint.startswith("tcp://"):
+                # Only TCP is bound with keys: an ipc path is guarded by its directory.
                 if security is None:
                     raise BrokenError(f"{endpoint} demands keys and this process has none")
                 secure_client(self._socket, security, server_key)
