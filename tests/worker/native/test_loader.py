@@ -16,13 +16,14 @@ from xllm.worker.execution.loading import LoadedModel, load_model
 from xllm.worker.loader.checkpoint import open_checkpoint
 from xllm.worker.loader.config import ModelConfig, read_config
 from xllm.worker.models.registry import NATIVE_ARCHITECTURES, find_family
+from xllm.worker.platform.cpu import CpuPlatform
+from xllm.worker.platform.platform import DeviceMemory, select_platform
 
-CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
 
 
 def load(directory: Path, dtype: str = "auto") -> LoadedModel:
-    return load_model(directory, dtype, CPU, lambda loaded, total: None)
+    return load_model(directory, dtype, select_platform("cpu"), lambda loaded, total: None)
 
 
 def config_of(directory: Path) -> ModelConfig:
@@ -101,7 +102,12 @@ def test_dtype_is_the_checkpoints_own_unless_asked(tmp_path: Path) -> None:
 def test_progress_counts_the_checkpoints_bytes(tmp_path: Path) -> None:
     directory = make_model("qwen3", tmp_path, shards=2)
     calls: list[tuple[int, int]] = []
-    load_model(directory, "auto", CPU, lambda loaded, total: calls.append((loaded, total)))
+    load_model(
+        directory,
+        "auto",
+        select_platform("cpu"),
+        lambda loaded, total: calls.append((loaded, total)),
+    )
     total = open_checkpoint(directory).total_bytes
     assert calls[0] == (0, total)
     assert calls[-1] == (total, total)
@@ -271,3 +277,18 @@ def test_config_that_is_no_object_is_refused(tmp_path: Path) -> None:
     (directory / "config.json").write_text("[1, 2]")
     with pytest.raises(ConfigError, match="must hold a JSON object"):
         load(directory)
+
+
+class SmallPlatform(CpuPlatform):
+    """A machine with 100 KB."""
+
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(100_000, 100_000)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    directory = make_model("qwen3", tmp_path)
+    calls: list[int] = []
+    with pytest.raises(DependencyError, match=r"the weights take \d+ bytes .* 100000 are free"):
+        load_model(directory, "auto", SmallPlatform(), lambda loaded, total: calls.append(loaded))
+    assert calls == []

@@ -15,6 +15,7 @@ from xllm.worker.execution.layer_loop import LayerLoop
 from xllm.worker.execution.loading import load_model
 from xllm.worker.memory.layout import KvLayout
 from xllm.worker.memory.pool import KvPool, allocate_memory
+from xllm.worker.platform.platform import select_platform
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 8
@@ -74,7 +75,9 @@ class Runner:
     """A loaded model over a pool of its own."""
 
     def __init__(self, directory: Path) -> None:
-        self.loaded = load_model(directory, "auto", CPU, lambda loaded, total: None)
+        self.loaded = load_model(
+            directory, "auto", select_platform("cpu"), lambda loaded, total: None
+        )
         config, dtype = self.loaded.model.config, self.loaded.dtype
         layout = KvLayout(
             96,

@@ -136,3 +136,9 @@ def test_untouched_kv_takes_no_memory(tmp_path: Path) -> None:
     assert driver.ready.num_blocks == (1 << 30) // (1536 * 16)
     assert resident_bytes() - before < 100 << 20
     driver.executor.close()
+
+
+def test_more_kv_than_memory_is_refused(tmp_path: Path) -> None:
+    directory = make_model("qwen3", tmp_path)
+    with pytest.raises(ConfigError, match=r"worker\.kv_cache_bytes: 1125899906842624 bytes"):
+        PlanDriver(directory, kv_cache_bytes=1 << 50)

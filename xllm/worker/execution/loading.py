@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from xllm.config.settings import Settings
-from xllm.errors import ConfigError
+from xllm.errors import ConfigError, DependencyError
 from xllm.worker.loader.checkpoint import Checkpoint, open_checkpoint
 from xllm.worker.loader.config import ModelConfig, RawConfig, read_config
 from xllm.worker.loader.weights import WeightTable, load_weights
@@ -35,12 +35,13 @@ class LoadedModel:
 def load_model(
     directory: Path,
     asked_dtype: str,
-    device: torch.device,
+    platform: Platform,
     progress: Callable[[int, int], None],
 ) -> LoadedModel:
-    """Read configuration and weights of a directory onto a device.
+    """Read configuration and weights of a directory onto a platform's device.
 
-    Raises ConfigError or DependencyError naming the file, key or tensor that stands in the way.
+    Raises ConfigError or DependencyError naming the file, key or tensor that stands in the way,
+    or the memory that is lacking.
     """
     raw: RawConfig = read_config(directory)
     family = find_family(raw.architecture())
@@ -48,7 +49,8 @@ def load_model(
     config = family.read(raw)
     dtype = resolve_dtype(asked_dtype, config.dtype or checkpoint.dtype())
     config, unused = _settle_tie(config, checkpoint)
-    table = WeightTable(dtype, device)
+    _check_room(checkpoint, dtype, platform)
+    table = WeightTable(dtype, platform.device)
     model = family.build(config, table)
     if config.tie_word_embeddings and _EMBEDDING not in checkpoint.entries:
         # Some tied checkpoints name the one matrix after the head.
@@ -56,6 +58,19 @@ def load_model(
     load_weights(checkpoint, table, progress, unused)
     model.finish()
     return LoadedModel(model, dtype, checkpoint.revision(directory))
+
+
+def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, platform: Platform) -> None:
+    """Raise DependencyError where the weights do not fit what memory is free: on a CPU the
+    kernel would end the process half-way."""
+    needed = checkpoint.num_elements * dtype.itemsize
+    free = platform.memory().free_bytes
+    if needed > free:
+        raise DependencyError(
+            f"model.path: the weights take {needed} bytes as {dtype}, {free} are free on "
+            f"{platform.describe()}",
+            param="model.path",
+        )
 
 
 def _settle_tie(config: ModelConfig, checkpoint: Checkpoint) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -85,8 +100,14 @@ def make_pool(
             f"worker.block_size must be a power of two, not {size}", param="worker.block_size"
         )
     config = model.config
+    asked, total = settings.worker.kv_cache_bytes, platform.memory().total_bytes
+    if asked > total:
+        raise ConfigError(
+            f"worker.kv_cache_bytes: {asked} bytes were asked for, the device has {total}",
+            param="worker.kv_cache_bytes",
+        )
     num_blocks = choose_num_blocks(
-        asked_bytes=settings.worker.kv_cache_bytes,
+        asked_bytes=asked,
         budget_bytes=platform.kv_budget(),
         bytes_per_block=block_bytes(model.kv_groups, size, dtype.itemsize),
         block_size=size,
@@ -101,4 +122,11 @@ def make_pool(
         config.head_dim,
         dtype.itemsize,
     )
-    return KvPool(layout, allocate_memory(layout, dtype, platform.device))
+    try:
+        memory = allocate_memory(layout, dtype, platform.device)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"worker.kv_cache_bytes: {layout.total_bytes} bytes cannot be allocated: {error}",
+            param="worker.kv_cache_bytes",
+        ) from error
+    return KvPool(layout, memory)

@@ -77,13 +77,14 @@ class NativeExecutor:
     def load(self, progress: Callable[[int, int], None]) -> WorkerReady:
         """Read the model, allocate its KV. Raises ConfigError or DependencyError."""
         began = time.monotonic()
+        self._engine = None  # a second load must not hold two models
         settings, worker = self._settings, self._settings.worker
         if not settings.model.path:
             raise ConfigError("model.path is empty: no model directory", param="model.path")
         directory = Path(settings.model.path)
         platform = select_platform(worker.device, worker.rank)
         platform.prepare(worker.num_threads)
-        loaded = load_model(directory, settings.model.dtype, platform.device, progress)
+        loaded = load_model(directory, settings.model.dtype, platform, progress)
         model, dtype = loaded.model, loaded.dtype
         pool = make_pool(settings, model, dtype, platform)
         max_model_len = resolve_model_len(settings, model.config)

@@ -53,6 +53,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.num_bytes for entry in self.entries.values())
 
+    @property
+    def num_elements(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(entry.shape) for entry in self.entries.values())
+
     def dtype(self) -> str:
         """Torch's name of the first tensor's type: the checkpoint's type where config.json
         does not say."""
