@@ -57,7 +57,7 @@ def oracle(model):
 def served(model, tmp_path_factory):
     run_dir = f"/tmp/{tmp_path_factory.mktemp('xo').name}"
     keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text("alice:alice-0123456789abcdef\n")
+    keys.write_text("alice:alice-0123456789abcdef\nbob:bob-0123456789abcdef\n")
     keys.chmod(0o600)
     with Served(model, run_dir, "--api-key-file", str(keys)) as served:
         yield served
@@ -285,6 +285,24 @@ def test_a_wrong_key(served):
     with wrong, pytest.raises(openai.AuthenticationError) as caught:
         wrong.models.list()
     assert caught.value.code == "invalid_api_key"
+
+
+def test_tenants_share_no_cached_prefix(served, client):
+    prompt = [75] * 200
+
+    def cached(who, **extra):
+        done = who.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=1, extra_body=extra or None
+        )
+        return done.usage.prompt_tokens_details.cached_tokens
+
+    assert cached(client) == 0
+    assert cached(client) > 100
+    assert cached(client, cache_salt="other") == 0
+    bob = openai.OpenAI(base_url=served.http, api_key="bob-0123456789abcdef", max_retries=0)
+    with bob:
+        assert cached(bob) == 0
+        assert cached(bob) > 100
 
 
 def test_raw_headers(client):
