@@ -13,6 +13,9 @@ from xllm.protocol.client import ProcessStatus
 
 _HEADINGS = ("name", "kind", "role", "model", "state", "waiting", "running", "KV used", "seen")
 
+_FILE_WIDTH = 240
+"""Columns where the output is no terminal: wide enough to cut nothing."""
+
 
 @click.command()
 @service_options
@@ -58,4 +61,7 @@ def _show_table(processes: Sequence[ProcessStatus]) -> None:
         table.add_column(heading, justify="right" if right else "left", no_wrap=True)
     for process in processes:
         table.add_row(*(Text(cell) for cell in status_row(process)))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
+    console.print(table)
