@@ -207,6 +207,14 @@ def test_ties_go_to_the_lower_id() -> None:
     assert seen == {40}
 
 
+@pytest.mark.parametrize(("top_p", "size"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.99, 4)])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, size) -> None:
+    logits = torch.full((1, VOCAB), -200.0)
+    logits[0, [9, 30, 31, 80]] = 2.0  # four candidates of a quarter each
+    seen = {tokens_of(logits, [row_of(top_p=top_p, position=k)])[0][0] for k in range(80)}
+    assert seen == {9, 30, 31, 80} - set([80, 31, 30][: 4 - size])
+
+
 def test_near_ties_are_settled_by_the_definition(monkeypatch) -> None:
     rows, logits = mixed_rows(24, 5), some_logits(24)
     usual = tokens_of(logits, rows)
