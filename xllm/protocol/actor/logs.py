@@ -27,17 +27,22 @@ def configure_logs(
         os.makedirs(log_dir, exist_ok=True)
         path = os.path.join(log_dir, process.replace("/", "_") + ".log")
         stream = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # for life
-    renderer: Processor
+    renderers: list[Processor]
     if log_format == "json":
-        renderer = structlog.processors.JSONRenderer()
+        renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=24)
+        # Where rich is installed structlog would print the locals of a traceback: prompts.
+        plain = structlog.dev.plain_traceback
+        colors = stream.isatty()
+        renderers = [
+            structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=24, exception_formatter=plain)
+        ]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
+            *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
         logger_factory=structlog.WriteLoggerFactory(file=stream),
