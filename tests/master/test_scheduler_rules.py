@@ -441,3 +441,36 @@ def test_check_finds_a_leaked_block():
     next(iter(one.scheduler._state.requests.values())).sequences[0].block_ids.pop()
     with pytest.raises(InvariantError):
         one.scheduler.check()
+
+
+def test_two_that_prefill_the_same_at_once_both_leave_their_outputs_cached():
+    one = ToyInstance(block_size=4)
+    for name, seed in (("a", 1), ("b", 2)):
+        one.admit(name, PROMPT, max_tokens=11, seed=seed)
+    one.run()
+    for name in ("a", "b"):
+        one.verify(name)
+        turn = PROMPT + one.streams[name, 1, 0].tokens
+        one.admit(f"{name} again", turn, max_tokens=1)
+        one.run()
+        assert one.ended[f"{name} again", 1].cached_tokens == 20
+
+
+def test_a_stop_id_among_the_first_min_tokens_is_none():
+    probe = ToyInstance()
+    probe.admit("a", PROMPT, max_tokens=8)
+    probe.run()
+    tokens = probe.streams["a", 1, 0].tokens
+    one = ToyInstance()
+    one.admit("a", PROMPT, min_tokens=5, stop_token_ids=(tokens[4],))
+    one.run()
+    assert one.streams["a", 1, 0].tokens == tokens
+    assert one.streams["a", 1, 0].reason == "length"
+
+
+def test_an_item_that_fails_in_the_middle_of_a_prompt_ends_its_request():
+    one = ToyInstance(faults=ToyFaults(fail_item=777), max_num_batched_tokens=8)
+    one.admit("a", [*PROMPT[:6], 777, *PROMPT])
+    one.step()
+    assert one.ended["a", 1].message == "toy fault: the item fails"
+    assert one.scheduler.is_idle

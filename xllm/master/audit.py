@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from xllm.errors import InvariantError
 from xllm.master.lifecycle import InstanceState
-from xllm.master.sequence import Sequence, SequenceState
+from xllm.master.sequence import Sequence, SequencePhase
 
 
 def check_state(state: InstanceState) -> None:
@@ -41,7 +41,7 @@ def _check_requests(state: InstanceState) -> None:
             raise InvariantError(f"request {request_id} is kept and has no open choice")
         covered = 0
         for seq in request.sequences:
-            if seq.state is SequenceState.FINISHED:
+            if seq.state is SequencePhase.FINISHED:
                 raise InvariantError(f"finished and still listed: {seq.story()}")
             mask = (1 << request.sampling.n) - 1 if seq.num_samples > 1 else 1 << seq.choice
             if seq.num_samples == 0:
@@ -58,7 +58,7 @@ def _check_membership(state: InstanceState) -> None:
     )
     num_running = 0
     for name, members in lists:
-        alive = [seq for seq in members if seq.state is SequenceState.RUNNING]
+        alive = [seq for seq in members if seq.state is SequencePhase.RUNNING]
         if len({id(seq) for seq in alive}) != len(alive):
             raise InvariantError(f"a sequence is listed twice as {name}")
         num_running += len(alive)
@@ -68,10 +68,10 @@ def _check_membership(state: InstanceState) -> None:
         raise InvariantError(f"{num_running} running, the limit is {state.limits.max_running}")
     open_sequences = [seq for r in state.requests.values() for seq in r.sequences]
     by_state = [seq.state for seq in open_sequences]
-    if by_state.count(SequenceState.RUNNING) != num_running:
+    if by_state.count(SequencePhase.RUNNING) != num_running:
         raise InvariantError("a running sequence belongs to no open request")
     queued = {id(seq) for seq in state.waiting}
-    waiting = {id(seq) for seq in open_sequences if seq.state is SequenceState.WAITING}
+    waiting = {id(seq) for seq in open_sequences if seq.state is SequencePhase.WAITING}
     if queued != waiting or len(queued) != len(state.waiting):
         raise InvariantError(
             f"{len(waiting)} wait, {len(queued)} are queued, {len(state.waiting)} are counted"
@@ -89,9 +89,9 @@ def _check_sequence(state: InstanceState, seq: Sequence) -> None:
         wrong = "it has more blocks than it can ever need"
     elif seq.num_sealed * size > seq.num_computed:
         wrong = "a block is sealed before it is computed"
-    elif seq.state is SequenceState.WAITING and (seq.block_ids or seq.number >= 0):
+    elif seq.state is SequencePhase.WAITING and (seq.block_ids or seq.number >= 0):
         wrong = "it waits with blocks or a number"
-    elif seq.state is SequenceState.RUNNING:
+    elif seq.state is SequencePhase.RUNNING:
         if seq.num_tokens >= seq.end and seq.num_samples:
             wrong = "it runs past its end"
         elif seq.number < 0 or not seq.block_ids:

@@ -16,7 +16,7 @@ from xllm.master.limits import InstanceLimits
 from xllm.master.outcome import StepOutcome
 from xllm.master.queue import DeadlineQueue, WaitingQueue
 from xllm.master.request import RequestState
-from xllm.master.sequence import Sequence, SequenceState
+from xllm.master.sequence import Sequence, SequencePhase
 from xllm.protocol.step import StepPlan
 
 
@@ -76,12 +76,12 @@ class InstanceState:
 
     def enqueue(self, seq: Sequence) -> None:
         """A sequence without blocks waits for its turn."""
-        seq.state = SequenceState.WAITING
+        seq.state = SequencePhase.WAITING
         self.waiting.push(seq)
 
     def run(self, seq: Sequence) -> None:
         """A sequence with blocks runs from now on."""
-        seq.state = SequenceState.RUNNING
+        seq.state = SequencePhase.RUNNING
         self.num_running += 1
         self.num_offline_running += seq.key[0]
         (self.prefilling if seq.is_prefilling else self.decoding).append(seq)
@@ -100,12 +100,12 @@ class InstanceState:
     def finish_sequence(self, seq: Sequence) -> None:
         """A sequence is over. Its blocks go now, or when the step in flight that writes them is
         settled."""
-        if seq.state is SequenceState.WAITING:
-            seq.state = SequenceState.FINISHED
+        if seq.state is SequencePhase.WAITING:
+            seq.state = SequencePhase.FINISHED
             self.waiting.note_gone()
-        elif seq.state is SequenceState.RUNNING:
+        elif seq.state is SequencePhase.RUNNING:
             self._leave_running(seq)
-            seq.state = SequenceState.FINISHED
+            seq.state = SequencePhase.FINISHED
         seq.request.sequences.remove(seq)
         if not seq.num_in_flight:
             self.bury(seq)
@@ -138,7 +138,7 @@ class InstanceState:
 
     def sweep(self) -> None:
         """Drop from the running lists what no longer belongs there."""
-        running = SequenceState.RUNNING
+        running = SequencePhase.RUNNING
         self.decoding = [
             seq for seq in self.decoding if seq.state is running and not seq.is_prefilling
         ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from xllm.kvcache.prefix import MatchResult
 from xllm.master.lifecycle import InstanceState, PendingFork, StepInFlight
 from xllm.master.preemption import choose_victim
-from xllm.master.sequence import Sequence, SequenceState
+from xllm.master.sequence import Sequence, SequencePhase
 from xllm.master.strategy import PrefillStrategy
 from xllm.protocol.step import ItemKind, NewSequence, StepItem, StepPlan
 
@@ -71,7 +71,7 @@ class StepPlanner:
         for seq in state.decoding:
             if seq.num_tokens <= seq.capacity or seq.num_in_flight:
                 continue
-            while seq.state is SequenceState.RUNNING and not tables.grow(seq):
+            while seq.state is SequencePhase.RUNNING and not tables.grow(seq):
                 victim = choose_victim((*state.decoding, *state.prefilling))
                 if victim is None:
                     break

@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Iterator
 
 from xllm.master.request import RequestState
-from xllm.master.sequence import Sequence, SequenceState
+from xllm.master.sequence import Sequence, SequencePhase
 
 
 class WaitingQueue:
@@ -28,7 +28,7 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         """In no particular order."""
-        return (seq for _, seq in self._heap if seq.state is SequenceState.WAITING)
+        return (seq for _, seq in self._heap if seq.state is SequencePhase.WAITING)
 
     def push(self, seq: Sequence) -> None:
         """Add a sequence that waits. Its key must not be in the queue already."""
@@ -40,7 +40,7 @@ class WaitingQueue:
         heap = self._heap
         while heap:
             seq = heap[0][1]
-            if seq.state is SequenceState.WAITING:
+            if seq.state is SequencePhase.WAITING:
                 return seq
             heapq.heappop(heap)
         return None
@@ -54,7 +54,7 @@ class WaitingQueue:
         """A queued sequence has left the state WAITING by another door."""
         self._num_live -= 1
         if len(self._heap) > 2 * self._num_live + 64:
-            self._heap = [e for e in self._heap if e[1].state is SequenceState.WAITING]
+            self._heap = [e for e in self._heap if e[1].state is SequencePhase.WAITING]
             heapq.heapify(self._heap)
 
 

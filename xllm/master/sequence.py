@@ -1,6 +1,6 @@
 """One token stream in the engine: its tokens, how far they are computed, and its blocks.
 
-A record without decisions: `state` and the counters are changed by the scheduler's parts only.
+A record without decisions: `state` (a SequencePhase) and the counters are changed by the scheduler's parts only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NEVER = 1 << 62
 """A token count that no sequence reaches."""
 
 
-class SequenceState(IntEnum):
+class SequencePhase(IntEnum):
     """Where a sequence stands. LOADING (its KV is on its way), PAUSED (off the steps, KV kept),
     HELD (prefilled, pinned for a hand-off) and ENCODING are not entered yet."""
 
@@ -53,7 +53,7 @@ class Sequence:
         self.attempt = request.attempt
         self.choice = choice
         self.key = (*request.key, choice)
-        self.state = SequenceState.WAITING
+        self.state = SequencePhase.WAITING
         self.number = -1
         self.prompt_ids = request.prompt_ids
         self.num_prompt = len(self.prompt_ids)

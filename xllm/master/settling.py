@@ -15,7 +15,7 @@ from xllm.master.lifecycle import InstanceState, PendingFork, StepInFlight
 from xllm.master.logprobs import LogprobFrames
 from xllm.master.planning import StepPlanner
 from xllm.master.request import RequestState
-from xllm.master.sequence import Sequence, SequenceState
+from xllm.master.sequence import Sequence, SequencePhase
 from xllm.protocol.instance import PromptScores, TokenItem
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.protocol.step import StepItem, StepResult
@@ -46,7 +46,7 @@ class StepSettler:
         self._now = now
         failed = dict(result.failed) if result.failed else None
         items = state.outcome.items
-        running = SequenceState.RUNNING
+        running = SequencePhase.RUNNING
         index = -1
         for seq, item, drawn in zip(step.sequences, step.plan.items, result.tokens, strict=True):
             index += 1
@@ -90,7 +90,7 @@ class StepSettler:
 
     def _fail_requests(self, sequences: Iterable[Sequence], code: str, message: str) -> None:
         for seq in sequences:
-            if seq.state is SequenceState.FINISHED:
+            if seq.state is SequencePhase.FINISHED:
                 if seq.block_ids:
                     self._state.bury(seq)
             elif seq.request.open_choices:
@@ -228,7 +228,7 @@ class StepSettler:
         child.output.append(token)
         child.num_tokens += 1
         if child.finish_reason():
-            child.state = SequenceState.FINISHED
+            child.state = SequencePhase.FINISHED
             return
         if state.num_running >= state.limits.max_running:
             state.enqueue(child)
