@@ -1,6 +1,7 @@
 """One token stream in the engine: its tokens, how far they are computed, and its blocks.
 
-A record without decisions: `state` (a SequencePhase) and the counters are changed by the scheduler's parts only.
+A record without decisions: `state` (a SequencePhase) and the counters are changed by the
+scheduler's parts only.
 """
 
 from __future__ import annotations
