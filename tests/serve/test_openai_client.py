@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import pathlib
 
+import httpx
 import openai
 import pytest
 
@@ -343,3 +344,19 @@ def test_many_at_once(served, oracle):
     for seed in range(32):
         expected = oracle.text(PROMPT, 30, seed=seed)
         assert texts[2 * seed] == texts[2 * seed + 1] == expected
+
+
+def test_nothing_private_was_shown(served, client):
+    secret = "a very private question"
+    messages = [{"role": "user", "content": secret}]
+    client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model=MODEL, messages=messages, max_tokens=10**7)
+    metrics = httpx.get(
+        served.http.removesuffix("/v1") + "/metrics",
+        headers={"authorization": "Bearer alice-0123456789abcdef"},
+    )
+    assert "xllm_http_requests_total" in metrics.text
+    for text in (served.text, metrics.text, *served.family().values()):
+        assert secret not in text
+        assert "0123456789abcdef" not in text

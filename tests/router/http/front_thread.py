@@ -12,7 +12,7 @@ import time
 import httpx
 import uvloop
 
-from xllm.config.settings import ClusterSettings, RouterSettings, Settings
+from xllm.config.settings import RouterSettings, Settings
 from xllm.router.http.limits import limits_of
 from xllm.router.http.server import HttpFront
 
@@ -32,9 +32,7 @@ class FrontThread:
 
     def __init__(self, service, *, limits=None, **router):
         self.service = service
-        settings = Settings(
-            router=RouterSettings(port=0, **router), cluster=ClusterSettings(shutdown_s=2)
-        )
+        settings = Settings(router=RouterSettings(port=0, **router))
         self.limits = limits_of(settings.router) if limits is None else limits
         self._started = threading.Event()
         self._error = None

@@ -28,6 +28,8 @@ from xllm.router.http.protocol import GuardedProtocol
 from xllm.router.service import RouterService
 
 BACKLOG = 2048
+FLUSH_S = 2
+"""What answers get to leave at a stop: their requests have ended, only bytes are on the way."""
 
 
 class QuietServer(uvicorn.Server):
@@ -104,7 +106,7 @@ class HttpFront:
             log_level="critical",
             backlog=BACKLOG,
             timeout_keep_alive=cast("int", self._limits.keep_alive_s),
-            timeout_graceful_shutdown=max(1, round(self._settings.cluster.shutdown_s)),
+            timeout_graceful_shutdown=FLUSH_S,
         )
 
     def _arm_sweep(self) -> None:
