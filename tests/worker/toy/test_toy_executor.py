@@ -106,10 +106,12 @@ def test_a_wrong_page_under_a_prefix_changes_the_stream_and_is_counted(damage: s
     assert driver.executor.statistics().pages.pages_broken > 0
 
 
-def test_a_page_overwritten_under_a_running_sequence_shows_within_a_round() -> None:
+@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+def test_a_page_overwritten_under_a_running_sequence_shows_within_a_round(victim: int) -> None:
     driver, first, _ = start_two_sharing()
     driver.decode([first], 5)
-    driver.executor.execute(StepPlan(99, copies=((first.table[3], first.table[1]),)))
+    source = first.table[(victim + 2) % 4]
+    driver.executor.execute(StepPlan(99, copies=((source, first.table[victim]),)))
     driver.decode([first], 5)
     assert first.outputs[:6] == expected_stream(first, 6)
     assert first.outputs != expected_stream(first, 11)
