@@ -167,16 +167,26 @@ def test_settings_change_logits(family: str, changed: dict, tmp_path: Path) -> N
     assert (one.logits(spans, ids) - two.logits(spans, ids)).abs().max() > 100 * LOGIT_BOUND
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral-window"])
-def test_bfloat16_is_as_near_to_fp32_as_the_reference(family: str, tmp_path: Path) -> None:
-    """In bf16 both round; ours may stray from fp32 (of the same rounded weights) at most 1.5
-    times as far as the reference's bf16 does at its worst, and 1.25 times on the average."""
-    directory = make_model(family, tmp_path, dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("qwen2", "bfloat16"),
+        ("qwen3", "bfloat16"),
+        ("llama", "bfloat16"),
+        ("mistral-window", "bfloat16"),
+        ("llama2", "float16"),
+    ],
+)
+def test_16_bit_is_as_near_to_fp32_as_the_reference(family: str, name: str, tmp_path: Path) -> None:
+    """In 16 bits both round; ours may stray from fp32 (of the same rounded weights) at most 1.5
+    times as far as the reference's does at its worst, and 1.25 times on the average."""
+    dtype: torch.dtype = getattr(torch, name)
+    directory = make_model(family, tmp_path, dtype=name)
     (ids,) = random_prompts(1, LENGTH, LENGTH)
     exact = reference_logits(load_reference(directory), ids)
-    theirs = reference_logits(load_reference(directory, torch.bfloat16), ids) - exact
+    theirs = reference_logits(load_reference(directory, dtype), ids) - exact
     runner = Runner(directory)
-    assert runner.loaded.dtype == torch.bfloat16
+    assert runner.loaded.dtype == dtype
     ours = runner.logits([Span(0, LENGTH, blocks(0))], ids) - exact
     assert ours.abs().max() < 1.5 * theirs.abs().max()
     assert ours.abs().mean() < 1.25 * theirs.abs().mean()

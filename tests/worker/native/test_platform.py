@@ -36,9 +36,13 @@ def test_cpu_threads() -> None:
     before = torch.get_num_threads()
     platform = select_platform("cpu")
     try:
-        platform.prepare(0)
+        platform.prepare(0, 1 << 30)
         assert torch.get_num_threads() == len(os.sched_getaffinity(0))
-        platform.prepare(1)
+        platform.prepare(0, 4 << 20)
+        assert torch.get_num_threads() == 1
+        platform.prepare(2, 4 << 20)
+        assert torch.get_num_threads() == 2
+        platform.prepare(1, 1 << 30)
         assert torch.get_num_threads() == 1
         assert "threads-1" in platform.fingerprint()
     finally:

@@ -30,6 +30,7 @@ class LoadedModel:
     model: NativeModel
     dtype: torch.dtype
     revision: str
+    num_bytes: int
 
 
 def load_model(
@@ -57,7 +58,7 @@ def load_model(
         table.targets[_HEAD] = table.targets.pop(_EMBEDDING)
     load_weights(checkpoint, table, progress, unused)
     model.finish()
-    return LoadedModel(model, dtype, checkpoint.revision(directory))
+    return LoadedModel(model, dtype, checkpoint.revision(directory), table.num_bytes)
 
 
 def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, platform: Platform) -> None:

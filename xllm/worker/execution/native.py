@@ -83,9 +83,9 @@ class NativeExecutor:
             raise ConfigError("model.path is empty: no model directory", param="model.path")
         directory = Path(settings.model.path)
         platform = select_platform(worker.device, worker.rank)
-        platform.prepare(worker.num_threads)
         loaded = load_model(directory, settings.model.dtype, platform, progress)
         model, dtype = loaded.model, loaded.dtype
+        platform.prepare(worker.num_threads, loaded.num_bytes)
         pool = make_pool(settings, model, dtype, platform)
         max_model_len = resolve_model_len(settings, model.config)
         vocab_size = model.config.vocab_size

@@ -124,9 +124,11 @@ class SequenceTable:
             prompt_ids = parent.prompt_ids
         elif not prompt_ids:
             raise EngineError(f"sequence {new.seq} has no prompt")
-        for token in (*new.prompt_ids, *new.output_ids):
-            if not 0 <= token < self._vocab_size:
-                raise EngineError(f"sequence {new.seq}: token {token} of {self._vocab_size}")
+        for ids in (new.prompt_ids, new.output_ids):
+            if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
+                raise EngineError(
+                    f"sequence {new.seq}: token {max(ids)} or {min(ids)} of {self._vocab_size}"
+                )
         state = SequenceState(new, prompt_ids)
         self.join_blocks(state, new.block_ids)
         self._states[new.seq] = state

@@ -11,6 +11,7 @@ from xllm.worker.platform.platform import DeviceMemory
 
 _KV_SHARE = 4
 _KV_CEILING_BYTES = 4 << 30
+_SMALL_MODEL_BYTES = 64 << 20
 
 
 class CpuPlatform:
@@ -22,9 +23,14 @@ class CpuPlatform:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
-    def prepare(self, num_threads: int) -> None:
-        """Set the threads of the engine; 0 takes every core this process may run on."""
-        torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+    def prepare(self, num_threads: int, model_bytes: int) -> None:
+        """Set the threads of the engine; 0 takes every core this process may run on, but one
+        for a small model: its products are shorter than the wait for a second thread, which on
+        a busy host costs milliseconds each."""
+        if not num_threads:
+            small = model_bytes < _SMALL_MODEL_BYTES
+            num_threads = 1 if small else len(os.sched_getaffinity(0))
+        torch.set_num_threads(num_threads)
 
     def memory(self) -> DeviceMemory:
         """Free and total memory, the tighter of machine and control group."""

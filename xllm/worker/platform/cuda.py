@@ -25,9 +25,9 @@ class CudaPlatform:
             )
         self.device = torch.device("cuda", rank % torch.cuda.device_count())
 
-    def prepare(self, num_threads: int) -> None:
+    def prepare(self, num_threads: int, model_bytes: int) -> None:
         """Make the device current; fp32 products stay fp32 (no TF32)."""
-        del num_threads
+        del num_threads, model_bytes
         torch.cuda.set_device(self.device)
         torch.backends.cuda.matmul.allow_tf32 = False
         # Sums of 16-bit products are kept in fp32.

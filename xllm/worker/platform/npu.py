@@ -48,9 +48,9 @@ class NpuPlatform:
             )
         self.device = torch.device("npu", rank % int(self._npu.device_count()))
 
-    def prepare(self, num_threads: int) -> None:
+    def prepare(self, num_threads: int, model_bytes: int) -> None:
         """Make the device current."""
-        del num_threads
+        del num_threads, model_bytes
         self._npu.set_device(self.device)
 
     def memory(self) -> DeviceMemory:

@@ -33,9 +33,9 @@ class Platform(Protocol):
     def device(self) -> torch.device:
         """Where tensors live."""
 
-    def prepare(self, num_threads: int) -> None:
-        """Set the process up for computing (threads of a CPU; 0: all it may use). Called once,
-        by the thread that will compute."""
+    def prepare(self, num_threads: int, model_bytes: int) -> None:
+        """Set the process up for computing with weights of that size. `num_threads`: threads of
+        a CPU; 0: chosen here. Called by the thread that will compute, before it does."""
 
     def memory(self) -> DeviceMemory:
         """Memory now."""
