@@ -45,7 +45,7 @@ def test_no_registry_is_a_broken_error_in_time_and_shows_as_degraded(transport, 
     async def main():
         registry = RemoteRegistry(transport, f"ipc://{tmp_path}/none", timeout_s=0.2)
         assert not registry.degraded
-        with pytest.raises(BrokenError, match="did not answer"):
+        with pytest.raises(BrokenError, match="cannot be reached"):
             await registry.get("/a")
         assert registry.degraded
         await registry.close()

@@ -47,6 +47,8 @@ from xllm.protocol.registry_wire import (
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 
+_LAST_LOOK_S = 0.05
+
 R = TypeVar("R", LeaseAnswer, EntryAnswer, ListingAnswer, WriteAnswer, WatchAnswer)
 
 
@@ -192,15 +194,13 @@ class RemoteRegistry:
         self._waiting[request.id] = future
         try:
             self._socket.send(request)
-            async with asyncio.timeout(self._timeout_s):
-                reply = await future
-        except TimeoutError:
-            self._degraded = True
-            if not self._socket.connected:
-                self._socket.discard_queued()
-            raise BrokenError(
-                f"the registry at {self._socket.endpoint} did not answer in {self._timeout_s:g} s"
-            ) from None
+            await asyncio.wait((future,), timeout=self._timeout_s)
+            if not future.done():
+                # This loop may have stood still so long: the answer may be in the socket.
+                await asyncio.wait((future,), timeout=_LAST_LOOK_S)
+            if not future.done():
+                raise self._unanswered()
+            reply = future.result()
         finally:
             self._waiting.pop(request.id, None)
         if isinstance(reply, RegistryRefused):
@@ -208,6 +208,15 @@ class RemoteRegistry:
         if not isinstance(reply, kind):
             raise BrokenError(f"the registry answered {type(reply).__name__}")
         return reply
+
+    def _unanswered(self) -> BrokenError:
+        self._degraded = True
+        how = "has not answered"
+        if not self._socket.connected:
+            self._socket.discard_queued()
+            how = "cannot be reached"
+        endpoint = self._socket.endpoint
+        return BrokenError(f"the registry at {endpoint} {how} in {self._timeout_s:g} s")
 
     def _on_message(self, message: RegistryReply, frames: Sequence[bytes]) -> None:
         self._degraded = False
