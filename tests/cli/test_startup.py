@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from xllm.cli.launch_plan import announcement, plan_children, share_cores
+from xllm.cli.launch_plan import announcement, keep_ports, plan_children, share_cores
 from xllm.cli.startup import ServiceAddresses, Startup
 from xllm.config.load import decode_settings, load
 from xllm.protocol.launch import ProcessFailed, ProcessReady, ProcessStarted, ProcessStopping
@@ -76,3 +76,12 @@ def test_the_announcement_can_be_pasted():
     assert "tcp://h:2" in text
     assert "curl http://h:1/v1/chat/completions" in text
     assert '-d \'{"model": "m"' in text
+
+
+def test_a_router_keeps_the_ports_it_was_given():
+    settings = load({"router.port": 0, "router.zmq_port": 7}, None, {})
+    router = next(c for c in plan_children(settings, "/r") if c.kind == "router")
+    kept = keep_ports(router, ServiceAddresses("http://127.0.0.1:1234", "tcp://127.0.0.1:7"))
+    own = decode_settings(kept.spec.args[0])
+    assert (own.router.port, own.router.zmq_port) == (1234, 7)
+    assert keep_ports(router, ServiceAddresses()) == router

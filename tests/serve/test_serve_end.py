@@ -29,8 +29,8 @@ def test_an_idle_service_ends_at_once(model, run_dir):
     began = time.monotonic()
     served.interrupt()
     assert served.wait() == 0
-    assert time.monotonic() - began < 5
-    assert alive(family) == []
+    assert time.monotonic() - began < 10
+    wait_until(lambda: not alive(family), ORPHAN_S, "the end of all processes")
     assert os.listdir(run_dir) == []
     assert "draining" in served.text
 
@@ -96,21 +96,22 @@ def test_sigkill_of_the_launcher_leaves_no_orphan(model, run_dir):
     assert os.listdir(run_dir) == []
 
 
-@pytest.mark.parametrize("kind", ["router", "master", "worker", "kvcache"])
-def test_sigkill_of_a_child_is_survived(model, run_dir, kind):
+def test_sigkill_of_any_child_is_survived(model, run_dir):
+    seen = set()
     with Served(model, run_dir) as served:
+        for kind in ("router", "master", "worker", "kvcache"):
+            with Client(served.zmq, timeout_s=30) as client:
+                wait_until(lambda: _answers(client, model), what=f"an answer before {kind}'s end")
+            seen |= set(served.family())
+            victim = served.child(kind)
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: victim not in served.family(), ORPHAN_S, f"the end of {kind}")
+            wait_until(lambda: served.child(kind) != victim, what=f"the next life of {kind}")
         with Client(served.zmq, timeout_s=30) as client:
-            client.generate((70,), max_tokens=3)
-        before = set(served.family())
-        victim = served.child(kind)
-        os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: victim not in served.family(), ORPHAN_S, "its end")
-        wait_until(lambda: served.child(kind) != victim, what="its next life")
-        with Client(served.zmq, timeout_s=10, connect_timeout_s=10) as client:
-            wait_until(lambda: _answers(client, model), what="an answer")
-        after = set(served.family())
+            wait_until(lambda: _answers(client, model), what="an answer at last")
+        seen |= set(served.family())
     assert served.process.returncode == 0
-    assert alive(before | after) == []
+    wait_until(lambda: not alive(seen), ORPHAN_S, "the end of all processes")
     assert os.listdir(run_dir) == []
 
 

@@ -20,10 +20,11 @@ from xllm.protocol.actor.children import ChildSpec
 
 @dataclasses.dataclass(frozen=True)
 class PlannedChild:
-    """A process to start; `kind` as in LaunchMessages."""
+    """A process to start; `kind` as in LaunchMessages; `settings`: what `spec` carries."""
 
     kind: str
     spec: ChildSpec
+    settings: Settings | None = None
 
     @property
     def name(self) -> str:
@@ -56,6 +57,23 @@ def plan_children(settings: Settings, run_dir: str) -> list[PlannedChild]:
     return planned
 
 
+def keep_ports(router: PlannedChild, addresses: ServiceAddresses) -> PlannedChild:
+    """The router, listening at the ports that it was given where any free one would do."""
+    if router.settings is None:
+        return router
+    known = router.settings.router
+    http, zmq = _port(addresses.http), _port(addresses.zmq)
+    own = dataclasses.replace(known, port=http or known.port, zmq_port=zmq or known.zmq_port)
+    settings = dataclasses.replace(router.settings, router=own)
+    spec = dataclasses.replace(router.spec, args=(encode_settings(settings),))
+    return PlannedChild(router.kind, spec, settings)
+
+
+def _port(address: str) -> int:
+    text = address.rpartition(":")[2].rstrip("/")
+    return int(text) if text.isdecimal() else 0
+
+
 def share_cores(settings: Settings) -> WorkerSettings:
     """The worker's settings, with the cores divided among the instances where nobody chose."""
     worker = settings.worker
@@ -86,4 +104,4 @@ def announcement(model: str, addresses: ServiceAddresses, took_s: float) -> list
 def _child(
     kind: str, name: str, target: Callable[[bytes], None], settings: Settings
 ) -> PlannedChild:
-    return PlannedChild(kind, ChildSpec(name, target, (encode_settings(settings),)))
+    return PlannedChild(kind, ChildSpec(name, target, (encode_settings(settings),)), settings)

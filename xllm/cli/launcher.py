@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 
-from xllm.cli.launch_plan import PlannedChild, announcement, plan_children
+from xllm.cli.launch_plan import PlannedChild, announcement, keep_ports, plan_children
 from xllm.cli.screen import LaunchScreen
 from xllm.cli.startup import ServiceAddresses, Startup
 from xllm.cli.supervision import GiveUp, RestartPolicy, describe_exit
@@ -23,7 +23,7 @@ from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.children import ChildExit, Children
 from xllm.protocol.actor.rundir import RunDirectory
 from xllm.protocol.codec import Decoder
-from xllm.protocol.launch import LaunchMessage, ProcessProgress
+from xllm.protocol.launch import LaunchMessage, ProcessProgress, ProcessReady
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.router import RouterSocket
@@ -133,10 +133,17 @@ class LaunchedService(Actor):
         line = self._startup.handle(message)
         if line:
             self._screen.line(line)
+        if isinstance(message, ProcessReady) and message.kind == "router":
+            self._keep_ports(message.name)
         if self._startup.all_ready and not self._was_ready and not self.stopping:
             self._was_ready = True
             self._screen.close_bars()
             self.spawn(self._announce(self._startup.addresses))
+
+    def _keep_ports(self, name: str) -> None:
+        """A router that starts again listens where clients know it."""
+        if name in self._planned:
+            self._planned[name] = keep_ports(self._planned[name], self._startup.addresses)
 
     async def _announce(self, addresses: ServiceAddresses) -> None:
         """Ask the service itself until it is ready, then say so."""
