@@ -318,6 +318,18 @@ def test_lost_tokens_move_the_request():
     assert state.num_dropped == 1
 
 
+def test_an_end_without_all_tokens_moves_the_request():
+    state = make(n=2)
+    start(state)
+    state.tokens(item(0, 20, finish_reason="length"))
+    state.tokens(item(0, 5, choice=1))
+    _, wish = state.engine_ended(RequestEnded("r", 1))
+    assert wish is Wish.PLACE
+    admit, cancel = state.place((("both", "b"),), 0.0)
+    assert admit.message.outputs == (stream(0)[:20], stream(1)[:5])
+    assert cancel == SendTo("b", CancelRequest("r", 2, 0))  # that choice has ended
+
+
 def test_a_refusal_moves_and_an_error_ends():
     state = make()
     start(state)

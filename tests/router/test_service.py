@@ -143,6 +143,47 @@ async def test_a_request_waits_for_its_only_instance_to_come_back():
 
 
 @in_loop
+async def test_a_refusing_instance_is_asked_again_after_its_next_heartbeat():
+    cluster = FakeCluster("a")
+    request_id, sink = cluster.ask(max_tokens=5)
+    cluster.say(request_id, 0, "a")
+    cluster.end(request_id, code="unavailable")
+    for _ in range(20):
+        cluster.clock.now += 0.01
+        cluster.tick()
+    _, refused = cluster.ask()
+    assert refused.last.code == "unavailable"
+    cluster.beat("a", state="loading")
+    assert len(cluster.links.admits()) == 1
+    cluster.beat("a")
+    cluster.say(request_id, 1, "b", "length", 2)
+    cluster.end(request_id, 2)
+    assert sink.text == "ab"
+    assert isinstance(sink.last, RequestFinished)
+    cluster.close()
+
+
+@in_loop
+async def test_a_silent_instance_keeps_its_requests_until_there_is_a_better_place():
+    cluster = FakeCluster("a")
+    request_id, sink = cluster.ask(max_tokens=9)
+    cluster.say(request_id, 0, "a")
+    for _ in range(9):
+        cluster.clock.now += 0.1
+        cluster.tick()
+    assert [one.suspect for one in cluster.service.view] == [True]
+    cluster.say(request_id, 1, "b")  # it was only slow
+    cluster.join("b")
+    [first, second] = cluster.links.admits()
+    assert (first.attempt, second.attempt, len(second.outputs[0])) == (1, 2, 2)
+    assert cluster.links.sent[-1][0] == "b"
+    cluster.say(request_id, 2, "c", "length", 2)
+    cluster.end(request_id, 2)
+    assert sink.text == "abc"
+    cluster.close()
+
+
+@in_loop
 async def test_nobody_comes_back_forever():
     cluster = FakeCluster("a")
     _, sink = cluster.ask()

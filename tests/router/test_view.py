@@ -99,7 +99,7 @@ def test_three_silent_periods_are_suspect_and_one_word_ends_it():
     for step in range(1, 4):
         view.heartbeat(beat("b", seq=1 + step), 0.2 * step)
         assert view.tick(0.2 * step) == NOTHING
-    assert view.tick(0.7) == ViewChange(lost=("a",))
+    assert view.tick(0.7) == ViewChange(suspect=("a",))
     assert view.tick(0.75) == NOTHING
     assert usable(view) == ["b"]
     assert view.heartbeat(beat(seq=9), 0.8) == ViewChange(ready=("a",))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from xllm.errors import InvariantError, XllmError
+from xllm.errors import DeadlineError, InvariantError, UnavailableError, XllmError
 from xllm.protocol.client import RequestFailed, RequestFinished, TokenDelta
 from xllm.protocol.instance import (
     AdmitRequest,
@@ -22,13 +22,13 @@ from xllm.protocol.instance import (
     TokenBatch,
 )
 from xllm.protocol.transport.context import describe_error
+from xllm.router.flush import FlushTimer
 from xllm.router.inflight import InflightRequest, InstanceLinks
 from xllm.router.metrics import RouterMetrics
 from xllm.router.policy import Policy
 from xllm.router.state.endings import failed
 from xllm.router.state.instructions import Instruction, SendTo, Wish
 from xllm.router.state.request import RequestLife
-from xllm.router.state.wheel import FlushWheel
 from xllm.router.view import ClusterView, ViewChange
 
 _log = structlog.get_logger("router")
@@ -52,8 +52,7 @@ class Dispatcher:
         self._clock = clock
         self.open: dict[str, InflightRequest] = {}
         self._homeless: dict[str, InflightRequest] = {}
-        self._wheel: FlushWheel[InflightRequest] = FlushWheel()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer = FlushTimer(clock, self._flush)
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -120,6 +119,8 @@ class Dispatcher:
             return
         try:
             if isinstance(word, RequestEnded):
+                if word.code == UnavailableError.code and word.attempt == state.attempt:
+                    self._view.refused(request.placed)
                 self._carry_out(request, state.engine_ended(word))
             else:
                 self._carry_out(request, state.prompt_scores(word))
@@ -143,12 +144,25 @@ class Dispatcher:
         """Instances were lost or became usable."""
         for name in change.lost:
             _log.warning("instance_lost", instance=name)
-            for request in list(self.open.values()):
-                if request.placed == name and request.state is not None:
-                    self._carry_out(request, request.state.instance_lost(name))
+            self._move_all(name)
+        if change.suspect:
+            _log.warning("instance_silent", instances=change.suspect)
         if change.ready:
             _log.info("instance_ready", instances=change.ready)
             self._rehouse()
+        if change.suspect or change.ready:
+            self._desert()
+
+    def _desert(self) -> None:
+        """Move the requests of silent instances, if there is a better place for them."""
+        for one in list(self._view):
+            if one.suspect and one.num_inflight and self._view.usable(one.record.model):
+                self._move_all(one.name)
+
+    def _move_all(self, name: str) -> None:
+        for request in list(self.open.values()):
+            if request.placed == name and request.state is not None:
+                self._carry_out(request, request.state.instance_lost(name))
 
     # -- time --------------------------------------------------------------------------------
 
@@ -159,7 +173,7 @@ class Dispatcher:
             if request.state is not None:
                 self._carry_out(request, request.state.expire(now))
             else:
-                self.abort(request_id, "deadline_exceeded", "the request's time is over")
+                self.abort(request_id, DeadlineError.code, "the request's time is over")
         if self._homeless:
             self._rehouse()
 
@@ -170,31 +184,18 @@ class Dispatcher:
             if request_id in self.open:
                 self._place(request)
 
-    def _hold(self, request: InflightRequest, state: RequestLife) -> None:
-        due = self._clock() + state.spec.hold_s
-        self._wheel.add(request, due)
-        if self._timer is None:
-            self._arm()
-
-    def _arm(self) -> None:
-        due = self._wheel.next_due()
-        if due is None:
-            self._timer = None
+    def _flush(self, request: InflightRequest) -> None:
+        state = request.state
+        if state is None:
             return
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(max(0.0, due - self._clock()), self._flush)
-
-    def _flush(self) -> None:
-        for request in self._wheel.pop_due(self._clock()):
-            if request.state is not None:
-                self._carry_out(request, request.state.flush())
-        self._arm()
+        try:
+            self._carry_out(request, state.flush())
+        except Exception as error:
+            self._broken(request, state, error)
 
     def close(self) -> None:
         """Stop the timer."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timer.close()
 
     # -- carrying out ------------------------------------------------------------------------
 
@@ -210,7 +211,7 @@ class Dispatcher:
             elif isinstance(one, SendTo):
                 self._send(request, one)
             elif one is Wish.FLUSH:
-                self._hold(request, state)
+                self._timer.add(request, state.spec.hold_s)
             elif one is Wish.PLACE:
                 self._metrics.num_moves += state.num_moves > 0
                 self._leave(request)

@@ -42,10 +42,12 @@ class Intake:
         self._limits = limits
         self._record: InstanceRecord | None = None
         self._facts: ModelFacts | None = None
+        self._roots: dict[bytes, bytes] = {}
 
     def learn(self, record: InstanceRecord) -> None:
         """An instance of this model registered: its facts bound requests from now on."""
         self._record = record
+        self._roots.clear()
         self._facts = ModelFacts(
             record.max_model_len, record.vocab_size, self.text.longest_token_bytes
         )
@@ -101,7 +103,7 @@ class Intake:
         if request.resume is not None:
             seed = request.resume.seed
         sampling = _resolve(asked, drawn_seed if seed is None else seed, max_tokens)
-        root = root_hash(record.revision, "", _salt(tenant.salt, request.cache_salt))
+        root = self._root(record.revision, tenant.salt, request.cache_salt)
         stop_ids = frozenset(asked.stop_token_ids)
         return RequestSpec(
             request_id,
@@ -119,6 +121,15 @@ class Intake:
             request.traceparent,
             stop_ids if asked.ignore_eos else stop_ids.union(record.eos_ids),
         )
+
+    def _root(self, revision: str, tenant_salt: bytes, cache_salt: str) -> bytes:
+        """The root of a hash chain, remembered for the tenants' own prefixes: those are few."""
+        if cache_salt:
+            return root_hash(revision, "", _salt(tenant_salt, cache_salt))
+        root = self._roots.get(tenant_salt)
+        if root is None:
+            root = self._roots[tenant_salt] = root_hash(revision, "", _salt(tenant_salt, ""))
+        return root
 
     def encode_text(self, request: TokenizeText) -> tuple[int, ...]:
         """The ids that `tokenize` answers with."""

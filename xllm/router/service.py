@@ -179,10 +179,9 @@ class RouterService:
             return  # it was ended meanwhile, or the pool was closed
         opened.encoding = None
         try:
+            spec = done.result()
             if self.dispatcher.open.get(request_id) is opened:
-                self._start(opened, request, done.result())
-            else:
-                done.exception()
+                self._start(opened, request, spec)
         except Exception as error:
             self._refuse(request_id, opened, error)
 

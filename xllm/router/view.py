@@ -3,8 +3,8 @@
 Pure: told what happened and when, it says which instances became usable and which were lost. An
 instance is usable while it is registered, connected, heard of under the registered incarnation
 within three heartbeat periods, and says that it is ready. Three silent periods make it suspect,
-and suspicion is enough to move its requests: their words carry attempts, so being wrong costs
-time and nothing else.
+and suspicion is enough to move its requests to another: their words carry attempts, so being
+wrong costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -61,11 +61,13 @@ class DaemonView:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ViewChange:
-    """What an event changed: names of instances that can take requests now, and of those whose
-    requests must go elsewhere."""
+    """What an event changed: names of instances that can take requests now, of those whose
+    requests are lost there, and of those that fell silent (theirs move if there is a better
+    place)."""
 
     ready: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
+    suspect: tuple[str, ...] = ()
 
 
 _UNCHANGED = ViewChange()
@@ -173,6 +175,13 @@ class ClusterView:
             return ViewChange(lost=(one.name,))
         return self._changed(one, was)
 
+    def refused(self, name: str) -> None:
+        """An instance said that it takes no requests: believed until its next heartbeat."""
+        one = self._instances.get(name)
+        if one is not None:
+            one.state = "refusing"
+            self._usable.clear()
+
     def daemon_heartbeat(self, word: DaemonHeartbeat, now: float) -> None:
         """A KV cache daemon speaks."""
         self._daemons[word.publisher] = DaemonView(word, now)
@@ -190,15 +199,21 @@ class ClusterView:
             for one in self._instances.values():
                 one.heard_at = now
             return _UNCHANGED
-        lost = []
         limit = now - MISSED_HEARTBEATS * self._period_s
-        for one in self._instances.values():
-            if one.seq and not one.suspect and one.heard_at < limit:
-                one.suspect = True
-                lost.append(one)
-        for one in lost:
+        silent = [
+            one
+            for one in self._instances.values()
+            if one.seq and not one.suspect and one.heard_at < limit
+        ]
+        if not silent:
+            return _UNCHANGED
+        for one in silent:
+            one.suspect = True
             self._forget_leaving(one)
-        return ViewChange(lost=tuple(one.name for one in lost)) if lost else _UNCHANGED
+        return ViewChange(
+            lost=tuple(one.name for one in silent if one.leaving),
+            suspect=tuple(one.name for one in silent if not one.leaving),
+        )
 
     def _forget_leaving(self, one: InstanceView) -> None:
         self._usable.clear()

@@ -48,7 +48,7 @@ MAX_QUESTIONS = 64
 """Unanswered questions (health, tokenize) of one connection at most."""
 
 
-class ClientConnection:
+class ZmqConnection:
     """One client's connection: its open requests by its own numbers."""
 
     __slots__ = ("identity", "num_questions", "open", "tenant")
@@ -66,7 +66,7 @@ class ZmqSink:
 
     __slots__ = ("_connection", "_front")
 
-    def __init__(self, front: ZmqFront, connection: ClientConnection) -> None:
+    def __init__(self, front: ZmqFront, connection: ZmqConnection) -> None:
         self._front = front
         self._connection = connection
 
@@ -90,7 +90,7 @@ class ZmqFront:
     ) -> None:
         self._service = service
         self._spawn = spawn
-        self._connections: dict[bytes, ClientConnection] = {}
+        self._connections: dict[bytes, ZmqConnection] = {}
         self._cut: set[bytes] = set()
         self._socket: RouterSocket[ClientMessage] = RouterSocket(
             transport,
@@ -113,7 +113,7 @@ class ZmqFront:
         """Close the socket."""
         self._socket.close()
 
-    def reply(self, connection: ClientConnection, message: RouterMessage) -> None:
+    def reply(self, connection: ZmqConnection, message: RouterMessage) -> None:
         """Send to a connection; one that does not read loses its requests."""
         try:
             self._socket.send(connection.identity, message)
@@ -136,7 +136,7 @@ class ZmqFront:
     def _on_message(self, identity: bytes, message: ClientMessage, frames: list[bytes]) -> None:
         connection = self._connections.get(identity)
         if connection is None:
-            connection = self._connections[identity] = ClientConnection(identity)
+            connection = self._connections[identity] = ZmqConnection(identity)
         if isinstance(message, SubmitRequest):
             self._submit(connection, message)
         elif isinstance(message, AbortRequest):
@@ -151,7 +151,7 @@ class ZmqFront:
         else:
             self._ask(connection, message)
 
-    def _submit(self, connection: ClientConnection, request: SubmitRequest) -> None:
+    def _submit(self, connection: ZmqConnection, request: SubmitRequest) -> None:
         number = request.id
         if number in connection.open:
             error = ConflictError(f"request {number} of this connection is open", param="id")
@@ -165,7 +165,7 @@ class ZmqFront:
     # -- questions ---------------------------------------------------------------------------
 
     def _ask(
-        self, connection: ClientConnection, message: QueryHealth | TokenizeText | DetokenizeIds
+        self, connection: ZmqConnection, message: QueryHealth | TokenizeText | DetokenizeIds
     ) -> None:
         if connection.num_questions >= MAX_QUESTIONS:
             error = OverloadedError(f"{MAX_QUESTIONS} questions of this connection are open")
@@ -183,7 +183,7 @@ class ZmqFront:
         self._spawn(self._answer(connection, message.id, answer))
 
     async def _answer(
-        self, connection: ClientConnection, number: int, answer: Awaitable[RouterMessage]
+        self, connection: ZmqConnection, number: int, answer: Awaitable[RouterMessage]
     ) -> None:
         try:
             reply = msgspec.structs.replace(await answer, id=number)
