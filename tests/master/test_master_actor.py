@@ -299,6 +299,19 @@ def test_a_lost_worker_ends_its_requests_and_another_serves_on(run_dir):
     asyncio.run(scenario())
 
 
+def test_a_frozen_worker_that_is_not_ours_is_asked_to_stop(run_dir):
+    async def scenario():
+        async with stage(run_dir, toy_step_ms=1.0) as one:
+            one.router.admit("warm", range(20, 30))
+            await one.router.ends("warm")
+            one.master.workers._vigil.verdict = lambda now: "a step has not moved"
+            one.router.admit("a", range(20, 30), max_tokens=200)
+            assert (await one.router.ends("a")).code == "unavailable"
+            await one.router.until(lambda: one.worker.stopping)
+
+    asyncio.run(scenario())
+
+
 def test_an_instance_registers_when_it_is_ready_and_withdraws(run_dir):
     async def scenario():
         settings = make_settings(run_dir)

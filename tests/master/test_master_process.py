@@ -105,6 +105,7 @@ def test_a_worker_that_cannot_start_ends_the_master(run_dir):
         async with running(run_dir, run_nothing) as (master, router):
             await router.until(lambda: master.stopping, 30)
             assert master._exit_code == 64
+            assert master.state == "failed"
 
     asyncio.run(scenario())
 

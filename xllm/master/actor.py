@@ -62,6 +62,7 @@ class MasterActor(Actor):
         self._target = worker_target if settings.master.spawn_workers else None
         self._ready: WorkerReady | None = None
         self._draining = False
+        self._given_up = False
         self._loop: StepLoop | None = None
         self._bus: PublisherSocket | None = None
         self._conversation: RouterConversation | None = None
@@ -79,7 +80,9 @@ class MasterActor(Actor):
 
     @property
     def state(self) -> str:
-        """loading, ready or draining, as heartbeats say it."""
+        """loading, ready, draining or failed, as heartbeats say it."""
+        if self._given_up:
+            return "failed"
         if self._draining:
             return "draining"
         return "ready" if self.scheduler is not None else "loading"
@@ -261,6 +264,8 @@ class MasterActor(Actor):
     def worker_given_up(self, exit_code: int, code: str, reason: str) -> None:
         """Nothing will come back here."""
         _log.error("instance_given_up", code=code, reason=reason)
+        self._given_up = True
+        self.beat()
         if self._reporter is not None:
             self._reporter.failed(code, reason)
         self.request_stop(exit_code)

@@ -66,7 +66,8 @@ class RouterConversation:
         self.endpoint = self._socket.endpoint
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket; open probes stay unanswered."""
+        self._probes.clear()
         self._socket.close()
 
     def route(self, outcome: StepOutcome) -> None:

@@ -140,7 +140,7 @@ class StepPlanner:
         size = state.limits.block_size
         while budget > 0:
             seq = state.waiting.peek()
-            if seq is None:
+            if seq is None or state.num_running >= state.limits.max_running:
                 return
             match = state.tables.match(seq)
             if not self._can_start(seq, match):

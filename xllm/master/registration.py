@@ -33,6 +33,7 @@ class InstanceRegistration:
         self._name = name
         self._registration: Registration | None = None
         self._withdrawn = False
+        self._writing = asyncio.Lock()
         if cluster.registry:
             self._registry = open_registry(cluster.registry, transport)
 
@@ -41,11 +42,19 @@ class InstanceRegistration:
         if self._registry is None:
             return
         self._record = record
-        if self._registration is not None:
-            await self._registration.refresh()
-            return
+        async with self._writing:
+            if self._registration is None:
+                await self._register(self._registry)
+                return
+            try:
+                await self._registration.refresh()
+            except TransportError as error:
+                # The record goes out with the next registration at the latest.
+                _log.warning("registry_unreachable", error=error.message)
+
+    async def _register(self, registry: Registry) -> None:
         registration = Registration(
-            self._registry,
+            registry,
             instance_key(self._cluster.name, self._name),
             self._encoded,
             self._cluster.lease_s,
@@ -61,8 +70,14 @@ class InstanceRegistration:
                 return
 
     async def withdraw(self) -> None:
-        """End the registration and the connection."""
+        """End the registration and the connection; a write under way is waited for a little, so
+        that it does not come after the withdrawal."""
         self._withdrawn = True
+        try:
+            async with asyncio.timeout(_AGAIN_S):
+                await self._writing.acquire()
+        except TimeoutError:
+            _log.warning("registry_unreachable", error="a write is still unanswered")
         if self._registration is not None:
             await self._registration.withdraw()
         if self._registry is not None:

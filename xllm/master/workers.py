@@ -25,9 +25,11 @@ from xllm.protocol.actor.children import ChildExit, Children, ChildSpec
 from xllm.protocol.codec import Decoder
 from xllm.protocol.step import (
     LoadModel,
+    MasterMessage,
     PingWorker,
     StepPlan,
     StepResult,
+    StopWorker,
     WorkerFailed,
     WorkerHello,
     WorkerMessage,
@@ -150,7 +152,7 @@ class WorkerGroup:
     def _name(self) -> str:
         return f"{self._actor.name}/worker-0"
 
-    def _send(self, message: StepPlan | LoadModel | PingWorker) -> None:
+    def _send(self, message: MasterMessage) -> None:
         if self._identity is None:
             return
         try:
@@ -225,9 +227,13 @@ class WorkerGroup:
             self._started_at = now if reason else self._started_at
         else:
             reason = ""
-        if reason:
-            self._lose(reason)
-            self._children.signal(self._name, signal.SIGKILL)
+        if not reason:
+            return
+        if self._target is None:
+            # Not ours to kill: it ends itself, and whoever started it starts it again.
+            self._send(StopWorker())
+        self._lose(reason)
+        self._children.signal(self._name, signal.SIGKILL)
 
     def _lose(self, reason: str) -> None:
         """The connection is given up; a process of ours is ended, and its end restarts it."""
