@@ -7,6 +7,7 @@ import contextlib
 import socket
 
 import pytest
+import uvloop
 
 from tests.client.fake_router import FakeRouter
 from xllm import AsyncClient
@@ -292,3 +293,17 @@ def test_many_at_once():
         assert [d.text for d in done] == [str(i) for i in range(500)]
 
     talk(conversation)
+
+
+def test_answers_to_what_was_sent_before_the_connection():
+    """Reproducer: what is sent as a connection comes up once swallowed the wake-up for answers."""
+
+    async def main() -> None:
+        router = FakeRouter()
+        for _ in range(25):
+            async with AsyncClient(router.endpoint, timeout_s=5) as client:
+                done = await asyncio.gather(*(client.generate("echo a") for _ in range(64)))
+                assert len(done) == 64
+        router.close()
+
+    uvloop.run(main())

@@ -115,8 +115,13 @@ class Channel:
     # -- receiving ---------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Read all that is there (up to a fair share of the loop), then flush what waits."""
+        """Flush what waits, then read all that is there (up to a fair share of the loop).
+
+        In this order: a send may swallow the descriptor's edge for what has arrived meanwhile,
+        and nothing but a receive that finds nothing arms it again."""
         self._look_scheduled = False
+        if self._outboxes and not self._closed:
+            self._flush_all()
         for _ in range(_DRAIN_BATCH):
             if self._closed:
                 return
@@ -127,8 +132,6 @@ class Channel:
                 self._transport.handler_failed(self.name, error)
         else:
             self._schedule_look()
-        if self._outboxes and not self._closed:
-            self._flush_all()
 
     def _receive_one(self) -> bool:
         socket = self._socket
