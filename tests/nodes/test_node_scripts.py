@@ -156,7 +156,7 @@ def test_with_keys_only_those_who_are_allowed_get_in(run_dir, tmp_path):
         async def stranger():
             transport = Transport(Security.load(strange))
             address = f"tcp://127.0.0.1:{port};key={ours.public_key}"
-            registry = open_registry(address, transport, timeout_s=1.0)
+            registry = open_registry(address, transport, first_timeout_s=1.0)
             try:
                 await registry.get("/xllm/default/daemons/n-kvcache")
             finally:

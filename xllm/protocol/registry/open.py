@@ -28,7 +28,13 @@ def split_address(address: str) -> tuple[str, str]:
     return endpoint, server_key
 
 
-def open_registry(address: str, transport: Transport, *, timeout_s: float = 3.0) -> Registry:
+def open_registry(
+    address: str,
+    transport: Transport,
+    *,
+    timeout_s: float = 3.0,
+    first_timeout_s: float = 8.0,
+) -> Registry:
     """The registry at `ipc://path`, `inproc://name` or `tcp://host:port[;key=PUBLIC_KEY]`.
 
     The key is the public key of the node that serves the registry; without it a process that has
@@ -42,4 +48,10 @@ def open_registry(address: str, transport: Transport, *, timeout_s: float = 3.0)
         )
     if endpoint.startswith("tcp://") and not server_key and transport.security is not None:
         server_key = transport.security.public_key
-    return RemoteRegistry(transport, endpoint, server_key=server_key, timeout_s=timeout_s)
+    return RemoteRegistry(
+        transport,
+        endpoint,
+        server_key=server_key,
+        timeout_s=timeout_s,
+        first_timeout_s=first_timeout_s,
+    )

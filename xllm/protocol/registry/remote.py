@@ -53,7 +53,10 @@ R = TypeVar("R", LeaseAnswer, EntryAnswer, ListingAnswer, WriteAnswer, WatchAnsw
 
 
 class RemoteRegistry:
-    """A Registry at `endpoint`. Make it inside the running loop."""
+    """A Registry at `endpoint`. Make it inside the running loop.
+
+    Until the registry has answered once, calls wait `first_timeout_s`: both sides may be starting
+    on a busy machine."""
 
     def __init__(
         self,
@@ -62,11 +65,13 @@ class RemoteRegistry:
         *,
         server_key: str = "",
         timeout_s: float = 3.0,
+        first_timeout_s: float | None = None,
         probe_s: float = 1.0,
     ) -> None:
         self._transport = transport
         self._loop = asyncio.get_running_loop()
-        self._timeout_s = timeout_s
+        self._timeout_s = timeout_s if first_timeout_s is None else first_timeout_s
+        self._later_timeout_s = timeout_s
         self._probe_s = probe_s
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[RegistryReply]] = {}
@@ -219,6 +224,7 @@ class RemoteRegistry:
         return BrokenError(f"the registry at {endpoint} {how} in {self._timeout_s:g} s")
 
     def _on_message(self, message: RegistryReply, frames: Sequence[bytes]) -> None:
+        self._timeout_s = self._later_timeout_s
         self._degraded = False
         if isinstance(message, EntriesChanged | WatchLost):
             watch = self._watches.get(message.watch)
