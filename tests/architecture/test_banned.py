@@ -204,3 +204,24 @@ def test_asserts_do_not_validate_what_comes_in():
             if compared and not is_none and names & {"request", "settings", "environ", "argv"}:
                 found.append(f"{source.path}:{node.lineno} {ast.unparse(node.test)}")
     assert found == []
+
+
+def test_nothing_is_dispatched_by_a_name_that_was_received():
+    """Behind the front ends no attribute or module is looked up by a name that is not written
+    in the code: messages choose from closed unions instead."""
+    behind = ("xllm/protocol/", "xllm/kvcache/", "xllm/master/", "xllm/worker/", "xllm/client/")
+    found = []
+    for source in sources("xllm"):
+        if not source.path.startswith(behind):
+            continue
+        for node in ast.walk(source.tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            looks_up = name in ("getattr", "setattr", "import_module", "importlib.import_module")
+            written = len(node.args) > 1 and isinstance(node.args[1], ast.Constant)
+            if name.endswith("import_module"):
+                written = isinstance(node.args[0], ast.Constant)
+            if (looks_up and not written) or name in ("globals", "vars", "locals", "__import__"):
+                found.append(f"{source.path}:{node.lineno} {ast.unparse(node)}")
+    assert found == []

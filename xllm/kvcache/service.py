@@ -109,25 +109,21 @@ def _split(data: bytes, size: int, param: str) -> list[bytes]:
 
 
 def _prometheus(counts: DramStatistics, num_refused: int) -> bytes:
-    gauges = {
-        "blocks": counts.num_blocks,
-        "reserved_blocks": counts.num_reserved,
-        "pinned_blocks": counts.num_pinned,
-        "used_bytes": counts.used_bytes,
-        "capacity_bytes": counts.capacity_bytes,
-        "peers": counts.num_peers,
-    }
-    counters = {
-        "stored_blocks": counts.num_stored_total,
-        "evicted_blocks": counts.num_evicted_total,
-        "dropped_blocks": counts.num_dropped_total,
-        "unplaced_blocks": counts.num_refused_total,
-        "refused_requests": num_refused,
-    }
+    rows = (
+        ("blocks", "gauge", "Blocks stored.", counts.num_blocks),
+        ("reserved_blocks", "gauge", "Blocks being written.", counts.num_reserved),
+        ("pinned_blocks", "gauge", "Blocks being read.", counts.num_pinned),
+        ("used_bytes", "gauge", "Bytes of the arena in use.", counts.used_bytes),
+        ("capacity_bytes", "gauge", "Size of the arena.", counts.capacity_bytes),
+        ("peers", "gauge", "Engines connected.", counts.num_peers),
+        ("stored_blocks_total", "counter", "Blocks stored so far.", counts.num_stored_total),
+        ("evicted_blocks_total", "counter", "Blocks that made room.", counts.num_evicted_total),
+        ("dropped_blocks_total", "counter", "Blocks found damaged.", counts.num_dropped_total),
+        ("unplaced_blocks_total", "counter", "Blocks without room.", counts.num_refused_total),
+        ("refused_requests_total", "counter", "Requests wrong in form.", num_refused),
+    )
     lines = []
-    for name, value in gauges.items():
-        lines.append(f"# TYPE xllm_kvcache_dram_{name} gauge\nxllm_kvcache_dram_{name} {value}\n")
-    for name, value in counters.items():
-        full = f"xllm_kvcache_dram_{name}_total"
-        lines.append(f"# TYPE {full} counter\n{full} {value}\n")
+    for row, kind, text, value in rows:
+        name = f"xllm_kvcache_dram_{row}"
+        lines.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n")
     return "".join(lines).encode()
