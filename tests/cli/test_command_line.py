@@ -63,6 +63,10 @@ def test_serve_takes_every_setting_as_a_flag(capsys):
         (["serve", "--config", "/nowhere.toml"], 64, "/nowhere.toml"),
         (["serve", "--host", "0.0.0.0"], 64, "--api-key-file"),
         (["serve", "--zmq-host", "0.0.0.0"], 64, "--cluster-keys-dir"),
+        (["serve", "--api-key-file", "/nowhere"], 64, "/nowhere"),
+        (["serve", "--cluster-keys-dir", "/nowhere"], 64, "/nowhere"),
+        (["serve", "--device", "npu"], 69, "torch_npu"),
+        (["serve", "--device", "gpu"], 64, "cuda"),
         (["serve", "--model", "/nowhere"], 69, "/nowhere"),
         (["router"], 64, "--registry"),
         (["kvcache"], 64, "--registry"),
@@ -82,6 +86,22 @@ def test_refusals_are_one_clear_line(arguments, code, words, capsys, monkeypatch
     assert err.startswith("xllm: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("files", "words"), [([], "tokenizer.json and no weights"), (["tokenizer.json"], "weights")]
+)
+def test_a_model_without_its_files(tmp_path, capsys, files, words):
+    for name in ["config.json", *files]:
+        (tmp_path / name).write_text("{}")
+    assert run_command(["serve", "--model", str(tmp_path)]) == 69
+    assert words in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr("xllm.cli.preflight._CUDA_DEVICES", ("/nowhere",))
+    assert run_command(["serve", "--device", "cuda"]) == 69
+    assert "no GPU" in capsys.readouterr().err
 
 
 def test_unknown_variables_refuse_to_start(capsys, monkeypatch):

@@ -13,7 +13,7 @@ import click
 
 from xllm.cli.flags import settings_options
 from xllm.cli.model_source import resolve_model
-from xllm.config.exposure import check_exposure
+from xllm.cli.preflight import check_device, check_model_files, check_settings
 from xllm.config.settings import Settings
 
 SECTIONS = ("model", "router", "serve", "worker", "scheduler", "master", "kvcache", "cluster")
@@ -24,10 +24,12 @@ SECTIONS = ("model", "router", "serve", "worker", "scheduler", "master", "kvcach
 def serve(settings: Settings) -> int:
     """Serve a model on this machine: router, masters, workers and KV cache daemon, with an
     OpenAI-compatible HTTP endpoint and a ZeroMQ one. Without --model, the demo model."""
-    check_exposure(settings)
+    check_settings(settings)
+    check_device(settings)
     path, name = resolve_model(settings.model)
     model = dataclasses.replace(settings.model, path=path, name=name)
     settings = dataclasses.replace(settings, model=model)
+    check_model_files(settings)
     check_free(settings.router.host, settings.router.port, "--port")
     check_free(settings.router.zmq_host, settings.router.zmq_port, "--zmq-port")
     return run_launcher(settings)
