@@ -196,7 +196,7 @@ class EntriesChanged(ArrayMessage, frozen=True):
     changes: tuple[Change, ...]
 
 
-class WatchLost(ArrayMessage):
+class WatchLost(ArrayMessage, frozen=True):
     """The history was cut before this watch was told all of it: list, compare, watch anew."""
 
     watch: int
