@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from xllm.worker.attention.paged import AttentionWorkspace, PagedAttention
@@ -34,14 +34,15 @@ def batches(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int, int]:
     room = NUM_BLOCKS * block_size // 6 - block_size
     spans = []
     for _ in range(draw(st.integers(1, 6))):
-        start = draw(st.integers(0, max(room - 1, 0)))
+        # A prompt's first chunk (often), or what follows one.
+        start = draw(st.one_of(st.just(0), st.integers(0, max(room - 1, 0))))
         rows = draw(st.one_of(st.just(1), st.integers(1, room - start or 1)))
         spans.append((start, rows))
     window = draw(st.one_of(st.just(0), st.integers(1, 40)))
     return spans, block_size, window, draw(st.integers(0, 1000))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(batches())
 def test_any_batch(batch: tuple[list[tuple[int, int]], int, int, int]) -> None:
     shapes, block_size, window, seed = batch
@@ -69,6 +70,7 @@ def test_any_batch(batch: tuple[list[tuple[int, int]], int, int, int]) -> None:
     q = torch.randn(len(fresh_keys), HEADS, DIM)
     plan = plan_window(spans, window, block_size, torch.float32, CPU)
     slots = torch.tensor(write_slots(spans, block_size))
+    event(f"{len(plan.fresh)} fresh groups")
     workspace = AttentionWorkspace(pool, torch.float32, CPU)
     attention = PagedAttention(pool, workspace, slots, {window: plan}, (window,))
     got = attention.attend(0, q, fresh_keys, fresh_values)
@@ -88,3 +90,57 @@ def test_workspace_is_kept() -> None:
     keys, values = workspace.take(6)
     assert keys.shape == values.shape == (6, 4 * KV_HEADS * DIM)
     assert workspace.take(3)[0].data_ptr() == keys.data_ptr()
+
+
+def test_every_form_of_work_is_planned() -> None:
+    """What `test_any_batch` draws reaches all forms; here they are named."""
+    spans = [
+        Span(0, 5, [0]),
+        Span(9, 1, [1, 2]),
+        Span(0, 7, [3]),
+        Span(4, 3, [4]),
+        Span(30, 1, [5, 6, 7, 8]),
+        Span(0, 300, list(range(9, 47))),
+    ]
+    full = plan_window(spans, 0, 8, torch.float32, CPU)
+    assert [(group.batch, group.width) for group in full.fresh] == [(2, 7)]
+    assert [(part.first_row, part.num_rows, part.fresh) for part in full.prefills] == [
+        (13, 3, False),
+        (17, 300, True),
+    ]
+    assert [group.width for group in full.decodes] == [2, 4]
+    # A window that is shorter than a prompt takes it out of the group; decodes see its blocks.
+    windowed = plan_window(spans, 6, 8, torch.float32, CPU)
+    assert windowed.fresh == ()
+    assert [part.fresh for part in windowed.prefills] == [False, False, False, True]
+    assert [(group.batch, group.width) for group in windowed.decodes] == [(1, 1), (1, 2)]
+
+
+def test_fresh_prompts_of_one_batch() -> None:
+    """Prompts of like length, padded to the longest, against the same prompts alone."""
+    torch.manual_seed(3)
+    layout = KvLayout(16, 4, 1, KV_HEADS, DIM, 4)
+    pool = KvPool(layout, PoolMemory(torch.zeros(layout.total_bytes // 4)))
+    spans = [Span(0, 5, [0, 1]), Span(0, 8, [2, 3]), Span(0, 6, [5, 4])]
+    q = torch.randn(19, HEADS, DIM)
+    k, v = torch.randn(2, 19, KV_HEADS, DIM).unbind()
+
+    def attend(chosen: list[Span], rows: slice) -> torch.Tensor:
+        plan = plan_window(chosen, 0, 4, torch.float32, CPU)
+        slots = torch.tensor(write_slots(chosen, 4))
+        workspace = AttentionWorkspace(pool, torch.float32, CPU)
+        attention = PagedAttention(pool, workspace, slots, {0: plan}, (0,))
+        assert len(plan.fresh) == (len(chosen) > 1)
+        return attention.attend(0, q[rows], k[rows], v[rows])
+
+    together = attend(spans, slice(0, 19))
+    alone = [
+        attend([span], slice(first, first + span.num_rows))
+        for span, first in zip(spans, (0, 5, 13), strict=True)
+    ]
+    assert (together - torch.cat(alone)).abs().max() < 1e-6
+    # What is no number in one of them stays in it, padding or not.
+    k[0], v[0] = float("nan"), float("inf")
+    spoilt = attend(spans, slice(0, 19))
+    assert not spoilt[:5].isfinite().any()
+    assert torch.equal(spoilt[5:], together[5:])

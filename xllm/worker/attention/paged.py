@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from xllm.worker.attention.plan import DecodeGroup, PrefillPart, WindowPlan
+from xllm.worker.attention.plan import DecodeGroup, FreshGroup, PrefillPart, WindowPlan
 from xllm.worker.memory.pool import KvPool
 
 
@@ -64,6 +64,8 @@ class PagedAttention:
         for group in plan.decodes:
             assert group.rows is not None
             out[group.rows] = self._decode(layer, group, q[group.rows])
+        for fresh in plan.fresh:
+            out[fresh.rows] = self._fresh(fresh, q, k, v)
         for part in plan.prefills:
             rows = slice(part.first_row, part.first_row + part.num_rows)
             out[rows] = self._prefill(layer, part, q[rows], k[rows], v[rows])
@@ -85,6 +87,17 @@ class PagedAttention:
         folded = q.reshape(group.batch, keys.shape[1], -1, keys.shape[3])
         found = F.scaled_dot_product_attention(folded, keys, values, attn_mask=group.mask)
         return found.reshape(group.batch, -1)
+
+    def _fresh(
+        self, group: FreshGroup, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """A causal batch, padded behind each prompt's end: no real row sees the padding."""
+        q, k, v = (
+            x[group.padded].view(group.batch, group.width, *x.shape[1:]).transpose(1, 2)
+            for x in (q, k, v)
+        )
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return found.transpose(1, 2).flatten(2).flatten(0, 1)[group.places]
 
     def _prefill(
         self, layer: int, part: PrefillPart, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

@@ -1,8 +1,9 @@
 """Which keys each row of a step sees: index tensors and masks, made once a step and window.
 
 Rows are laid out span by span. A span of one row is a decode: decodes of similar length are put
-into one padded batch. Longer spans are prefill chunks, attended one by one. Padding is the
-sequence's own first block, masked: no other sequence's numbers are ever read.
+into one padded batch. Longer spans are prefill chunks: those from position 0 are batched with
+others of similar length, the rest is attended one by one. Padding is the sequence's own first
+block or row, masked: no other sequence's numbers are ever read.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ _MAX_GROUP_TOKENS = 1 << 15
 
 _MAX_CHUNK_ROWS = 512
 """Rows of a prefill chunk that are attended at a time: bounds the mask."""
+
+_MAX_FRESH_ROWS = 256
+"""A fresh prompt of more rows is attended alone: nothing is gained by padding it."""
+
+_MAX_FRESH_GROUP_ROWS = 1 << 12
+"""Rows of one padded batch of fresh prompts at most."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,10 +67,23 @@ class PrefillPart:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class FreshGroup:
+    """Prompts from their first token on, attended together, causally: `padded` [batch * width]
+    names the row behind each place, `rows` the rows that are real and `places` theirs."""
+
+    batch: int
+    width: int
+    padded: torch.Tensor
+    rows: torch.Tensor
+    places: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class WindowPlan:
     """The work of one step for layers of one window."""
 
     decodes: tuple[DecodeGroup, ...]
+    fresh: tuple[FreshGroup, ...]
     prefills: tuple[PrefillPart, ...]
 
 
@@ -96,16 +116,26 @@ def plan_window(
     """The plan of a step's spans for one window (0: full attention)."""
     planner = _Planner(window, block_size, dtype, device)
     decodes: list[tuple[int, Span]] = []
+    fresh: dict[int, list[tuple[int, Span]]] = {}
     prefills: list[PrefillPart] = []
     row = 0
     for span in spans:
         if span.num_rows == 1:
             decodes.append((row, span))
+        elif planner.is_fresh(span) and span.num_rows <= _MAX_FRESH_ROWS:
+            fresh.setdefault((span.num_rows - 1).bit_length(), []).append((row, span))
         else:
             prefills.extend(planner.prefill(row, span))
         row += span.num_rows
+    fresh_groups: list[FreshGroup] = []
+    for exponent, items in sorted(fresh.items()):
+        for part in _parts(items, _MAX_FRESH_GROUP_ROWS >> exponent):
+            if len(part) == 1:
+                prefills.extend(planner.prefill(*part[0]))
+            else:
+                fresh_groups.append(planner.fresh(part))
     groups = tuple(planner.decode(part, row) for part in planner.grouped(decodes))
-    return WindowPlan(groups, tuple(prefills))
+    return WindowPlan(groups, tuple(fresh_groups), tuple(prefills))
 
 
 class _Planner:
@@ -131,8 +161,26 @@ class _Planner:
         parts: list[list[tuple[int, Span]]] = []
         for exponent, items in sorted(buckets.items()):
             size = max(_MAX_GROUP_TOKENS // (self._block_size << exponent), 1)
-            parts.extend(items[at : at + size] for at in range(0, len(items), size))
+            parts.extend(_parts(items, size))
         return parts
+
+    def is_fresh(self, span: Span) -> bool:
+        """Whether the rows of a span see each other alone, and the window cuts nothing off."""
+        return span.start == 0 and (not self._window or span.num_rows <= self._window)
+
+    def fresh(self, items: list[tuple[int, Span]]) -> FreshGroup:
+        width = max(span.num_rows for _, span in items)
+        padded: list[int] = []
+        rows: list[int] = []
+        places: list[int] = []
+        for number, (row, span) in enumerate(items):
+            own = range(row, row + span.num_rows)
+            padded.extend((*own, *[row] * (width - span.num_rows)))
+            rows.extend(own)
+            places.extend(range(number * width, number * width + span.num_rows))
+        return FreshGroup(
+            len(items), width, self._index(padded), self._index(rows), self._index(places)
+        )
 
     def decode(self, items: list[tuple[int, Span]], num_rows: int) -> DecodeGroup:
         tables: list[list[int]] = []
@@ -150,17 +198,15 @@ class _Planner:
         hidden = (columns < limits[:, :1]) | (columns >= limits[:, 1:])
         rows = [row for row, _ in items]
         return DecodeGroup(
-            None
-            if len(rows) == num_rows
-            else torch.tensor(rows, dtype=torch.int64, device=self._device),
+            None if len(rows) == num_rows else self._index(rows),
             len(items),
             width,
-            torch.tensor(flat, dtype=torch.int64, device=self._device),
+            self._index(flat),
             self._additive(hidden)[:, None, None, :],
         )
 
     def prefill(self, row: int, span: Span) -> list[PrefillPart]:
-        if span.start == 0 and (not self._window or span.num_rows <= self._window):
+        if self.is_fresh(span):
             return [PrefillPart(row, span.num_rows, fresh=True)]
         parts = []
         for offset in range(0, span.num_rows, _MAX_CHUNK_ROWS):
@@ -178,13 +224,14 @@ class _Planner:
                     row + offset,
                     count,
                     fresh=False,
-                    block_ids=torch.tensor(
-                        list(span.block_ids[first:last]), dtype=torch.int64, device=self._device
-                    ),
+                    block_ids=self._index(span.block_ids[first:last]),
                     mask=self._additive(hidden),
                 )
             )
         return parts
+
+    def _index(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
     def _additive(self, hidden: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
@@ -193,3 +240,7 @@ class _Planner:
 
 def _padded(table: list[int], width: int) -> list[int]:
     return table + table[:1] * (width - len(table))
+
+
+def _parts(items: list[tuple[int, Span]], size: int) -> list[list[tuple[int, Span]]]:
+    return [items[at : at + size] for at in range(0, len(items), size)]
