@@ -61,12 +61,14 @@ class LaunchScreen:
 
     def _move_bar(self, name: str, done: int, total: int) -> None:
         if self._progress is None:
+            from rich.console import Console
             from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
             self._progress = Progress(
                 TextColumn("         {task.description}"),
                 BarColumn(),
                 DownloadColumn(),
+                console=Console(file=self._stream),
                 transient=True,
             )
             self._progress.start()
