@@ -87,6 +87,12 @@ class Dispatcher:
         )
         self.fail(request_id, request, failed)
 
+    def slow_down(self, request_id: str, hold_s: float) -> None:
+        """Hold a request's tokens at least so long (0: as long as was asked)."""
+        request = self.open.get(request_id)
+        if request is not None and request.state is not None:
+            request.state.hold_s = max(hold_s, request.state.spec.hold_s)
+
     async def wait_empty(self) -> None:
         """Until no request is open."""
         await self._empty.wait()
@@ -211,7 +217,7 @@ class Dispatcher:
             elif isinstance(one, SendTo):
                 self._send(request, one)
             elif one is Wish.FLUSH:
-                self._timer.add(request, state.spec.hold_s)
+                self._timer.add(request, state.hold_s)
             elif one is Wish.PLACE:
                 self._metrics.num_moves += state.num_moves > 0
                 self._leave(request)

@@ -46,17 +46,25 @@ from xllm.router.service import RouterService
 _log = structlog.get_logger("zmq_front")
 MAX_QUESTIONS = 64
 """Unanswered questions (health, tokenize) of one connection at most."""
+SLOW_QUEUE = 1000
+"""A connection for which more messages wait gets fewer, larger ones until none waits."""
+SLOW_HOLD_S = 0.2
+RETRY_S = 0.2
+"""Between attempts to tell the ends of requests to a connection whose queue is full."""
 
 
 class ZmqConnection:
     """One client's connection: its open requests by its own numbers."""
 
-    __slots__ = ("identity", "num_questions", "open", "tenant")
+    __slots__ = ("identity", "is_slow", "num_questions", "open", "owed", "tenant")
 
     def __init__(self, identity: bytes) -> None:
         self.identity = identity
         self.open: dict[int, str] = {}
         self.num_questions = 0
+        self.is_slow = False
+        self.owed: list[RouterMessage] = []
+        """Messages other than deltas that found the queue full."""
         # Each connection is its own tenant to the text pool; prefixes are shared by all.
         self.tenant = Tenant(f"zmq-{identity.hex()[:32]}")
 
@@ -114,24 +122,54 @@ class ZmqFront:
         self._socket.close()
 
     def reply(self, connection: ZmqConnection, message: RouterMessage) -> None:
-        """Send to a connection; one that does not read loses its requests."""
+        """Send to a connection. One that reads slowly gets larger messages; one that does not
+        read at all loses its requests, and is told so if it reads again."""
+        identity = connection.identity
         try:
-            self._socket.send(connection.identity, message)
+            self._socket.send(identity, message)
+            if connection.is_slow or self._socket.num_queued(identity) > SLOW_QUEUE:
+                self._pace(connection)
         except BackpressureError:
-            if connection.identity not in self._cut:
-                self._cut.add(connection.identity)
+            if not isinstance(message, TokenDelta):
+                connection.owed.append(message)
+            if identity not in self._cut:
+                self._cut.add(identity)
                 _log.warning("client_does_not_read", num_open=len(connection.open))
+                loop = asyncio.get_running_loop()
                 # Later: the service is in the middle of this request.
-                asyncio.get_running_loop().call_soon(self._gone, connection.identity)
+                loop.call_soon(self._abort_all, connection)
+                loop.call_later(RETRY_S, self._pay, connection)
         except TransportError:
             pass  # it left; `_gone` follows
+
+    def _pace(self, connection: ZmqConnection) -> None:
+        num_queued = self._socket.num_queued(connection.identity)
+        if connection.is_slow and num_queued:
+            return
+        connection.is_slow = num_queued > SLOW_QUEUE
+        hold_s = SLOW_HOLD_S if connection.is_slow else 0.0
+        for request_id in connection.open.values():
+            self._service.dispatcher.slow_down(request_id, hold_s)
+
+    def _pay(self, connection: ZmqConnection) -> None:
+        """Say what is owed, as far as there is room."""
+        identity = connection.identity
+        if self._connections.get(identity) is not connection:
+            return
+        self._cut.discard(identity)
+        owed, connection.owed = connection.owed, []
+        for message in owed:
+            self.reply(connection, message)
+
+    def _abort_all(self, connection: ZmqConnection) -> None:
+        for request_id in list(connection.open.values()):
+            self._service.abort(request_id)
 
     def _gone(self, identity: bytes) -> None:
         self._cut.discard(identity)
         connection = self._connections.pop(identity, None)
         if connection is not None:
-            for request_id in list(connection.open.values()):
-                self._service.abort(request_id)
+            self._abort_all(connection)
 
     def _on_message(self, identity: bytes, message: ClientMessage, frames: list[bytes]) -> None:
         connection = self._connections.get(identity)
@@ -161,6 +199,8 @@ class ZmqFront:
         request_id = self._service.submit(request, connection.tenant, ZmqSink(self, connection))
         if number in connection.open:
             connection.open[number] = request_id
+            if connection.is_slow:
+                self._service.dispatcher.slow_down(request_id, SLOW_HOLD_S)
 
     # -- questions ---------------------------------------------------------------------------
 

@@ -65,6 +65,11 @@ class RouterSocket(Channel, Generic[T]):
         """Send to one peer. BrokenError: it is gone. BackpressureError: it does not read."""
         self._send(identity, (identity, encode(message), *frames))
 
+    def num_queued(self, identity: bytes) -> int:
+        """Messages that wait for a peer that does not read as fast as we write."""
+        outbox = self._outboxes.get(identity)
+        return len(outbox.messages) if outbox is not None else 0
+
     def send_encoded(self, identity: bytes, body: bytes) -> None:
         """The same for a message that is encoded already."""
         self._send(identity, (identity, body))

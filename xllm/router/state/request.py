@@ -50,6 +50,7 @@ class RequestLife:
         "cached_tokens",
         "choices",
         "ended",
+        "hold_s",
         "instance",
         "num_dropped",
         "num_moves",
@@ -66,6 +67,8 @@ class RequestLife:
         self.avoid: frozenset[str] = frozenset()
         """Instances that refused it."""
         self.ended = False
+        self.hold_s = spec.hold_s
+        """How long tokens are held at present; longer than asked while the client reads slowly."""
         self.cached_tokens = 0
         self.num_moves = 0
         self.num_dropped = 0
@@ -158,7 +161,7 @@ class RequestLife:
         spec = self.spec
         if not spec.stream:
             return _NOTHING
-        if not choice.num_sent or not spec.hold_s:
+        if not choice.num_sent or not self.hold_s:
             return (choice.delta(spec.client_id, self.attempt),)
         if self._flush_wished:
             return _NOTHING
