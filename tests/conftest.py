@@ -9,8 +9,10 @@ import shutil
 import tempfile
 import time
 import uuid
+from multiprocessing import resource_tracker
 
 import pytest
+import uvloop
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
@@ -41,12 +43,20 @@ def run_dir():
     shutil.rmtree(path, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def _once_a_process():
+    """What libraries open once and keep: libuv's signal pipe, multiprocessing's tracker."""
+    uvloop.new_event_loop().close()
+    resource_tracker.ensure_running()
+
+
 @pytest.fixture(autouse=True)
 def _leak_guard(request):
     """A test that starts processes leaves none behind, nor descriptors, nor shared memory."""
     if request.node.get_closest_marker("process") is None:
         yield
         return
+    request.getfixturevalue("_once_a_process")
     before = Leaks()
     yield
     deadline = time.monotonic() + LEAK_DEADLINE_S
