@@ -32,7 +32,7 @@ def make_pool(options: argparse.Namespace, url: urllib.parse.SplitResult) -> lis
     made = []
     for prompt in prompts(options.prompt_chars, min(options.shared_chars, options.prompt_chars)):
         body: dict[str, object] = {
-            "model": options.model,
+            "model": options.model or "xllm-demo",
             "max_tokens": options.tokens,
             "temperature": 0,
             "stream": options.stream,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xllm.protocol.bus import SnapshotOfBlocks
 from xllm.protocol.message import ArrayMessage, ArrayPart
 from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 
@@ -169,4 +170,12 @@ class FrameRefused(ArrayMessage, frozen=True):
     message: str
 
 
-InstanceReply = TokenBatch | PrefillDone | Drained | ProbeAnswer | EpochRefused | FrameRefused
+InstanceReply = (
+    TokenBatch
+    | PrefillDone
+    | Drained
+    | ProbeAnswer
+    | EpochRefused
+    | FrameRefused
+    | SnapshotOfBlocks
+)
