@@ -104,6 +104,15 @@ def test_a_gpu_that_is_not_there(capsys, monkeypatch):
     assert "no GPU" in capsys.readouterr().err
 
 
+def test_a_file_with_an_unknown_key(tmp_path, capsys):
+    path = tmp_path / "xllm.toml"
+    path.write_text("[router]\nprot = 1\n")
+    assert run_command(["serve", "--config", str(path)]) == 64
+    err = capsys.readouterr().err
+    assert "router.prot" in err
+    assert "router.port" in err
+
+
 def test_unknown_variables_refuse_to_start(capsys, monkeypatch):
     monkeypatch.setenv("XLLM_ROUTER_PROT", "1")
     assert run_command(["serve"]) == 64

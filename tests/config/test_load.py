@@ -38,7 +38,14 @@ def test_file_named_by_a_variable(config_file):
 
 
 def test_other_variables_are_not_ours():
-    assert load({}, None, {"HOME": "/x", "XLLMX": "1"}) == Settings()
+    assert load({}, None, {"HOME": "/x", "XLLMX": "1", "XLLM_TORCH": "torch"}) == Settings()
+
+
+def test_a_commands_own_defaults_lose_against_everything():
+    own = {"cluster.log_level": "warning"}
+    assert load({}, None, {}, defaults=own).cluster.log_level == "warning"
+    environ = {"XLLM_CLUSTER_LOG_LEVEL": "debug"}
+    assert load({}, None, environ, defaults=own).cluster.log_level == "debug"
 
 
 @pytest.mark.parametrize(
