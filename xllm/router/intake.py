@@ -69,16 +69,16 @@ class Intake:
         """RequestError for what is out of bounds; UnavailableError before any instance came."""
         check_request(request, self._limits, self._known_facts())
 
-    def encode(self, request: SubmitRequest) -> tuple[int, ...]:
-        """The prompt's token ids."""
+    def encode(self, request: SubmitRequest, owner: bytes = b"") -> tuple[int, ...]:
+        """The prompt's token ids. `owner`: the salt of the tenant that asks."""
         prompt = request.prompt
         if isinstance(prompt, tuple):
             return prompt
         if prompt is not None:
-            ids = self.text.encode(prompt)
+            ids = self.text.encode(prompt, owner=owner)
         else:
             assert request.messages is not None
-            ids = self._encode_talk(request.messages, request.chat_template_kwargs)
+            ids = self._encode_talk(request.messages, request.chat_template_kwargs, owner)
         if not ids:
             raise InvalidRequestError("the prompt has no tokens", param="prompt")
         return tuple(ids)
@@ -92,7 +92,7 @@ class Intake:
         deadline: float,
     ) -> RequestSpec:
         """Encode and hash a request that was checked."""
-        prompt_ids = self.encode(request)
+        prompt_ids = self.encode(request, tenant.salt)
         record = self._record
         assert record is not None
         asked = request.sampling
@@ -165,10 +165,10 @@ class Intake:
         return self._facts
 
     def _encode_talk(
-        self, messages: tuple[ChatMessage, ...], kwargs: dict[str, object]
+        self, messages: tuple[ChatMessage, ...], kwargs: dict[str, object], owner: bytes = b""
     ) -> list[int]:
         # The template writes the special tokens itself.
-        return self.text.encode(self.text.render(messages, kwargs), add_special_tokens=False)
+        return self.text.encode(self.text.render(messages, kwargs), False, owner)
 
 
 def is_long(prompt: str | tuple[int, ...] | None, messages: tuple[ChatMessage, ...] | None) -> bool:

@@ -22,6 +22,7 @@ from xllm.protocol.sampling import SamplingParams
 from xllm.router.text.detokenizer import Detokenizer, PieceDetokenizer, WindowDetokenizer
 from xllm.router.text.output import TextOutput
 from xllm.router.text.pieces import ByteLevelScheme, PieceScheme, PieceTable, find_scheme
+from xllm.router.text.segments import SegmentEncoder, make_segment_encoder
 from xllm.router.text.stops import StopMatcher
 from xllm.router.text.template import ChatTemplate, find_template
 
@@ -50,6 +51,10 @@ class TextModel:
         table_scheme = scheme or PieceScheme()
         self._all_pieces = PieceTable(tokenizer, table_scheme, frozenset())
         self._shown_pieces = PieceTable(tokenizer, table_scheme, self._special_ids)
+        self._segments: SegmentEncoder | None = None
+        if isinstance(scheme, ByteLevelScheme):
+            self._segments = make_segment_encoder(tokenizer)
+        self._adds_tokens = tokenizer.num_special_tokens_to_add(is_pair=False) > 0
         self.longest_token_bytes = _longest(tokenizer, scheme)
         """No token stands for more bytes: more than context x this cannot fit the context."""
 
@@ -64,8 +69,10 @@ class TextModel:
         size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         return size
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
+    def encode(self, text: str, add_special_tokens: bool = True, owner: bytes = b"") -> list[int]:
+        """Token ids of a text. `owner`: whose earlier texts may shorten the work."""
+        if self._segments is not None and not (add_special_tokens and self._adds_tokens):
+            return self._segments.encode(text, owner)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
