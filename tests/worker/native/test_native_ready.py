@@ -106,3 +106,10 @@ def equal_but_for_time(one: WorkerReady, two: WorkerReady) -> bool:
         for name in one.__struct_fields__
         if name != "load_s"
     )
+
+
+def test_warming_up_leaves_no_trace(tmp_path: Path) -> None:
+    driver = PlanDriver(make_model("qwen3", tmp_path))
+    pool = driver.executor._loaded().pool
+    assert all(not pool.keys(layer).any() and not pool.values(layer).any() for layer in range(3))
+    assert driver.executor.counter == 0

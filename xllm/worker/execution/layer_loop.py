@@ -92,5 +92,15 @@ class LayerLoop:
         ]
         return torch.cat(rows)
 
+    def warm_up(self, num_rows: int) -> None:
+        """Run `num_rows` rows of token 0 through model and head, so that libraries compile
+        their kernels before the first request waits for them. Leaves the pool zeroed."""
+        size = self._pool.layout.block_size
+        num_rows = min(num_rows, self._pool.layout.num_blocks * size)
+        span = Span(0, num_rows, range(-(-num_rows // size)))
+        with torch.inference_mode():
+            self._model.head(self.run([span], [0] * num_rows, ())[-1:])
+        self._pool.clear_slots(range(num_rows))
+
     def _index(self, numbers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)

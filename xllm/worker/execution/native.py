@@ -30,6 +30,7 @@ from xllm.worker.memory.pool import KvPool, KvPoolStatistics
 from xllm.worker.platform.platform import Platform, select_platform
 
 _KERNELS = "torch-sdpa-1"
+_WARM_UP_ROWS = (1, 32)
 
 
 def make_native_executor(settings: Settings, hooks: Sequence[LayerHook] = ()) -> Executor:
@@ -97,6 +98,8 @@ class NativeExecutor:
             TokenDrawer(model, platform.device, 1 if worker.deterministic else 0),
             max_model_len,
         )
+        for num_rows in _WARM_UP_ROWS:
+            self._engine.loop.warm_up(num_rows)
         type_name = str(dtype).removeprefix("torch.")
         mode = "deterministic" if worker.deterministic else "default"
         return WorkerReady(
