@@ -133,7 +133,8 @@ async def test_a_request_waits_for_its_only_instance_to_come_back():
     cluster.change(cluster.service.view.disconnected("a"))
     cluster.tick()
     assert not sink.messages
-    assert cluster.service.num_open == 1
+    statistics = cluster.service.dispatcher.statistics()
+    assert (statistics.num_open, statistics.num_homeless) == (1, 1)
     cluster.join("a", "2")
     assert [word.attempt for word in cluster.links.admits()] == [1, 2]
     cluster.say(request_id, 0, "a", "length", 2)

@@ -23,7 +23,7 @@ from xllm.protocol.instance import (
 )
 from xllm.protocol.transport.context import describe_error
 from xllm.router.flush import FlushTimer
-from xllm.router.inflight import InflightRequest, InstanceLinks
+from xllm.router.inflight import DispatcherStatistics, InflightRequest, InstanceLinks
 from xllm.router.metrics import RouterMetrics
 from xllm.router.policy import Policy
 from xllm.router.state.endings import failed
@@ -291,6 +291,11 @@ class Dispatcher:
             request.sink.send(message)
         except Exception as error:  # a front end's fault must not reach other requests
             _log.error("sink_failed", error=describe_error(error))
+
+    def statistics(self) -> DispatcherStatistics:
+        """How many requests are where."""
+        num_encoding = sum(one.state is None for one in self.open.values())
+        return DispatcherStatistics(len(self.open), num_encoding, len(self._homeless))
 
     def check(self) -> None:
         """InvariantError if the state cannot be."""

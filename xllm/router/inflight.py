@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any, Protocol
 
 from xllm.protocol.instance import AdmitRequest, CancelRequest, ProbeInstance
@@ -34,3 +35,14 @@ class InflightRequest:
         """The instance whose requests it counts among."""
         self.told = False
         """Whether a first token was handed out."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DispatcherStatistics:
+    """Counts of open requests at one moment."""
+
+    num_open: int
+    num_encoding: int
+    """Whose text is still being encoded."""
+    num_homeless: int
+    """That lost their instance and wait for another."""
