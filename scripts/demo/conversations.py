@@ -39,8 +39,8 @@ class Entry:
     follow_ups: list[tuple[list[str], str]] = dataclasses.field(default_factory=list)
 
 
-FIRST_QUESTION = "What is xLLM?"
-"""What the quick start asks: drawn more often than others."""
+FREQUENT = ("What is xLLM?", "What is xLLM?", "Who are you?", "What can you do?", "Hello")
+"""What people ask first: drawn more often than other questions."""
 
 FALLBACK = "I do not know that."
 """How the answer to everything else begins."""
@@ -118,14 +118,15 @@ class Conversations:
         self._fallback = next(
             index for index, entry in enumerate(entries) if entry.answer.startswith(FALLBACK)
         )
-        self._first = next(
-            index for index, entry in enumerate(entries) if FIRST_QUESTION in entry.questions
-        )
+        self._frequent = [
+            next(index for index, entry in enumerate(entries) if question in entry.questions)
+            for question in FREQUENT
+        ]
         self._order: list[int] = []
 
     def _next_entry(self) -> int:
         if not self._order:
-            self._order = list(range(len(self._entries))) + [self._fallback] * 8 + [self._first] * 3
+            self._order = list(range(len(self._entries))) + [self._fallback] * 8 + self._frequent
             self._rng.shuffle(self._order)
         return self._order.pop()
 

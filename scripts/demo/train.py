@@ -172,7 +172,7 @@ def main() -> None:
     """Train, save, evaluate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="model directory to write")
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=850)
     parser.add_argument("--rate", type=float, default=4e-3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
