@@ -30,8 +30,3 @@ def cpu_seconds(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / _TICKS
-
-
-def roles(status: list[dict[str, object]]) -> dict[str, int]:
-    """Pid by role of what `xllm serve` printed about its processes."""
-    return {str(entry["kind"]): int(str(entry["pid"])) for entry in status}

@@ -32,16 +32,16 @@ from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.endpoint import is_local
 
 WORDS = ["alpha", "beta", "gamma", "delta", "token", "cache", "batch", "model", "page", "queue"]
-POOL_SIZE = 512
+POOL_SIZE = 16_384
+"""Different prompts: more than any cache of encoded texts holds."""
 
 
 def prompts(num_chars: int, shared_chars: int) -> list[str]:
     """A pool of prompts of `num_chars` characters of which the first are the same in all."""
 
     def text(count: int, seed: int) -> str:
-        rng = random.Random(seed)
-        words = " ".join(rng.choice(WORDS) for _ in range(count // 5 + 1))
-        return words[:count]
+        words = random.Random(seed).choices(WORDS, k=count // 5 + 1)
+        return " ".join(words)[:count]
 
     shared = text(shared_chars, 0)
     return [shared + text(num_chars - shared_chars, 1 + i) for i in range(POOL_SIZE)]

@@ -92,12 +92,14 @@ def run_load(command: str) -> dict[str, Any]:
 
 
 def kind_of(pid: int) -> str:
-    """The role of a process of the service, as its children bear it in their names."""
+    """The role of a process of the service, by the name that it bears."""
     try:
-        words = pathlib.Path(f"/proc/{pid}/comm").read_text().strip()
+        name = pathlib.Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return "gone"
-    return next((role for role in ROLES if role in words), "launcher")
+    if not name.startswith("xllm:"):
+        return "launcher"
+    return next((role for role in ROLES if role in name), "master")
 
 
 class Bench:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -94,7 +95,10 @@ def test_children_report_how_they_ended(tmp_path):
                 await asyncio.sleep(0.01)
         assert (exits[0].name, exits[0].code, exits[0].expected) == ("seven", 7, False)
         pid = children.pids["sleeper"]
-        assert os.getpgid(pid) in (pid, os.getpgrp())
+        async with asyncio.timeout(10):
+            while pathlib.Path(f"/proc/{pid}/comm").read_text() != "xllm:sleeper\n":
+                await asyncio.sleep(0.01)
+        assert os.getpgid(pid) == pid
         await children.stop_all(5)
         assert (exits[1].name, exits[1].code, exits[1].expected) == ("sleeper", -15, True)
         assert not children.pids

@@ -22,6 +22,8 @@ from multiprocessing.context import SpawnProcess
 from xllm.errors import InvariantError
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_NAME_BYTES = 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +143,16 @@ class Children:
 
 def enter_child(target: Callable[..., None], parent_pid: int, *args: str | bytes) -> None:
     """First function of a spawned child: bind its life to the parent's, then run `target`."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(70)  # the parent died before the death signal was set
     os.setpgid(0, 0)
+    libc.prctl(_PR_SET_NAME, process_title(multiprocessing.current_process().name).encode())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     target(*args)
+
+
+def process_title(name: str) -> str:
+    """What `ps -o comm` and `top` show of the child `name`: 15 characters at most, its end."""
+    return "xllm:" + name[-(_NAME_BYTES - len("xllm:")) :]
