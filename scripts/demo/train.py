@@ -157,7 +157,7 @@ def save_model(network: DemoNetwork, tokenizer: Tokenizer, directory: Path) -> s
         "rope_theta": shape.rope_theta,
         "sliding_window": None,
         "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": "float32",
         "use_cache": True,
         "use_sliding_window": False,
         "vocab_size": shape.vocab_size,

@@ -17,7 +17,9 @@ class ClusterSettings:
 
     name: str = setting("default", "Name of the cluster: the root of its registry keys.")
     registry: str = setting(
-        "", "Address of the registry: ipc://... of a launcher, or etcd://host:port[,host:port]."
+        "",
+        "Address of the registry: ipc://... of a launcher, tcp://host:port[;key=...] of "
+        "`xllm registry`, or etcd://host:port[,host:port].",
     )
     launcher: str = setting(
         "", "Where this process reports its start (set by the launcher); empty: nowhere."
@@ -135,7 +137,12 @@ class WorkerSettings:
     kv_cache_bytes: int = setting(
         0, "Memory for KV; 0: chosen from what is free.", unit="bytes", low=0
     )
-    num_threads: int = setting(0, "Threads of the engine on a CPU; 0: all cores.", low=0, high=1024)
+    num_threads: int = setting(
+        0,
+        "Threads of the engine on a CPU; 0: all cores, or one for a model under 64 MiB.",
+        low=0,
+        high=1024,
+    )
     deterministic: bool = setting(False, "Bit-identical logits for a token in any batch.")
     rank: int = setting(0, "Rank of this worker in its instance.", low=0)
     toy_step_ms: float = setting(0.0, "Time of a toy step.", unit="ms", low=0, high=60000)
