@@ -12,6 +12,7 @@ import uuid
 from multiprocessing import resource_tracker
 
 import pytest
+import structlog
 import uvloop
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
@@ -48,6 +49,14 @@ def _once_a_process():
     """What libraries open once and keep: libuv's signal pipe, multiprocessing's tracker."""
     uvloop.new_event_loop().close()
     resource_tracker.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_logs():
+    """What a test sets up for logs ends with it: its captured streams are closed by then."""
+    yield
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
 
 
 @pytest.fixture(autouse=True)
