@@ -62,7 +62,7 @@ class Load:
         self.first_latencies: list[float] = []
         self.errors: dict[str, int] = {}
         self.num_tokens = 0
-        self.num_messages = 0
+        self.num_deltas = 0
         self.measuring = False
         self.ended = False
         self.drained = asyncio.Event()
@@ -84,8 +84,8 @@ class Load:
 
     def on_message(self, message: RouterMessage, frames: list[bytes]) -> None:
         kind = type(message)
-        self.num_messages += 1
         if kind is TokenDelta:
+            self.num_deltas += self.measuring
             count = len(message.token_ids)
             got = self.received[message.id]
             if message.first_index != got:
@@ -143,6 +143,7 @@ class Load:
             "requests": len(self.latencies),
             "requests_s": round(len(self.latencies) / span, 1),
             "tokens_s": round(self.num_tokens / span, 1),
+            "deltas_s": round(self.num_deltas / span, 1),
             "p50_ms": percentile(self.latencies, 0.5),
             "p99_ms": percentile(self.latencies, 0.99),
             "ttft_p50_ms": percentile(self.first_latencies, 0.5),

@@ -41,9 +41,9 @@ CASES: dict[str, tuple[str, str, float, str]] = {
     ),
     "zmq-stream-each": (
         ZMQ + "--concurrency 256 --tokens 256 --hold-ms 0 --prompt-chars 64",
-        "tokens_s",
+        "deltas_s",
         25_000,
-        "tokens/s",
+        "messages/s",
     ),
     "http-1": (HTTP + "--concurrency 64 --tokens 1", "requests_s", 2500, "requests/s"),
     "http-stream": (
