@@ -9,7 +9,14 @@ import pytest
 import uvloop
 import zmq
 
-from xllm.errors import BackpressureError, BrokenError, ClosedError, ConfigError, InvariantError
+from xllm.errors import (
+    BackpressureError,
+    BrokenError,
+    ClosedError,
+    ConfigError,
+    InvariantError,
+    ListenError,
+)
 from xllm.protocol.bus import BusMessage, RouterPresence
 from xllm.protocol.client import AbortRequest, BadMessage, ClientMessage, RouterMessage
 from xllm.protocol.codec import Decoder, encode
@@ -18,7 +25,7 @@ from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.limits import SocketLimits
 from xllm.protocol.transport.pubsub import PublisherSocket, SubscriberSocket
 from xllm.protocol.transport.router import RouterSocket
-from xllm.protocol.transport.security import Security, create_keys
+from xllm.protocol.transport.security import CLIENT_DOMAIN, Security, create_keys
 
 BOTH = Decoder(ClientMessage | RouterMessage)
 
@@ -255,6 +262,119 @@ def test_publisher_to_subscribers(endpoint):
     run(main())
 
 
+def test_an_address_that_cannot_be_leaves_the_other_publishers_heard(tmp_path):
+    async def main():
+        transport = Transport()
+        publisher = PublisherSocket(transport, f"ipc://{tmp_path}/p")
+        late = PublisherSocket(transport, f"ipc://{tmp_path}/late")
+        got = set()
+        subscriber = SubscriberSocket(
+            transport, Decoder(BusMessage), lambda topic, message: got.add(message.publisher)
+        )
+        subscriber.connect(publisher.endpoint)
+        for bad in ("tcp://192.0.2.1:9", "http://x", "tcp://127.0.0.1:x"):
+            with pytest.raises((BrokenError, ConfigError)):
+                subscriber.connect(bad)
+        with pytest.raises(BrokenError):
+            subscriber.connect("tcp://192.0.2.1:9", "k" * 40)
+        subscriber.connect(late.endpoint)
+        async with asyncio.timeout(5):
+            while got != {"p", "late"}:
+                publisher.publish(b"presence", RouterPresence("p", "i", 1))
+                late.publish(b"presence", RouterPresence("late", "i", 1))
+                await asyncio.sleep(0.005)
+        for thing in (subscriber, publisher, late, transport):
+            thing.close()
+
+    run(main())
+
+
+def test_one_subscriber_hears_publishers_with_and_without_keys(tmp_path):
+    async def main():
+        key = create_keys(str(tmp_path / "k"))
+        transport = Transport(Security.load(str(tmp_path / "k")))
+        far = PublisherSocket(transport, "tcp://127.0.0.1:0")
+        near = PublisherSocket(transport, f"ipc://{tmp_path}/p")
+        got = set()
+        subscriber = SubscriberSocket(
+            transport, Decoder(BusMessage), lambda topic, message: got.add(message.publisher)
+        )
+        subscriber.connect(far.endpoint, key)
+        subscriber.connect(near.endpoint)
+        async with asyncio.timeout(5):
+            while got != {"far", "near"}:
+                far.publish(b"presence", RouterPresence("far", "i", 1))
+                near.publish(b"presence", RouterPresence("near", "i", 1))
+                await asyncio.sleep(0.005)
+        for thing in (subscriber, near, far, transport):
+            thing.close()
+
+    run(main())
+
+
+def test_nonsense_from_a_peer_that_does_not_read_is_no_handlers_fault(tmp_path):
+    async def main():
+        transport = Transport()
+        limits = SocketLimits(high_water_mark=1, max_queued_messages=1)
+        router = RouterSocket(
+            transport,
+            f"ipc://{tmp_path}/s",
+            BOTH,
+            lambda identity, message, frames: None,
+            bad_reply=lambda text: BadMessage(message="x" * 30_000),
+            limits=limits,
+        )
+        raw = zmq.Context()
+        stuck = raw.socket(zmq.DEALER)
+        stuck.linger = 0
+        stuck.setsockopt(zmq.RCVHWM, 1)
+        stuck.setsockopt(zmq.RCVBUF, 4096)
+        stuck.connect(router.endpoint)
+        for number in range(300):
+            stuck.send(b"\xc1")
+            await until(lambda number=number: router.statistics().num_bad > number)
+        assert router.statistics().num_queued == 1
+        assert transport.num_handler_errors == 0
+        stuck.close()
+        raw.term()
+        router.close()
+        transport.close()
+
+    run(main())
+
+
+def test_peers_that_do_not_read_are_not_tried_at_every_look(tmp_path, monkeypatch):
+    async def main():
+        transport = Transport()
+        router, dealer, _got = echo_pair(transport, f"ipc://{tmp_path}/s")
+        tries = []
+        monkeypatch.setattr(router, "_try_send", lambda parts: tries.append(1) or False)
+        router._enqueue(b"stuck", (b"stuck", b"x"))
+        begin = asyncio.get_running_loop().time()
+        for _ in range(2000):
+            router._look()
+        passed = asyncio.get_running_loop().time() - begin
+        assert 1 <= len(tries) <= 2 + passed / 0.001
+        for thing in (dealer, router, transport):
+            thing.close()
+
+    run(main())
+
+
+def test_ipv6_loopback_can_be_bound():
+    async def main():
+        transport = Transport()
+        router, dealer, got = echo_pair(transport, "tcp://[::1]:0")
+        dealer.send(AbortRequest(id=1))
+        await until(lambda: got)
+        for thing in (dealer, router, transport):
+            thing.close()
+
+    if not sockets.has_ipv6:
+        pytest.skip("no IPv6 here")
+    run(main())
+
+
 def test_a_handler_that_raises_loses_its_message_only(tmp_path):
     async def main():
         transport = Transport()
@@ -324,8 +444,11 @@ def test_a_taken_port_is_one_clear_error():
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = taken.getsockname()[1]
-            with pytest.raises(BrokenError, match="cannot listen"):
+            with pytest.raises(ListenError, match="cannot listen") as caught:
                 PublisherSocket(transport, f"tcp://127.0.0.1:{port}")
+            assert caught.value.exit_code == 71
+            with pytest.raises(ListenError, match="cannot listen"):
+                PublisherSocket(transport, "ipc:///nowhere/at/all")
         transport.close()
 
     run(main())
@@ -370,6 +493,56 @@ def test_keys_admit_the_listed_and_nobody_else(tmp_path):
             thing.close()
 
     run(main())
+
+
+def test_a_clients_key_opens_the_client_front_only(tmp_path):
+    async def main():
+        server_key = create_keys(str(tmp_path / "server"))
+        create_keys(str(tmp_path / "client"))
+        clients = tmp_path / "server" / "clients"
+        clients.mkdir()
+        (clients / "c.key").write_bytes((tmp_path / "client" / "node.key").read_bytes())
+        server = Transport(Security.load(str(tmp_path / "server")))
+        client = Transport(Security.load(str(tmp_path / "client")))
+        seen, refused = [], []
+
+        def listen(name, domain):
+            return RouterSocket(
+                server,
+                "tcp://127.0.0.1:0",
+                BOTH,
+                lambda i, message, f: seen.append((name, message.id)),
+                **domain,
+            )
+
+        def join(transport, router, **more):
+            return DealerSocket(
+                transport, router.endpoint, BOTH, lambda m, f: None, server_key=server_key, **more
+            )
+
+        front = listen("front", {"domain": CLIENT_DOMAIN})
+        inner = listen("inner", {})
+        things = [
+            join(client, front),
+            join(client, inner, on_refused=lambda: refused.append(1)),
+            join(server, front),
+            join(server, inner),
+        ]
+        for number, one in enumerate(things):
+            one.send(AbortRequest(id=number))
+        await until(lambda: refused and len(seen) == 3)
+        assert sorted(seen) == [("front", 0), ("front", 2), ("inner", 3)]
+        for thing in (*things, front, inner, client, server):
+            thing.close()
+
+    run(main())
+
+
+def test_a_file_without_a_key_is_named(tmp_path):
+    create_keys(str(tmp_path / "k"))
+    (tmp_path / "k" / "allowed" / "bad.key").write_text("nothing")
+    with pytest.raises(ConfigError, match=r"bad\.key"):
+        Transport(Security.load(str(tmp_path / "k")))
 
 
 def test_a_key_that_others_can_read_is_refused(tmp_path):

@@ -243,9 +243,12 @@ def test_a_number_in_use_is_a_conflict(in_bench):
         client.submit(1, 5)
         await until(lambda: client.ids(1))
         client.submit(1, 5)
-        assert (await client.last(1)).code == "conflict"
+        await until(lambda: client.bad)
+        assert "request 1 " in client.bad[0].message
         instance.finish(instance.admits[0])
         await client.last(1, RequestFinished)
+        ends = [one for one in client.heard[1] if not isinstance(one, TokenDelta)]
+        assert len(ends) == 1
         assert len(instance.admits) == 1
         client.submit(1, 5)
         await until(lambda: len(instance.admits) == 2)

@@ -6,7 +6,15 @@ import asyncio
 
 from tests.router.fake_cluster import FakeCluster, in_loop, text_model
 from xllm.errors import BackpressureError, BrokenError
-from xllm.protocol.client import RequestFailed, RequestFinished, SubmitRequest, TokenDelta
+from xllm.protocol.client import (
+    ListModels,
+    QueryHealth,
+    QueryStatus,
+    RequestFailed,
+    RequestFinished,
+    SubmitRequest,
+    TokenDelta,
+)
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.transport.context import Transport
 from xllm.router import zmq_front
@@ -21,12 +29,14 @@ class FakeSocket:
         self.num_waiting = 0
         self.full = False
         self.gone = False
+        self.room = 1 << 30
 
     def send(self, identity, message) -> None:
         if self.gone:
             raise BrokenError("gone")
-        if self.full:
+        if self.full or self.room == 0:
             raise BackpressureError("full")
+        self.room -= 1
         self.sent.append(message)
 
     def num_queued(self, identity) -> int:
@@ -116,6 +126,78 @@ async def test_a_connection_that_does_not_read_loses_its_requests_and_hears_of_i
     one.cluster.say(admit.request_id, 0, "a", "length")
     one.cluster.end(admit.request_id)
     assert [type(message) for message in one.socket.sent[3:]] == [TokenDelta, RequestFinished]
+    one.close()
+
+
+@in_loop
+async def test_nothing_is_begun_for_a_connection_that_is_cut():
+    one = Front(1)
+    one.socket.full = True
+    one.say("a")  # its delta is dropped: the connection is cut
+    admitted = len(one.cluster.links.admits())
+    one.submit(7)
+    one.submit(8)
+    for number in range(10_000):
+        one.front._on_message(b"c", ListModels(id=number), [])
+        one.front._on_message(b"c", QueryStatus(id=number), [])
+        one.front._on_message(b"c", QueryHealth(id=number), [])
+    await asyncio.sleep(0)
+    connection = one.front._connections[b"c"]
+    assert one.cluster.service.num_open == 0
+    assert len(one.cluster.links.admits()) == admitted
+    assert [(owed.id, owed.code) for owed in connection.owed] == [
+        (7, "overloaded"),
+        (8, "overloaded"),
+        (0, "aborted"),
+    ]
+    one.socket.full = False
+    async with asyncio.timeout(10):
+        while connection.is_cut:
+            await asyncio.sleep(0.01)
+    assert [message.id for message in one.socket.sent] == [7, 8, 0]
+    one.front._on_message(b"c", ListModels(id=3), [])
+    assert one.socket.sent[-1].id == 3
+    one.close()
+
+
+@in_loop
+async def test_what_is_owed_to_a_connection_is_bounded():
+    one = Front(1)
+    one.socket.full = True
+    one.say("a")
+    for number in range(100, 100 + 2 * zmq_front.MAX_REFUSALS):
+        one.submit(number)
+    await asyncio.sleep(0)
+    connection = one.front._connections[b"c"]
+    assert len(connection.owed) == zmq_front.MAX_REFUSALS + 1
+    one.socket.num_waiting = zmq_front.SLOW_QUEUE + 1
+    one.socket.room = 5
+    one.socket.full = False
+    one.front._pay(connection)
+    assert len(one.socket.sent) == 5
+    assert connection.is_cut  # it took some, and is not done
+    one.front._gone(b"c")
+    one.front._pay(connection)
+    assert len(one.socket.sent) == 5
+    one.close()
+
+
+@in_loop
+async def test_the_delta_that_cuts_a_connection_ends_its_request():
+    """A request that is submitted just before its first delta finds the queue full."""
+    one = Front(0)
+    one.submit(1)
+    one.socket.full = True
+    one.say("a")
+    one.socket.full = False  # it reads again at once: the delta is lost all the same
+    one.say("b", "length")
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        while not one.socket.sent:
+            await asyncio.sleep(0.01)
+    [end] = one.socket.sent
+    assert (type(end), end.id, end.code) == (RequestFailed, 1, "overloaded")
+    assert len(end.request_id) == 32
     one.close()
 
 

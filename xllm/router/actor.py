@@ -7,6 +7,7 @@ time passes. Invariant: there is a link for each instance of the view, and for n
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import structlog
 
 from xllm.config.exposure import check_exposure
 from xllm.config.settings import Settings
-from xllm.errors import BadMessageError, ConfigError, DependencyError, TransportError
+from xllm.errors import BadMessageError, ConfigError
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
 from xllm.protocol.bus import BusMessage, RouterPresence
@@ -32,6 +33,7 @@ from xllm.protocol.records import (
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.keeper import Registration
 from xllm.protocol.registry.open import open_registry
+from xllm.protocol.registry.waiting import wait_registry
 from xllm.protocol.registry_wire import Change
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.pubsub import PublisherSocket
@@ -114,7 +116,13 @@ class RouterActor(Actor):
         self._bus = PublisherSocket(self.transport, self._bus_endpoint())
         self._closers.append(self._bus.close)
         zmq_endpoint = f"tcp://{_bracketed(settings.router.zmq_host)}:{settings.router.zmq_port}"
-        self.zmq = ZmqFront(self.transport, zmq_endpoint, self.service, self.spawn)
+        self.zmq = ZmqFront(
+            self.transport,
+            zmq_endpoint,
+            self.service,
+            self.spawn,
+            max_bytes=settings.router.max_body_bytes,
+        )
         self._closers.append(self.zmq.close)
         self.every(TICK_S, self._tick)
         self.every(settings.cluster.heartbeat_s, self._beat)
@@ -131,11 +139,11 @@ class RouterActor(Actor):
         if not cluster.registry:
             raise ConfigError("cluster.registry is not set", param="cluster.registry")
         registry = self._registry = open_registry(cluster.registry, self.transport)
-        try:
-            await registry.watch(instance_key(cluster.name, ""), self._instances_changed)
-            await registry.watch(daemon_key(cluster.name, ""), self._daemons_changed)
-        except TransportError as error:
-            raise DependencyError(f"the registry does not answer: {error.message}") from error
+        for prefix, changed in (
+            (instance_key(cluster.name, ""), self._instances_changed),
+            (daemon_key(cluster.name, ""), self._daemons_changed),
+        ):
+            await wait_registry(cluster, functools.partial(registry.watch, prefix, changed))
 
     async def _register(self) -> None:
         assert self._registry is not None
@@ -155,7 +163,7 @@ class RouterActor(Actor):
             lambda: encode(record),
             cluster.lease_s,
         )
-        await self._registration.start()
+        await wait_registry(cluster, self._registration.start)
 
     def _bus_endpoint(self) -> str:
         configured = self._settings.router.bus_endpoint

@@ -1,13 +1,16 @@
 """The ZeroMQ front end: clients' messages to the service, and its answers back.
 
 Knows connections by identity and each client's own request numbers; decides nothing about
-requests. A connection that goes away aborts its requests. Invariant: an open number of a
-connection stands for exactly one open request.
+requests. A connection that goes away aborts its requests, and so does one that does not read: it
+is cut, which means that nothing is begun for it until it reads again. Invariants: an open number
+of a connection stands for exactly one open request; a request of which a delta was dropped ends
+as a failure; what waits for a connection is bounded.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -16,7 +19,6 @@ import structlog
 
 from xllm.errors import (
     BackpressureError,
-    ConflictError,
     OverloadedError,
     TransportError,
     XllmError,
@@ -31,6 +33,7 @@ from xllm.protocol.client import (
     QueryHealth,
     QueryStatus,
     RequestFailed,
+    RequestFinished,
     RouterMessage,
     SubmitRequest,
     TokenDelta,
@@ -38,8 +41,9 @@ from xllm.protocol.client import (
 )
 from xllm.protocol.codec import Decoder
 from xllm.protocol.transport.context import Transport, describe_error
-from xllm.protocol.transport.limits import CLIENT_LIMITS
+from xllm.protocol.transport.limits import client_limits
 from xllm.protocol.transport.router import RouterSocket
+from xllm.protocol.transport.security import CLIENT_DOMAIN
 from xllm.router.front import Tenant
 from xllm.router.service import RouterService
 
@@ -50,21 +54,28 @@ SLOW_QUEUE = 1000
 """A connection for which more messages wait gets fewer, larger ones until none waits."""
 SLOW_HOLD_S = 0.2
 RETRY_S = 0.2
-"""Between attempts to tell the ends of requests to a connection whose queue is full."""
+"""Between attempts to tell the ends of requests to a connection that was cut."""
+MAX_REFUSALS = 4096
+"""Refused submits that a cut connection will be told of; further ones are dropped."""
+
+NOT_READ = "this connection does not read its answers"
 
 
 class ZmqConnection:
     """One client's connection: its open requests by its own numbers."""
 
-    __slots__ = ("identity", "is_slow", "num_questions", "open", "owed", "tenant")
+    __slots__ = ("identity", "is_cut", "is_slow", "num_questions", "open", "owed", "tenant", "torn")
 
     def __init__(self, identity: bytes) -> None:
         self.identity = identity
         self.open: dict[int, str] = {}
         self.num_questions = 0
         self.is_slow = False
-        self.owed: list[RouterMessage] = []
-        """Messages other than deltas that found the queue full."""
+        self.is_cut = False
+        """Its queue was full: it is told the ends of its requests once it reads again."""
+        self.owed: deque[RequestFinished | RequestFailed] = deque()
+        self.torn: set[int] = set()
+        """Open requests of which a delta was dropped: they cannot end well any more."""
         # Each connection is its own tenant to the text pool; prefixes are shared by all.
         self.tenant = Tenant(f"zmq-{identity.hex()[:32]}")
 
@@ -87,7 +98,8 @@ class ZmqSink:
 
 
 class ZmqFront:
-    """Listens on `endpoint` for clients. `spawn` runs a coroutine as a task of the actor."""
+    """Listens on `endpoint` for clients. `spawn` runs a coroutine as a task of the actor;
+    `max_bytes`: of a client's message."""
 
     def __init__(
         self,
@@ -95,11 +107,12 @@ class ZmqFront:
         endpoint: str,
         service: RouterService,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[Any]],
+        *,
+        max_bytes: int = 4 << 20,
     ) -> None:
         self._service = service
         self._spawn = spawn
         self._connections: dict[bytes, ZmqConnection] = {}
-        self._cut: set[bytes] = set()
         self._socket: RouterSocket[ClientMessage] = RouterSocket(
             transport,
             endpoint,
@@ -107,7 +120,8 @@ class ZmqFront:
             self._on_message,
             on_gone=self._gone,
             bad_reply=lambda text: BadMessage(message=text),
-            limits=CLIENT_LIMITS,
+            limits=client_limits(max_bytes),
+            domain=CLIENT_DOMAIN,
             name="clients",
         )
         self.endpoint = self._socket.endpoint
@@ -124,23 +138,35 @@ class ZmqFront:
     def reply(self, connection: ZmqConnection, message: RouterMessage) -> None:
         """Send to a connection. One that reads slowly gets larger messages; one that does not
         read at all loses its requests, and is told so if it reads again."""
+        if connection.is_cut:
+            self._owe(connection, message)
+            return
         identity = connection.identity
         try:
             self._socket.send(identity, message)
             if connection.is_slow or self._socket.num_queued(identity) > SLOW_QUEUE:
                 self._pace(connection)
         except BackpressureError:
-            if not isinstance(message, TokenDelta):
-                connection.owed.append(message)
-            if identity not in self._cut:
-                self._cut.add(identity)
-                _log.warning("client_does_not_read", num_open=len(connection.open))
-                loop = asyncio.get_running_loop()
-                # Later: the service is in the middle of this request.
-                loop.call_soon(self._abort_all, connection)
-                loop.call_later(RETRY_S, self._pay, connection)
+            connection.is_cut = True
+            _log.warning("client_does_not_read", num_open=len(connection.open))
+            loop = asyncio.get_running_loop()
+            # Later: the service is in the middle of this request.
+            loop.call_soon(self._abort_all, connection)
+            loop.call_later(RETRY_S, self._pay, connection)
+            self._owe(connection, message)
         except TransportError:
             pass  # it left; `_gone` follows
+
+    def _owe(self, connection: ZmqConnection, message: RouterMessage) -> None:
+        """The connection is cut: keep the ends of its requests, drop the rest. (Its requests
+        are aborted when it is cut, and it gets no new ones.)"""
+        if type(message) is TokenDelta:
+            connection.torn.add(message.id)
+        elif isinstance(message, RequestFinished | RequestFailed):
+            if isinstance(message, RequestFinished) and message.id in connection.torn:
+                message = _failed(message.id, OverloadedError(NOT_READ), message.request_id)
+            connection.torn.discard(message.id)
+            connection.owed.append(message)
 
     def _pace(self, connection: ZmqConnection) -> None:
         num_queued = self._socket.num_queued(connection.identity)
@@ -152,21 +178,29 @@ class ZmqFront:
             self._service.dispatcher.slow_down(request_id, hold_s)
 
     def _pay(self, connection: ZmqConnection) -> None:
-        """Say what is owed, as far as there is room."""
+        """Say what is owed, as far as there is room; then the connection is as good as new."""
         identity = connection.identity
         if self._connections.get(identity) is not connection:
             return
-        self._cut.discard(identity)
-        owed, connection.owed = connection.owed, []
-        for message in owed:
-            self.reply(connection, message)
+        owed = connection.owed
+        try:
+            while owed:
+                self._socket.send(identity, owed[0])
+                owed.popleft()
+        except BackpressureError:
+            pass  # it still does not read
+        except TransportError:
+            return  # it left; `_gone` follows
+        if owed or self._socket.num_queued(identity) > SLOW_QUEUE:
+            asyncio.get_running_loop().call_later(RETRY_S, self._pay, connection)
+        else:
+            connection.is_cut = False
 
     def _abort_all(self, connection: ZmqConnection) -> None:
         for request_id in list(connection.open.values()):
             self._service.abort(request_id)
 
     def _gone(self, identity: bytes) -> None:
-        self._cut.discard(identity)
         connection = self._connections.pop(identity, None)
         if connection is not None:
             self._abort_all(connection)
@@ -181,6 +215,8 @@ class ZmqFront:
             request_id = connection.open.get(message.id)
             if request_id:
                 self._service.abort(request_id)
+        elif connection.is_cut:
+            return  # nobody would read the answer
         elif isinstance(message, ListModels):
             self.reply(connection, ModelList(id=message.id, models=self._service.models()))
         elif isinstance(message, QueryStatus):
@@ -192,8 +228,12 @@ class ZmqFront:
     def _submit(self, connection: ZmqConnection, request: SubmitRequest) -> None:
         number = request.id
         if number in connection.open:
-            error = ConflictError(f"request {number} of this connection is open", param="id")
-            self.reply(connection, _failed(number, error))
+            # Not a `failed`: the open request hears exactly one.
+            self.reply(connection, BadMessage(message=f"request {number} is open: its id is taken"))
+            return
+        if connection.is_cut:
+            if len(connection.owed) < MAX_REFUSALS:
+                connection.owed.append(_failed(number, OverloadedError(NOT_READ)))
             return
         connection.open[number] = ""
         request_id = self._service.submit(request, connection.tenant, ZmqSink(self, connection))
@@ -237,12 +277,13 @@ class ZmqFront:
         self.reply(connection, reply)
 
 
-def _failed(number: int, error: XllmError) -> RequestFailed:
+def _failed(number: int, error: XllmError, request_id: str = "") -> RequestFailed:
     retry_ms = int(error.retry_after_s * 1000) if isinstance(error, OverloadedError) else 0
     return RequestFailed(
         id=number,
         code=error.code,
         message=error.message,
+        request_id=request_id,
         param=error.param,
         retry_after_ms=retry_ms,
     )

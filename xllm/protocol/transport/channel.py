@@ -15,14 +15,20 @@ from collections.abc import Sequence
 
 import zmq
 
-from xllm.errors import BackpressureError, BrokenError, ClosedError, XllmError
+from xllm.errors import BackpressureError, BrokenError, ClosedError, ListenError, XllmError
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.endpoint import PathLock, check_bindable, is_local
 from xllm.protocol.transport.limits import SocketLimits, apply_options
-from xllm.protocol.transport.security import secure_client, secure_server
+from xllm.protocol.transport.security import (
+    CLUSTER_DOMAIN,
+    plain_client,
+    secure_client,
+    secure_server,
+)
 
 _DRAIN_BATCH = 512
 _RETRY_S = 0.002
+_FLUSH_PAUSE_S = 0.001
 _NOBLOCK = zmq.NOBLOCK
 _NOBLOCK_MORE = zmq.NOBLOCK | zmq.SNDMORE
 
@@ -60,6 +66,8 @@ class Channel:
         self._fd: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]  # FD is an int
         self._outboxes: dict[bytes, _Outbox] = {}
         self._look_scheduled = False
+        self._next_flush = 0.0
+        """On the loop's clock: what waits is not tried again before."""
         self._retry: asyncio.TimerHandle | None = None
         self._lock: PathLock | None = None
         self._closed = False
@@ -70,20 +78,24 @@ class Channel:
 
     # -- opening -----------------------------------------------------------------------------
 
-    def _bind(self, endpoint: str) -> str:
-        """Bind and return the bound address; a socket that cannot is closed before it raises."""
+    def _bind(self, endpoint: str, domain: str = CLUSTER_DOMAIN) -> str:
+        """Bind and return the bound address; a socket that cannot is closed before it raises.
+        `domain` says whose keys are admitted."""
         try:
             security = self._transport.security
             check_bindable(endpoint, has_keys=security is not None)
-            apply_options(self._socket, self._limits, local=_is_near(endpoint))
+            apply_options(self._socket, self._limits, endpoint)
             if endpoint.startswith("tcp://") and security is not None:
-                secure_server(self._socket, security)
+                secure_server(self._socket, security, domain)
             if endpoint.startswith("ipc://"):
                 self._lock = PathLock(endpoint.removeprefix("ipc://"))
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             self.close()
-            raise BrokenError(f"cannot listen on {endpoint}: {error.strerror}") from error
+            raise ListenError(f"cannot listen on {endpoint}: {error.strerror}") from error
+        except OSError as error:
+            self.close()
+            raise ListenError(f"cannot listen on {endpoint}: {error.strerror}") from error
         except XllmError:
             self.close()
             raise
@@ -92,24 +104,22 @@ class Channel:
         return endpoint if endpoint.startswith("inproc") else _text(bound)
 
     def _connect(self, endpoint: str, server_key: str = "") -> None:
-        """Connect; a socket that may not is closed before it raises."""
+        """Connect. Where that fails the socket is as it was: it may serve other peers."""
         security = self._transport.security
         try:
-            apply_options(self._socket, self._limits, local=_is_near(endpoint))
+            apply_options(self._socket, self._limits, endpoint)
             if server_key and endpoint.startswith("tcp://"):
                 # Only TCP is bound with keys: an ipc path is guarded by its directory.
                 if security is None:
                     raise BrokenError(f"{endpoint} demands keys and this process has none")
                 secure_client(self._socket, security, server_key)
-            elif not is_local(endpoint):
+            elif is_local(endpoint):
+                plain_client(self._socket)
+            else:
                 raise BrokenError(f"{endpoint} is on another machine and no key of it is known")
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
-            self.close()
             raise BrokenError(f"cannot connect to {endpoint}: {error.strerror}") from error
-        except XllmError:
-            self.close()
-            raise
         self._schedule_look()
 
     # -- receiving ---------------------------------------------------------------------------
@@ -118,9 +128,10 @@ class Channel:
         """Flush what waits, then read all that is there (up to a fair share of the loop).
 
         In this order: a send may swallow the descriptor's edge for what has arrived meanwhile,
-        and nothing but a receive that finds nothing arms it again."""
+        and nothing but a receive that finds nothing arms it again. Each look follows a send or
+        an event; peers that do not read are not worth a try at each of them."""
         self._look_scheduled = False
-        if self._outboxes and not self._closed:
+        if self._outboxes and not self._closed and self._loop.time() >= self._next_flush:
             self._flush_all()
         for _ in range(_DRAIN_BATCH):
             if self._closed:
@@ -214,6 +225,7 @@ class Channel:
             self._schedule_look()
 
     def _flush_all(self) -> None:
+        self._next_flush = self._loop.time() + _FLUSH_PAUSE_S
         for peer in list(self._outboxes):
             outbox = self._outboxes[peer]
             try:
@@ -250,10 +262,6 @@ class Channel:
         self._socket.close(0)
         if self._lock is not None:
             self._lock.release()
-
-
-def _is_near(endpoint: str) -> bool:
-    return endpoint.startswith(("ipc://", "inproc://"))
 
 
 def _text(value: object) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import structlog
 import zmq
 
-from xllm.errors import ClosedError, InvariantError
+from xllm.errors import ClosedError, ConfigError, InvariantError
 from xllm.protocol.transport.security import Authenticator, Security
 
 _log = structlog.get_logger("transport")
@@ -38,7 +38,13 @@ class Transport:
         self._pid = os.getpid()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 8192)
-        self._authenticator = Authenticator(self._context, security) if security else None
+        self._authenticator: Authenticator | None = None
+        if security is not None:
+            try:
+                self._authenticator = Authenticator(self._context, security)
+            except ConfigError:
+                self._context.destroy(linger=0)
+                raise
         self._closed = False
         self.security = security
         self.on_fatal = on_fatal
@@ -61,7 +67,7 @@ class Transport:
             self.on_fatal(error)
 
     def reload_allowed(self) -> None:
-        """Read the allow-list of peers again."""
+        """Read the allow-lists again."""
         if self._authenticator is not None:
             self._authenticator.reload()
 

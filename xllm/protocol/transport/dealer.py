@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import msgspec
 import zmq
 
-from xllm.errors import BadMessageError
+from xllm.errors import BadMessageError, XllmError
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.transport.channel import Channel
 from xllm.protocol.transport.context import Transport
@@ -55,7 +55,11 @@ class DealerSocket(Channel, Generic[T]):
         self.connected = endpoint.startswith("inproc://")
         if not self.connected:
             self._monitor = ConnectionMonitor(transport, self._socket, self._connection_event)
-        self._connect(endpoint, server_key)
+        try:
+            self._connect(endpoint, server_key)
+        except XllmError:
+            self.close()
+            raise
 
     def send(self, message: msgspec.Struct, frames: Sequence[bytes] = ()) -> None:
         """Send, or queue while there is no connection. BackpressureError past the bound."""

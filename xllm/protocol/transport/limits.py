@@ -20,15 +20,22 @@ class SocketLimits:
     max_queued_bytes: int = 64 << 20
 
 
-CLIENT_LIMITS = SocketLimits(
-    max_frame_bytes=16 << 20, max_frames=4, max_message_bytes=16 << 20, max_queued_bytes=32 << 20
-)
-"""For sockets that clients reach: they are not trusted to be gentle."""
+def client_limits(max_bytes: int) -> SocketLimits:
+    """For sockets that clients reach: they are not trusted to be gentle. `max_bytes` of one
+    message; a connection that sends a longer frame is closed before the frame is kept."""
+    return SocketLimits(
+        max_frame_bytes=max_bytes,
+        max_frames=4,
+        max_message_bytes=max_bytes,
+        max_queued_bytes=32 << 20,
+    )
 
 
-def apply_options(socket: zmq.Socket[bytes], limits: SocketLimits, *, local: bool) -> None:
-    """Set what every socket needs. `local` sockets (ipc) get laxer heartbeats: a peer on a busy
+def apply_options(socket: zmq.Socket[bytes], limits: SocketLimits, endpoint: str) -> None:
+    """Set what every socket needs. Local ones (ipc) get laxer heartbeats: a peer on a busy
     machine is late long before it is dead, and its process is watched by other means."""
+    local = endpoint.startswith(("ipc://", "inproc://"))
+    socket.setsockopt(zmq.IPV6, int(endpoint.startswith("tcp://[")))
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, limits.high_water_mark)
     socket.setsockopt(zmq.RCVHWM, limits.high_water_mark)

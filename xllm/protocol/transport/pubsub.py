@@ -67,7 +67,8 @@ class SubscriberSocket(Channel, Generic[T]):
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
 
     def connect(self, endpoint: str, server_key: str = "") -> None:
-        """Hear one more publisher; its address need not exist yet."""
+        """Hear one more publisher; its address need not exist yet. BrokenError or ConfigError
+        for an address that cannot be; the others are heard all the same."""
         self._connect(endpoint, server_key)
 
     def disconnect(self, endpoint: str) -> None:

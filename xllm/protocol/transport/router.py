@@ -14,12 +14,13 @@ from typing import Generic, TypeVar
 import msgspec
 import zmq
 
-from xllm.errors import BadMessageError, BrokenError
+from xllm.errors import BackpressureError, BadMessageError, BrokenError
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.transport.channel import Channel
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.limits import SocketLimits
 from xllm.protocol.transport.monitor import DISCONNECTED, ConnectionMonitor
+from xllm.protocol.transport.security import CLUSTER_DOMAIN
 
 T = TypeVar("T")
 _NOBLOCK = zmq.NOBLOCK
@@ -30,7 +31,8 @@ class RouterSocket(Channel, Generic[T]):
 
     `on_message(identity, message, frames)` for each message; `on_gone(identity)` once for each
     connection that had spoken and is lost; `bad_reply(text)` makes the answer to frames that do
-    not decode. `endpoint` is the address that was bound (a port 0 is resolved)."""
+    not decode. `domain`: whose keys are admitted (see security). `endpoint` is the address that
+    was bound (a port 0 is resolved)."""
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class RouterSocket(Channel, Generic[T]):
         on_gone: Callable[[bytes], None] | None = None,
         bad_reply: Callable[[str], msgspec.Struct] | None = None,
         limits: SocketLimits | None = None,
+        domain: str = CLUSTER_DOMAIN,
         name: str = "",
     ) -> None:
         super().__init__(transport, zmq.ROUTER, limits or SocketLimits(), name or endpoint)
@@ -54,7 +57,7 @@ class RouterSocket(Channel, Generic[T]):
         self._monitor: ConnectionMonitor | None = None
         if not endpoint.startswith("inproc://"):
             self._monitor = ConnectionMonitor(transport, self._socket, self._connection_event)
-        self.endpoint = self._bind(endpoint)
+        self.endpoint = self._bind(endpoint, domain)
 
     @property
     def peers(self) -> frozenset[bytes]:
@@ -143,8 +146,8 @@ class RouterSocket(Channel, Generic[T]):
             return
         try:
             self.send(identity, self._bad_reply(text))
-        except BrokenError:
-            pass  # it spoke nonsense and left
+        except (BackpressureError, BrokenError):
+            pass  # it spoke nonsense and left, or does not read what it is told
 
     def close(self) -> None:
         """Close the monitor and the socket."""
