@@ -26,7 +26,8 @@ XllmError
     ├── BackpressureError
     ├── BadMessageError
     ├── BrokenError
-    └── ClosedError
+    ├── ClosedError
+    └── ListenError
 """
 
 from __future__ import annotations
@@ -225,6 +226,13 @@ class ClosedError(TransportError):
     """You closed this socket, client or actor yourself and then used it."""
 
     code = "closed"
+
+
+class ListenError(TransportError):
+    """An address cannot be listened on: it is taken, not this machine's, or not permitted."""
+
+    code = "cannot_listen"
+    exit_code = 71
 
 
 def error_classes() -> dict[str, type[XllmError]]:

@@ -30,6 +30,9 @@ class ClusterSettings:
         0.2, "Period of heartbeats on the bus.", unit="s", low=0.01, high=10
     )
     lease_s: float = setting(5.0, "Time to live of registrations.", unit="s", low=2, high=120)
+    registry_wait_s: float = setting(
+        60.0, "Time that the registry gets to answer at a start.", unit="s", low=0.1, high=3600
+    )
     shutdown_s: float = setting(
         15.0, "Time that open requests get to finish at a shutdown.", unit="s", low=0, high=600
     )

@@ -17,8 +17,6 @@ from xllm.errors import (
     BackpressureError,
     BrokenError,
     ConfigError,
-    DependencyError,
-    TransportError,
 )
 from xllm.kvcache.arena import Arena
 from xllm.kvcache.dram import DramTier
@@ -33,6 +31,7 @@ from xllm.protocol.records import DaemonRecord, daemon_key
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.keeper import Registration
 from xllm.protocol.registry.open import open_registry
+from xllm.protocol.registry.waiting import wait_registry
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.pubsub import PublisherSocket
 from xllm.protocol.transport.router import RouterSocket
@@ -99,10 +98,7 @@ class KvCacheDaemon(Actor):
                 lambda: encode(self.record()),
                 settings.cluster.lease_s,
             )
-            try:
-                await self._registration.start()
-            except TransportError as error:
-                raise DependencyError(error.message, param="cluster.registry") from error
+            await wait_registry(settings.cluster, self._registration.start)
         _log.info("kvcache_ready", name=self.name, dram_bytes=settings.kvcache.dram_bytes)
         self._reporter.ready(
             (("kvcache", self._socket.endpoint),),

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from xllm.config.load import decode_settings
 from xllm.kvcache.daemon import KvCacheDaemon, daemon_name
-from xllm.protocol.actor.logs import configure_logs
-from xllm.protocol.actor.run import run_child
+from xllm.protocol.actor.run import run_role
 
 
 def main(settings: bytes) -> None:
     """Run one daemon to its end; `settings` as `encode_settings` wrote them. Never returns."""
     decoded = decode_settings(settings)
-    cluster = decoded.cluster
-    configure_logs(
-        process=daemon_name(decoded),
-        level=cluster.log_level,
-        log_format=cluster.log_format,
-        log_dir=cluster.log_dir,
-    )
-    run_child(lambda: KvCacheDaemon(decoded))
+    run_role("kvcache", daemon_name(decoded), decoded.cluster, lambda: KvCacheDaemon(decoded))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from xllm.config.load import decode_settings
 from xllm.master.actor import MasterActor, master_name
 from xllm.master.workers import WorkerTarget
-from xllm.protocol.actor.logs import configure_logs
-from xllm.protocol.actor.run import run_child
+from xllm.protocol.actor.run import run_role
 
 
 def main(settings: bytes, worker_target: WorkerTarget | None = None) -> None:
@@ -15,11 +14,6 @@ def main(settings: bytes, worker_target: WorkerTarget | None = None) -> None:
     `worker_target`: the module-level function that runs a worker from the same kind of bytes
     (masters and workers do not import each other); needed where `master.spawn_workers` is on."""
     decoded = decode_settings(settings)
-    cluster = decoded.cluster
-    configure_logs(
-        process=master_name(decoded),
-        level=cluster.log_level,
-        log_format=cluster.log_format,
-        log_dir=cluster.log_dir,
+    run_role(
+        "master", master_name(decoded), decoded.cluster, lambda: MasterActor(decoded, worker_target)
     )
-    run_child(lambda: MasterActor(decoded, worker_target))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from xllm.config.environment import prepare_environment
 from xllm.config.load import decode_settings
-from xllm.protocol.actor.logs import configure_logs
-from xllm.protocol.actor.run import run_child
+from xllm.protocol.actor.run import run_role
 from xllm.worker.actor import WorkerActor, worker_name
 from xllm.worker.factory import make_executor
 
@@ -14,11 +13,6 @@ def main(settings: bytes) -> None:
     """Run one worker to its end; `settings` as `encode_settings` wrote them. Never returns."""
     prepare_environment()
     decoded = decode_settings(settings)
-    cluster = decoded.cluster
-    configure_logs(
-        process=worker_name(decoded),
-        level=cluster.log_level,
-        log_format=cluster.log_format,
-        log_dir=cluster.log_dir,
+    run_role(
+        "worker", worker_name(decoded), decoded.cluster, lambda: WorkerActor(decoded, make_executor)
     )
-    run_child(lambda: WorkerActor(decoded, make_executor))

@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry
 
 from tests.router.http.fake_service import FakeService
 from tests.router.http.front_thread import FrontThread, chat, raw_post
-from xllm.errors import AuthenticationError, ConfigError
+from xllm.errors import AuthenticationError, ConfigError, ListenError
 from xllm.router.http.application import routes_of
 from xllm.router.http.auth import Gate, is_plain_host, read_key_file
 from xllm.router.http.context import FrontContext
@@ -210,7 +210,7 @@ def test_a_front_beyond_loopback_needs_keys():
 
 
 def test_a_port_that_is_taken(front):
-    with pytest.raises(ConfigError, match="cannot listen"):
+    with pytest.raises(ListenError, match="cannot listen"):
         taken(front.port)
 
 

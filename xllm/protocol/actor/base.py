@@ -57,6 +57,7 @@ class Actor:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stop_requested = asyncio.Event()
         self._exit_code = 0
+        self.stop_reason = ""
         self._stopping_by_signal = False
 
     # -- for subclasses ----------------------------------------------------------------------
@@ -95,10 +96,12 @@ class Actor:
         task.add_done_callback(self._task_done)
         return task
 
-    def request_stop(self, exit_code: int = 0) -> None:
-        """End the process: `stop` runs, then it exits. The first exit code that is not 0 wins."""
+    def request_stop(self, exit_code: int = 0, reason: str = "") -> None:
+        """End the process: `stop` runs, then it exits. The first exit code that is not 0 wins,
+        and its reason is what the process says at its end."""
         if exit_code and not self._exit_code:
             self._exit_code = exit_code
+            self.stop_reason = reason
         self._stop_requested.set()
 
     @property
@@ -133,11 +136,24 @@ class Actor:
     async def run(self) -> int:
         """Start, serve until the end is requested, stop. Returns the exit code."""
         try:
-            await self.open()
+            await self._open_unless_stopped()
             await self._stop_requested.wait()
         finally:
             await self.close()
         return self._exit_code
+
+    async def _open_unless_stopped(self) -> None:
+        """A start that waits for others (the registry, say) ends with the wish to stop."""
+        opening = asyncio.ensure_future(self.open())
+        stop = asyncio.ensure_future(self._stop_requested.wait())
+        try:
+            await asyncio.wait((opening, stop), return_when=asyncio.FIRST_COMPLETED)
+            if opening.done():
+                opening.result()
+        finally:
+            opening.cancel()
+            stop.cancel()
+            await asyncio.gather(opening, stop, return_exceptions=True)
 
     def _task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -152,4 +168,4 @@ class Actor:
     def _fatal(self, error: BaseException) -> None:
         code = error.exit_code if isinstance(error, XllmError) else 70
         _log.critical("actor_fatal", actor=self.name, error=str(error)[:500])
-        self.request_stop(code)
+        self.request_stop(code, str(error)[:500] or type(error).__name__)

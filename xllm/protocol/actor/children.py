@@ -16,7 +16,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 
 from xllm.errors import InvariantError
@@ -82,7 +83,8 @@ class Children:
         process = self._context.Process(
             target=enter_child, args=(spec.target, os.getpid(), *spec.args), name=spec.name
         )
-        process.start()
+        with _without_interrupts():
+            process.start()
         pid = process.pid
         assert pid is not None
         child = _Child(spec, process, os.pidfd_open(pid))
@@ -141,6 +143,18 @@ class Children:
         self._on_exit(ChildExit(child.spec.name, pid, code or 0, child.expected))
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """A child inherits the signal mask, through its exec: until it leads its own process group, a
+    Ctrl-C in the terminal would reach it and end its imports with a traceback."""
+    resource_tracker.ensure_running()  # starts with the first child, and would lift the mask
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def enter_child(target: Callable[..., None], parent_pid: int, *args: str | bytes) -> None:
     """First function of a spawned child: bind its life to the parent's, then run `target`."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -148,8 +162,9 @@ def enter_child(target: Callable[..., None], parent_pid: int, *args: str | bytes
     if os.getppid() != parent_pid:
         os._exit(70)  # the parent died before the death signal was set
     os.setpgid(0, 0)
-    libc.prctl(_PR_SET_NAME, process_title(multiprocessing.current_process().name).encode())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    libc.prctl(_PR_SET_NAME, process_title(multiprocessing.current_process().name).encode())
     target(*args)
 
 

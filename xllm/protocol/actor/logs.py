@@ -1,10 +1,14 @@
-"""structlog for every process: one event a line, to standard error or a file of its own."""
+"""structlog for every process: one event a line, to standard error or a file of its own.
+
+Invariant: logging never raises. What cannot be written is counted and gone.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+import typing
 from typing import TextIO
 
 import structlog
@@ -18,15 +22,53 @@ _LEVELS = {
 }
 
 
+class LogStream:
+    """A stream whose failures stop at it. A full disk, a closed terminal or a reader that left
+    must not change what a process does, and a log line stands in the middle of it: this is the
+    one place where an error is swallowed, and `num_lost` says how often."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream  # None: standard error was closed before this process began
+        self.num_lost = 0
+
+    def write(self, text: str) -> int:
+        """Write, or count a loss."""
+        try:
+            if self._stream is not None:
+                return self._stream.write(text)
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            pass
+        self.num_lost += 1
+        return 0
+
+    def flush(self) -> None:
+        """Flush, or count a loss."""
+        try:
+            if self._stream is not None:
+                self._stream.flush()
+        except (OSError, ValueError):
+            self.num_lost += 1
+
+    def isatty(self) -> bool:
+        """Whether a person reads along."""
+        try:
+            return self._stream is not None and self._stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+
 def configure_logs(
     *, process: str, level: str = "info", log_format: str = "text", log_dir: str = ""
 ) -> None:
     """Set up structlog once at the start of a process. Events carry the process's name."""
-    stream: TextIO = sys.stderr
+    target: TextIO | None = sys.stderr
     if log_dir:
         os.makedirs(log_dir, exist_ok=True)
         path = os.path.join(log_dir, process.replace("/", "_") + ".log")
-        stream = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  # for life
+        target = open(  # noqa: SIM115  # for life
+            path, "a", buffering=1, encoding="utf-8", errors="backslashreplace"
+        )
+    stream = LogStream(target)
     renderers: list[Processor]
     if log_format == "json":
         renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
@@ -45,7 +87,7 @@ def configure_logs(
             *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        logger_factory=structlog.WriteLoggerFactory(file=typing.cast("TextIO", stream)),
         cache_logger_on_first_use=False,
     )
     structlog.contextvars.bind_contextvars(process=process)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 import msgspec
@@ -18,6 +19,11 @@ from xllm.protocol.launch import (
 )
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
+
+LAST_WORD_S = 0.5
+"""What a last report gets to leave the socket, which closes without lingering."""
+_ON_ITS_WAY_S = 0.1
+_POLL_S = 0.01
 
 
 class LaunchReporter:
@@ -52,6 +58,20 @@ class LaunchReporter:
     def stopping(self, num_open: int) -> None:
         """The process drains."""
         self._send(ProcessStopping(self._kind, self._name, num_open))
+
+    async def wait_sent(self, timeout_s: float = LAST_WORD_S) -> bool:
+        """Wait until what was reported has left; False where nobody took it in time."""
+        if self._socket is None:
+            return False
+        try:
+            async with asyncio.timeout(timeout_s):
+                # No event tells that a queue is empty.
+                while not self._socket.connected or self._socket.statistics().num_queued:  # noqa: ASYNC110
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError:
+            return False
+        await asyncio.sleep(_ON_ITS_WAY_S)  # ZeroMQ has it: from there to the kernel
+        return True
 
     def close(self) -> None:
         """Close the connection to the launcher."""

@@ -1,4 +1,8 @@
-"""Running an actor as a process: uvloop, signals, the parent's watch, the exit code."""
+"""Running an actor as a process: limits, uvloop, signals, the parent's watch, the end.
+
+Invariant: a process that fails says why, in one line on standard error that begins with `xllm:`,
+and to its launcher, before it exits.
+"""
 
 from __future__ import annotations
 
@@ -10,50 +14,124 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NamedTuple, NoReturn
 
 import structlog
 import uvloop
 
+from xllm.config.settings import ClusterSettings
 from xllm.errors import XllmError
 from xllm.protocol.actor.base import Actor
-from xllm.protocol.transport.context import describe_error
+from xllm.protocol.actor.logs import LogStream, configure_logs
+from xllm.protocol.actor.process_limits import set_process_limits
+from xllm.protocol.actor.reporter import LaunchReporter
+from xllm.protocol.transport.context import Transport, describe_error
 
 _log = structlog.get_logger("process")
 _ORPHAN_GRACE_S = 1.0
+EXIT_SYSTEM = 71
 
 
-def run_actor(make: Callable[[], Actor]) -> int:
-    """Make the actor inside a uvloop loop and run it to its end; returns the exit code.
+class Outcome(NamedTuple):
+    """How a process ended: its exit code, and where it failed an error's wire code and why."""
+
+    exit_code: int
+    code: str = ""
+    reason: str = ""
+
+
+def run_role(kind: str, name: str, cluster: ClusterSettings, make: Callable[[], Actor]) -> NoReturn:
+    """Run a role as the whole of this process: its logs, the actor that `make` gives, its exit.
+
+    `kind` and `name` as in LaunchMessages; `cluster.launcher` hears of a failure."""
+
+    def run() -> Outcome:
+        configure_logs(
+            process=name,
+            level=cluster.log_level,
+            log_format=cluster.log_format,
+            log_dir=cluster.log_dir,
+        )
+        return run_actor(make)
+
+    outcome = _outcome_of(run)
+    if outcome.reason:
+        _say_failure(kind, name, cluster.launcher, outcome)
+    _leave(outcome.exit_code)
+
+
+def run_actor(make: Callable[[], Actor]) -> Outcome:
+    """Make the actor inside a uvloop loop and run it to its end.
 
     SIGTERM and SIGINT request a stop, a second one ends the process at once. A process whose
     parent dies gets a second to clean up (the kernel's PDEATHSIG takes those that hang)."""
-    faulthandler.enable()
-    try:
+    set_process_limits()
+    if sys.stderr is not None:
+        faulthandler.enable()
+
+    def run() -> Outcome:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_main(make))
-    except XllmError as error:
-        _log.error("process_failed", code=error.code, message=error.message)
-        return error.exit_code
-    except OSError as error:
-        _log.error(
-            "process_failed", code="os_error", message=error.strerror or type(error).__name__
-        )
-        return 71
-    except Exception as error:
-        _log.error("process_failed", code="internal_error", message=describe_error(error))
-        return 70
+
+    return _outcome_of(run)
 
 
-def run_child(make: Callable[[], Actor]) -> None:
+def run_child(make: Callable[[], Actor]) -> NoReturn:
     """`run_actor` as the last act of a process: exits with its code."""
-    code = run_actor(make)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _leave(run_actor(make).exit_code)
+
+
+def _outcome_of(run: Callable[[], Outcome]) -> Outcome:
+    try:
+        return run()
+    except XllmError as error:
+        return Outcome(error.exit_code, error.code, error.message)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return Outcome(EXIT_SYSTEM, "os_error", place + (error.strerror or type(error).__name__))
+    except Exception as error:
+        reason = f"internal error: {describe_error(error)}"
+        return Outcome(XllmError.exit_code, XllmError.code, reason)
+
+
+def _say_failure(kind: str, name: str, launcher: str, outcome: Outcome) -> None:
+    """Tell the launcher, the log, and standard error unless the launcher shows it there."""
+    told = _outcome_of(lambda: asyncio.run(_tell_launcher(kind, name, launcher, outcome)))
+    is_child = multiprocessing.parent_process() is not None
+    shown = is_child and told.exit_code == 0
+    level = "info" if shown else "error"
+    getattr(_log, level)("process_failed", code=outcome.code, message=outcome.reason)
+    if not shown:
+        who = f"{name}: " if is_child else ""
+        stream = LogStream(sys.stderr)
+        stream.write(f"xllm: {who}{' '.join(outcome.reason.split())}\n")
+        stream.flush()
+
+
+async def _tell_launcher(kind: str, name: str, launcher: str, outcome: Outcome) -> Outcome:
+    """Over a connection of its own, since the actor's may be what failed. Exit code 0: told."""
+    if not launcher:
+        return Outcome(1)
+    transport = Transport()
+    try:
+        reporter = LaunchReporter(transport, launcher, kind, name)
+        try:
+            reporter.failed(outcome.code, outcome.reason)
+            return Outcome(0 if await reporter.wait_sent() else 1)
+        finally:
+            reporter.close()
+    finally:
+        transport.close()
+
+
+def _leave(exit_code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        LogStream(stream).flush()
     # Skip interpreter teardown: nothing is left to save, and torch's takes a while.
-    os._exit(code)
+    os._exit(exit_code)
 
 
-async def _main(make: Callable[[], Actor]) -> int:
+async def _main(make: Callable[[], Actor]) -> Outcome:
     actor = make()
     loop = asyncio.get_running_loop()
     num_signals = 0
@@ -70,7 +148,8 @@ async def _main(make: Callable[[], Actor]) -> int:
     _watch_parent(loop, actor)
     gc.collect()
     gc.freeze()
-    return await actor.run()
+    exit_code = await actor.run()
+    return Outcome(exit_code, XllmError.code, actor.stop_reason if exit_code else "")
 
 
 def _watch_parent(loop: asyncio.AbstractEventLoop, actor: Actor) -> None:

@@ -2,6 +2,7 @@
 
 `<base>/run-<random>` holds a `lock` file that its owner keeps locked. A directory whose lock is
 free belongs to nobody that lives: the next start removes it. Nothing else depends on them.
+Invariant: a directory has that name only once it is locked; it is made under a hidden one.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ import os
 import secrets
 import shutil
 import stat
+import time
 
 from xllm.errors import ConfigError
 
 _PREFIX = "run-"
+_HIDDEN_PREFIX = ".new-"
+_HIDDEN_S = 60.0
+"""How long a directory may be in the making; one that is older was left by a dead process."""
 
 
 class RunDirectory:
@@ -23,11 +28,14 @@ class RunDirectory:
     def __init__(self, base: str) -> None:
         prepare_base(base)
         self.swept = sweep(base)
-        self.path = os.path.join(base, _PREFIX + secrets.token_hex(6))
-        os.mkdir(self.path, 0o700)
-        self._lock_fd = _lock(self.path)
+        name = secrets.token_hex(6)
+        hidden = os.path.join(base, _HIDDEN_PREFIX + name)
+        os.mkdir(hidden, 0o700)
+        self._lock_fd = _lock(hidden)
         if self._lock_fd < 0:
-            raise ConfigError(f"{self.path} was taken by another process")
+            raise ConfigError(f"{hidden} was taken by another process")
+        self.path = os.path.join(base, _PREFIX + name)
+        os.rename(hidden, self.path)
 
     def ipc(self, name: str) -> str:
         """The ipc endpoint `name` in this directory."""
@@ -54,7 +62,7 @@ def sweep(base: str) -> int:
     num_swept = 0
     for name in os.listdir(base):
         path = os.path.join(base, name)
-        if not name.startswith(_PREFIX) or os.path.islink(path):
+        if not _may_be_stale(name, path):
             continue
         fd = _lock(path)
         if fd < 0:
@@ -63,6 +71,18 @@ def sweep(base: str) -> int:
         os.close(fd)
         num_swept += 1
     return num_swept
+
+
+def _may_be_stale(name: str, path: str) -> bool:
+    if name.startswith(_PREFIX):
+        return not os.path.islink(path)
+    if not name.startswith(_HIDDEN_PREFIX):
+        return False
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(info.st_mode) and time.time() - info.st_mtime > _HIDDEN_S
 
 
 def _lock(path: str) -> int:

@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 import structlog
 
-from xllm.errors import FencedError, OverloadedError, TransportError
+from xllm.errors import FencedError, OverloadedError, TransportError, XllmError
 from xllm.protocol.registry.interface import Registry
+from xllm.protocol.transport.context import describe_error
 
 _log = structlog.get_logger("registration")
 _MIN_PAUSE_S = 0.2
@@ -61,8 +62,8 @@ class Registration:
         self._is_stale = True
         try:
             await self._write_again()
-        except (TransportError, OverloadedError) as error:
-            _log.warning("registry_unreachable", key=self.key, error=error.message)
+        except XllmError as error:
+            _log_failure(self.key, error)
 
     async def withdraw(self) -> None:
         """End the registration; where the registry does not answer, the lease will."""
@@ -75,7 +76,7 @@ class Registration:
             return
         try:
             await self._registry.revoke(lease_id)
-        except TransportError as error:
+        except XllmError as error:
             _log.warning("withdrawal_unanswered", key=self.key, error=error.message)
 
     async def _write_again(self) -> None:
@@ -115,8 +116,16 @@ class Registration:
             try:
                 await self._renew()
                 pause_s = _MIN_PAUSE_S
-            except (TransportError, FencedError, OverloadedError) as error:
+            except Exception as error:  # whatever it is: without renewals nobody finds us
                 pause_s = min(pause_s * 2, _MAX_PAUSE_S)
                 if not self._degraded:
-                    _log.warning("registry_unreachable", key=self.key, error=error.message)
+                    _log_failure(self.key, error)
                 self._degraded = True
+
+
+def _log_failure(key: str, error: Exception) -> None:
+    if isinstance(error, TransportError | FencedError | OverloadedError):
+        _log.warning("registry_unreachable", key=key, error=error.message)
+    else:
+        text = error.message if isinstance(error, XllmError) else describe_error(error)
+        _log.error("renewal_failed", key=key, error=text)

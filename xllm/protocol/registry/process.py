@@ -12,9 +12,8 @@ from xllm.config.load import decode_settings
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
 from xllm.protocol.actor.base import Actor
-from xllm.protocol.actor.logs import configure_logs
 from xllm.protocol.actor.reporter import LaunchReporter
-from xllm.protocol.actor.run import run_child
+from xllm.protocol.actor.run import run_role
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
 from xllm.protocol.registry.open import split_address
 from xllm.protocol.transport.context import Transport
@@ -60,11 +59,4 @@ class RegistryActor(Actor):
 def main(settings: bytes) -> None:
     """Run a registry to its end; `settings` as `encode_settings` wrote them. Never returns."""
     decoded = decode_settings(settings)
-    cluster = decoded.cluster
-    configure_logs(
-        process="registry",
-        level=cluster.log_level,
-        log_format=cluster.log_format,
-        log_dir=cluster.log_dir,
-    )
-    run_child(lambda: RegistryActor(decoded))
+    run_role("registry", "registry", decoded.cluster, lambda: RegistryActor(decoded))

@@ -18,7 +18,7 @@ import uvicorn
 
 from xllm.config.exposure import check_exposure
 from xllm.config.settings import Settings
-from xllm.errors import ConfigError
+from xllm.errors import ConfigError, ListenError
 from xllm.router.http.application import HttpApplication
 from xllm.router.http.auth import Gate, read_key_file
 from xllm.router.http.context import FrontContext
@@ -122,7 +122,7 @@ class HttpFront:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens on one address; ConfigError where it cannot."""
+    """A socket that listens on one address; ListenError where it cannot."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, number, _, address = found[0]
@@ -136,6 +136,6 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         sock.close()
         message = f"cannot listen on {host}:{port}: {error.strerror}"
-        raise ConfigError(message, param="router.port") from error
+        raise ListenError(message, param="router.port") from error
     sock.setblocking(False)
     return sock

@@ -1,0 +1,48 @@
+"""How long a process that starts waits for the registry: it may be starting too, or again.
+
+Knows nothing of what is asked of it. A registry that is lost later is no matter of this (see
+keeper): the process serves on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+
+from xllm.config.settings import ClusterSettings
+from xllm.errors import (
+    ClosedError,
+    DependencyError,
+    FencedError,
+    OverloadedError,
+    TransportError,
+)
+
+_log = structlog.get_logger("registration")
+_AGAIN_S = 0.5
+
+T = TypeVar("T")
+
+
+async def wait_registry(cluster: ClusterSettings, call: Callable[[], Awaitable[T]]) -> T:
+    """What `call` gives, tried again until the registry answers it, with a line in the log for
+    each try. DependencyError after `cluster.registry_wait_s`."""
+    limit_s = cluster.registry_wait_s
+    try:
+        async with asyncio.timeout(limit_s):
+            while True:
+                try:
+                    return await call()
+                except ClosedError:
+                    raise
+                except (TransportError, FencedError, OverloadedError) as error:
+                    _log.warning("registry_awaited", limit_s=limit_s, error=error.message)
+                await asyncio.sleep(_AGAIN_S)
+    except TimeoutError as error:
+        address = cluster.registry.partition(";")[0]
+        raise DependencyError(
+            f"the registry at {address} did not answer in {limit_s:g} s", param="cluster.registry"
+        ) from error
