@@ -1,11 +1,10 @@
-"""The master's small pure parts: routes, vigil, restarts, latency, metrics."""
+"""The master's small pure parts: routes, restarts, latency, metrics."""
 
 from xllm.master.latency import LatencyMeter
 from xllm.master.metrics import MasterMetrics
 from xllm.master.outcome import StepOutcome
 from xllm.master.restarts import WorkerRestarts
 from xllm.master.routes import RequestRoutes
-from xllm.master.vigil import FIRST_STEP_S, WorkerVigil
 from xllm.protocol.instance import PromptScores, RequestEnded, TokenItem
 
 
@@ -45,76 +44,6 @@ def test_a_higher_attempt_moves_a_request_to_its_router():
     routes.remove("a")
     routes.remove("a")
     assert routes.split(outcome_of("a")) == []
-
-
-def test_a_step_that_stands_is_seen_within_a_second_or_so():
-    vigil = WorkerVigil(0.0)
-    for step in range(3):
-        vigil.sent(4, step * 0.1)
-        vigil.result(0.01, step * 0.1 + 0.01)
-    now = 0.3
-    vigil.sent(4, now)
-    verdicts = []
-    while now < 2.0:
-        now += 0.1
-        vigil.pulse(counter=7, busy=True, now=now)
-        verdicts.append(vigil.verdict(now))
-    # 1 s after the first pulse that shows the counter where it stays.
-    assert not any(verdicts[:10])
-    assert all(verdicts[12:])
-
-
-def test_a_long_legal_prefill_is_no_death():
-    vigil = WorkerVigil(0.0)
-    vigil.sent(100, 0.0)
-    vigil.result(4.0, 4.0)
-    vigil.verdict(4.0)
-    vigil.sent(2000, 4.0)
-    now = 4.0
-    while now < 40.0:
-        now += 0.5
-        vigil.pulse(1, True, now)
-        assert vigil.verdict(now) == ""
-    # Five times the 80 s that it is predicted to take is too long.
-    assert vigil.patience_s() == 400.0
-
-
-def test_progress_by_layer_shortens_patience():
-    vigil = WorkerVigil(0.0)
-    vigil.pulse(0, False, 0.0)
-    vigil.sent(100, 0.0)
-    vigil.result(4.0, 4.0)
-    vigil.pulse(40, False, 4.0)
-    vigil.sent(200, 4.0)
-    assert vigil.patience_s() == 5 * 8.0 / 40
-
-
-def test_the_first_step_gets_more_time():
-    vigil = WorkerVigil(0.0)
-    vigil.sent(4, 0.0)
-    assert vigil.patience_s() >= FIRST_STEP_S
-
-
-def test_an_idle_worker_may_stand_still_but_not_be_silent():
-    vigil = WorkerVigil(0.0)
-    now = 0.0
-    while now < 20.0:
-        now += 0.5
-        vigil.pulse(3, False, now)
-        assert vigil.verdict(now) == ""
-    silent = []
-    for _ in range(16):
-        now += 0.5
-        silent.append(vigil.verdict(now))
-    assert not any(silent[:10])
-    assert "silent" in silent[-1]
-
-
-def test_after_a_pause_of_the_master_nobody_is_blamed():
-    vigil = WorkerVigil(0.0)
-    vigil.verdict(0.2)
-    assert vigil.verdict(60.0) == ""
-    assert vigil.verdict(60.2) == ""
 
 
 def test_restarts_back_off_and_end():

@@ -19,7 +19,7 @@ from xllm.master.conversation import RouterConversation
 from xllm.master.heartbeat import HeartbeatMaker
 from xllm.master.limits import InstanceLimits
 from xllm.master.metrics import MasterMetrics
-from xllm.master.registration import InstanceRegistration
+from xllm.master.registration import InstanceRegistration, make_record
 from xllm.master.scheduler import Scheduler
 from xllm.master.step_loop import StepLoop
 from xllm.master.workers import WorkerGroup, WorkerTarget
@@ -63,6 +63,7 @@ class MasterActor(Actor):
         self._ready: WorkerReady | None = None
         self._draining = False
         self._given_up = False
+        self._has_last_words = False
         self._loop: StepLoop | None = None
         self._bus: PublisherSocket | None = None
         self._conversation: RouterConversation | None = None
@@ -128,7 +129,7 @@ class MasterActor(Actor):
         self._bus = PublisherSocket(self.transport, self._endpoint(master.bus_endpoint, "bus"))
         self._conversation = RouterConversation(self, self._endpoint(master.endpoint, "instance"))
         self._loop = StepLoop(
-            lambda plan, num_tokens: self.workers.send_plan(plan, num_tokens),
+            lambda plan: self.workers.send_plan(plan),
             self._conversation.route,
             self._failed,
             self.metrics,
@@ -146,6 +147,8 @@ class MasterActor(Actor):
             self._reporter.stopping(self._loop.num_open if self._loop is not None else 0)
         if self._loop is not None and self._loop.num_open and not self._exit_code:
             await self.drain(self._settings.cluster.shutdown_s)
+            self._has_last_words = True
+        if self._has_last_words:
             await asyncio.sleep(_LAST_WORD_S)
         if self._registration is not None:
             await self._registration.withdraw()
@@ -154,6 +157,15 @@ class MasterActor(Actor):
         for socket in (self._conversation, self._bus, self._reporter):
             if socket is not None:
                 socket.close()
+
+    def _fatal(self, error: BaseException) -> None:
+        """State that cannot be serves nobody: routers are told and go elsewhere."""
+        self._given_up = True
+        if self._loop is not None and self._conversation is not None:
+            self._loop.abandon()
+            self._conversation.end_all(UnavailableError.code, "the instance failed")
+            self._has_last_words = True
+        super()._fatal(error)
 
     def begin_drain(self) -> None:
         """Admit nothing more, from now on."""
@@ -216,25 +228,15 @@ class MasterActor(Actor):
 
     def record(self) -> InstanceRecord:
         """What the registry says of this instance; it must be ready."""
-        ready = self._ready
-        assert ready is not None
+        assert self._ready is not None
         security = self.transport.security
-        return InstanceRecord(
+        return make_record(
+            self._ready,
+            self._settings,
             name=self.name,
             incarnation=self.incarnation,
             endpoint=self.conversation.endpoint,
             bus_endpoint=self.bus_endpoint,
-            model=ready.model,
-            model_path=self._settings.model.path,
-            max_model_len=ready.max_model_len,
-            vocab_size=ready.vocab_size,
-            block_size=ready.block_size,
-            num_blocks=ready.num_blocks,
-            eos_ids=ready.eos_ids,
-            revision=ready.revision,
-            fingerprint=ready.fingerprint,
-            engine=self._settings.worker.engine,
-            device=ready.device,
             public_key=security.public_key if security is not None else "",
         )
 
@@ -268,7 +270,7 @@ class MasterActor(Actor):
         self.beat()
         if self._reporter is not None:
             self._reporter.failed(code, reason)
-        self.request_stop(exit_code)
+        self.request_stop(exit_code, reason)
 
     # -- the bus -------------------------------------------------------------------------------
 

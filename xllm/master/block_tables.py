@@ -43,8 +43,12 @@ class BlockTables:
 
     def has_room(self, seq: Sequence, match: MatchResult, spare: int) -> bool:
         """Whether `start` can find its blocks and `spare` others remain after it."""
+        return self.num_missing(seq, match) + spare <= 0
+
+    def num_missing(self, seq: Sequence, match: MatchResult) -> int:
+        """How many more blocks must be available for `start`; negative: so many remain."""
         num_new = -(-seq.num_tokens // self._block_size) - len(match.block_ids)
-        return num_new + match.num_unheld + spare <= self.cache.num_available
+        return num_new + match.num_unheld - self.cache.num_available
 
     def start(self, seq: Sequence, match: MatchResult) -> None:
         """Give a sequence the blocks of a match (made just now) and new ones for all the tokens

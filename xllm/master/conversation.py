@@ -2,7 +2,8 @@
 
 Holds the connections' requests (`routes`), the role under its epoch, and open probes. Knows
 nothing of steps. A connection that is lost has its requests aborted after a second, unless a
-higher attempt of them came by another one meanwhile.
+higher attempt of them came by another one meanwhile; one that does not read has them ended, and
+hears so when it reads again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from xllm.errors import BackpressureError, BrokenError, UnavailableError
+from xllm.errors import BackpressureError, BrokenError, ConflictError, UnavailableError
 from xllm.master.outcome import StepOutcome
 from xllm.master.routes import RequestRoutes
 from xllm.protocol.codec import Decoder
@@ -28,9 +29,11 @@ from xllm.protocol.instance import (
     InstanceRequest,
     ProbeAnswer,
     ProbeInstance,
+    PromptScores,
     QuerySnapshot,
     RequestEnded,
     TokenBatch,
+    TokenItem,
 )
 from xllm.protocol.transport.router import RouterSocket
 
@@ -42,6 +45,8 @@ _log = structlog.get_logger("routers")
 ORPHAN_S = 1.0
 """How long the requests of a lost connection run on."""
 PROBE_S = 5.0
+VOID_PERIOD_S = 0.1
+"""How often a router that did not read is tried again."""
 
 
 class RouterConversation:
@@ -53,6 +58,8 @@ class RouterConversation:
         self.role = "both"
         self.highest_epoch = 0
         self._probes: dict[int, tuple[bytes, int]] = {}
+        # Attempts of which a router that did not read has lost words, until it was told.
+        self._voids: dict[bytes, dict[str, int]] = {}
         self._num_probes = 0
         self._socket = RouterSocket(
             master.transport,
@@ -68,6 +75,7 @@ class RouterConversation:
     def close(self) -> None:
         """Close the socket; open probes stay unanswered."""
         self._probes.clear()
+        self._voids.clear()
         self._socket.close()
 
     def route(self, outcome: StepOutcome) -> None:
@@ -81,9 +89,53 @@ class RouterConversation:
         except BrokenError:
             pass  # it is gone: `_on_gone` ends its requests
         except BackpressureError:
-            # A router that does not read has lost tokens by now: its requests are void.
-            _log.warning("router_does_not_read", num_requests=len(self.routes.owned_by(router)))
-            self._abort(self.routes.owned_by(router))
+            self._void(router, message)
+
+    def end_all(self, code: str, message: str) -> None:
+        """Give every open request its terminal word, without the scheduler."""
+        for router in self.routes.routers:
+            owned = self.routes.owned_by(router)
+            for request_id, _ in owned:
+                self.routes.remove(request_id)
+            ended = tuple(RequestEnded(name, attempt, code, message) for name, attempt in owned)
+            self._send(router, TokenBatch(ended=ended))
+
+    # -- routers that do not read --------------------------------------------------------------
+
+    def _void(self, router: bytes, lost: msgspec.Struct) -> None:
+        """A router that does not read has lost tokens by now: what it has open is void, and so
+        is what the lost message spoke of."""
+        owned = self.routes.owned_by(router)
+        _log.warning("router_does_not_read", num_requests=len(owned))
+        if router not in self._voids:
+            self._voids[router] = {}
+            self._master.later(VOID_PERIOD_S, self._tell_void, router)
+        voids = self._voids[router]
+        if isinstance(lost, TokenBatch):
+            parts: list[TokenItem | RequestEnded | PromptScores]
+            parts = [*lost.items, *lost.ended, *lost.prompt_scores]
+            for part in parts:
+                voids[part.request_id] = max(part.attempt, voids.get(part.request_id, 0))
+        voids.update(owned)
+        self._abort(owned)
+
+    def _tell_void(self, router: bytes) -> None:
+        voids = self._voids.get(router)
+        if voids is None:
+            return
+        text = "the router did not read the answer in time"
+        ended = tuple(
+            RequestEnded(name, attempt, UnavailableError.code, text)
+            for name, attempt in voids.items()
+        )
+        try:
+            self._socket.send(router, TokenBatch(ended=ended))
+        except BackpressureError:
+            self._master.later(VOID_PERIOD_S, self._tell_void, router)
+            return
+        except BrokenError:
+            pass  # it is gone, and nobody waits for the word
+        del self._voids[router]
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -116,8 +168,15 @@ class RouterConversation:
                 UnavailableError.code,
                 f"the instance is {master.state}",
             )
+        elif self._is_foreign(router, message):
+            refusal = RequestEnded(
+                message.request_id,
+                message.attempt,
+                ConflictError.code,
+                "this attempt runs here for another connection",
+            )
         else:
-            refusal = scheduler.admit(message, time.monotonic())
+            refusal = master.steps.call(scheduler.admit, message, time.monotonic())
         if refusal is not None:
             master.metrics.num_refused += 1
             self._send(router, TokenBatch(ended=(refusal,)))
@@ -127,11 +186,20 @@ class RouterConversation:
             self.routes.add(message.request_id, message.attempt, router)
         master.steps.pump()
 
+    def _is_foreign(self, router: bytes, message: AdmitRequest) -> bool:
+        """Whether another connection's request has this attempt already."""
+        request_id = message.request_id
+        if self.routes.attempt(request_id) != message.attempt:
+            return False
+        return self.routes.owner(request_id) != router
+
     def _cancel(self, message: CancelRequest) -> None:
         scheduler = self._master.scheduler
         if scheduler is None or message.attempt < self.routes.attempt(message.request_id):
             return
-        scheduler.cancel(message.request_id, message.attempt, message.choice)
+        self._master.steps.call(
+            scheduler.cancel, message.request_id, message.attempt, message.choice
+        )
         if message.choice < 0:
             self.routes.remove(message.request_id)
         self._master.steps.pump()
@@ -150,14 +218,19 @@ class RouterConversation:
     # -- probes --------------------------------------------------------------------------------
 
     def _probe(self, router: bytes, message: ProbeInstance) -> None:
-        if not self._master.workers.is_ready:
+        workers = self._master.workers
+        if not workers.is_ready:
             self._send(router, ProbeAnswer(message.nonce, False))
+            return
+        if workers.shows_work:
+            # A ping would wait for the step: its progress is the better proof.
+            self._send(router, ProbeAnswer(message.nonce, True, workers.age_ms))
             return
         self._num_probes += 1
         nonce = self._num_probes
         self._probes[nonce] = (router, message.nonce)
         self._master.later(PROBE_S, self.answer_probe, nonce, False)
-        self._master.workers.ping(nonce)
+        workers.ping(nonce)
 
     def answer_probe(self, nonce: int, ok: bool) -> None:
         """A probe's ping was answered, or will not be. Answered ones are ignored."""
@@ -174,6 +247,7 @@ class RouterConversation:
     # -- lost connections ----------------------------------------------------------------------
 
     def _on_gone(self, router: bytes) -> None:
+        self._voids.pop(router, None)
         orphans = self.routes.owned_by(router)
         if orphans:
             _log.warning("router_gone", num_requests=len(orphans))
@@ -187,5 +261,5 @@ class RouterConversation:
                 continue
             self.routes.remove(request_id)
             if scheduler is not None:
-                scheduler.cancel(request_id, attempt)
+                self._master.steps.call(scheduler.cancel, request_id, attempt)
         self._master.steps.pump()

@@ -14,13 +14,19 @@ from xllm.protocol.step import StepResult
 
 
 class LogprobFrames:
-    """The rows of one step's result. BadMessageError if the frames' sizes contradict it."""
+    """The rows of one step's result. BadMessageError if the frames' sizes contradict it, or if
+    it does not count rows for each of `num_items` items."""
 
     __slots__ = ("_first_row", "_ids", "_logprobs", "_ranks", "_width")
 
-    def __init__(self, result: StepResult, frames: AbstractSequence[bytes]) -> None:
+    def __init__(self, result: StepResult, frames: AbstractSequence[bytes], num_items: int) -> None:
+        counts = result.logprob_rows
+        if len(counts) != num_items or min(counts, default=0) < 0:
+            raise BadMessageError(
+                f"step {result.step} has {num_items} items and counts rows as {counts[:20]}"
+            )
         self._width = 1 + result.num_top
-        num_rows = sum(result.logprob_rows)
+        num_rows = sum(counts)
         cells = num_rows * self._width
         sizes = [len(frame) for frame in frames[:3]]
         if sizes != [4 * cells, 4 * cells, 4 * num_rows]:
@@ -32,7 +38,7 @@ class LogprobFrames:
         self._logprobs = memoryview(frames[1]).cast("f")
         self._ranks = memoryview(frames[2]).cast("i")
         self._first_row = [0]
-        for count in result.logprob_rows:
+        for count in counts:
             self._first_row.append(self._first_row[-1] + count)
 
     def num_rows(self, item: int) -> int:

@@ -2,16 +2,16 @@
 
 Continuous batching over a token budget: running decodes first, then chunks of running prefills,
 then new sequences while budget, seats and blocks last. A decode that finds no block preempts
-whoever can best wait; an online sequence that cannot start preempts offline ones. Knows nothing
-of results. Invariants: a sequence has at most one step in flight and is never planned past its
-end; a plan names new sequences in full once and then only what changes.
+whoever can best wait; an online sequence that cannot start preempts offline ones, if that lets
+it start. Knows nothing of results. Invariants: a sequence has at most one step in flight and is
+never planned past its end; a plan names new sequences in full once and then only what changes.
 """
 
 from __future__ import annotations
 
 from xllm.kvcache.prefix import MatchResult
 from xllm.master.lifecycle import InstanceState, PendingFork, StepInFlight
-from xllm.master.preemption import choose_victim
+from xllm.master.preemption import FreedBlocks, choose_victim, order_victims
 from xllm.master.sequence import Sequence, SequencePhase
 from xllm.master.strategy import PrefillStrategy
 from xllm.protocol.step import ItemKind, NewSequence, StepItem, StepPlan
@@ -113,19 +113,41 @@ class StepPlanner:
         return budget, num_prefills
 
     def _make_room(self) -> None:
-        """Offline sequences give way until the online one at the head of the queue can start.
+        """Offline sequences give way so that the online one at the head of the queue can start.
         Done before the decodes are planned: what is in the step can no longer give way."""
         state = self._state
         seq = state.waiting.peek()
         if seq is None or seq.key[0]:
             return
-        while not self._can_start(seq, state.tables.match(seq)):
-            victim = choose_victim((*state.decoding, *state.prefilling))
-            if victim is None or not victim.key[0]:
-                break
+        match = state.tables.match(seq)
+        if self._can_start(seq, match):
+            return
+        offline = [s for s in (*state.decoding, *state.prefilling) if s.key[0]]
+        for victim in self._enough_victims(seq, match, offline):
             state.preempt(victim)
         if state.is_stale:
             state.sweep()
+
+    def _enough_victims(
+        self, seq: Sequence, match: MatchResult, offline: list[Sequence]
+    ) -> list[Sequence]:
+        """Those of `offline` that give way, as few as let `seq` start; none of them if all would
+        not do."""
+        state = self._state
+        tables = state.tables
+        num_missing = tables.num_missing(seq, match)
+        if sum([len(victim.block_ids) for victim in offline]) < num_missing:
+            return []
+        victims: list[Sequence] = []
+        freed = FreedBlocks(tables.cache.pool, match.block_ids)
+        for victim in order_victims(offline):
+            victims.append(victim)
+            freed.add(victim.block_ids)
+            num_left = state.num_running - len(victims)
+            spare = self._spare_blocks if num_left else 0
+            if num_left < state.limits.max_running and freed.num_blocks >= num_missing + spare:
+                return victims
+        return []
 
     def _can_start(self, seq: Sequence, match: MatchResult) -> bool:
         state = self._state

@@ -10,13 +10,14 @@ import asyncio
 
 import structlog
 
-from xllm.config.settings import ClusterSettings
+from xllm.config.settings import ClusterSettings, Settings
 from xllm.errors import TransportError
 from xllm.protocol.codec import encode
 from xllm.protocol.records import InstanceRecord, instance_key
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.keeper import Registration
 from xllm.protocol.registry.open import open_registry
+from xllm.protocol.step import WorkerReady
 from xllm.protocol.transport.context import Transport
 
 _log = structlog.get_logger("registration")
@@ -86,3 +87,34 @@ class InstanceRegistration:
     def _encoded(self) -> bytes:
         assert self._record is not None
         return encode(self._record)
+
+
+def make_record(
+    ready: WorkerReady,
+    settings: Settings,
+    *,
+    name: str,
+    incarnation: str,
+    endpoint: str,
+    bus_endpoint: str,
+    public_key: str,
+) -> InstanceRecord:
+    """What the registry says of an instance whose worker is ready."""
+    return InstanceRecord(
+        name=name,
+        incarnation=incarnation,
+        endpoint=endpoint,
+        bus_endpoint=bus_endpoint,
+        model=ready.model,
+        model_path=settings.model.path,
+        max_model_len=ready.max_model_len,
+        vocab_size=ready.vocab_size,
+        block_size=ready.block_size,
+        num_blocks=ready.num_blocks,
+        eos_ids=ready.eos_ids,
+        revision=ready.revision,
+        fingerprint=ready.fingerprint,
+        engine=settings.worker.engine,
+        device=ready.device,
+        public_key=public_key,
+    )

@@ -47,6 +47,16 @@ class RequestRoutes:
         owner = self._owners.get(request_id)
         return owner[1] if owner is not None else -1
 
+    def owner(self, request_id: str) -> bytes:
+        """The connection that has its highest attempt; b"" if the request is not open."""
+        found = self._owners.get(request_id)
+        return found[0] if found is not None else b""
+
+    @property
+    def routers(self) -> tuple[bytes, ...]:
+        """Connections that have open requests."""
+        return tuple(self._owned)
+
     def owned_by(self, router: bytes) -> list[tuple[str, int]]:
         """Requests of a connection, with their attempts."""
         return [(name, self._owners[name][1]) for name in self._owned.get(router, ())]

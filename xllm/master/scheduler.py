@@ -138,9 +138,11 @@ class Scheduler:
         self._state.is_draining = True
 
     def quiet_steps(self) -> int:
-        """For how many steps from now the batch certainly stays as it is, unless a request
-        comes or a stop id is drawn: only decodes run, none reaches its length, all blocks that
-        they need are there. Fixed at 0 while anything waits, prefills or is in flight."""
+        """For how many steps from now the batch stays as it is, unless a request comes or is
+        cancelled, a stop id is drawn, or `next_deadline` passes (steps have no length here: who
+        folds them compares): only decodes run, none reaches its length, all blocks that they
+        need are there. 0 while anything waits, prefills or is in flight. The scheduler is
+        advanced through these steps by their results, since its blocks are hashed by tokens."""
         state = self._state
         if len(state.waiting) or state.steps or state.is_stale or state.prefilling:
             return 0

@@ -41,10 +41,10 @@ class StepSettler:
                 f"step {result.step} has {len(step.sequences)} items and "
                 f"{len(result.tokens)} results"
             )
-        rows = LogprobFrames(result, frames) if result.num_top >= 0 else None
+        failed = dict(result.failed) if result.failed else None
+        rows = self._read_rows(step, result, frames, failed) if result.num_top >= 0 else None
         del state.steps[result.step]
         self._now = now
-        failed = dict(result.failed) if result.failed else None
         items = state.outcome.items
         running = SequencePhase.RUNNING
         index = -1
@@ -76,6 +76,29 @@ class StepSettler:
         self._unpin(step)
         state.latency.note_step(now, result.duration_ns / 1e9, step.num_decodes)
         state.deadlines.sweep(len(state.requests))
+
+    def _read_rows(
+        self,
+        step: StepInFlight,
+        result: StepResult,
+        frames: AbstractSequence[bytes],
+        failed: dict[int, str] | None,
+    ) -> LogprobFrames:
+        """The step's logprobs; BadMessageError, before anything is settled, where an item that
+        goes on has fewer rows than will be read."""
+        rows = LogprobFrames(result, frames, len(step.sequences))
+        for index, (seq, item) in enumerate(zip(step.sequences, step.plan.items, strict=True)):
+            if seq.state is not SequencePhase.RUNNING or (failed and index in failed):
+                continue
+            needed = len(result.tokens[index]) if seq.request.sampling.logprobs is not None else 0
+            if item.score_prompt:
+                needed += max(0, _last_scored(seq, item) - item.start - 1)
+            if rows.num_rows(index) < needed:
+                raise BadMessageError(
+                    f"step {result.step}: item {index} has {rows.num_rows(index)} logprob rows "
+                    f"and needs {needed}"
+                )
+        return rows
 
     def fail(self, number: int, code: str, message: str) -> None:
         """A whole step failed: the requests of its sequences end. Unknown steps are ignored."""
@@ -253,7 +276,7 @@ class StepSettler:
         """Scores of the prompt tokens that the item's rows predict, each position once."""
         request: RequestState = seq.request
         first = item.start + 1
-        last = min(item.start + item.num_tokens + 1, seq.num_prompt)
+        last = _last_scored(seq, item)
         begin = max(first, request.num_scored)
         wanted = request.sampling.prompt_logprobs or 0
         if begin >= last:
@@ -265,3 +288,8 @@ class StepSettler:
         self._state.outcome.prompt_scores.append(
             PromptScores(request.request_id, request.attempt, begin, scores)
         )
+
+
+def _last_scored(seq: Sequence, item: StepItem) -> int:
+    """One past the last prompt position whose token an item's rows predict."""
+    return min(item.start + item.num_tokens + 1, seq.num_prompt)

@@ -9,21 +9,29 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
-from xllm.errors import BadMessageError, EngineError
+import structlog
+
+from xllm.errors import BadMessageError, EngineError, InvariantError
 from xllm.master.metrics import MasterMetrics
 from xllm.master.outcome import StepOutcome
 from xllm.master.scheduler import Scheduler
 from xllm.protocol.step import StepPlan, StepResult
+from xllm.protocol.transport.context import describe_error
+
+_log = structlog.get_logger("steps")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class StepLoop:
-    """`send_plan(plan, num_tokens)` reaches the worker, `route(outcome)` the routers; `failed`
-    hears of exceptions that nobody else could catch."""
+    """`send_plan(plan)` reaches the worker, `route(outcome)` the routers; `failed` hears of
+    exceptions that nobody else could catch."""
 
     def __init__(
         self,
-        send_plan: Callable[[StepPlan, int], None],
+        send_plan: Callable[[StepPlan], None],
         route: Callable[[StepOutcome], None],
         failed: Callable[[Exception], None],
         metrics: MasterMetrics,
@@ -54,8 +62,25 @@ class StepLoop:
         """End every request with this code, now."""
         if self.scheduler is not None:
             self._step = -1
-            self._take(self.scheduler.fail_all(code, message))
+            self._take(self.call(self.scheduler.fail_all, code, message))
             self.flush()
+
+    def abandon(self) -> None:
+        """The scheduler's state cannot be trusted any more: nothing of it is used again."""
+        self.scheduler = None
+        self._step = -1
+        self._outcome = StepOutcome()
+
+    def call(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a method of the scheduler. An exception that it does not announce has left its
+        state half changed: it becomes an InvariantError, which ends the process."""
+        try:
+            return method(*args, **kwargs)
+        except (BadMessageError, InvariantError):
+            raise
+        except Exception as error:
+            text = f"the scheduler broke: {describe_error(error)}"
+            raise InvariantError(text) from error
 
     def pump(self) -> None:
         """Plan the next step soon, after what else is there was read."""
@@ -70,19 +95,22 @@ class StepLoop:
             return
         self._step = -1
         try:
-            outcome = scheduler.update(result, frames, time.monotonic())
+            outcome = self.call(scheduler.update, result, frames, time.monotonic())
         except BadMessageError as error:
-            outcome = scheduler.fail_step(result.step, EngineError.code, error.message)
-        self._take(outcome)
-        self.pump()
+            _log.error("result_refused", step=result.step, error=error.message)
+            self._fail(scheduler, result.step, EngineError.code, error.message)
+        except InvariantError as error:
+            self._failed(error)
+        else:
+            self._take(outcome)
+            self.pump()
 
     def fail_step(self, step: int, code: str, message: str) -> None:
         """The step in flight failed: its requests end; others go on."""
         if self.scheduler is None or step != self._step:
             return
         self._step = -1
-        self._take(self.scheduler.fail_step(step, code, message))
-        self.pump()
+        self._fail(self.scheduler, step, code, message)
 
     def flush(self) -> None:
         """Route what was collected."""
@@ -107,19 +135,27 @@ class StepLoop:
                 self._drained = None
         return True
 
+    def _fail(self, scheduler: Scheduler, step: int, code: str, message: str) -> None:
+        try:
+            self._take(self.call(scheduler.fail_step, step, code, message))
+        except InvariantError as error:
+            self._failed(error)
+        else:
+            self.pump()
+
     def _pump(self) -> None:
         self._pump_scheduled = False
         try:
             scheduler = self.scheduler
             if scheduler is not None:
                 now = time.monotonic()
-                self._take(scheduler.expire(now))
+                self._take(self.call(scheduler.expire, now))
                 if self._step < 0:
-                    plan = scheduler.schedule(now)
+                    plan = self.call(scheduler.schedule, now)
                     if plan is not None:
                         self._step = plan.step
                         self._metrics.num_steps += 1
-                        self._send_plan(plan, sum([item.num_tokens for item in plan.items]))
+                        self._send_plan(plan)
             self.flush()
         except Exception as error:
             self._failed(error)

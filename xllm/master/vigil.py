@@ -1,46 +1,24 @@
-"""Whether a worker still works: told its pulses, its steps and the time, it says what is wrong.
+"""Whether a worker still works: told its pulses, its plans and the time, it says what is wrong.
 
 A worker is frozen when it is busy with a step and its progress counter stands longer than
-max(1 s, 5 x the predicted time of one count), so that a long legal prefill is no death and a hang
-is seen within a second; it is silent when its actor thread sends no pulses. Loading is not
-judged here. Predictions are learnt from finished steps: a base and a slope by tokens.
+max(1 s, 5 x the longest time that it stood in steps of that kind); before any of the kind has
+finished, than 5 x the predicted time of the whole step. A long step is never a fault while the
+counter moves. A worker is silent when its actor thread sends no pulses. Loading is not judged.
 """
 
 from __future__ import annotations
 
-MIN_PATIENCE_S = 1.0
-PATIENCE_FACTOR = 5.0
-SILENCE_S = 5.0
-FIRST_STEP_S = 10.0
-"""What the first steps of a kind may take a count: kernels are chosen, memory is touched."""
-FIRST_TOKEN_S = 0.05
-"""And this much more for each token of theirs."""
-LARGE_STEP = 64
-"""Tokens from which on a step tells something about the slope."""
-_SMOOTHING = 0.2
+from xllm.master.step_times import MIN_PATIENCE_S, PATIENCE_FACTOR, StepTimes, StepWork
+from xllm.protocol.step import PULSE_PERIOD_S, StepPlan
 
-
-class StepTimes:
-    """Predicts the seconds of a step by its number of tokens."""
-
-    __slots__ = ("_base", "_slope")
-
-    def __init__(self) -> None:
-        self._base = -1.0
-        self._slope = -1.0
-
-    def add(self, num_tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
-        if num_tokens < LARGE_STEP:
-            self._base = _smooth(self._base, seconds)
-        else:
-            self._slope = _smooth(self._slope, seconds / num_tokens)
-
-    def predict(self, num_tokens: int) -> float | None:
-        """Seconds; None where no step of that kind was seen."""
-        if num_tokens < LARGE_STEP:
-            return self._base if self._base >= 0 else None
-        return max(self._base, 0.0) + self._slope * num_tokens if self._slope >= 0 else None
+SILENCE_S = 25 * PULSE_PERIOD_S
+"""Without a word for so long a worker is given up, whatever it may be doing."""
+HUSH_S = max(MIN_PATIENCE_S, 5 * PULSE_PERIOD_S)
+"""After so long without a word its process is looked at: a stopped one is given up at once."""
+BRIEF_S = 0.05
+"""Steps shorter than this are many and alike."""
+_LOOK_PERIOD_S = 0.1
+"""One of them is learnt from in this time."""
 
 
 class WorkerVigil:
@@ -50,43 +28,60 @@ class WorkerVigil:
         self.times = StepTimes()
         self.heard_at = now
         self._checked_at = now
+        self._learnt_at = -1.0
+        self._plan: StepPlan | None = None
         self._counter = -1
         self._moved_at = now
         self._busy_pulse = False
-        self._num_steps = 0
-        self._first_counter = -1
-        self._step_tokens = 0
+        # Whether a pulse has shown the counter where it was since it moved. Without one nobody
+        # knows that it stood: pulses may have been late.
+        self._was_seen_standing = False
+        self._gap_s = 0.0
 
-    def sent(self, num_tokens: int, now: float) -> None:
-        """A step with so many tokens went to the worker."""
-        self._step_tokens = num_tokens
+    def sent(self, plan: StepPlan, now: float) -> None:
+        """A plan went to the worker."""
+        self._plan = plan
         self._moved_at = now
+        self._was_seen_standing = False
+        self._gap_s = 0.0
 
     def result(self, seconds: float, now: float) -> None:
         """The step came back; 0 seconds: it failed, and tells nothing of time."""
-        if seconds > 0:
-            self.times.add(self._step_tokens, seconds)
-        self._num_steps += 1
-        self._step_tokens = 0
+        plan, self._plan = self._plan, None
+        if plan is not None and seconds > 0:
+            self._note_gap(now)
+            if seconds > BRIEF_S or now - self._learnt_at > _LOOK_PERIOD_S:
+                self._learnt_at = now
+                self.times.add(StepWork.of(plan), seconds, min(self._gap_s, seconds))
         self.heard_at = self._moved_at = now
 
     def pulse(self, counter: int, busy: bool, now: float) -> None:
         """The worker's actor thread speaks."""
         self.heard_at = now
         self._busy_pulse = busy
-        if self._first_counter < 0:
-            self._first_counter = counter
         if counter != self._counter:
             self._counter = counter
+            self._note_gap(now)
             self._moved_at = now
+        elif busy:
+            self._was_seen_standing = True
 
     def patience_s(self) -> float:
         """How long the counter may stand during the step under way."""
-        predicted = self.times.predict(self._step_tokens)
-        if predicted is None:
-            return FIRST_STEP_S + FIRST_TOKEN_S * self._step_tokens
-        counts = (self._counter - self._first_counter) / self._num_steps if self._num_steps else 1.0
-        return max(MIN_PATIENCE_S, PATIENCE_FACTOR * predicted / max(counts, 1.0))
+        if self._plan is None:
+            return MIN_PATIENCE_S
+        learnt_s = self.times.patience_s(StepWork.of(self._plan))
+        return max(learnt_s, PATIENCE_FACTOR * self._gap_s)
+
+    def shows_work(self, now: float) -> bool:
+        """Whether a step is under way and its pulses prove that the engine computes."""
+        if self._plan is None or now - self.heard_at > HUSH_S:
+            return False
+        return self.heard_at - self._moved_at <= self.patience_s()
+
+    def is_hushed(self, now: float) -> bool:
+        """Whether a step is under way and pulses are missing."""
+        return self._plan is not None and now - self.heard_at > HUSH_S
 
     def verdict(self, now: float) -> str:
         """What is wrong, or "". After a pause of this process itself nothing is: words of the
@@ -99,11 +94,15 @@ class WorkerVigil:
             return ""
         if now - self.heard_at > SILENCE_S:
             return f"the worker has been silent for {now - self.heard_at:.1f} s"
-        stood_s = now - self._moved_at
-        if self._step_tokens and self._busy_pulse and stood_s > self.patience_s():
+        # As far as pulses show it: what was not heard is silence.
+        stood_s = self.heard_at - self._moved_at
+        if self._plan is None or not self._busy_pulse or stood_s <= MIN_PATIENCE_S:
+            return ""
+        if stood_s > self.patience_s():
             return f"a step has not moved for {stood_s:.1f} s"
         return ""
 
-
-def _smooth(old: float, new: float) -> float:
-    return new if old < 0 else old + _SMOOTHING * (new - old)
+    def _note_gap(self, now: float) -> None:
+        if self._was_seen_standing:
+            self._was_seen_standing = False
+            self._gap_s = max(self._gap_s, now - self._moved_at)

@@ -18,6 +18,7 @@ import structlog
 from xllm.config.load import encode_settings
 from xllm.config.settings import Settings
 from xllm.errors import TransportError
+from xllm.master.process_state import is_process_stopped
 from xllm.master.restarts import WorkerRestarts
 from xllm.master.vigil import WorkerVigil
 from xllm.protocol.actor.base import Actor
@@ -132,10 +133,15 @@ class WorkerGroup:
         self._failure = None
         self._children.start(ChildSpec(self._name, self._target, (encode_settings(settings),)))
 
-    def send_plan(self, plan: StepPlan, num_tokens: int) -> None:
+    @property
+    def shows_work(self) -> bool:
+        """Whether a step is under way and pulses prove that the engine computes."""
+        return self._vigil is not None and self._vigil.shows_work(time.monotonic())
+
+    def send_plan(self, plan: StepPlan) -> None:
         """Send a plan to the ready worker; one that cannot be reached is lost."""
         assert self._vigil is not None
-        self._vigil.sent(num_tokens, time.monotonic())
+        self._vigil.sent(plan, time.monotonic())
         self._send(plan)
 
     def ping(self, nonce: int) -> None:
@@ -147,6 +153,11 @@ class WorkerGroup:
         self._ending = True
         await self._children.stop_all(STOP_S)
         self._socket.close()
+
+    @property
+    def _pid(self) -> int:
+        """Pid of the worker that was started here; 0: none."""
+        return self._children.pids.get(self._name, 0)
 
     @property
     def _name(self) -> str:
@@ -220,11 +231,12 @@ class WorkerGroup:
         now = time.monotonic()
         if self._vigil is not None:
             reason = self._vigil.verdict(now)
+            if not reason and self._vigil.is_hushed(now) and is_process_stopped(self._pid):
+                reason = "its process was stopped by a signal"
         elif self._target is not None and self._children.pids:
             waited_s = now - self._started_at
             limit_s = self._settings.master.worker_start_s
             reason = f"not ready after {waited_s:.0f} s" if waited_s > limit_s else ""
-            self._started_at = now if reason else self._started_at
         else:
             reason = ""
         if not reason:
@@ -233,6 +245,7 @@ class WorkerGroup:
             # Not ours to kill: it ends itself, and whoever started it starts it again.
             self._send(StopWorker())
         self._lose(reason)
+        self._started_at = now
         self._children.signal(self._name, signal.SIGKILL)
 
     def _lose(self, reason: str) -> None:
@@ -242,18 +255,20 @@ class WorkerGroup:
         was_ready = self._vigil is not None
         self._identity = None
         self._vigil = None
+        # A process that lives on gets its time to come back and load anew.
+        self._started_at = time.monotonic()
         if self._ending:
             return
         _log.warning("worker_lost", reason=reason)
         if self._target is not None and self._failure is None:
-            self._actor.later(STOP_S, self._kill_if_lost, self._children.pids.get(self._name, 0))
+            self._actor.later(STOP_S, self._kill_if_lost, self._pid)
         if was_ready:
             self.num_ends += 1
             self._owner.worker_lost(reason)
 
     def _kill_if_lost(self, pid: int) -> None:
         """A process that lost its connection and has not come back is of no use."""
-        if pid and self._identity is None and self._children.pids.get(self._name) == pid:
+        if pid and self._identity is None and self._pid == pid:
             self._children.signal(self._name, signal.SIGKILL)
 
     def _on_exit(self, end: ChildExit) -> None:

@@ -73,7 +73,8 @@ class QuerySnapshot(ArrayMessage, frozen=True):
 
 
 class ProbeInstance(ArrayMessage, frozen=True):
-    """Prove the data path: the master answers `ProbeAnswer` once its workers answered a ping."""
+    """Prove the data path: the master answers `ProbeAnswer` once its workers answered a ping, or
+    at once where a step is under way and moves."""
 
     nonce: int
 

@@ -12,6 +12,10 @@ from enum import IntEnum
 from xllm.protocol.message import ArrayMessage, ArrayPart
 from xllm.protocol.sampling import SamplingParams
 
+PULSE_PERIOD_S = 0.2
+"""Longest time between two pulses of a worker, whatever the period of heartbeats is: masters
+judge workers by it."""
+
 
 class ItemKind(IntEnum):
     """What an item of a plan asks for."""

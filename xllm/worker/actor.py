@@ -19,6 +19,7 @@ from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
 from xllm.protocol.codec import Decoder
 from xllm.protocol.step import (
+    PULSE_PERIOD_S,
     LoadModel,
     LoadProgress,
     MasterMessage,
@@ -104,7 +105,7 @@ class WorkerActor(Actor):
         if self._socket.connected:
             self._greet()
         self._load()
-        self.every(settings.cluster.heartbeat_s, self._pulse)
+        self.every(min(settings.cluster.heartbeat_s, PULSE_PERIOD_S), self._pulse)
 
     async def stop(self) -> None:
         """Finish the step in flight, then close."""
@@ -199,7 +200,7 @@ class WorkerActor(Actor):
             self._load_failure = message
             self._reporter.failed(message.code, message.message)
         if message.step < 0 or isinstance(error, InvariantError):
-            self.later(LAST_WORD_S, self.request_stop, error.exit_code)
+            self.later(LAST_WORD_S, self.request_stop, error.exit_code, message.message)
 
     def _pulse(self) -> None:
         self._num_pulses += 1
