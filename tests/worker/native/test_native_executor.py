@@ -68,10 +68,11 @@ def test_execute_before_load_is_an_error(directory: Path) -> None:
         NativeExecutor(native_settings(directory)).execute(StepPlan(1))
 
 
-def test_counter_grows_by_layers(driver: PlanDriver) -> None:
+def test_counter_grows_with_each_piece(driver: PlanDriver) -> None:
+    """A layer: projections, attention, the rest. After the layers: head, edits, draws."""
     before = driver.executor.counter
     driver.generate([driver.job([1, 2, 3], 4)])
-    assert driver.executor.counter == before + 4 * 3
+    assert driver.executor.counter == before + 4 * (3 * 3 + 3)
 
 
 def test_hooks_are_called_around_each_layer(directory: Path) -> None:

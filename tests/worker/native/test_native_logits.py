@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ class Runner:
             dtype.itemsize,
         )
         self.pool = KvPool(layout, allocate_memory(layout, dtype, CPU))
-        self.loop = LayerLoop(self.loaded.model, self.pool, dtype, CPU)
+        self.loop = LayerLoop(self.loaded.model, self.pool, dtype, CPU, lambda: None)
 
     def logits(self, spans: list[Span], token_ids: list[int], single: bool = False) -> torch.Tensor:
         run = self.loop.run_single_rows if single else self.loop.run
@@ -96,9 +97,9 @@ class Runner:
             return self.loaded.model.head(run(spans, token_ids, ()))
 
 
-def blocks(first: int) -> list[int]:
+def blocks(first: int) -> array[int]:
     """A block table that runs backwards through the pool."""
-    return list(range(first + 15, first - 1, -1))
+    return array("q", range(first + 15, first - 1, -1))
 
 
 def check_all_ways(runner: Runner, want: torch.Tensor, ids: list[int], bound: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,14 @@ from xllm.worker.memory.pool import KvPool, PoolMemory
 CPU = torch.device("cpu")
 NUM_BLOCKS = 64
 HEADS, KV_HEADS, DIM = 6, 2, 8
+
+
+def no_tick() -> None:
+    """Nobody watches."""
+
+
+def span(start: int, num_rows: int, blocks: list[int]) -> Span:
+    return Span(start, num_rows, array("q", blocks))
 
 
 def expected_row(
@@ -56,14 +66,14 @@ def test_any_batch(batch: tuple[list[tuple[int, int]], int, int, int]) -> None:
     for start, rows in shapes:
         count = -(-(start + rows) // block_size)
         blocks = [free.pop() for _ in range(count)]
-        spans.append(Span(start, rows, blocks))
+        spans.append(span(start, rows, blocks))
         keys, values = torch.randn(2, start + rows, KV_HEADS, DIM).unbind()
         histories.append((keys, values))
         for block in blocks:
             pool.keys(0)[block] = 0
             pool.values(0)[block] = 0
         if start:
-            slots = torch.tensor(write_slots([Span(0, start, blocks)], block_size))
+            slots = torch.tensor(write_slots([span(0, start, blocks)], block_size))
             pool.write(0, slots, keys[:start], values[:start])
     fresh_keys = torch.cat([k[s.start :] for s, (k, _) in zip(spans, histories, strict=True)])
     fresh_values = torch.cat([v[s.start :] for s, (_, v) in zip(spans, histories, strict=True)])
@@ -72,12 +82,12 @@ def test_any_batch(batch: tuple[list[tuple[int, int]], int, int, int]) -> None:
     slots = torch.tensor(write_slots(spans, block_size))
     event(f"{len(plan.fresh)} fresh groups")
     workspace = AttentionWorkspace(pool, torch.float32, CPU)
-    attention = PagedAttention(pool, workspace, slots, {window: plan}, (window,))
+    attention = PagedAttention(pool, workspace, slots, {window: plan}, (window,), no_tick)
     got = attention.attend(0, q, fresh_keys, fresh_values)
     row = 0
-    for span, (keys, values) in zip(spans, histories, strict=True):
-        assert torch.equal(pool.keys(0)[span.block_ids].flatten(0, 1)[: span.end], keys)
-        for position in range(span.start, span.end):
+    for one, (keys, values) in zip(spans, histories, strict=True):
+        assert torch.equal(pool.keys(0)[list(one.block_ids)].flatten(0, 1)[: one.end], keys)
+        for position in range(one.start, one.end):
             want = expected_row(q[row], keys, values, position, window)
             assert (got[row].double() - want.flatten()).abs().max() < 1e-5
             row += 1
@@ -95,16 +105,16 @@ def test_workspace_is_kept() -> None:
 def test_every_form_of_work_is_planned() -> None:
     """What `test_any_batch` draws reaches all forms; here they are named."""
     spans = [
-        Span(0, 5, [0]),
-        Span(9, 1, [1, 2]),
-        Span(0, 7, [3]),
-        Span(4, 3, [4]),
-        Span(30, 1, [5, 6, 7, 8]),
-        Span(0, 300, list(range(9, 47))),
+        span(0, 5, [0]),
+        span(9, 1, [1, 2]),
+        span(0, 7, [3]),
+        span(4, 3, [4]),
+        span(30, 1, [5, 6, 7, 8]),
+        span(0, 300, list(range(9, 47))),
     ]
     full = plan_window(spans, 0, 8, torch.float32, CPU)
     assert [(group.batch, group.width) for group in full.fresh] == [(2, 7)]
-    assert [(part.first_row, part.num_rows, part.fresh) for part in full.prefills] == [
+    assert [(part.first_row, part.num_rows, part.seen is None) for part in full.prefills] == [
         (13, 3, False),
         (17, 300, True),
     ]
@@ -112,7 +122,7 @@ def test_every_form_of_work_is_planned() -> None:
     # A window that is shorter than a prompt takes it out of the group; decodes see its blocks.
     windowed = plan_window(spans, 6, 8, torch.float32, CPU)
     assert windowed.fresh == ()
-    assert [part.fresh for part in windowed.prefills] == [False, False, False, True]
+    assert [part.seen is None for part in windowed.prefills] == [False, False, False, True]
     assert [(group.batch, group.width) for group in windowed.decodes] == [(1, 1), (1, 2)]
 
 
@@ -121,7 +131,7 @@ def test_fresh_prompts_of_one_batch() -> None:
     torch.manual_seed(3)
     layout = KvLayout(16, 4, 1, KV_HEADS, DIM, 4)
     pool = KvPool(layout, PoolMemory(torch.zeros(layout.total_bytes // 4)))
-    spans = [Span(0, 5, [0, 1]), Span(0, 8, [2, 3]), Span(0, 6, [5, 4])]
+    spans = [span(0, 5, [0, 1]), span(0, 8, [2, 3]), span(0, 6, [5, 4])]
     q = torch.randn(19, HEADS, DIM)
     k, v = torch.randn(2, 19, KV_HEADS, DIM).unbind()
 
@@ -129,14 +139,14 @@ def test_fresh_prompts_of_one_batch() -> None:
         plan = plan_window(chosen, 0, 4, torch.float32, CPU)
         slots = torch.tensor(write_slots(chosen, 4))
         workspace = AttentionWorkspace(pool, torch.float32, CPU)
-        attention = PagedAttention(pool, workspace, slots, {0: plan}, (0,))
+        attention = PagedAttention(pool, workspace, slots, {0: plan}, (0,), no_tick)
         assert len(plan.fresh) == (len(chosen) > 1)
         return attention.attend(0, q[rows], k[rows], v[rows])
 
     together = attend(spans, slice(0, 19))
     alone = [
-        attend([span], slice(first, first + span.num_rows))
-        for span, first in zip(spans, (0, 5, 13), strict=True)
+        attend([one], slice(first, first + one.num_rows))
+        for one, first in zip(spans, (0, 5, 13), strict=True)
     ]
     assert (together - torch.cat(alone)).abs().max() < 1e-6
     # What is no number in one of them stays in it, padding or not.

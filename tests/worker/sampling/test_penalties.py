@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers.generation.logits_process import (
 
 from xllm.protocol.sampling import SamplingParams
 from xllm.worker.sampling.candidates import find_candidates
+from xllm.worker.sampling.counts import TokenCounts
 from xllm.worker.sampling.edits import apply_edits
 from xllm.worker.sampling.rows import SampleRow
 
@@ -52,6 +54,21 @@ def test_repetition_penalty(seed: int, penalty: float) -> None:
     oracle = RepetitionPenaltyLogitsProcessor(penalty)
     expected = oracle(torch.tensor([prompt + output]), logits_of(seed))
     torch.testing.assert_close(edited(logits_of(seed), row), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_counts_that_are_kept_equal_counts_made_anew(seed: int) -> None:
+    prompt, output = history(random.Random(seed))
+    counts = TokenCounts(prompt, output[:3])
+    for token in output[3:]:
+        counts.add(token)
+    assert sorted(counts.seen_ids) == sorted({*prompt, *output})
+    found = dict(zip(counts.output_ids, counts.output_counts, strict=True))
+    assert found == Counter(output)
+    params = SamplingParams(repetition_penalty=1.3, presence_penalty=0.8, frequency_penalty=0.1)
+    kept = SampleRow(params, 0, 0, prompt, output, counts=counts)
+    anew = SampleRow(params, 0, 0, prompt, output)
+    assert torch.equal(edited(logits_of(seed), kept), edited(logits_of(seed), anew))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

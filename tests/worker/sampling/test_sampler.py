@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.worker.sampling import reference
+from tests.worker.torch_watch import TorchWatch
 from xllm.errors import InvariantError
 from xllm.protocol.sampling import SamplingParams
-from xllm.worker.sampling import candidates, draw
+from xllm.worker.sampling import candidates, draw, sampler
+from xllm.worker.sampling.logprobs import SLICE_ELEMENTS
 from xllm.worker.sampling.rows import SampleRow
 from xllm.worker.sampling.sampler import Sampler
 
@@ -230,7 +232,19 @@ def test_tiny_temperatures_are_greedy() -> None:
         assert tokens_of(logits, [row_of(temperature=temperature, top_p=0.9)] * 8) == best
 
 
-@pytest.mark.parametrize("params", [{"top_k": 300}, {"top_p": 0.97}, {"min_p": 1e-4}, {"top_k": 7}])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 300},
+        {"top_p": 0.97},
+        {"min_p": 1e-4},
+        {"top_k": 7},
+        {"top_p": 0.9999, "min_p": 1e-3, "temperature": 2.0},
+        {"top_p": 0.6, "temperature": 0.4},
+        {"top_p": 0.999, "top_k": 15_000, "temperature": 3.0},
+    ],
+    ids=str,
+)
 def test_the_window_changes_nothing(params, monkeypatch) -> None:
     vocab = 20_000
     logits = some_logits(6, vocab, scale=1.0)
@@ -240,7 +254,24 @@ def test_the_window_changes_nothing(params, monkeypatch) -> None:
     usual = tokens_of(logits, rows)
     monkeypatch.setattr(candidates, "FIRST_WINDOW", vocab)
     monkeypatch.setattr(candidates, "SECOND_WINDOW", vocab)
+    monkeypatch.setattr(sampler, "FLAT_VOCAB", vocab + 1)  # nor does a sort of whole rows
     assert tokens_of(logits, rows) == usual
+
+
+def test_many_draws_take_no_more_memory_than_few() -> None:
+    """128 choices of a flat row, filters and logprobs included: no tensor holds all draws."""
+    vocab = 30_000
+    logits = torch.linspace(0, 0.1, vocab).repeat(4, 1)
+    for params in ({"top_p": 0.99}, {"top_k": 14_000}, {}, {"top_p": 0.99, "logprobs": 2}):
+        largest = []
+        for n in (1, 128):
+            rows = [row_of(n=n, seed=k, **params) for k in range(4)]
+            with TorchWatch() as watch:
+                result = Sampler(vocab, CPU).sample(logits.clone(), rows)
+            assert [len(tokens) for tokens in result.tokens] == [n] * 4
+            largest.append(watch.largest)
+        # Up to a slice: the score of each logit and the like, in double precision at most.
+        assert largest[1] <= max(largest[0], 8 * max(sampler.SLICE_ELEMENTS, SLICE_ELEMENTS))
 
 
 def test_stop_ids_are_masked_until_min_tokens() -> None:

@@ -7,10 +7,12 @@ their keys: in a decode they are the rows of one query, so that nothing is repea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
-from xllm.worker.attention.plan import DecodeGroup, FreshGroup, PrefillPart, WindowPlan
+from xllm.worker.attention.plan import DecodeGroup, FreshGroup, PrefillPart, SeenKeys, WindowPlan
 from xllm.worker.memory.pool import KvPool
 
 
@@ -36,7 +38,8 @@ class AttentionWorkspace:
 
 class PagedAttention:
     """The attention of one step: `slots` [rows] say where its keys and values go, `plans` holds
-    the plan of each window, `windows` the window of each layer."""
+    the plan of each window, `windows` the window of each layer; `tick` is called as the
+    attention of a layer begins and after each part of it."""
 
     def __init__(
         self,
@@ -45,30 +48,39 @@ class PagedAttention:
         slots: torch.Tensor,
         plans: dict[int, WindowPlan],
         windows: tuple[int, ...],
+        tick: Callable[[], None],
     ) -> None:
         self._pool = pool
         self._workspace = workspace
         self._slots = slots
         self._plans = plans
         self._windows = windows
+        self._tick = tick
+        self._mask: tuple[SeenKeys, torch.Tensor] | None = None
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Write k and v [rows, kv_heads, head_dim] of all rows, then attend q
         [rows, heads, head_dim]: [rows, heads * head_dim]. Rows of one step see each other's
         keys where their block tables share them."""
+        self._tick()
         self._pool.write(layer, self._slots, k, v)
         plan = self._plans[self._windows[layer]]
         if len(plan.decodes) == 1 and plan.decodes[0].rows is None:
-            return self._decode(layer, plan.decodes[0], q)
+            whole = self._decode(layer, plan.decodes[0], q)
+            self._tick()
+            return whole
         out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
         for group in plan.decodes:
             assert group.rows is not None
             out[group.rows] = self._decode(layer, group, q[group.rows])
+            self._tick()
         for fresh in plan.fresh:
             out[fresh.rows] = self._fresh(fresh, q, k, v)
+            self._tick()
         for part in plan.prefills:
             rows = slice(part.first_row, part.first_row + part.num_rows)
             out[rows] = self._prefill(layer, part, q[rows], k[rows], v[rows])
+            self._tick()
         return out
 
     def _gathered(
@@ -103,7 +115,7 @@ class PagedAttention:
         self, layer: int, part: PrefillPart, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         query = q.transpose(0, 1)[None]
-        if part.fresh:
+        if part.seen is None:
             found = F.scaled_dot_product_attention(
                 query,
                 k.transpose(0, 1)[None],
@@ -112,9 +124,16 @@ class PagedAttention:
                 enable_gqa=True,
             )
         else:
-            assert part.block_ids is not None
-            keys, values = self._gathered(layer, part.block_ids, 1)
+            keys, values = self._gathered(layer, part.seen.block_ids, 1)
+            mask = self._mask_of(part.seen, part.num_rows, q.dtype)
             found = F.scaled_dot_product_attention(
-                query, keys, values, attn_mask=part.mask, enable_gqa=True
+                query, keys, values, attn_mask=mask, enable_gqa=True
             )
         return found[0].transpose(0, 1).reshape(part.num_rows, -1)
+
+    def _mask_of(self, seen: SeenKeys, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """One mask is kept: it serves all layers where a step has a single part."""
+        if self._mask is None or self._mask[0] is not seen:
+            self._mask = None  # never two at once
+            self._mask = seen, seen.mask(num_rows, dtype)
+        return self._mask[1]

@@ -1,4 +1,4 @@
-"""Which keys each row of a step sees: index tensors and masks, made once a step and window.
+"""Which keys each row of a step sees: index tensors and masks, planned once a step and window.
 
 Rows are laid out span by span. A span of one row is a decode: decodes of similar length are put
 into one padded batch. Longer spans are prefill chunks: those from position 0 are batched with
@@ -9,6 +9,7 @@ block or row, masked: no other sequence's numbers are ever read.
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,9 @@ _MAX_GROUP_TOKENS = 1 << 15
 """KV tokens that one padded batch of decodes gathers at most (a longer sequence goes alone)."""
 
 _MAX_CHUNK_ROWS = 512
-"""Rows of a prefill chunk that are attended at a time: bounds the mask."""
+_MIN_CHUNK_ROWS = 32
+_MAX_MASK_NUMBERS = 1 << 24
+"""Rows of a prefill chunk that are attended at a time: what a mask may hold bounds them."""
 
 _MAX_FRESH_ROWS = 256
 """A fresh prompt of more rows is attended alone: nothing is gained by padding it."""
@@ -28,12 +31,12 @@ _MAX_FRESH_GROUP_ROWS = 1 << 12
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Span:
-    """Rows of one sequence: positions [start, start + num_rows), over a block table that
-    reaches at least to their end."""
+    """Rows of one sequence: positions [start, start + num_rows), over a block table (of 64-bit
+    numbers, type code "q") that reaches at least to their end."""
 
     start: int
     num_rows: int
-    block_ids: Sequence[int]
+    block_ids: array[int]
 
     @property
     def end(self) -> int:
@@ -54,16 +57,38 @@ class DecodeGroup:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SeenKeys:
+    """The keys that rows of one sequence see: blocks [width] hold `num_columns` tokens, of which
+    row r stands at column `first` + r and sees itself and what is before it, `window` of them
+    in all (0: every one)."""
+
+    block_ids: torch.Tensor
+    first: int
+    num_columns: int
+    window: int
+
+    def mask(self, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """Additive [num_rows, num_columns]. Made when it is needed and not kept: those of all
+        parts of a step would take more memory than the step's keys."""
+        device = self.block_ids.device
+        if self.window:
+            columns = torch.arange(self.num_columns, device=device)
+            own = torch.arange(self.first, self.first + num_rows, device=device)[:, None]
+            return _additive((columns > own) | (columns <= own - self.window), dtype)
+        mask = torch.zeros((num_rows, self.num_columns), dtype=dtype, device=device)
+        tail = mask[:, self.first :]
+        tail.fill_(float("-inf")).triu_(1)
+        return mask
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PrefillPart:
-    """Rows [first_row, first_row + num_rows) of one sequence. Fresh: they see each other alone,
-    causally, and nothing is gathered. Else blocks [width] and an additive mask
-    [num_rows, width * block_size]."""
+    """Rows [first_row, first_row + num_rows) of one sequence. Without `seen` they see each other
+    alone, causally, and nothing is gathered."""
 
     first_row: int
     num_rows: int
-    fresh: bool
-    block_ids: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
+    seen: SeenKeys | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -183,16 +208,19 @@ class _Planner:
         )
 
     def decode(self, items: list[tuple[int, Span]], num_rows: int) -> DecodeGroup:
-        tables: list[list[int]] = []
+        visible: list[tuple[int, int]] = []
         bounds: list[tuple[int, int]] = []
         for _, span in items:
             first, last = self._visible_blocks(span.start, span.end)
-            tables.append(list(span.block_ids[first:last]))
+            visible.append((first, last))
             origin = first * self._block_size
             low = max(span.end - self._window, 0) if self._window else 0
             bounds.append((low - origin, span.end - origin))
-        width = max(len(table) for table in tables)
-        flat = [block for table in tables for block in _padded(table, width)]
+        width = max(last - first for first, last in visible)
+        flat = array("q")
+        for (_, span), (first, last) in zip(items, visible, strict=True):
+            flat += span.block_ids[first:last]
+            flat += span.block_ids[first : first + 1] * (width - last + first)
         columns = torch.arange(width * self._block_size, device=self._device)
         limits = torch.tensor(bounds, dtype=torch.int64, device=self._device)
         hidden = (columns < limits[:, :1]) | (columns >= limits[:, 1:])
@@ -201,45 +229,39 @@ class _Planner:
             None if len(rows) == num_rows else self._index(rows),
             len(items),
             width,
-            self._index(flat),
-            self._additive(hidden)[:, None, None, :],
+            _tensor(flat, self._device),
+            _additive(hidden, self._dtype)[:, None, None, :],
         )
 
     def prefill(self, row: int, span: Span) -> list[PrefillPart]:
         if self.is_fresh(span):
-            return [PrefillPart(row, span.num_rows, fresh=True)]
+            return [PrefillPart(row, span.num_rows)]
         parts = []
-        for offset in range(0, span.num_rows, _MAX_CHUNK_ROWS):
-            count = min(_MAX_CHUNK_ROWS, span.num_rows - offset)
+        size = max(min(_MAX_CHUNK_ROWS, _MAX_MASK_NUMBERS // span.end), _MIN_CHUNK_ROWS)
+        for offset in range(0, span.num_rows, size):
+            count = min(size, span.num_rows - offset)
             start = span.start + offset
             first, last = self._visible_blocks(start, start + count)
-            origin = first * self._block_size
-            positions = torch.arange(start, start + count, device=self._device)[:, None]
-            columns = torch.arange(origin, last * self._block_size, device=self._device)
-            hidden = columns > positions
-            if self._window:
-                hidden |= columns <= positions - self._window
-            parts.append(
-                PrefillPart(
-                    row + offset,
-                    count,
-                    fresh=False,
-                    block_ids=self._index(span.block_ids[first:last]),
-                    mask=self._additive(hidden),
-                )
+            seen = SeenKeys(
+                _tensor(span.block_ids[first:last], self._device),
+                start - first * self._block_size,
+                (last - first) * self._block_size,
+                self._window,
             )
+            parts.append(PrefillPart(row + offset, count, seen))
         return parts
 
     def _index(self, numbers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
-    def _additive(self, hidden: torch.Tensor) -> torch.Tensor:
-        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
-        return mask.masked_fill_(hidden, float("-inf"))
+
+def _tensor(numbers: array[int], device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(numbers, dtype=torch.int64).to(device)
 
 
-def _padded(table: list[int], width: int) -> list[int]:
-    return table + table[:1] * (width - len(table))
+def _additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, float("-inf"))
 
 
 def _parts(items: list[tuple[int, Span]], size: int) -> list[list[tuple[int, Span]]]:

@@ -6,13 +6,14 @@ never stand in memory at once. Drawn tokens join their sequence's history here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from xllm.worker.execution.batch import BatchEntry, StepBatch
 from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.models.model import NativeModel
+from xllm.worker.sampling.edits import needs_counts
 from xllm.worker.sampling.logprobs import score_rows
 from xllm.worker.sampling.rows import SampleRow
 from xllm.worker.sampling.sampler import Sampler
@@ -24,14 +25,22 @@ _NOT_FINITE = "the model's output is not a number (an overflow of its type?)"
 
 
 class TokenDrawer:
-    """Draws the tokens of steps with one model. `rows_at_once` 1 makes a row's logits
-    independent of the rows beside it; 0 takes as many as the memory bound allows."""
+    """Draws the tokens of steps with one model. `tick` is called after each bounded piece of
+    work. `rows_at_once` 1 makes a row's logits independent of the rows beside it; 0 takes as
+    many as the memory bound allows."""
 
-    def __init__(self, model: NativeModel, device: torch.device, rows_at_once: int = 0) -> None:
+    def __init__(
+        self,
+        model: NativeModel,
+        device: torch.device,
+        tick: Callable[[], None],
+        rows_at_once: int = 0,
+    ) -> None:
         vocab_size = model.config.vocab_size
         self._model = model
         self._device = device
-        self._sampler = Sampler(vocab_size, device)
+        self._tick = tick
+        self._sampler = Sampler(vocab_size, device, tick)
         self._slice = rows_at_once or max(_SLICE_BYTES // (4 * vocab_size), 1)
 
     def draw(self, batch: StepBatch, hidden: torch.Tensor, outputs: StepOutputs) -> None:
@@ -69,13 +78,16 @@ class TokenDrawer:
             ids = state.tokens(at, min(at + self._slice, last))
             row = entry.first_row + at - first
             logits = self._model.head(hidden[row : row + len(ids)])
-            outputs.add_logprobs(entry.index, score_rows(logits, self._index(ids), num_top))
+            self._tick()
+            table = score_rows(logits, self._index(ids), num_top, tick=self._tick)
+            outputs.add_logprobs(entry.index, table)
 
     def _sample(
         self, entries: Sequence[BatchEntry], hidden: torch.Tensor, outputs: StepOutputs
     ) -> None:
         rows = self._index([entry.last_row for entry in entries])
         logits = self._model.head(hidden.index_select(0, rows))
+        self._tick()
         result = self._sampler.sample(logits, [_sample_row(entry) for entry in entries])
         reasons = dict(result.failed)
         for number, entry in enumerate(entries):
@@ -87,8 +99,7 @@ class TokenDrawer:
             table = result.logprobs[number]
             if table is not None:
                 outputs.add_logprobs(entry.index, table)
-            state = entry.state
-            state.output_ids.append(tokens[state.choice if len(tokens) > 1 else 0])
+            entry.state.append(tokens[entry.state.choice if len(tokens) > 1 else 0])
 
     def _index(self, numbers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
@@ -104,6 +115,7 @@ def _sample_row(entry: BatchEntry) -> SampleRow:
         output_ids=state.output_ids,
         stop_ids=state.stop_ids,
         num_samples=entry.item.num_samples,
+        counts=state.counted() if needs_counts(state.sampling) else None,
     )
 
 

@@ -6,7 +6,8 @@ KV that moves layer by layer) hooks in here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -27,31 +28,23 @@ class LayerHook(Protocol):
         """Layer `index` gave `hidden` [rows, hidden]."""
 
 
-class ProgressCounter:
-    """A hook that counts layers: a counter that stands while the engine is busy is a hang.
-    `value` may be read from any thread."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def before_layer(self, index: int) -> None:
-        """Nothing."""
-
-    def after_layer(self, index: int, hidden: torch.Tensor) -> None:
-        """One more layer is done."""
-        self.value += 1
-
-
 class LayerLoop:
-    """Runs rows through all layers of a model over one pool."""
+    """Runs rows through all layers of a model over one pool. `tick` is called after each
+    bounded piece of work inside a layer."""
 
     def __init__(
-        self, model: NativeModel, pool: KvPool, dtype: torch.dtype, device: torch.device
+        self,
+        model: NativeModel,
+        pool: KvPool,
+        dtype: torch.dtype,
+        device: torch.device,
+        tick: Callable[[], None],
     ) -> None:
         self._model = model
         self._pool = pool
         self._dtype = dtype
         self._device = device
+        self._tick = tick
         self._workspace = AttentionWorkspace(pool, dtype, device)
         self._windows = model.config.layer_windows
 
@@ -71,6 +64,7 @@ class LayerLoop:
                 for window in set(self._windows)
             },
             self._windows,
+            self._tick,
         )
         hidden = self._model.embed(self._index(token_ids))
         tables = self._model.tables(self._index(positions))
@@ -97,7 +91,7 @@ class LayerLoop:
         their kernels before the first request waits for them. Leaves the pool zeroed."""
         size = self._pool.layout.block_size
         num_rows = min(num_rows, self._pool.layout.num_blocks * size)
-        span = Span(0, num_rows, range(-(-num_rows // size)))
+        span = Span(0, num_rows, array("q", range(-(-num_rows // size))))
         with torch.inference_mode():
             self._model.head(self.run([span], [0] * num_rows, ())[-1:])
         self._pool.clear_slots(range(num_rows))

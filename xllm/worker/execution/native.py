@@ -20,9 +20,10 @@ from xllm.protocol.step import StepPlan, WorkerReady
 from xllm.worker.attention.plan import Span
 from xllm.worker.execution.batch import StepBatch, build_batch
 from xllm.worker.execution.drawing import TokenDrawer
-from xllm.worker.execution.layer_loop import LayerHook, LayerLoop, ProgressCounter
+from xllm.worker.execution.layer_loop import LayerHook, LayerLoop
 from xllm.worker.execution.loading import load_model, make_pool, resolve_model_len
 from xllm.worker.execution.outputs import StepOutputs
+from xllm.worker.execution.progress import ProgressCounter
 from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
 from xllm.worker.executor import Executor, StepOutput
 from xllm.worker.memory.layout import describe_groups
@@ -72,7 +73,7 @@ class NativeExecutor:
 
     @property
     def counter(self) -> int:
-        """Layers done so far."""
+        """Pieces of work done so far: see ProgressCounter."""
         return self._progress.value
 
     def load(self, progress: Callable[[int, int], None]) -> WorkerReady:
@@ -87,15 +88,16 @@ class NativeExecutor:
         loaded = load_model(directory, settings.model.dtype, platform, progress)
         model, dtype = loaded.model, loaded.dtype
         platform.prepare(worker.num_threads, loaded.num_bytes)
+        self._progress.follow(platform.mark)
         pool = make_pool(settings, model, dtype, platform)
         max_model_len = resolve_model_len(settings, model.config)
-        vocab_size = model.config.vocab_size
+        vocab_size, tick = model.config.vocab_size, self._progress.tick
         self._engine = _Engine(
             platform,
             pool,
             SequenceTable(pool.layout.num_blocks, vocab_size),
-            LayerLoop(model, pool, dtype, platform.device),
-            TokenDrawer(model, platform.device, 1 if worker.deterministic else 0),
+            LayerLoop(model, pool, dtype, platform.device, tick),
+            TokenDrawer(model, platform.device, tick, 1 if worker.deterministic else 0),
             max_model_len,
         )
         for num_rows in _WARM_UP_ROWS:
@@ -166,6 +168,7 @@ class NativeExecutor:
         hidden = run(spans, batch.token_ids, self._hooks)
         engine.drawer.draw(batch, hidden, outputs)
         engine.platform.synchronize()
+        self._progress.settle()
         if len(outputs.failed) > num_failed:
             engine.pool.may_hold_nan = True
 

@@ -8,11 +8,13 @@ Invariant: every block id in a table is in the pool; a history only grows.
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Sequence
 
 from xllm.errors import EngineError, InvariantError
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import NewSequence, StepPlan
+from xllm.worker.sampling.counts import TokenCounts
 
 
 class SequenceState:
@@ -21,6 +23,7 @@ class SequenceState:
     __slots__ = (
         "block_ids",
         "choice",
+        "counts",
         "output_ids",
         "prompt_ids",
         "sampling",
@@ -35,12 +38,25 @@ class SequenceState:
         self.sampling: SamplingParams = new.sampling
         self.choice = new.choice
         self.stop_ids = new.stop_ids
-        self.block_ids: list[int] = []
+        self.block_ids = array("q")
+        self.counts: TokenCounts | None = None
 
     @property
     def length(self) -> int:
         """Tokens known: prompt and output."""
         return len(self.prompt_ids) + len(self.output_ids)
+
+    def append(self, token: int) -> None:
+        """One more token is out."""
+        self.output_ids.append(token)
+        if self.counts is not None:
+            self.counts.add(token)
+
+    def counted(self) -> TokenCounts:
+        """The counts of its tokens, kept from the first call on."""
+        if self.counts is None:
+            self.counts = TokenCounts(self.prompt_ids, self.output_ids)
+        return self.counts
 
     def tokens(self, start: int, end: int) -> Sequence[int]:
         """The tokens at positions [start, end), all of them known."""
@@ -72,19 +88,16 @@ class SequenceTable:
         self._refused: dict[int, str] = {}
 
     def begin(self, plan: StepPlan) -> None:
-        """Forget the plan's ended sequences and learn its new ones. A fork whose parent ends in
-        the same plan still finds it."""
-        ended = {}
-        for seq in plan.ended:
-            self._refused.pop(seq, None)
-            state = self._states.pop(seq, None)
-            if state is not None:
-                ended[seq] = state
+        """Learn the plan's new sequences, then forget its ended ones: a fork finds a parent that
+        ends in the same plan."""
         for new in plan.new:
             try:
-                self._learn(new, ended)
+                self._learn(new)
             except EngineError as error:
                 self._refused[new.seq] = error.message
+        for seq in plan.ended:
+            self._refused.pop(seq, None)
+            self._states.pop(seq, None)
 
     def find(self, seq: int) -> SequenceState:
         """A known sequence; raises EngineError with the reason where it is not."""
@@ -113,12 +126,12 @@ class SequenceTable:
             if any(not 0 <= block < self._num_blocks for block in state.block_ids):
                 raise InvariantError(f"sequence {seq} has a block outside the pool")
 
-    def _learn(self, new: NewSequence, ended: dict[int, SequenceState]) -> None:
+    def _learn(self, new: NewSequence) -> None:
         if new.seq in self._states:
             raise EngineError(f"sequence {new.seq} is already known")
         prompt_ids = new.prompt_ids
         if new.parent >= 0:
-            parent = self._states.get(new.parent) or ended.get(new.parent)
+            parent = self._states.get(new.parent)
             if parent is None:
                 raise EngineError(f"sequence {new.seq}: its parent {new.parent} is not known")
             prompt_ids = parent.prompt_ids

@@ -47,6 +47,9 @@ class CpuPlatform:
     def synchronize(self) -> None:
         """Nothing runs behind our back here."""
 
+    def mark(self) -> None:
+        """What was started is done."""
+
     def describe(self) -> str:
         """Instruction set and threads."""
         capability = torch.backends.cpu.get_cpu_capability()

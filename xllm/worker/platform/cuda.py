@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from xllm.errors import DependencyError
-from xllm.worker.platform.platform import DeviceMemory
+from xllm.worker.platform.platform import DeviceMark, DeviceMemory
 
 _KV_SHARE = 0.85
 
@@ -47,6 +47,12 @@ class CudaPlatform:
     def synchronize(self) -> None:
         """Wait for the device."""
         torch.cuda.synchronize(self.device)
+
+    def mark(self) -> DeviceMark:
+        """An event on the current stream."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no stub for it
+        event.record()
+        return event.query
 
     def describe(self) -> str:
         """The GPU's name."""

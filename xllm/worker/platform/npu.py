@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from xllm.errors import DependencyError
-from xllm.worker.platform.platform import DeviceMemory
+from xllm.worker.platform.platform import DeviceMark, DeviceMemory
 
 _KV_SHARE = 0.85
 
@@ -66,6 +66,12 @@ class NpuPlatform:
     def synchronize(self) -> None:
         """Wait for the device."""
         self._npu.synchronize(self.device)
+
+    def mark(self) -> DeviceMark:
+        """An event on the current stream."""
+        event = self._npu.Event()
+        event.record()
+        return lambda: bool(event.query())
 
     def describe(self) -> str:
         """The NPU's name."""

@@ -7,11 +7,15 @@ allocated; what a device cannot do is refused here with the name of what is miss
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from xllm.errors import ConfigError
+
+DeviceMark = Callable[[], bool]
+"""Whether the device has come past this place in its work; any thread may ask."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,6 +50,9 @@ class Platform(Protocol):
 
     def synchronize(self) -> None:
         """Wait until all that was started on the device is done."""
+
+    def mark(self) -> DeviceMark | None:
+        """A mark behind all that was started so far; None where that is done already."""
 
     def describe(self) -> str:
         """The device in words, for people."""

@@ -20,14 +20,17 @@ MIN_TEMPERATURE = 1e-30
 """Below, float32 quotients would be 0 / 0: it is arg-max by far already."""
 FIRST_WINDOW = 256
 SECOND_WINDOW = 4096
+FLAT_VOCAB = 1 << 14
+"""From this size on a row without top-k that no window holds is not sorted: see `nucleus`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidates:
-    """What some rows may draw, each padded to the window.
+    """What some rows may draw, K of them: as many as the row with the most.
 
-    ids: int64 [rows, K], best first; tempered: float64 [rows, K], (logit - best) / temperature;
-    keep: bool [rows, K]; clear: bool [rows], whether the border lies inside the window."""
+    ids: int64 [rows, K]; tempered: float64 [rows, K], (logit - best) / temperature;
+    keep: bool [rows, K]; clear: bool [rows], whether the border lies inside the window (what
+    there is of a row where it does not is of no use)."""
 
     ids: torch.Tensor
     tempered: torch.Tensor
@@ -88,7 +91,8 @@ def find_candidates(
     count = keep.sum(dim=1)
     last = values.gather(1, (count - 1)[:, None])[:, 0]
     clear = last > values[:, -1] if window < vocab_size else torch.ones_like(keep[:, 0])
-    return Candidates(ids, tempered, keep, clear)
+    width = max(int(count.masked_fill_(~clear, 0).max().item()), 1)
+    return Candidates(ids[:, :width], tempered[:, :width], keep[:, :width], clear)
 
 
 def sorted_head(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

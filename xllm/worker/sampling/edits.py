@@ -7,21 +7,29 @@ ask for an edit are touched, in place; all rows of a batch go through one tensor
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
+from xllm.protocol.sampling import SamplingParams
+from xllm.worker.sampling.counts import TokenCounts
 from xllm.worker.sampling.rows import SampleRow
+
+
+def needs_counts(params: SamplingParams) -> bool:
+    """Whether a penalty asks which tokens were there."""
+    return (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+    )
 
 
 def needs_edit(row: SampleRow) -> bool:
     """Whether the row's logits change before they are tempered."""
     params = row.sampling
     return (
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
+        needs_counts(params)
         or bool(params.logit_bias)
         or (bool(row.stop_ids) and len(row.output_ids) < params.min_tokens)
     )
@@ -51,13 +59,11 @@ def _repetition(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[in
         row = rows[index]
         penalty = row.sampling.repetition_penalty
         if penalty != 1.0:
-            entries.add(index, row.prompt_ids, penalty)
-            entries.add(index, row.output_ids, penalty)
+            entries.add(index, _counts(row).seen_ids, penalty)
     if entries:
         where = entries.where(logits.device)
         penalty_of = entries.values(logits)
         old = logits[where]
-        # An id that occurs again is written again, with the same value: old was read before.
         logits[where] = torch.where(old > 0, old / penalty_of, old * penalty_of)
 
 
@@ -67,9 +73,9 @@ def _counted(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[int])
         presence = rows[index].sampling.presence_penalty
         frequency = rows[index].sampling.frequency_penalty
         if presence or frequency:
-            counts = Counter(rows[index].output_ids)
-            deltas = [presence + frequency * count for count in counts.values()]
-            entries.add_each(index, list(counts), deltas)
+            counts = _counts(rows[index])
+            deltas = [presence + frequency * count for count in counts.output_counts]
+            entries.add_each(index, counts.output_ids, deltas)
     if entries:
         logits[entries.where(logits.device)] -= entries.values(logits)
 
@@ -81,6 +87,10 @@ def _bias(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[int]) ->
         entries.add_each(index, list(bias), list(bias.values()))
     if entries:
         logits[entries.where(logits.device)] += entries.values(logits)
+
+
+def _counts(row: SampleRow) -> TokenCounts:
+    return row.counts or TokenCounts(row.prompt_ids, row.output_ids)
 
 
 class _Entries:
@@ -115,6 +125,6 @@ class _Entries:
         return torch.frombuffer(self._values, dtype=torch.float64).to(like.device, like.dtype)
 
     def _add_ids(self, row: int, ids: Sequence[int]) -> None:
-        self._ids.fromlist(ids if isinstance(ids, list) else list(ids))
+        self._ids.extend(ids)
         self._rows.append(row)
         self._lengths.append(len(ids))

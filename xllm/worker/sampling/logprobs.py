@@ -6,7 +6,7 @@ a rounded log-probability. Work goes in slices of rows, so that a long prompt ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,14 +16,24 @@ from xllm.worker.sampling.rows import LogprobTable
 SLICE_ELEMENTS = 1 << 22
 
 
-def score_rows(logits: torch.Tensor, targets: torch.Tensor, num_top: int) -> LogprobTable:
-    """The table of `targets` (int64 [rows]) under `logits` [rows, vocab], which stay as they are.
-    Where `num_top` exceeds the vocabulary, the last columns are padding (id -1)."""
+def score_rows(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    num_top: int,
+    rows: Sequence[int] | None = None,
+    tick: Callable[[], None] | None = None,
+) -> LogprobTable:
+    """The table of `targets` (int64 [count]) under rows `rows` (None: all, in order) of `logits`
+    [rows, vocab], which stay as they are. Where `num_top` exceeds the vocabulary, the last
+    columns are padding (id -1). `tick` is called after each slice of work."""
     step = max(1, SLICE_ELEMENTS // logits.shape[1])
-    parts = [
-        _score_slice(logits[start : start + step], targets[start : start + step], num_top)
-        for start in range(0, logits.shape[0], step)
-    ]
+    parts = []
+    for start in range(0, len(targets), step):
+        of = slice(start, start + step)
+        part = logits[of] if rows is None else logits[rows[of]]
+        parts.append(_score_slice(part, targets[of], num_top))
+        if tick is not None:
+            tick()
     if len(parts) == 1:
         return parts[0]
     if not parts:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from xllm.protocol.sampling import SamplingParams
+from xllm.worker.sampling.counts import TokenCounts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class SampleRow:
     before it). `num_samples` 1 draws for `choice`; n > 1 draws for choices 0 to n - 1 from the
     same row. `stop_ids` are masked while fewer than `sampling.min_tokens` tokens are out.
     `prompt_ids` and `output_ids` are read during the call only and only where a penalty or
-    min_tokens asks for them: hand over the live lists, no copies.
+    min_tokens asks for them: hand over the live lists, no copies. `counts`, where a penalty is
+    set, are those of the two, kept by the caller; without them they are counted in the call.
     """
 
     sampling: SamplingParams
@@ -32,6 +34,7 @@ class SampleRow:
     output_ids: Sequence[int]
     stop_ids: Sequence[int] = ()
     num_samples: int = 1
+    counts: TokenCounts | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

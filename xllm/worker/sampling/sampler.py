@@ -9,7 +9,7 @@ Invariant: a row's tokens depend on that row alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -17,6 +17,8 @@ import torch
 from xllm.errors import InvariantError
 from xllm.protocol.sampling import SamplingParams
 from xllm.worker.sampling.candidates import (
+    FLAT_VOCAB,
+    Candidates,
     find_candidates,
     is_filtered,
     temperature_of,
@@ -26,6 +28,7 @@ from xllm.worker.sampling.draw import draw_filtered, draw_plain
 from xllm.worker.sampling.edits import apply_edits
 from xllm.worker.sampling.logprobs import score_rows
 from xllm.worker.sampling.noise_tensor import DrawKey
+from xllm.worker.sampling.nucleus import find_nucleus
 from xllm.worker.sampling.rows import LogprobTable, SampleResult, SampleRow
 
 T = TypeVar("T")
@@ -35,10 +38,14 @@ SLICE_ELEMENTS = 1 << 18
 
 
 class Sampler:
-    """Draws the tokens of a model with `vocab_size` logits a row, on `device`."""
+    """Draws the tokens of a model with `vocab_size` logits a row, on `device`. `tick` is called
+    after each bounded piece of work."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, vocab_size: int, device: torch.device, tick: Callable[[], None] | None = None
+    ) -> None:
         self._vocab_size = vocab_size
+        self._tick = tick or (lambda: None)
         self._all_ids = torch.arange(vocab_size, dtype=torch.int32, device=device)
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> SampleResult:
@@ -54,6 +61,7 @@ class Sampler:
         scored = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
         raw = logits[scored].clone() if scored else None
         apply_edits(logits, [_inert(row) if i in failed else row for i, row in enumerate(rows)])
+        self._tick()
         tokens: list[tuple[int, ...]] = [()] * len(rows)
         greedy = [i for i, row in enumerate(rows) if row.sampling.temperature == 0]
         others = [i for i, row in enumerate(rows) if row.sampling.temperature != 0]
@@ -63,7 +71,7 @@ class Sampler:
             tokens[index] = ()
         logprobs: list[LogprobTable | None] = [None] * len(rows)
         if raw is not None:
-            _score_drawn(raw, scored, rows, tokens, logprobs)
+            self._score_drawn(raw, scored, rows, tokens, logprobs)
         return SampleResult(tokens, logprobs, sorted(failed.items()))
 
     def score_rows(
@@ -95,11 +103,11 @@ class Sampler:
         if not greedy:
             return
         part = logits if len(greedy) == len(rows) else logits[greedy]
-        best = part.argmax(dim=1)  # the first of equals: the lowest id
-        top = part.gather(1, best[:, None])[:, 0]
+        top, best = part.max(dim=1)  # the first of equals: the lowest id
         _note_bad(top, greedy, failed)
         for index, token in zip(greedy, best.tolist(), strict=True):
             tokens[index] = (token,) * rows[index].num_samples
+        self._tick()
 
     def _draw_noisy(
         self,
@@ -130,6 +138,7 @@ class Sampler:
             )
             for index, token in zip(owners, found, strict=True):
                 drawn[index].append(token)
+            self._tick()
         for group in _slices(filtered, max(1, 8 * per_slice)):
             self._draw_filtered(logits, tops, rows, group, drawn)
         for index, values in drawn.items():
@@ -145,50 +154,83 @@ class Sampler:
     ) -> None:
         left = group
         for window in window_sizes([rows[i].sampling for i in group], self._vocab_size):
+            if window == self._vocab_size >= FLAT_VOCAB:
+                left = self._draw_flat(logits, tops, rows, left, drawn)
+            if not left:
+                return
             params = [rows[index].sampling for index in left]
             found = find_candidates(logits[left], tops[left], params, window)
             clear: list[bool] = found.clear.tolist()
-            owners: list[int] = []
-            keys: list[DrawKey] = []
-            for place, index in enumerate(left):
-                if clear[place]:
-                    draws = _draws(rows[index])
-                    owners.extend([place] * len(draws))
-                    keys.extend(draws)
-            if owners:
-                chosen = draw_filtered(found, owners, keys)
-                for place, token in zip(owners, chosen, strict=True):
-                    drawn[left[place]].append(token)
+            places = [place for place in range(len(left)) if clear[place]]
+            self._draw_found(found, rows, {place: left[place] for place in places}, drawn)
             left = [index for place, index in enumerate(left) if not clear[place]]
-            if not left:
-                return
 
+    def _draw_flat(
+        self,
+        logits: torch.Tensor,
+        tops: torch.Tensor,
+        rows: Sequence[SampleRow],
+        group: list[int],
+        drawn: dict[int, list[int]],
+    ) -> list[int]:
+        """Draw for the rows of `group` without top-k; gives back the others."""
+        left = []
+        for index in group:
+            params = rows[index].sampling
+            if 0 < params.top_k < self._vocab_size:
+                left.append(index)
+                continue
+            found = find_nucleus(logits[index], tops[index].item(), params)
+            self._draw_found(found, rows, {0: index}, drawn)
+        return left
 
-def _score_drawn(
-    raw: torch.Tensor,
-    scored: list[int],
-    rows: Sequence[SampleRow],
-    tokens: list[tuple[int, ...]],
-    logprobs: list[LogprobTable | None],
-) -> None:
-    """Tables of the rows `scored`, whose raw logits are `raw`, in one go."""
-    places = [place for place, index in enumerate(scored) for _ in tokens[index]]
-    if not places:
-        return
-    targets = torch.tensor([token for index in scored for token in tokens[index]])
-    num_top = max(rows[index].sampling.logprobs or 0 for index in scored)
-    whole = score_rows(raw if places == list(range(len(raw))) else raw[places], targets, num_top)
-    start = 0
-    for index in scored:
-        if tokens[index]:
-            end = start + len(tokens[index])
-            width = 1 + (rows[index].sampling.logprobs or 0)
-            logprobs[index] = LogprobTable(
-                whole.ids[start:end, :width],
-                whole.logprobs[start:end, :width],
-                whole.ranks[start:end],
-            )
-            start = end
+    def _draw_found(
+        self,
+        found: Candidates,
+        rows: Sequence[SampleRow],
+        row_of_place: dict[int, int],
+        drawn: dict[int, list[int]],
+    ) -> None:
+        """All draws of some rows whose candidates are `found`, a bounded number at a time."""
+        work = [
+            (place, index, key)
+            for place, index in row_of_place.items()
+            for key in _draws(rows[index])
+        ]
+        for part in _slices(work, max(1, SLICE_ELEMENTS // found.ids.shape[1])):
+            chosen = draw_filtered(found, [w[0] for w in part], [w[2] for w in part])
+            for (_, index, _), token in zip(part, chosen, strict=True):
+                drawn[index].append(token)
+            self._tick()
+
+    def _score_drawn(
+        self,
+        raw: torch.Tensor,
+        scored: list[int],
+        rows: Sequence[SampleRow],
+        tokens: list[tuple[int, ...]],
+        logprobs: list[LogprobTable | None],
+    ) -> None:
+        """Tables of the rows `scored`, whose raw logits are `raw`, in one go."""
+        places = [place for place, index in enumerate(scored) for _ in tokens[index]]
+        if not places:
+            return
+        targets = torch.tensor([token for index in scored for token in tokens[index]])
+        num_top = max(rows[index].sampling.logprobs or 0 for index in scored)
+        whole = score_rows(
+            raw, targets, num_top, None if places == list(range(len(raw))) else places, self._tick
+        )
+        start = 0
+        for index in scored:
+            if tokens[index]:
+                end = start + len(tokens[index])
+                width = 1 + (rows[index].sampling.logprobs or 0)
+                logprobs[index] = LogprobTable(
+                    whole.ids[start:end, :width],
+                    whole.logprobs[start:end, :width],
+                    whole.ranks[start:end],
+                )
+                start = end
 
 
 def _draws(row: SampleRow) -> list[DrawKey]:
