@@ -87,6 +87,21 @@ def test_a_frozen_worker_is_seen_and_replaced(run_dir):
     asyncio.run(scenario())
 
 
+def test_a_stopped_worker_is_seen_within_a_second_or_so(run_dir):
+    async def scenario():
+        async with running(run_dir) as (master, router):
+            await serve_one(master, router, "a")
+            router.admit("b", range(20, 30), max_tokens=200)
+            await router.until(lambda: ("b", 1, 0) in router.streams)
+            began = time.monotonic()
+            os.kill(worker_pid(master), signal.SIGSTOP)
+            assert (await router.ends("b")).code == "unavailable"
+            assert time.monotonic() - began < 2.5
+            await serve_one(master, router, "c")
+
+    asyncio.run(scenario())
+
+
 def test_a_failed_step_costs_its_requests_only(run_dir):
     async def scenario():
         async with running(run_dir) as (master, router):
