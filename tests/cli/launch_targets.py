@@ -55,3 +55,11 @@ def fail_once(endpoint: str, kind: str, name: str, flag: str) -> None:
         open(flag, "w").close()
         sys.exit(75)
     idle(endpoint, kind, name)
+
+
+def fail_again(endpoint: str, kind: str, name: str, flag: str) -> None:
+    """Serves in its first life, and cannot start in any other."""
+    if os.path.exists(flag):
+        fail(endpoint, kind, name, "64")
+    open(flag, "w").close()
+    idle(endpoint, kind, name)

@@ -10,11 +10,14 @@ import time
 
 import pytest
 
-from tests.cli.launch_targets import fail, fail_once, idle
-from xllm.cli.launch_plan import PlannedChild
+from tests.cli.launch_targets import fail, fail_again, fail_once, idle
+from xllm.cli import launcher as launcher_module
+from xllm.cli.launch_plan import PlannedChild, announcement
 from xllm.cli.launcher import LaunchedService
 from xllm.cli.screen import LaunchScreen
+from xllm.cli.startup import ServiceAddresses
 from xllm.config.load import load
+from xllm.errors import BrokenError
 from xllm.protocol.actor.children import ChildSpec
 
 pytestmark = pytest.mark.process
@@ -35,7 +38,9 @@ class Launch:
     def _plan(self, settings, run_dir):
         endpoint = f"ipc://{run_dir}/launch"
         return [
-            PlannedChild(name, ChildSpec(name, target, (endpoint, name, name, *args)))
+            PlannedChild(
+                kind_of(name), ChildSpec(name, target, (endpoint, kind_of(name), name, *args))
+            )
             for name, (target, *args) in self._targets.items()
         ]
 
@@ -56,6 +61,10 @@ class Launch:
                 return await running
 
         return asyncio.run(main())
+
+
+def kind_of(name) -> str:
+    return name.partition("_")[0]
 
 
 def pids(launch) -> dict[str, int]:
@@ -122,3 +131,84 @@ def test_what_cannot_start_is_given_up(tmp_path, capfd, code):
     assert time.monotonic() - began < 10
     assert "as asked" in capfd.readouterr().err
     assert os.listdir(launch.base) == []
+
+
+def kill(launch, name) -> None:
+    os.kill(pids(launch)[name], signal.SIGKILL)
+
+
+def test_the_service_goes_on_without_a_child_that_cannot_be_kept(tmp_path, capfd):
+    flags = {name: str(tmp_path / name) for name in ("kvcache", "master_a")}
+    launch = Launch(
+        tmp_path,
+        router=(idle,),
+        master_a=(fail_again, flags["master_a"]),
+        master_b=(idle,),
+        kvcache=(fail_again, flags["kvcache"]),
+    )
+
+    async def conversation(launch):
+        await launch.until(lambda: "Ctrl-C stops" in launch.text)
+        for name in flags:
+            kill(launch, name)
+        policies = launch.service._policies
+        await launch.until(lambda: all(policies[name].quarantined for name in flags))
+        assert set(pids(launch)) == {"router", "master_b"}
+        launch.service.interrupt(signal.SIGINT)
+
+    assert launch.run(conversation) == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if "goes on without it" in line]
+    assert sorted(line.split()[1] for line in lines) == ["kvcache", "master_a"]
+    assert all("as asked; its configuration is wrong" in line for line in lines)
+    assert all(line.endswith("starts again in 30 s") for line in lines)
+
+
+def test_the_last_instance_is_needed(tmp_path, capfd):
+    masters = {name: (fail_again, str(tmp_path / name)) for name in ("master_a", "master_b")}
+    launch = Launch(tmp_path, router=(idle,), **masters)
+
+    async def conversation(launch):
+        await launch.until(lambda: "Ctrl-C stops" in launch.text)
+        kill(launch, "master_a")
+        await launch.until(lambda: launch.service._policies["master_a"].quarantined)
+        kill(launch, "master_b")
+
+    assert launch.run(conversation) == 64
+    assert "master_b" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_the_announcement_tells_of_keys():
+    addresses = ServiceAddresses("http://h:1", "tcp://h:2")
+    with_keys = "\n".join(announcement("m", addresses, 1.0, has_keys=True))
+    assert '-H "Authorization: Bearer $KEY" \\\n' in with_keys
+    assert "Authorization" not in "\n".join(announcement("m", addresses, 1.0))
+
+
+class SlowService:
+    """A client of a service that is ready at the `num`th question."""
+
+    def __init__(self, num) -> None:
+        self.num_left = num
+
+    async def health(self, *, probe, timeout_s):
+        self.num_left -= 1
+        if self.num_left % 2:
+            raise BrokenError("no router answers")
+        return self
+
+    @property
+    def ready(self) -> bool:
+        return self.num_left <= 0
+
+
+def test_waiting_for_a_service_is_quiet_and_ends_with_its_readiness(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(launcher_module, "_PROBE_S", 0.1)
+    monkeypatch.setattr(launcher_module, "_MAX_PROBE_AGAIN_S", 0.02)
+    service = Launch(tmp_path).service
+    client = SlowService(20)
+    began = time.monotonic()
+    asyncio.run(service._wait_healthy(client))
+    assert client.num_left == 0
+    complaints = capfd.readouterr().err.splitlines()
+    assert 1 <= len(complaints) <= (time.monotonic() - began) / 0.1
+    assert all("is not ready" in line for line in complaints)

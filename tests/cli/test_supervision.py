@@ -6,12 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xllm.cli.supervision import MAX_CRASHES, WINDOW_S, GiveUp, Restart, RestartPolicy
+from xllm.cli.supervision import (
+    MAX_CRASHES,
+    QUARANTINE_S,
+    WINDOW_S,
+    GiveUp,
+    Quarantine,
+    Restart,
+    RestartPolicy,
+)
 
 
 def test_delays_double_until_it_is_given_up():
     policy = RestartPolicy()
-    steps = [policy.exited(-9, float(i), was_ready=True) for i in range(MAX_CRASHES)]
+    steps = [policy.exited(-9, float(i), was_ready=True, needed=True) for i in range(MAX_CRASHES)]
     assert steps[:4] == [Restart(0.5), Restart(1.0), Restart(2.0), Restart(4.0)]
     assert isinstance(steps[4], GiveUp)
     assert steps[4].exit_code == 70
@@ -20,12 +28,12 @@ def test_delays_double_until_it_is_given_up():
 def test_old_crashes_are_forgotten():
     policy = RestartPolicy()
     for i in range(20):
-        step = policy.exited(70, i * WINDOW_S, was_ready=True)
+        step = policy.exited(70, i * WINDOW_S, was_ready=True, needed=True)
         assert step == Restart(0.5)
 
 
 def test_a_fenced_process_starts_at_once():
-    assert RestartPolicy().exited(75, 0.0, was_ready=True) == Restart(0.0)
+    assert RestartPolicy().exited(75, 0.0, was_ready=True, needed=True) == Restart(0.0)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +50,7 @@ def test_a_fenced_process_starts_at_once():
     ],
 )
 def test_what_another_try_would_not_help(code, was_ready, given_up):
-    step = RestartPolicy().exited(code, 0.0, was_ready=was_ready)
+    step = RestartPolicy().exited(code, 0.0, was_ready=was_ready, needed=True)
     assert isinstance(step, GiveUp) is given_up
     if given_up:
         assert step.exit_code == code
@@ -56,9 +64,37 @@ def test_never_more_than_five_starts_a_minute(events):
     restarts: list[float] = []
     for code, pause in events:
         now += pause
-        step = policy.exited(code, now, was_ready=True)
+        step = policy.exited(code, now, was_ready=True, needed=True)
         if isinstance(step, GiveUp):
             break
         assert 0 <= step.delay_s <= 30
         restarts.append(now)
         assert len([t for t in restarts if now - t < WINDOW_S]) < MAX_CRASHES
+
+
+def test_a_child_that_is_not_needed_is_tried_again_slowly():
+    policy = RestartPolicy()
+    steps = [policy.exited(-9, float(i), was_ready=True, needed=False) for i in range(MAX_CRASHES)]
+    assert steps[-1] == Quarantine(QUARANTINE_S, "5 ends within 60 s")
+    assert policy.quarantined
+    for i in range(1, 10):
+        again = policy.exited(-9, 4 + i * QUARANTINE_S, was_ready=True, needed=False)
+        assert again == Quarantine(QUARANTINE_S)  # and no second line about it
+    later = policy.exited(-9, 4 + 9 * QUARANTINE_S + WINDOW_S, was_ready=True, needed=False)
+    assert later == Restart(0.5)
+    assert not policy.quarantined
+
+
+@pytest.mark.parametrize("code", [64, 69, 71])
+def test_what_cannot_start_leaves_the_service_alone(code):
+    policy = RestartPolicy()
+    step = policy.exited(code, 0.0, was_ready=False, needed=False)
+    assert isinstance(step, Quarantine)
+    assert step.reason
+
+
+def test_a_child_in_quarantine_that_is_needed_now_ends_the_service():
+    policy = RestartPolicy()
+    for i in range(MAX_CRASHES):
+        policy.exited(-9, float(i), was_ready=True, needed=False)
+    assert isinstance(policy.exited(-9, 5.0, was_ready=True, needed=True), GiveUp)

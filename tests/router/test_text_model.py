@@ -148,6 +148,32 @@ def test_broken_directories_are_refused(tmp_path):
         load_text_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.json", b"{"),
+        ("chat_template.json", b"[1]"),
+        ("chat_template.json", b"[" * 100_000),
+        ("chat_template.json", b"\xff"),
+        ("chat_template.jinja", b"\xff\xfe"),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b"\xff"),
+        ("special_tokens_map.json", b"{"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, content):
+    write_model(tmp_path, byte_level_tokenizer(), {"eos_token": "<|end|>"})
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DependencyError, match=name):
+        load_text_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("named", [[1], [{"template": "x"}], [{"name": []}], {"other": "x"}, 3])
+def test_odd_lists_of_templates_are_none(tmp_path, named):
+    write_model(tmp_path, byte_level_tokenizer(), {"chat_template": named})
+    assert not load_text_model(str(tmp_path)).has_template
+
+
 def test_token_bytes_and_specials(tmp_path):
     model = load_text_model(str(write_model(tmp_path, byte_level_tokenizer())))
     [end] = model.encode("<|end|>")

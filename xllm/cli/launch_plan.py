@@ -83,8 +83,10 @@ def share_cores(settings: Settings) -> WorkerSettings:
     return dataclasses.replace(worker, num_threads=max(1, cores // settings.serve.instances))
 
 
-def announcement(model: str, addresses: ServiceAddresses, took_s: float) -> list[str]:
-    """The lines that tell a user how to ask."""
+def announcement(
+    model: str, addresses: ServiceAddresses, took_s: float, *, has_keys: bool = False
+) -> list[str]:
+    """The lines that tell a user how to ask. `has_keys`: clients need one of the API keys."""
     lines = [f"ready in {took_s:.1f} s: {model}"]
     if addresses.http:
         lines.append(f"  HTTP    {addresses.http}/v1")
@@ -95,8 +97,11 @@ def announcement(model: str, addresses: ServiceAddresses, took_s: float) -> list
         lines += [
             "try",
             f"  curl {addresses.http}/v1/chat/completions -H 'Content-Type: application/json' \\",
-            f"    -d '{json.dumps(body)}'",
         ]
+        if has_keys:
+            # Never a key of the file: this goes to terminals and logs.
+            lines.append('    -H "Authorization: Bearer $KEY" \\')
+        lines.append(f"    -d '{json.dumps(body)}'")
     lines.append("Ctrl-C stops")
     return lines
 

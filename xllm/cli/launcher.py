@@ -14,7 +14,13 @@ from collections.abc import Callable
 from xllm.cli.launch_plan import PlannedChild, announcement, keep_ports, plan_children
 from xllm.cli.screen import LaunchScreen
 from xllm.cli.startup import ServiceAddresses, Startup
-from xllm.cli.supervision import GiveUp, RestartPolicy, describe_exit
+from xllm.cli.supervision import (
+    QUARANTINE_S,
+    GiveUp,
+    Quarantine,
+    RestartPolicy,
+    describe_exit,
+)
 from xllm.client.asynchronous import AsyncClient
 from xllm.config.environment import runtime_base
 from xllm.config.settings import Settings
@@ -33,6 +39,7 @@ STOP_GRACE_S = 3.0
 """What a process gets beyond the time to drain before it is killed."""
 _PROBE_S = 30.0
 _PROBE_AGAIN_S = 0.02
+_MAX_PROBE_AGAIN_S = 1.0
 
 
 class LaunchedService(Actor):
@@ -157,28 +164,41 @@ class LaunchedService(Actor):
             async with client:
                 await self._wait_healthy(client)
         took_s = time.monotonic() - self._began
-        for line in announcement(self._settings.model.name, addresses, took_s):
+        has_keys = bool(self._settings.router.api_key_file)
+        for line in announcement(self._settings.model.name, addresses, took_s, has_keys=has_keys):
             self._screen.line(line)
 
     async def _wait_healthy(self, client: AsyncClient) -> None:
-        deadline = time.monotonic() + _PROBE_S
-        while time.monotonic() < deadline:
+        """Until a token has come through; says now and then that none has yet, and why."""
+        began = complained = time.monotonic()
+        pause_s = _PROBE_AGAIN_S
+        while True:
+            why = ""
             try:
                 if (await client.health(probe=True, timeout_s=_PROBE_S)).ready:
                     return
             except XllmError as error:
-                self._screen.complain(f"the service does not answer yet: {error.message}")
-            await asyncio.sleep(_PROBE_AGAIN_S)
-        self._screen.complain(f"the service is not ready {_PROBE_S:g} s after its processes")
+                why = f": {error.message}"
+            now = time.monotonic()
+            if now - complained >= _PROBE_S:
+                complained = now
+                waited_s = now - began
+                self._screen.complain(
+                    f"the service is not ready {waited_s:.0f} s after its processes{why}"
+                )
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MAX_PROBE_AGAIN_S)
 
     # -- children ----------------------------------------------------------------------------
 
     def _child_ended(self, end: ChildExit) -> None:
-        was_ready = self._startup.is_ready(end.name)
+        was_ready = self._was_ready or self._startup.is_ready(end.name)
         reason = self._startup.ended(end.name)
         if end.expected or self.stopping:
             return
-        decision = self._policies[end.name].exited(end.code, time.monotonic(), was_ready=was_ready)
+        decision = self._policies[end.name].exited(
+            end.code, time.monotonic(), was_ready=was_ready, needed=self._is_needed(end.name)
+        )
         what = f"{end.name} (pid {end.pid}) ended with {describe_exit(end.code)}"
         if reason:
             what += f": {reason}"
@@ -189,9 +209,32 @@ class LaunchedService(Actor):
             self.request_stop(decision.exit_code)
             return
         when = f" in {decision.delay_s:g} s" if decision.delay_s else ""
-        self._screen.line(f"{what}; it starts again{when}")
+        if isinstance(decision, Quarantine) and decision.reason:
+            self._screen.complain(
+                f"{what}; {decision.reason}: the service goes on without it, and it starts again"
+                + when
+            )
+        else:
+            self._screen.line(f"{what}; it starts again{when}")
         self.later(decision.delay_s, self._start_again, end.name)
 
+    def _is_needed(self, name: str) -> bool:
+        """Whether there is no service without this child, or there was none yet."""
+        if not self._was_ready or self._planned[name].kind == "router":
+            return True
+        if self._planned[name].kind != "master":
+            return False
+        return not any(
+            self._startup.is_ready(other.name) or not self._policies[other.name].quarantined
+            for other in self._planned.values()
+            if other.kind == "master" and other.name != name
+        )
+
     def _start_again(self, name: str) -> None:
-        if self._children is not None and not self.stopping:
+        if self._children is None or self.stopping:
+            return
+        try:
             self._children.start(self._planned[name].spec)
+        except OSError as error:  # no memory, no processes: perhaps later
+            self._screen.complain(f"{name} cannot be started: {error.strerror}")
+            self.later(QUARANTINE_S, self._start_again, name)

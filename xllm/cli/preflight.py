@@ -46,7 +46,8 @@ def check_device(settings: Settings) -> None:
 
 
 def check_model_files(settings: Settings) -> None:
-    """DependencyError where the (resolved) model directory lacks what every model has."""
+    """DependencyError where the (resolved) model directory lacks what every model has, or where
+    its tokenizer or chat template cannot be used."""
     directory = Path(settings.model.path)
     missing = []
     if not (directory / "tokenizer.json").is_file():
@@ -55,3 +56,6 @@ def check_model_files(settings: Settings) -> None:
         missing.append("weights as *.safetensors")
     if missing:
         raise DependencyError(f"{directory} has no {' and no '.join(missing)}", param="model.path")
+    from xllm.router.text.model import load_text_model  # tokenizers: not for `--help`
+
+    load_text_model(settings.model.path)

@@ -39,6 +39,9 @@ def run_launcher(settings: Settings) -> int:
     """Run the service to its end; returns the exit code."""
     import uvloop
 
+    from xllm.protocol.actor.process_limits import set_process_limits
+
+    set_process_limits()  # its children inherit them
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_main(settings))
 

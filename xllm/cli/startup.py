@@ -57,8 +57,11 @@ class Startup:
                     self.addresses = _find_addresses(addresses)
                 return _line(kind, name, f"ready (pid {pid})", detail)
             case ProcessFailed(kind, name, _, text):
+                known = self._failures.get(name)
                 self._failures[name] = self._last_failure = message
-                return _line(kind, name, "failed", text)
+                # A process says so when it fails, and once more as its last word.
+                told = known is not None and known.message == text
+                return "" if told else _line(kind, name, "failed", text)
             case ProcessStopping(kind, name, num_open):
                 return _line(kind, name, "drains", f"{num_open} open") if num_open else ""
             case ProcessProgress():

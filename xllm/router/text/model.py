@@ -20,6 +20,7 @@ from xllm.errors import DependencyError, InvalidRequestError
 from xllm.protocol.client import ChatMessage
 from xllm.protocol.sampling import SamplingParams
 from xllm.router.text.detokenizer import Detokenizer, PieceDetokenizer, WindowDetokenizer
+from xllm.router.text.model_files import read_object
 from xllm.router.text.output import TextOutput
 from xllm.router.text.pieces import ByteLevelScheme, PieceScheme, PieceTable, find_scheme
 from xllm.router.text.segments import SegmentEncoder, make_segment_encoder
@@ -142,13 +143,7 @@ def load_text_model(path: str) -> TextModel:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DependencyError(f"{path.name} is not JSON: {error}") from error
-    return config if isinstance(config, dict) else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

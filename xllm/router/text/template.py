@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from xllm.errors import DependencyError, InvalidRequestError
 from xllm.protocol.client import ChatMessage
+from xllm.router.text.model_files import read_object, read_text
 
 TEMPLATE_KWARGS: Mapping[str, type] = {
     "add_generation_prompt": bool,
@@ -58,7 +59,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError, ValueError) as error:
             raise DependencyError(f"the model's chat template is no template: {error}") from error
         self._special_tokens = dict(special_tokens)
 
@@ -85,16 +86,19 @@ class ChatTemplate:
 
 def find_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     """The template's source: `chat_template.jinja`, `chat_template.json`, or tokenizer_config's
-    `chat_template` (a string, or a list of named ones of which `default` is taken)."""
+    `chat_template` (a string, or a list of named ones of which `default` is taken).
+
+    DependencyError names the file that cannot be read."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     found: Any = config.get("chat_template")
     path = directory / "chat_template.json"
     if found is None and path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+        found = read_object(path).get("chat_template")
     if isinstance(found, list):
-        found = {entry.get("name"): entry.get("template") for entry in found}
+        named = [entry for entry in found if isinstance(entry, dict)]
+        found = next((one.get("template") for one in named if one.get("name") == "default"), None)
     if isinstance(found, dict):
         found = found.get("default")
     return found if isinstance(found, str) else None
