@@ -19,6 +19,7 @@ from xllm.errors import (
     DeadlineError,
     InvalidRequestError,
     OverloadedError,
+    PayloadTooLargeError,
     RequestAbortedError,
 )
 from xllm.protocol.client import ChatMessage
@@ -307,3 +308,37 @@ def test_answers_to_what_was_sent_before_the_connection():
         router.close()
 
     uvloop.run(main())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [
+        ("a lone \ud800 surrogate", {}),
+        ((1, 2**70), {}),
+        ("a", {"seed": 2**70}),
+        ("a", {"stop": ("\udfff",)}),
+        ("a", {"logit_bias": {2**70: 1.0}}),
+        (5, {}),
+    ],
+)
+def test_what_has_no_bytes_is_refused_and_leaves_nothing_open(prompt, options):
+    async def conversation(client, router):
+        with pytest.raises(InvalidRequestError):
+            await client.generate(prompt, **options)
+        assert client.connection.statistics().num_open == 0
+        assert (await client.generate("echo a")).text == "a"
+
+    talk(conversation)
+
+
+def test_a_request_that_no_router_takes_is_not_sent():
+    async def conversation(client, router):
+        with pytest.raises(PayloadTooLargeError, match="1000"):
+            await client.generate("x" * 1000)
+        with pytest.raises(PayloadTooLargeError):
+            client.stream("x" * 1000)
+        assert client.connection.statistics().num_open == 0
+        assert (await client.generate("echo a")).text == "a"
+        assert len(router.submits) == 1
+
+    talk(conversation, max_request_bytes=1000)

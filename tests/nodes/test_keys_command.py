@@ -42,6 +42,15 @@ def test_peers_join_the_allow_list(tmp_path):
     assert "secret" not in written
 
 
+def test_clients_join_a_list_of_their_own(tmp_path):
+    public = create_keys(str(tmp_path / "client"))
+    create_keys(str(tmp_path / "a"))
+    assert run_command(["keys", "allow", str(tmp_path / "a"), "c", public, "--client"]) == 0
+    assert public in (tmp_path / "a" / "clients" / "c.key").read_text()
+    assert stat.S_IMODE((tmp_path / "a" / "clients").stat().st_mode) == 0o700
+    assert os.listdir(tmp_path / "a" / "allowed") == ["self.key"]
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [("../evil", "a" * 40), ("", "a" * 40), ("b", "short"), ("b", "é" * 40), ("b", 'a"' * 20)],

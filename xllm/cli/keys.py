@@ -1,6 +1,7 @@
 """`xllm keys`: a node's CURVE key pair and its list of allowed peers.
 
-What is secret is 0600 and never printed; a node admits exactly the public keys in `allowed/`.
+What is secret is 0600 and never printed. A node's processes admit exactly the public keys in
+`allowed/`; the port that a router has for clients admits those in `clients/` too.
 """
 
 from __future__ import annotations
@@ -41,21 +42,24 @@ def show(directory: str) -> None:
 @click.argument("directory")
 @click.argument("name")
 @click.argument("public_key")
-def allow(directory: str, name: str, public_key: str) -> None:
+@click.option("--client", is_flag=True, help="Admit it to the routers' client port only.")
+def allow(directory: str, name: str, public_key: str, client: bool) -> None:
     """Admit the peer NAME, which has PUBLIC_KEY, to the node of DIRECTORY."""
-    allow_peer(directory, name, public_key)
+    allow_peer(directory, name, public_key, client=client)
     click.echo(f"{name} is allowed; running processes read the list at their next start")
 
 
-def allow_peer(directory: str, name: str, public_key: str) -> Path:
-    """Write a peer's public key to the allow-list; returns the file. ConfigError for a name or
-    key that is none."""
+def allow_peer(directory: str, name: str, public_key: str, *, client: bool = False) -> Path:
+    """Write a peer's (or a client's) public key to its allow-list; returns the file. ConfigError
+    for a name or key that is none."""
     if not _PEER_NAME.fullmatch(name):
         raise ConfigError(f"{name!r} is no name of a peer: letters, digits, '.', '_', '-'")
     if not _Z85.fullmatch(public_key):
         raise ConfigError("a public key is 40 characters of Z85")
-    allowed = Path(Security.load(directory).allowed_dir)
-    path = allowed / f"{name}.key"
+    security = Security.load(directory)
+    folder = Path(security.clients_dir if client else security.allowed_dir)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{name}.key"
     text = f'metadata\n    name = "{name}"\ncurve\n    public-key = "{public_key}"\n'
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "w", encoding="ascii") as file:

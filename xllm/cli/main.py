@@ -1,7 +1,7 @@
 """The `xllm` command: its subcommands by name, imported when they are asked for.
 
 Every failure is one clear line on standard error and the error's exit code: 64 configuration,
-69 something missing, 70 internal, 71 system, 75 fenced.
+69 something missing, 70 internal, 71 system.
 """
 
 from __future__ import annotations

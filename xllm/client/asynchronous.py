@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from xllm.client.answers import AnswerWaiter, StreamBuffer, StreamItem
-from xllm.client.connection import ClientConnection
+from xllm.client.connection import DEFAULT_MAX_REQUEST_BYTES, ClientConnection
 from xllm.client.requests import Messages, Prompt, build_submit, build_tokenize
 from xllm.client.results import AnswerBuilder, Completion, StreamDelta
 from xllm.client.session import EndMessage
@@ -45,6 +45,7 @@ class AsyncClient:
 
     Every call takes `timeout_s` (default: the client's): DeadlineError when it passes, and the
     request is aborted at the service. BrokenError: no router answers, or the connection was lost.
+    PayloadTooLargeError, before anything is sent: a request has more than `max_request_bytes`.
     What the service refuses or fails raises the class of `xllm.errors` that its code names."""
 
     def __init__(
@@ -55,6 +56,7 @@ class AsyncClient:
         connect_timeout_s: float = 5.0,
         keys_dir: str = "",
         server_key: str = "",
+        max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
     ) -> None:
         endpoints = (endpoint,) if isinstance(endpoint, str) else tuple(endpoint)
         if not endpoints:
@@ -64,6 +66,7 @@ class AsyncClient:
         self._connect_timeout_s = check_timeout(connect_timeout_s)
         self._keys_dir = keys_dir
         self._server_key = server_key
+        self._max_request_bytes = max_request_bytes
         self._connection: ClientConnection | None = None
         self._closed = False
 
@@ -78,6 +81,7 @@ class AsyncClient:
                 connect_timeout_s=self._connect_timeout_s,
                 keys_dir=self._keys_dir,
                 server_key=self._server_key,
+                max_request_bytes=self._max_request_bytes,
             )
         return self._connection
 

@@ -11,8 +11,16 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+from xllm.client.requests import encode_request
 from xllm.client.session import ClientSession, ClientStatistics, Listener
-from xllm.errors import BrokenError, ClosedError, PermissionDeniedError, XllmError
+from xllm.config.settings import RouterSettings
+from xllm.errors import (
+    BrokenError,
+    ClosedError,
+    PayloadTooLargeError,
+    PermissionDeniedError,
+    XllmError,
+)
 from xllm.protocol.client import AbortRequest, ClientMessage, RouterMessage
 from xllm.protocol.codec import Decoder
 from xllm.protocol.transport.context import Transport
@@ -20,12 +28,15 @@ from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.security import Security
 
 _TICK_S = 0.02
+DEFAULT_MAX_REQUEST_BYTES = RouterSettings().max_body_bytes
+"""A router cuts the connection of a client that sends more than its `router.max_body_bytes`."""
 
 
 class ClientConnection:
     """Speaks with one router of `endpoints` at a time: the next one after a loss.
 
     `server_key` is the routers' public key where they demand keys; `keys_dir` then holds ours.
+    A request of more than `max_request_bytes` is refused here.
     A request that finds no router within `connect_timeout_s` ends with BrokenError, as do the
     open requests of a connection that is lost."""
 
@@ -36,11 +47,13 @@ class ClientConnection:
         connect_timeout_s: float = 5.0,
         keys_dir: str = "",
         server_key: str = "",
+        max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
     ) -> None:
         self._endpoints = tuple(endpoints)
         self._turn = 0
         self._connect_timeout_s = connect_timeout_s
         self._server_key = server_key
+        self._max_request_bytes = max_request_bytes
         self._loop = asyncio.get_running_loop()
         self._session = ClientSession()
         self._decoder: Decoder[RouterMessage] = Decoder(RouterMessage)
@@ -71,14 +84,20 @@ class ClientConnection:
     def ask(self, message: ClientMessage, listener: Listener, timeout_s: float) -> None:
         """Send a request or question whose `id` came from `next_id`.
 
-        Raises ClosedError after `close`, BackpressureError where the router does not read; then
-        the listener hears nothing."""
+        Raises ClosedError after `close`, BackpressureError where the router does not read,
+        InvalidRequestError and PayloadTooLargeError for what no router could read; then the
+        listener hears nothing."""
         if self._closed:
             raise ClosedError("this client is closed")
+        data = encode_request(message)
+        if len(data) > self._max_request_bytes:
+            raise PayloadTooLargeError(
+                f"a request of {len(data)} bytes: at most {self._max_request_bytes} are taken"
+            )
         self._session.open(message.id, listener, time.monotonic(), timeout_s)
         try:
-            self._socket.send(message)
-        except XllmError:
+            self._socket.send_encoded(data)
+        except BaseException:
             self._session.forget(message.id)
             raise
         if self._timer is None:

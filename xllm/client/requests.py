@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from xllm.errors import InvalidRequestError
-from xllm.protocol.client import ChatMessage, SubmitRequest, TokenizeText
+from xllm.protocol.client import ChatMessage, ClientMessage, SubmitRequest, TokenizeText
+from xllm.protocol.codec import encode
 from xllm.protocol.sampling import SamplingParams
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ def build_submit(
     if (prompt is None) == (messages is None):
         raise InvalidRequestError("give a prompt or messages, one of them", param="prompt")
     if prompt is not None:
-        fields["prompt"] = prompt if isinstance(prompt, str) else tuple(prompt)
+        fields["prompt"] = prompt if isinstance(prompt, str) else _token_ids(prompt)
     else:
         fields["messages"] = messages
     fields["id"] = request_id
@@ -76,6 +77,25 @@ def build_tokenize(
         "add_special_tokens": add_special_tokens,
     }  # fmt: skip
     return _convert(fields, TokenizeText)
+
+
+def encode_request(message: ClientMessage) -> bytes:
+    """The bytes of a message; InvalidRequestError for a text or number that has none."""
+    try:
+        return encode(message)
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"a text is no Unicode: {error.reason}") from error
+    except OverflowError as error:
+        raise InvalidRequestError("a number does not fit 64 bits") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"this cannot be sent: {str(error)[:200]}") from error
+
+
+def _token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(prompt)
+    except TypeError as error:
+        raise InvalidRequestError("prompt is a text or token ids", param="prompt") from error
 
 
 def _convert(fields: dict[str, Any], cls: type[T]) -> T:

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 
 from xllm.client.answers import StreamItem
 from xllm.client.asynchronous import DEFAULT_ENDPOINT, DEFAULT_TIMEOUT_S, AsyncClient, TokenStream
+from xllm.client.connection import DEFAULT_MAX_REQUEST_BYTES
 from xllm.client.requests import Messages, Prompt
 from xllm.client.results import Completion, StreamDelta
 from xllm.errors import ClosedError
@@ -36,6 +37,7 @@ class Client:
         connect_timeout_s: float = 5.0,
         keys_dir: str = "",
         server_key: str = "",
+        max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
     ) -> None:
         self._client = AsyncClient(
             endpoint,
@@ -43,6 +45,7 @@ class Client:
             connect_timeout_s=connect_timeout_s,
             keys_dir=keys_dir,
             server_key=server_key,
+            max_request_bytes=max_request_bytes,
         )
         self._lock = threading.Lock()
         self._closed = False

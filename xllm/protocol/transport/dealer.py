@@ -65,6 +65,10 @@ class DealerSocket(Channel, Generic[T]):
         """Send, or queue while there is no connection. BackpressureError past the bound."""
         self._send(b"", (encode(message), *frames))
 
+    def send_encoded(self, data: bytes) -> None:
+        """`send` of a message that its sender has encoded."""
+        self._send(b"", (data,))
+
     def discard_queued(self) -> int:
         """Forget what waits for a connection; returns how many messages that was."""
         outbox = self._outboxes.pop(b"", None)
