@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 import threading
@@ -51,6 +52,21 @@ def family(path: str) -> None:
         await asyncio.Event().wait()
 
     asyncio.run(main())
+
+
+def lower_limits() -> None:
+    """As some shells have it: core dumps, and few files."""
+    _, core = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (core, core))
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, files))
+
+
+def blocked_signals(pid: int) -> set[int]:
+    """The signals that a process has blocked."""
+    with open(f"/proc/{pid}/status") as status:
+        [mask] = [int(line.split()[1], 16) for line in status if line.startswith("SigBlk")]
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""Run directories under concurrent starters: each gets one, and nobody takes another's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from xllm.protocol.actor.rundir import RunDirectory, sweep
+
+NUM_STARTERS = 4
+STARTER = """
+import os, sys
+from xllm.protocol.actor.rundir import RunDirectory
+
+sys.stdin.read()  # all of them begin together
+for _ in range(150):
+    held = RunDirectory(sys.argv[1])
+    open(os.path.join(held.path, "socket"), "w").close()
+    assert os.path.exists(os.path.join(held.path, "lock"))
+    held.remove()
+"""
+
+
+@pytest.mark.process
+def test_concurrent_starters_do_not_take_each_others_directories(run_dir):
+    base = str(run_dir / "base")
+    starters = [
+        subprocess.Popen(
+            [sys.executable, "-c", STARTER, base],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(NUM_STARTERS)
+    ]
+    for starter in starters:
+        starter.stdin.close()
+        starter.stdin = None
+    for starter in starters:
+        _, errors = starter.communicate(timeout=60)
+        assert starter.returncode == 0, errors
+    assert os.listdir(base) == []
+
+
+def test_a_directory_in_the_making_is_left_alone_unless_its_maker_is_long_dead(tmp_path):
+    fresh, old = tmp_path / ".new-fresh", tmp_path / ".new-old"
+    for path in (fresh, old, tmp_path / ".other"):
+        path.mkdir()
+    os.utime(old, (1, 1))
+    assert sweep(str(tmp_path)) == 1
+    assert sorted(os.listdir(tmp_path)) == [".new-fresh", ".other"]
+    RunDirectory(str(tmp_path)).remove()
+    assert fresh.exists()
