@@ -21,7 +21,8 @@ XllmError
 │   ├── EngineError
 │   ├── OverloadedError
 │   ├── RequestAbortedError
-│   └── UnavailableError
+│   ├── UnavailableError
+│   └── WorkerLostError
 └── TransportError
     ├── BackpressureError
     ├── BadMessageError
@@ -192,6 +193,14 @@ class UnavailableError(ServiceError):
     """No instance that could serve the request is ready."""
 
     code = "unavailable"
+    http_status = 503
+
+
+class WorkerLostError(ServiceError):
+    """The worker ended in the midst of a step of this request. Routers move such a request on,
+    once: clients get `engine_error` if it happens to it again."""
+
+    code = "worker_lost"
     http_status = 503
 
 

@@ -37,13 +37,13 @@ from xllm.router.text.template import ChatTemplate
 TENANT = Tenant()
 
 
-def in_loop(test: Callable[[], Any]) -> Callable[[], None]:
+def in_loop(test: Callable[..., Any]) -> Callable[..., None]:
     """The test is a coroutine function; it gets a loop and a deadline."""
 
-    def wrapped() -> None:
-        asyncio.run(asyncio.wait_for(test(), 20))
+    @functools.wraps(test)
+    def wrapped(**fixtures: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(**fixtures), 20))
 
-    wrapped.__name__ = test.__name__
     return wrapped
 
 

@@ -19,7 +19,8 @@ from xllm.protocol.instance import (
 )
 from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 from xllm.router.state.instructions import SendTo, Wish
-from xllm.router.state.request import MAX_MOVES, PATIENCE_S, RequestLife
+from xllm.router.state.moves import MAX_DEATHS, MAX_MOVES, PATIENCE_S
+from xllm.router.state.request import RequestLife
 from xllm.router.state.spec import RequestSpec
 from xllm.router.text.model import TextModel
 from xllm.router.text.pieces import ByteLevelScheme
@@ -187,10 +188,11 @@ def test_any_life_ends_once_with_the_right_tokens(data, n, num_tokens, stop, str
             word = data.draw(st.sampled_from(old))
             if isinstance(word, TokenItem):
                 wished |= carry_out(state, state.tokens(word), master, client)
-        elif event == "lose" and state.num_moves < MAX_MOVES:
+        elif event == "lose" and state.moves.num_lost < MAX_MOVES:
             if data.draw(st.booleans()) and master.words:
                 master.words.pop(data.draw(st.integers(0, len(master.words) - 1)))
-            carry_out(state, state.instance_lost("a"), master, client)
+            died = data.draw(st.booleans())
+            carry_out(state, state.instance_lost("a", died=died), master, client)
     if client.terminal is None:
         carry_out(state, state.cancel("aborted", "enough"), master, client)
     for word in [*old, *master.words]:  # late words
@@ -334,7 +336,7 @@ def test_a_refusal_moves_and_an_error_ends():
     state = make()
     start(state)
     assert list(state.engine_ended(RequestEnded("r", 1, "unavailable", "drains"))) == [Wish.PLACE]
-    assert state.avoid == {"a"}
+    assert state.moves.avoid == {"a"}
     start(state, "b")
     [failed] = state.engine_ended(RequestEnded("r", 2, "engine_error", "broke", "x"))
     assert (failed.code, failed.message, failed.param) == ("engine_error", "broke", "x")
@@ -365,10 +367,69 @@ def test_given_up_after_too_many_moves():
     state = make()
     for _ in range(MAX_MOVES):
         start(state)
-        state.instance_lost("a")
+        state.instance_lost("a", died=False)
     start(state)
-    *_, failed = state.instance_lost("a")
+    *_, failed = state.instance_lost("a", died=False)
     assert isinstance(failed, RequestFailed)
+
+
+@pytest.mark.parametrize("by_worker", [True, False])
+def test_a_request_under_which_two_instances_died_kills_no_third(by_worker):
+    state = make()
+    for attempt in range(1, MAX_DEATHS + 1):
+        start(state, f"instance-{attempt}")
+        state.tokens(item(attempt - 1, attempt=attempt))
+        if by_worker:
+            said = state.engine_ended(RequestEnded("r", attempt, "worker_lost", "signal 9"))
+        else:
+            said = state.instance_lost(f"instance-{attempt}")
+    assert Wish.PLACE not in said
+    assert said[-1].code == "engine_error"
+    assert "died" in said[-1].message
+
+
+def test_what_was_refused_before_an_acceptance_is_forgotten():
+    """Refused as full, accepted elsewhere, then lost: it waits for an instance, as any other."""
+    state = make()
+    start(state)
+    state.engine_ended(RequestEnded("r", 1, "overloaded", "full"))
+    assert state.moves.avoid == {"a"}
+    start(state, "b")
+    state.tokens(item(0, attempt=2))
+    assert not state.moves.avoid
+    state.instance_lost("b")
+    assert not state.unplaceable(0.0)
+    assert not state.ended
+
+
+def test_with_tokens_it_waits_until_somebody_has_room():
+    """Full everywhere is an answer to a new request, not to one that has begun."""
+    state = make()
+    start(state)
+    state.tokens(item(0))
+    state.instance_lost("a")
+    now = 10.0
+    for _ in range(3 * MAX_MOVES):
+        admit = start(state, "b")
+        state.engine_ended(RequestEnded("r", admit.attempt, "overloaded", "full"))
+        assert not state.unplaceable(now)
+        assert not state.moves.avoid  # everybody is asked again
+        now += 0.1
+    admit = start(state, "b")
+    assert admit.outputs == (stream(0)[:1],)
+    state.engine_ended(RequestEnded("r", admit.attempt, "overloaded", "full"))
+    [*_, failed] = state.unplaceable(10.1 + PATIENCE_S)
+    assert failed.code == "overloaded"
+
+
+def test_an_attempt_that_never_left_is_a_refusal():
+    state = make()
+    start(state)
+    assert not state.unreached("b", 1, "overloaded")
+    assert not state.unreached("a", 2, "overloaded")
+    assert list(state.unreached("a", 1, "overloaded")) == [Wish.PLACE]
+    [failed] = state.unplaceable(0.0)
+    assert failed.code == "overloaded"
 
 
 def test_the_deadline_ends_it_and_tells_the_instance():

@@ -23,6 +23,7 @@ from xllm.protocol.client import (
 )
 from xllm.protocol.instance import TokenBatch, TokenItem
 from xllm.router.front import Tenant
+from xllm.router.state.request import RequestLife
 from xllm.router.text.pool import TextPool
 
 
@@ -208,6 +209,63 @@ async def test_an_unreachable_instance_does_not_get_stuck_requests():
         await asyncio.sleep(0)
     assert {name for name, _ in cluster.links.sent} == {"b"}
     cluster.service.dispatcher.check()
+    cluster.close()
+
+
+@in_loop
+async def test_instances_that_are_full_are_overloaded():
+    """What is written to them finds no room, though they are connected."""
+    cluster = FakeCluster("a", "b")
+    cluster.links.unreachable |= {"a", "b"}
+    _, sink = cluster.ask()
+    async with asyncio.timeout(5):
+        await sink.done.wait()
+    assert (sink.last.code, sink.last.retry_after_ms) == ("overloaded", 1000)
+    assert cluster.service.dispatcher.statistics().num_homeless == 0
+    cluster.close()
+
+
+@in_loop
+async def test_a_fault_in_one_request_does_not_keep_others_where_they_are(monkeypatch):
+    cluster = FakeCluster("a", "b")
+    asked = [cluster.ask(max_tokens=9) for _ in range(6)]
+    there = [cluster.service.dispatcher.open[request_id] for request_id, _ in asked]
+    on_a = [one for one in there if one.placed == "a"]
+    assert len(on_a) == 3
+
+    def break_down(state, *args, **kwargs):
+        if state is on_a[0].state:
+            raise RuntimeError("a bug")
+        return lose(state, *args, **kwargs)
+
+    lose = RequestLife.instance_lost
+    monkeypatch.setattr(RequestLife, "instance_lost", break_down)
+    cluster.links.unreachable.add("a")
+    cluster.change(cluster.service.view.disconnected("a"))
+    sinks = {one: sink for one, (_, sink) in zip(there, asked, strict=True)}
+    assert sinks[on_a[0]].last.code == "internal_error"
+    assert [one.placed for one in on_a[1:]] == ["b", "b"]
+    cluster.close()
+
+
+@in_loop
+async def test_a_fault_in_a_tick_or_an_abort_ends_that_request_only(monkeypatch):
+    cluster = FakeCluster("a")
+    (_, first), (second, other), (_, good) = [cluster.ask(timeout_ms=100) for _ in range(3)]
+    monkeypatch.setattr(RequestLife, "cancel", lambda *args: 1 // 0)
+    cluster.service.abort(second)
+    assert other.last.code == "internal_error"
+    expire = RequestLife.expire
+    broken = iter([True])
+    monkeypatch.setattr(
+        RequestLife,
+        "expire",
+        lambda state, now: 1 // 0 if next(broken, False) else expire(state, now),
+    )
+    cluster.clock.now += 1
+    cluster.tick()
+    assert (first.last.code, good.last.code) == ("internal_error", "deadline_exceeded")
+    monkeypatch.undo()
     cluster.close()
 
 

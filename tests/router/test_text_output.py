@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from tests.router.model_dirs import byte_fallback_tokenizer, byte_level_tokenizer
 from xllm.protocol.sampling import SamplingParams
+from xllm.router.text.detokenizer import MAX_PENDING, WindowDetokenizer
 from xllm.router.text.model import TextModel
 from xllm.router.text.pieces import ByteLevelScheme, SentencePieceScheme, find_scheme
 from xllm.router.text.stops import StopMatcher
@@ -147,6 +150,52 @@ def test_what_might_begin_a_stop_is_held_and_comes_at_the_end():
     assert matcher.feed("d") == ("ENd", None)
     assert matcher.feed("EN") == ("", None)
     assert matcher.finish() == "EN"
+
+
+def test_the_longest_stops_for_the_most_choices_cost_little():
+    """As many choices as one HTTP request may have, each with the longest stop strings."""
+    stops = tuple("a" * 500 + str(k).zfill(12) for k in range(16))
+    tracemalloc.start()
+    begin = time.process_time()
+    matchers = [StopMatcher(stops) for _ in range(128)]
+    seconds = time.process_time() - begin
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(matchers) == 128
+    assert size < 1 << 20
+    assert seconds < 0.1
+
+
+def test_text_that_almost_stops_over_and_over_is_looked_at_about_once():
+    stops = tuple("a" * 500 + str(k).zfill(12) for k in range(16))
+    matcher = StopMatcher(stops)
+    begin = time.process_time()
+    said = "".join(matcher.feed("a" * (k % 7) + "b" * (k % 500 == 0))[0] for k in range(5000))
+    assert time.process_time() - begin < 1.0
+    assert said + matcher.finish() == "".join(
+        "a" * (k % 7) + "b" * (k % 500 == 0) for k in range(5000)
+    )
+
+
+class NeverSure:
+    """A tokenizer none of whose tokens ever becomes a character; counts what it decodes."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.num_decoded = 0
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        self.num_decoded += len(ids)
+        return self.text * len(ids)
+
+
+@pytest.mark.parametrize("text", ["\ufffd", ""])
+def test_text_that_stays_incomplete_costs_the_same_for_each_token(text):
+    tokenizer = NeverSure(text)
+    output = WindowDetokenizer(tokenizer, True)
+    said = output.feed(range(10_000)) + output.finish()
+    assert said == text * 10_000
+    assert tokenizer.num_decoded < 10_000 * 2 * MAX_PENDING + 1000
 
 
 def test_min_tokens_guards_stop_strings():

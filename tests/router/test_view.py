@@ -84,7 +84,7 @@ def test_a_deregistered_instance_finishes_what_it_runs():
         assert usable(view) == []
         assert view.get("a") is not None
         assert view.heartbeat(beat(seq=2, state="ready"), 0.0) == NOTHING
-        assert end(view) == ViewChange(lost=("a",))
+        assert end(view) == ViewChange(lost=("a",), left=("a",))
         assert view.get("a") is None
         assert end(view) == NOTHING
     view = ready_view("a")

@@ -14,7 +14,7 @@ import uuid
 import structlog
 
 from xllm.config.settings import Settings
-from xllm.errors import ConfigError, TransportError, UnavailableError
+from xllm.errors import ConfigError, TransportError, UnavailableError, WorkerLostError
 from xllm.master.conversation import RouterConversation
 from xllm.master.heartbeat import HeartbeatMaker
 from xllm.master.limits import InstanceLimits
@@ -241,12 +241,13 @@ class MasterActor(Actor):
         )
 
     def worker_lost(self, reason: str) -> None:
-        """All requests end as unavailable: routers resubmit them elsewhere, or here again."""
+        """All requests end, and routers resubmit them elsewhere, or here again. Those in the step
+        under way are told apart: one of them may be the reason."""
         if self.scheduler is None:
             return
         self.metrics.num_worker_ends += 1
         self._heartbeats.forget_blocks(self.scheduler)
-        self.steps.fail_all(UnavailableError.code, reason)
+        self.steps.fail_all(UnavailableError.code, reason, in_step=WorkerLostError.code)
         self.steps.scheduler = None
         self.conversation.fail_probes()
         self.beat()

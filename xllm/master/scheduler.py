@@ -109,10 +109,10 @@ class Scheduler:
         self._settler.fail(step, code, message)
         return self._state.take_outcome()
 
-    def fail_all(self, code: str, message: str) -> StepOutcome:
-        """The worker is gone: every request ends with this code, steps in flight with them."""
+    def fail_all(self, code: str, message: str, in_step: str = "") -> StepOutcome:
+        """Every request ends with this code, those of steps in flight with `in_step` if given."""
         for number in tuple(self._state.steps):
-            self._settler.fail(number, code, message)
+            self._settler.fail(number, in_step or code, message)
         for request in tuple(self._state.requests.values()):
             self._state.end_request(request, code, message)
         return self._state.take_outcome()

@@ -58,11 +58,11 @@ class StepLoop:
         self._step = -1
         self.pump()
 
-    def fail_all(self, code: str, message: str) -> None:
-        """End every request with this code, now."""
+    def fail_all(self, code: str, message: str, in_step: str = "") -> None:
+        """End every request with this code, now; those of a step in flight with `in_step`."""
         if self.scheduler is not None:
             self._step = -1
-            self._take(self.call(self.scheduler.fail_all, code, message))
+            self._take(self.call(self.scheduler.fail_all, code, message, in_step))
             self.flush()
 
     def abandon(self) -> None:

@@ -7,8 +7,6 @@ travel as remaining milliseconds. docs/protocol.md specifies these bytes for oth
 
 from __future__ import annotations
 
-from typing import Any
-
 from xllm.protocol.message import MapMessage, MapPart
 from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 
@@ -48,7 +46,8 @@ class SubmitRequest(MapMessage, tag="submit", frozen=True):
     """"" stands for the only model served."""
     prompt: str | tuple[int, ...] | None = None
     messages: tuple[ChatMessage, ...] | None = None
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, str | bool | int | float] = {}
+    """Switches of the chat template; flat, so that a message cannot hide a tree in them."""
     sampling: SamplingParams = SamplingParams()
     stream: bool = True
     """False: no deltas, the terminal message holds all."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Concatenate, ParamSpec
 
 import structlog
 
-from xllm.errors import DeadlineError, InvariantError, UnavailableError, XllmError
+from xllm.errors import DeadlineError, InvariantError, UnavailableError, WorkerLostError, XllmError
 from xllm.protocol.client import RequestFailed, RequestFinished, TokenDelta
 from xllm.protocol.instance import (
-    AdmitRequest,
     CancelRequest,
     PromptScores,
     RequestEnded,
@@ -25,13 +25,16 @@ from xllm.protocol.transport.context import describe_error
 from xllm.router.flush import FlushTimer
 from xllm.router.inflight import DispatcherStatistics, InflightRequest, InstanceLinks
 from xllm.router.metrics import RouterMetrics
-from xllm.router.policy import Policy
+from xllm.router.placement import Placement
 from xllm.router.state.endings import failed
 from xllm.router.state.instructions import Instruction, SendTo, Wish
 from xllm.router.state.request import RequestLife
-from xllm.router.view import ClusterView, ViewChange
+from xllm.router.view import ViewChange
 
 _log = structlog.get_logger("router")
+P = ParamSpec("P")
+_NOT_NOW = (UnavailableError.code, WorkerLostError.code)
+"""What an instance ends requests with that takes none at present."""
 
 
 class Dispatcher:
@@ -39,14 +42,12 @@ class Dispatcher:
 
     def __init__(
         self,
-        view: ClusterView,
-        policy: Policy,
+        placement: Placement,
         links: InstanceLinks,
         metrics: RouterMetrics,
         clock: Callable[[], float],
     ) -> None:
-        self._view = view
-        self._policy = policy
+        self._placement = placement
         self._links = links
         self._metrics = metrics
         self._clock = clock
@@ -65,7 +66,7 @@ class Dispatcher:
 
     def start(self, request: InflightRequest, instructions: Sequence[Instruction]) -> None:
         """Its state is there: carry out the first instructions."""
-        self._carry_out(request, instructions)
+        self._tell(request, lambda state: instructions)
 
     def fail(self, request_id: str, request: InflightRequest, failed: RequestFailed) -> None:
         """The terminal message of a request without a state."""
@@ -80,7 +81,7 @@ class Dispatcher:
         if request is None:
             return
         if request.state is not None:
-            self._carry_out(request, request.state.cancel(code, message))
+            self._tell(request, RequestLife.cancel, code, message)
             return
         failed = RequestFailed(
             id=request.client_id, code=code, message=message, request_id=request_id
@@ -114,7 +115,7 @@ class Dispatcher:
                 if instructions:
                     self._carry_out(request, instructions)
             except Exception as error:
-                self._broken(request, state, error)
+                self._broken(request, error)
         for ended in batch.ended:
             self._word(ended.request_id, ended)
 
@@ -123,24 +124,40 @@ class Dispatcher:
         if request is None or (state := request.state) is None:
             self._metrics.num_dropped += 1
             return
-        try:
-            if isinstance(word, RequestEnded):
-                if word.code == UnavailableError.code and word.attempt == state.attempt:
-                    self._view.refused(request.placed)
-                self._carry_out(request, state.engine_ended(word))
-            else:
-                self._carry_out(request, state.prompt_scores(word))
-        except Exception as error:
-            self._broken(request, state, error)
+        if isinstance(word, RequestEnded):
+            if word.code in _NOT_NOW and word.attempt == state.attempt:
+                self._placement.refused(request)
+            self._tell(request, RequestLife.engine_ended, word)
+        else:
+            self._tell(request, RequestLife.prompt_scores, word)
 
-    def _broken(self, request: InflightRequest, state: RequestLife, error: Exception) -> None:
-        """A fault of ours in one request ends that request, and no other."""
+    def _tell(
+        self,
+        request: InflightRequest,
+        event: Callable[Concatenate[RequestLife, P], Sequence[Instruction]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> None:
+        """Tell a request's state of an event and do what it says. A fault of ours in one request
+        ends that request, and no other."""
+        state = request.state
+        if state is None:
+            return
+        try:
+            self._carry_out(request, event(state, *args, **kwargs))
+        except Exception as error:
+            self._broken(request, error)
+
+    def _broken(self, request: InflightRequest, error: Exception) -> None:
         if isinstance(error, InvariantError):
             raise error
+        state = request.state
+        assert state is not None
         spec = state.spec
         _log.error("request_broke", request_id=spec.request_id, error=describe_error(error))
         if self.open.pop(spec.request_id, None) is None:
             return
+        self._homeless.pop(spec.request_id, None)
         state.ended = True
         if state.instance:
             self._links.send(state.instance, CancelRequest(spec.request_id, state.attempt))
@@ -150,25 +167,20 @@ class Dispatcher:
         """Instances were lost or became usable."""
         for name in change.lost:
             _log.warning("instance_lost", instance=name)
-            self._move_all(name)
+            self._move_all(name, died=name not in change.left)
         if change.suspect:
             _log.warning("instance_silent", instances=change.suspect)
         if change.ready:
             _log.info("instance_ready", instances=change.ready)
             self._rehouse()
         if change.suspect or change.ready:
-            self._desert()
+            for name in self._placement.deserted():
+                self._move_all(name, died=False)
 
-    def _desert(self) -> None:
-        """Move the requests of silent instances, if there is a better place for them."""
-        for one in list(self._view):
-            if one.suspect and one.num_inflight and self._view.usable(one.record.model):
-                self._move_all(one.name)
-
-    def _move_all(self, name: str) -> None:
+    def _move_all(self, name: str, *, died: bool) -> None:
         for request in list(self.open.values()):
-            if request.placed == name and request.state is not None:
-                self._carry_out(request, request.state.instance_lost(name))
+            if request.placed == name:
+                self._tell(request, RequestLife.instance_lost, name, died=died)
 
     # -- time --------------------------------------------------------------------------------
 
@@ -177,7 +189,7 @@ class Dispatcher:
         late = [one for one in self.open.items() if one[1].deadline <= now]
         for request_id, request in late:
             if request.state is not None:
-                self._carry_out(request, request.state.expire(now))
+                self._tell(request, RequestLife.expire, now)
             else:
                 self.abort(request_id, DeadlineError.code, "the request's time is over")
         if self._homeless:
@@ -188,16 +200,13 @@ class Dispatcher:
         self._homeless = {}
         for request_id, request in homeless.items():
             if request_id in self.open:
-                self._place(request)
+                try:
+                    self._place(request)
+                except Exception as error:
+                    self._broken(request, error)
 
     def _flush(self, request: InflightRequest) -> None:
-        state = request.state
-        if state is None:
-            return
-        try:
-            self._carry_out(request, state.flush())
-        except Exception as error:
-            self._broken(request, state, error)
+        self._tell(request, RequestLife.flush)
 
     def close(self) -> None:
         """Stop the timer."""
@@ -219,8 +228,8 @@ class Dispatcher:
             elif one is Wish.FLUSH:
                 self._timer.add(request, state.hold_s)
             elif one is Wish.PLACE:
-                self._metrics.num_moves += state.num_moves > 0
-                self._leave(request)
+                self._metrics.num_moves += state.moves.num_moves > 0
+                self._placement.leave(request)
                 self._place(request)
             elif isinstance(one, RequestFinished | RequestFailed):
                 del self.open[state.spec.request_id]
@@ -231,12 +240,9 @@ class Dispatcher:
     def _place(self, request: InflightRequest) -> None:
         state = request.state
         assert state is not None
-        usable = self._view.usable(state.spec.model)
-        if state.avoid:
-            usable = tuple(one for one in usable if one.name not in state.avoid)
         now = self._clock()
-        if usable:
-            stages = self._policy.choose(usable, len(state.spec.prompt_ids))
+        stages = self._placement.choose(state)
+        if stages is not None:
             self._carry_out(request, state.place(stages, now))
             return
         self._carry_out(request, state.unplaceable(now))
@@ -244,42 +250,23 @@ class Dispatcher:
             self._homeless[state.spec.request_id] = request
 
     def _send(self, request: InflightRequest, one: SendTo) -> None:
-        reached = self._links.send(one.instance, one.message)
-        if type(one.message) is not AdmitRequest:
-            return
-        request.placed = one.instance
-        self._view.placed(one.instance)
-        if not reached:
+        code = self._placement.send(request, one)
+        if code:
             # Later: the state is in the middle of its instructions.
-            asyncio.get_running_loop().call_soon(self._unreached, request, one)
+            asyncio.get_running_loop().call_soon(self._unreached, request, one, code)
 
-    def _unreached(self, request: InflightRequest, one: SendTo) -> None:
-        state = request.state
-        if state is not None and state.attempt == one.message.attempt:
-            self._carry_out(request, state.instance_lost(one.instance))
-
-    def _leave(self, request: InflightRequest) -> None:
-        if request.placed:
-            self._view.left(request.placed)
-            request.placed = ""
+    def _unreached(self, request: InflightRequest, one: SendTo, code: str) -> None:
+        self._tell(request, RequestLife.unreached, one.instance, one.message.attempt, code)
 
     def _first_token(self, request: InflightRequest) -> None:
         request.told = True
         self._metrics.ttft.observe(self._clock() - request.started)
 
     def _ended(self, request: InflightRequest, last: RequestFinished | RequestFailed) -> None:
-        self._leave(request)
-        metrics = self._metrics
-        if isinstance(last, RequestFinished):
-            if not request.told:
-                self._first_token(request)
-            metrics.ended("ok")
-            metrics.prompt_tokens += last.usage.prompt_tokens
-            metrics.completion_tokens += last.usage.completion_tokens
-            metrics.cached_tokens += last.usage.cached_tokens
-        else:
-            metrics.ended(last.code)
-        metrics.duration.observe(self._clock() - request.started)
+        self._placement.leave(request)
+        if isinstance(last, RequestFinished) and not request.told:
+            self._first_token(request)
+        self._metrics.ended(last, self._clock() - request.started)
         self._deliver(request, last)
         if not self.open:
             self._empty.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 from xllm.router.inflight import InflightRequest
@@ -39,7 +40,10 @@ class FlushTimer:
         due = self._wheel.next_due()
         if due is not None:
             loop = asyncio.get_running_loop()
-            self._handle = loop.call_later(max(0.0, due - self._clock()), self._ring)
+            # uvloop's timers count whole milliseconds: rounded down they would ring too early,
+            # find nothing due and be set again, over and over.
+            delay_ms = math.ceil((due - self._clock()) * 1000)
+            self._handle = loop.call_later(max(0, delay_ms) / 1000, self._ring)
 
     def _ring(self) -> None:
         self._handle = None

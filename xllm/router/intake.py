@@ -7,6 +7,7 @@ and touches nothing shared, so that long texts can go through it in a thread.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import msgspec
 
@@ -165,7 +166,7 @@ class Intake:
         return self._facts
 
     def _encode_talk(
-        self, messages: tuple[ChatMessage, ...], kwargs: dict[str, object], owner: bytes = b""
+        self, messages: tuple[ChatMessage, ...], kwargs: Mapping[str, object], owner: bytes = b""
     ) -> list[int]:
         # The template writes the special tokens itself.
         return self.text.encode(self.text.render(messages, kwargs), False, owner)

@@ -14,6 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from xllm.protocol.client import RequestFailed, RequestFinished
+
 TIME_BOUNDS = (
     0.001,
     0.0025,
@@ -76,9 +78,17 @@ class RouterMetrics(Collector):
         self.duration = Histogram()
         registry.register(self)
 
-    def ended(self, code: str) -> None:
-        """A request got its terminal message."""
+    def ended(self, last: RequestFinished | RequestFailed, seconds: float) -> None:
+        """A request gets its terminal message, so long after its submission."""
+        code = "ok"
+        if isinstance(last, RequestFailed):
+            code = last.code
+        else:
+            self.prompt_tokens += last.usage.prompt_tokens
+            self.completion_tokens += last.usage.completion_tokens
+            self.cached_tokens += last.usage.cached_tokens
         self.num_ended[code] = self.num_ended.get(code, 0) + 1
+        self.duration.observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
         """The figures as they are now."""

@@ -44,6 +44,7 @@ from xllm.router.front import Sink, Tenant
 from xllm.router.inflight import InflightRequest, InstanceLinks
 from xllm.router.intake import Intake, is_long
 from xllm.router.metrics import RouterMetrics
+from xllm.router.placement import Placement
 from xllm.router.policy import make_policy
 from xllm.router.probe import Prober
 from xllm.router.report import degraded_parts, merged_metrics, process_list
@@ -81,7 +82,8 @@ class RouterService:
         """The router's own metrics; front ends add theirs here."""
         self.metrics = RouterMetrics(self.registry, lambda: self.num_open)
         policy = make_policy(settings.router.policy)
-        self.dispatcher = Dispatcher(self.view, policy, links, self.metrics, clock)
+        placement = Placement(self.view, policy, links)
+        self.dispatcher = Dispatcher(placement, links, self.metrics, clock)
         self.prober = Prober(lambda instance, message: _ignore(links.send(instance, message)))
         self._pool = TextPool()
         self.registry_degraded = False

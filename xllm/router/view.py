@@ -62,12 +62,13 @@ class DaemonView:
 @dataclasses.dataclass(frozen=True, slots=True)
 class ViewChange:
     """What an event changed: names of instances that can take requests now, of those whose
-    requests are lost there, and of those that fell silent (theirs move if there is a better
-    place)."""
+    requests are lost there (those of them that had been leaving are in `left`, too), and of those
+    that fell silent (theirs move if there is a better place)."""
 
     ready: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
     suspect: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
 
 _UNCHANGED = ViewChange()
@@ -151,7 +152,7 @@ class ClusterView:
         one.connected = False
         one.state = "unknown"
         self._forget_leaving(one)
-        return ViewChange(lost=(name,))
+        return ViewChange(lost=(name,), left=(name,) if one.leaving else ())
 
     def heartbeat(self, word: InstanceHeartbeat, now: float) -> ViewChange:
         """An instance speaks. Words of other incarnations than the registered one are ignored."""
@@ -210,8 +211,10 @@ class ClusterView:
         for one in silent:
             one.suspect = True
             self._forget_leaving(one)
+        left = tuple(one.name for one in silent if one.leaving)
         return ViewChange(
-            lost=tuple(one.name for one in silent if one.leaving),
+            lost=left,
+            left=left,
             suspect=tuple(one.name for one in silent if not one.leaving),
         )
 

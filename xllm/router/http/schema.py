@@ -8,7 +8,7 @@ here, are refused by name rather than silently dropped.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -155,7 +155,7 @@ class ChatBody(GenerationBody, frozen=True, kw_only=True, gc=False):
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, str | bool | int | float] | None = None
 
 
 class CompletionBody(GenerationBody, frozen=True, kw_only=True, gc=False):

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from xllm.errors import (
     DeadlineError,
     EngineError,
-    InvariantError,
     OverloadedError,
     UnavailableError,
+    WorkerLostError,
 )
 from xllm.protocol.client import ResumePoint
 from xllm.protocol.instance import CancelRequest, PromptScores, RequestEnded, TokenItem
@@ -24,13 +24,10 @@ from xllm.protocol.sampling import TokenLogprobs
 from xllm.router.state.choice import ChoiceState
 from xllm.router.state.endings import failed, finished
 from xllm.router.state.instructions import Instruction, SendTo, Wish
+from xllm.router.state.moves import MoveRecord
 from xllm.router.state.spec import RequestSpec
 from xllm.router.text.output import TextOutput
 
-MAX_MOVES = 5
-"""Attempts beyond the first before a request is given up."""
-PATIENCE_S = 30.0
-"""How long a request that lost its instance waits for another."""
 _NOTHING: tuple[Instruction, ...] = ()
 _FLUSH: tuple[Instruction, ...] = (Wish.FLUSH,)
 _MOVABLE = frozenset((UnavailableError.code, OverloadedError.code))
@@ -42,18 +39,16 @@ class RequestLife:
 
     __slots__ = (
         "_flush_wished",
-        "_homeless_since",
-        "_last_refusal",
+        "_heard",
         "_prompt_scores",
         "attempt",
-        "avoid",
         "cached_tokens",
         "choices",
         "ended",
         "hold_s",
         "instance",
+        "moves",
         "num_dropped",
-        "num_moves",
         "spec",
     )
 
@@ -64,20 +59,17 @@ class RequestLife:
         self.attempt = 1
         self.instance = ""
         """Where the present attempt runs; empty: nowhere yet."""
-        self.avoid: frozenset[str] = frozenset()
-        """Instances that refused it."""
+        self.moves = MoveRecord()
         self.ended = False
         self.hold_s = spec.hold_s
         """How long tokens are held at present; longer than asked while the client reads slowly."""
         self.cached_tokens = 0
-        self.num_moves = 0
         self.num_dropped = 0
         self._flush_wished = False
-        self._homeless_since = 0.0
-        self._last_refusal = ""
-        self._prompt_scores: list[TokenLogprobs | None] | None = None
-        if spec.sampling.prompt_logprobs is not None:
-            self._prompt_scores = [None] * len(spec.prompt_ids)
+        self._heard = False
+        """Whether the present attempt was accepted: a word of it came."""
+        num_scored = 0 if spec.sampling.prompt_logprobs is None else len(spec.prompt_ids)
+        self._prompt_scores: list[TokenLogprobs | None] | None = [None] * num_scored or None
 
     # -- starting and moving -----------------------------------------------------------------
 
@@ -106,29 +98,28 @@ class RequestLife:
             return (SendTo(self.instance, admit),)
         return (
             SendTo(self.instance, admit),
-            *(self._cancel_choice(choice) for choice in choices if choice.finish_reason),
+            *(self._cancel(choice.index) for choice in choices if choice.finish_reason),
         )
 
     def unplaceable(self, now: float) -> Sequence[Instruction]:
         """There is no instance for it now: fail, or wait for one if it had one before."""
         if self.ended:
             return _NOTHING
-        if self._last_refusal == OverloadedError.code:
-            return self._fail(OverloadedError.code, "every instance's queue is full", 1000)
-        if self.num_moves == 0:
-            return self._fail(UnavailableError.code, "no instance is ready", 1000)
-        if not self._homeless_since:
-            self._homeless_since = now
-        if now - self._homeless_since > PATIENCE_S:
-            return self._fail(UnavailableError.code, "its instance was lost and none came", 1000)
-        self.avoid = frozenset()
-        return _NOTHING
+        end = self.moves.homeless(now, has_tokens=any(choice.ids for choice in self.choices))
+        return _NOTHING if end is None else self._fail(*end, 1000)
 
-    def instance_lost(self, instance: str) -> Sequence[Instruction]:
-        """That instance is gone or suspect: go on elsewhere from the tokens received."""
+    def instance_lost(self, instance: str, *, died: bool = True) -> Sequence[Instruction]:
+        """That instance is gone or suspect: go on elsewhere from the tokens received. `died`:
+        it ended in the midst of its work."""
         if self.ended or self.instance != instance:
             return _NOTHING
-        return self._move()
+        return self._lost(died=died)
+
+    def unreached(self, instance: str, attempt: int, code: str) -> Sequence[Instruction]:
+        """The attempt never left for that instance: as good as a refusal."""
+        if self.ended or self.instance != instance or self.attempt != attempt:
+            return _NOTHING
+        return self._refused(code)
 
     # -- words of the instance ---------------------------------------------------------------
 
@@ -139,6 +130,9 @@ class RequestLife:
         if item.attempt != self.attempt or self.ended or not 0 <= number < len(choices):
             self.num_dropped += 1
             return _NOTHING
+        if not self._heard:
+            self._heard = True
+            self.moves.accepted()
         choice = choices[number]
         if choice.finish_reason:
             return _NOTHING
@@ -147,7 +141,7 @@ class RequestLife:
         have = len(choice.ids)
         if item.first_index != have:
             if item.first_index > have:
-                return self._move()  # tokens were lost on the way
+                return self._lost(died=False)  # tokens were lost on the way
             self.num_dropped += 1
             new = new[have - item.first_index :]
             if logprobs is not None:
@@ -157,7 +151,7 @@ class RequestLife:
         if item.finish_reason:
             return self._last_tokens(choice, new, logprobs, item)
         if choice.take(new, logprobs):  # a stop string, of which the engine does not know
-            return self._choice_ended(choice, (self._cancel_choice(choice),))
+            return self._choice_ended(choice, (self._cancel(choice.index),))
         spec = self.spec
         if not spec.stream:
             return _NOTHING
@@ -187,11 +181,11 @@ class RequestLife:
         if not word.code:
             self.cached_tokens = word.cached_tokens
             # An end without all tokens means that some were lost on the way.
-            return self._finish() if self._all_finished() else self._move()
+            return self._finish() if self._all_finished() else self._lost(died=False)
+        if word.code == WorkerLostError.code:
+            return self._lost(died=True, told=True)
         if word.code in _MOVABLE:
-            self._last_refusal = word.code
-            self.avoid |= {self.instance}
-            return self._move(told=True)
+            return self._refused(word.code)
         return self._fail(word.code, word.message, param=word.param or None, told=True)
 
     # -- words of the service ----------------------------------------------------------------
@@ -235,9 +229,8 @@ class RequestLife:
             return said
         return (*said, choice.delta(self.spec.client_id, self.attempt))
 
-    def _cancel_choice(self, choice: ChoiceState) -> SendTo:
-        word = CancelRequest(self.spec.request_id, self.attempt, choice.index)
-        return SendTo(self.instance, word)
+    def _cancel(self, choice: int = -1) -> SendTo:
+        return SendTo(self.instance, CancelRequest(self.spec.request_id, self.attempt, choice))
 
     def _all_finished(self) -> bool:
         return all(choice.finish_reason for choice in self.choices)
@@ -276,28 +269,32 @@ class RequestLife:
         said = self._deltas()
         self.ended = True
         if self.instance and not told:
-            word = CancelRequest(self.spec.request_id, self.attempt)
-            said.append(SendTo(self.instance, word))
+            said.append(self._cancel())
         said.append(failed(self.spec, code, message, retry_after_ms, param))
         return said
 
-    def _move(self, told: bool = False) -> Sequence[Instruction]:
-        """Leave the instance and ask for another, under the next attempt."""
+    def _refused(self, code: str) -> Sequence[Instruction]:
         if self._all_finished():
             return self._finish()
-        if self.num_moves >= MAX_MOVES:
-            code = self._last_refusal or EngineError.code
-            return self._fail(code, f"given up after {self.num_moves + 1} attempts", told=told)
-        word = SendTo(self.instance, CancelRequest(self.spec.request_id, self.attempt))
-        self.num_moves += 1
+        self.moves.refused(self.instance, code)
+        return self._move(told=True)
+
+    def _lost(self, *, died: bool, told: bool = False) -> Sequence[Instruction]:
+        if self._all_finished():
+            return self._finish()
+        why = self.moves.lost(died=died)
+        return self._fail(EngineError.code, why, told=told) if why else self._move(told)
+
+    def _move(self, told: bool) -> Sequence[Instruction]:
+        """Leave the instance and ask for another, under the next attempt."""
+        cancel = self._cancel()
         self.attempt += 1
         self.instance = ""
-        self._homeless_since = 0.0
-        return (Wish.PLACE,) if told else (word, Wish.PLACE)
+        self._heard = False
+        return (Wish.PLACE,) if told else (cancel, Wish.PLACE)
 
     def check(self) -> None:
         """InvariantError if the state cannot be."""
+        self.moves.check()
         for choice in self.choices:
             choice.check()
-        if self.num_moves > MAX_MOVES:
-            raise InvariantError(f"{self.spec.request_id}: {self.num_moves} moves")

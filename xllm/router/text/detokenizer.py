@@ -17,6 +17,8 @@ from xllm.router.text.pieces import PieceTable
 
 _make_decoder = codecs.getincrementaldecoder("utf-8")
 _REPLACEMENT = "\ufffd"
+MAX_PENDING = 16
+"""More tokens than any character has: what has not become one by then never will."""
 
 
 class Detokenizer(Protocol):
@@ -64,40 +66,43 @@ class PieceDetokenizer:
 class WindowDetokenizer:
     """For any decoder: decodes a short window of tokens with and without the new one, and says
     what was added. The window starts where text was last said, so that a decoder which joins by
-    neighbours sees them."""
+    neighbours sees them. After `MAX_PENDING` tokens without a sure character the text is said as
+    it is: the work for a token is bounded."""
 
-    __slots__ = ("_ids", "_prefix", "_read", "_skip", "_tokenizer")
+    __slots__ = ("_before", "_ids", "_read", "_skip", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._ids: list[int] = []
-        self._prefix = 0
         self._read = 0
+        """Tokens at the window's begin whose text was said."""
+        self._before = ""
+        """Their text."""
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens complete."""
         said = []
         for token_id in token_ids:
-            self._ids.append(token_id)
-            before = self._decode(self._prefix, self._read)
-            now = self._decode(self._prefix, len(self._ids))
-            if len(now) > len(before) and not now.endswith(_REPLACEMENT):
-                said.append(now[len(before) :])
-                self._prefix, self._read = self._read, len(self._ids)
-                del self._ids[: self._prefix]
-                self._read -= self._prefix
-                self._prefix = 0
+            ids = self._ids
+            ids.append(token_id)
+            now = self._decode(ids)
+            is_sure = len(now) > len(self._before) and not now.endswith(_REPLACEMENT)
+            if is_sure or len(ids) - self._read >= MAX_PENDING:
+                said.append(now[len(self._before) :])
+                del ids[: self._read]
+                self._read = len(ids)
+                self._before = self._decode(ids)
         return "".join(said)
 
     def finish(self) -> str:
         """What was held back."""
-        before = self._decode(self._prefix, self._read)
-        text = self._decode(self._prefix, len(self._ids))[len(before) :]
+        text = self._decode(self._ids)[len(self._before) :]
         self._ids.clear()
-        self._prefix = self._read = 0
+        self._read = 0
+        self._before = ""
         return text
 
-    def _decode(self, start: int, end: int) -> str:
-        text: str = self._tokenizer.decode(self._ids[start:end], skip_special_tokens=self._skip)
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=self._skip)
         return text

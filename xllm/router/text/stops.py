@@ -12,12 +12,12 @@ from __future__ import annotations
 class StopMatcher:
     """Stop strings of one choice."""
 
-    __slots__ = ("_guard", "_held", "_longest", "_prefixes", "_said", "_stops", "include")
+    __slots__ = ("_firsts", "_guard", "_held", "_longest", "_said", "_stops", "include")
 
     def __init__(self, stops: tuple[str, ...], include: bool = False) -> None:
         self._stops = stops
         self.include = include
-        self._prefixes = frozenset(stop[:k] for stop in stops for k in range(1, len(stop)))
+        self._firsts = frozenset(stop[0] for stop in stops)
         self._longest = max(map(len, stops))
         self._held = ""
         self._said = 0
@@ -54,9 +54,14 @@ class StopMatcher:
         return text
 
     def _suffix(self, buffer: str) -> int:
-        """Length of the longest suffix that begins a stop string."""
-        prefixes = self._prefixes
+        """Length of the longest suffix that begins a stop string. Each size that does not fit
+        lets one character go, so that a character is looked at about once however long the
+        stops are; a table of their beginnings would cost a megabyte a choice."""
+        firsts = self._firsts
         for size in range(min(self._longest - 1, len(buffer)), 0, -1):
-            if buffer[-size:] in prefixes:
-                return size
+            if buffer[-size] in firsts:
+                tail = buffer[-size:]
+                for stop in self._stops:
+                    if len(stop) > size and stop.startswith(tail):
+                        return size
         return 0

@@ -1,0 +1,79 @@
+"""What a request remembers of the instances that did not serve it to its end.
+
+Decides when to try again, when to wait and when to give up; knows neither tokens nor messages.
+Four things can happen to an attempt: the instance refuses it, dies under it, loses words of it, or
+is given up for a better place. Invariants: a request never kills a third instance; whoever has
+been refused everywhere learns so within PATIENCE_S.
+"""
+
+from __future__ import annotations
+
+from xllm.errors import InvariantError, OverloadedError, UnavailableError
+
+MAX_MOVES = 5
+"""Attempts that were lost, beyond the first, before a request is given up. Refusals cost an
+instance nothing and are bounded by time."""
+MAX_DEATHS = 2
+"""Instances that may die under a request: by then it is more likely the cause than a victim."""
+PATIENCE_S = 30.0
+"""How long a request that lost its instance, or holds tokens, waits for another."""
+
+
+class MoveRecord:
+    """The moves of one request."""
+
+    __slots__ = ("avoid", "homeless_since", "last_refusal", "num_deaths", "num_lost", "num_moves")
+
+    def __init__(self) -> None:
+        self.num_moves = 0
+        """Attempts that did not end, whatever the reason."""
+        self.num_lost = 0
+        """Those that were not refused."""
+        self.num_deaths = 0
+        self.avoid: frozenset[str] = frozenset()
+        """Instances that refused it since it was last accepted."""
+        self.last_refusal = ""
+        self.homeless_since = 0.0
+
+    def refused(self, instance: str, code: str) -> None:
+        """That instance took it not, and said why."""
+        self.avoid |= {instance}
+        self.last_refusal = code
+        self.num_moves += 1
+
+    def lost(self, *, died: bool) -> str:
+        """An attempt that was accepted goes on elsewhere; or why it may not."""
+        self.num_deaths += died
+        if self.num_deaths >= MAX_DEATHS:
+            return f"given up: {self.num_deaths} instances died while they ran this request"
+        if self.num_lost >= MAX_MOVES:
+            return f"given up after {self.num_lost + 1} attempts"
+        self.num_lost += 1
+        self.num_moves += 1
+        return ""
+
+    def accepted(self) -> None:
+        """The present attempt runs: what came before no longer matters."""
+        self.avoid = frozenset()
+        self.last_refusal = ""
+        self.homeless_since = 0.0
+
+    def homeless(self, now: float, *, has_tokens: bool) -> tuple[str, str] | None:
+        """No instance takes it now: (code, message) to fail with, or None: wait, and then ask
+        everybody again."""
+        if self.last_refusal == OverloadedError.code and not has_tokens:
+            return OverloadedError.code, "every instance's queue is full"
+        if self.num_moves == 0:
+            return UnavailableError.code, "no instance is ready"
+        if not self.homeless_since:
+            self.homeless_since = now
+        if now - self.homeless_since > PATIENCE_S:
+            code = self.last_refusal or UnavailableError.code
+            return code, "its instance was lost and no other took it"
+        self.avoid = frozenset()
+        return None
+
+    def check(self) -> None:
+        """InvariantError if the counts cannot be."""
+        if not self.num_deaths <= MAX_DEATHS or not self.num_lost <= MAX_MOVES:
+            raise InvariantError(f"{self.num_deaths} deaths, {self.num_lost} lost attempts")
