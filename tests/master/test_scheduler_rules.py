@@ -433,6 +433,17 @@ def test_a_lost_worker_ends_everything_once():
     assert one.scheduler.is_idle
 
 
+def test_who_was_in_the_step_that_a_worker_died_of_is_told_apart():
+    one = ToyInstance(max_num_seqs=2)
+    for name in "abc":
+        one.admit(name, PROMPT)
+    one.scheduler.schedule(one.now)
+    one.take(one.scheduler.fail_all("unavailable", "the worker is gone", "worker_lost"))
+    codes = {name: ended.code for (name, _), ended in one.ended.items()}
+    assert codes == {"a": "worker_lost", "b": "worker_lost", "c": "unavailable"}
+    assert one.scheduler.is_idle
+
+
 def test_check_finds_a_leaked_block():
     one = ToyInstance()
     one.admit("a", PROMPT)
