@@ -93,8 +93,9 @@ class MapPages(ArrayPart, frozen=True):
 
 
 class StepPlan(ArrayMessage, frozen=True):
-    """What one forward pass must do. Order of effects: `ended` are forgotten, `copies` of whole
-    blocks (source, destination) are made, pages are mapped, `new` are learnt, items run."""
+    """What one forward pass must do. Order of effects: `new` are learnt (the parent of a fork may
+    be among `ended`), `ended` are forgotten, `copies` of whole blocks (source, destination) are
+    made, pages are mapped, items run."""
 
     step: int
     items: tuple[StepItem, ...] = ()
@@ -177,7 +178,9 @@ class WorkerReady(ArrayMessage, frozen=True):
     """What is known only after loading. `eos_ids`: all ids that end a text, from
     generation_config and config. `fingerprint`: device kind, instruction set, dtype, parallel
     sizes, kernel set: equal fingerprints give bit-identical logits in deterministic mode.
-    `revision`: SHA-256 over the model's configuration and weight names, sizes and headers."""
+    `revision`: SHA-256 (hex) over the model's configuration, the names, types and shapes of its
+    tensors, and 64 bytes from the middle of each: a fine-tuned model has its parent's headers.
+    `max_model_len`: prompt and output together, no more than the KV memory holds."""
 
     rank: int
     model: str

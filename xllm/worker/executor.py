@@ -1,7 +1,7 @@
 """The seam between a worker process and what computes: the Executor protocol.
 
 It knows plans and results only: no sockets, no threads, no torch. One thread at a time calls an
-executor; `counter` alone may be read from another thread.
+executor; `counter` alone may be read from one other thread.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class Executor(Protocol):
 
     @property
     def counter(self) -> int:
-        """Grows with each layer (or step) done: the engine is frozen when it is busy and this
-        stands. Safe to read from any thread."""
+        """Grows with each bounded piece of work done (a layer, a part of its attention, a slice
+        of the head or of draws): the engine is frozen when it is busy and this stands. One
+        thread beside the engine's may read it."""
 
     def load(self, progress: LoadObserver) -> WorkerReady:
         """Read the weights, allocate the KV memory, say what is known now. Called again, it

@@ -242,19 +242,28 @@ def test_numbers_that_are_not_finite_harm_one_sequence(tmp_path: Path) -> None:
 
 
 def test_min_tokens_masks_stop_ids(driver: PlanDriver) -> None:
-    """The worker's own history decides when the stop ids are free again."""
+    """The worker's own history decides when the stop ids are free again: masked for the first
+    two tokens, the third is drawn as if they had never been."""
     (prompt,) = random_prompts(1, 12, 12)
-    job = driver.job(prompt, 3)
-    driver.generate([job])
-    wanted = job.output
-    sampling = SamplingParams(temperature=0.0, seed=0, min_tokens=2)
-    state = NewSequence(
-        90, tuple(prompt), (), sampling, 0, tuple(driver.free[:2]), stop_ids=tuple(wanted)
-    )
-    first = driver.run([prefill(90, 12)], [state]).result.tokens[0][0]
-    second = driver.run([StepItem(90, ItemKind.DECODE, 12, 1)]).result.tokens[0][0]
-    assert first not in wanted
-    assert second not in wanted
+
+    def drawn(seq: int, min_tokens: int, stop_ids: tuple[int, ...]) -> list[int]:
+        sampling = SamplingParams(temperature=0.0, seed=0, min_tokens=min_tokens)
+        blocks = tuple(driver.free[:2])
+        state = NewSequence(seq, tuple(prompt), (), sampling, 0, blocks, stop_ids=stop_ids)
+        tokens = list(driver.run([prefill(seq, 12)], [state]).result.tokens[0])
+        for position in (12, 13):
+            decode = StepItem(seq, ItemKind.DECODE, position, 1)
+            tokens.extend(driver.run([decode]).result.tokens[0])
+        return tokens
+
+    wanted = drawn(90, 0, ())
+    masked = drawn(91, 2, tuple(wanted))
+    assert not set(masked[:2]) & set(wanted)
+    # The third is a stop id here, and is drawn all the same once two are out.
+    stop = (*wanted, masked[2])
+    assert masked[2] not in masked[:2]
+    assert drawn(92, 2, stop) == masked
+    assert drawn(93, 3, stop)[2] not in stop
 
 
 @pytest.mark.parametrize("moved", [0, 5])

@@ -13,7 +13,8 @@ from tests.fixtures.models import make_model
 from tests.worker.native.plan_driver import PlanDriver
 from xllm.errors import ConfigError, DependencyError
 from xllm.worker.memory.layout import choose_num_blocks
-from xllm.worker.platform.cpu import _group_memory
+from xllm.worker.platform import cpu
+from xllm.worker.platform.control_group import GroupMemory, group_memory
 from xllm.worker.platform.platform import resolve_dtype, select_platform
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -49,13 +50,57 @@ def test_cpu_threads() -> None:
         torch.set_num_threads(before)
 
 
-def test_control_group_limits_are_read(tmp_path: Path) -> None:
-    assert _group_memory(tmp_path) == (0, 0)
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("5000\n")
-    assert _group_memory(tmp_path) == (0, 0)
-    (tmp_path / "memory.max").write_text("8000\n")
-    assert _group_memory(tmp_path) == (8000, 5000)
+def write_group(directory: Path, version: int, limit: str, used: int, stat: str) -> None:
+    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+    limit_name, used_name = names.get(version, ("memory.max", "memory.current"))
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / limit_name).write_text(f"{limit}\n")
+    (directory / used_name).write_text(f"{used}\n")
+    (directory / "memory.stat").write_text(stat)
+
+
+def found_groups(root: Path, membership: str) -> list[tuple[int, int]]:
+    own = root / "cgroup-of-self"
+    own.write_text(membership)
+    return [(g.limit_bytes, g.free_bytes) for g in group_memory(root, own)]
+
+
+def test_no_control_group_is_no_limit(tmp_path: Path) -> None:
+    assert group_memory(tmp_path, tmp_path / "absent") == []
+    assert found_groups(tmp_path, "0::/\n") == []
+    write_group(tmp_path, 2, "max", 5000, "")
+    assert found_groups(tmp_path, "0::/\n") == []
+
+
+def test_the_page_cache_of_a_group_is_free(tmp_path: Path) -> None:
+    """A container that has read a large checkpoint: nearly all it uses is the files' cache."""
+    stat = "anon 500\ninactive_file 6000\nactive_file 1000\nshmem 300\n"
+    write_group(tmp_path, 2, "8000", 7800, stat)
+    assert found_groups(tmp_path, "0::/\n") == [(8000, 7200)]
+
+
+def test_version_1_groups_are_read(tmp_path: Path) -> None:
+    """With the sums over children; the group's path and every group above it count."""
+    stat = "inactive_file 1\nactive_file 1\ntotal_inactive_file 300\ntotal_active_file 200\n"
+    write_group(tmp_path / "memory/outer", 1, "5000", 4000, stat)
+    write_group(tmp_path / "memory/outer/inner", 1, "9000", 1500, stat)
+    write_group(tmp_path / "memory", 1, str((1 << 63) - 4096), 9999, "")
+    membership = "5:cpu,cpuacct:/outer\n4:memory:/outer/inner\n0::/\n"
+    found = found_groups(tmp_path, membership)
+    assert found[:2] == [(9000, 8000), (5000, 1500)]
+    assert found[2][0] == (1 << 63) - 4096
+
+
+def test_a_path_of_the_host_falls_back_to_the_mount(tmp_path: Path) -> None:
+    write_group(tmp_path, 2, "8000", 3000, "")
+    assert found_groups(tmp_path, "0::/../system.slice/x.scope\n") == [(8000, 5000)]
+
+
+def test_a_group_below_the_machine_binds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [GroupMemory(1 << 60, 1 << 60), GroupMemory(9000, 4000), GroupMemory(9500, 3000)]
+    monkeypatch.setattr(cpu, "group_memory", lambda root, membership: groups)
+    memory = cpu.CpuPlatform().memory()
+    assert (memory.free_bytes, memory.total_bytes) == (3000, 9000)
 
 
 @without_gpu

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.worker.toy.plan_driver import PlanDriver
 from xllm.protocol.sampling import SamplingParams
-from xllm.protocol.step import NewSequence, StepItem, StepPlan
+from xllm.protocol.step import ItemKind, ItemOptions, NewSequence, StepItem, StepPlan
 from xllm.worker.toy.executor import ToyExecutor
 from xllm.worker.toy.faults import ToyFaults
 from xllm.worker.toy.stream import predict, predict_cheap
@@ -251,3 +251,57 @@ def test_a_long_step_keeps_its_counter_moving() -> None:
     executor = ToyExecutor(step_s=0.12)
     executor.execute(StepPlan(1))
     assert executor.counter >= 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ItemOptions(source_step=3),
+        ItemOptions(source_row=0),
+        ItemOptions(positions=(0, 1)),
+        ItemOptions(mask_row=0),
+        ItemOptions(adapter="a"),
+        ItemOptions(dp_rank=1),
+        ItemOptions(hold=True),
+        ItemOptions(token_ids=(1,)),
+    ],
+    ids=str,
+)
+def test_options_that_are_not_supported_fail_their_item(options: ItemOptions) -> None:
+    driver = PlanDriver(ToyExecutor())
+    good = driver.admit(prompt_of(2), SamplingParams(seed=1))
+    news = (good.new, NewSequence(50, (1, 2), (), SamplingParams(), 0))
+    items = (
+        StepItem(50, ItemKind.PREFILL, 0, 2, (9,), options=options),
+        StepItem(good.seq, ItemKind.PREFILL, 0, 2, (8,)),
+    )
+    result = driver.executor.execute(StepPlan(1, items, news)).result
+    assert [index for index, _ in result.failed] == [0]
+    assert "supported" in result.failed[0][1] or "1 token ids for 2 rows" in result.failed[0][1]
+    assert list(result.tokens[1]) == expected_stream(good, 1)
+
+
+def test_kinds_and_adapters_that_are_not_supported_fail_alone() -> None:
+    executor = ToyExecutor()
+    items = (
+        StepItem(1, ItemKind.VERIFY, 0, 2, (1,)),
+        StepItem(1, ItemKind.DUMMY, 0, 0),
+        StepItem(2, ItemKind.PREFILL, 0, 2, (2,)),
+    )
+    news = (
+        NewSequence(1, (1, 2), (), SamplingParams(), 0),
+        NewSequence(2, (1, 2), (), SamplingParams(), 0, adapter="a"),
+    )
+    reasons = dict(executor.execute(StepPlan(1, items, news)).result.failed)
+    assert sorted(reasons) == [0, 2]
+    assert "kind 2" in reasons[0]
+    assert "adapters" in reasons[2]
+
+
+def test_the_context_is_no_longer_than_the_memory() -> None:
+    def ready(**fields: int) -> int:
+        return ToyExecutor(**fields).load(lambda done, total: None).max_model_len
+
+    assert ready() == 8192
+    assert ready(num_blocks=100, block_size=16) == 1600
+    assert ready(num_blocks=100, block_size=16, max_model_len=500) == 500

@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from xllm.errors import EngineError
-from xllm.protocol.step import ItemKind, ItemOptions, StepItem
+from xllm.protocol.step import ItemKind, StepItem
 from xllm.worker.attention.plan import Span
 from xllm.worker.execution.sequences import SequenceState, SequenceTable
+from xllm.worker.item_options import check_options
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,12 +90,4 @@ def _check_item(item: StepItem, state: SequenceState, block_size: int, max_model
         raise EngineError(f"{name}: a draw at {end} of {state.length} known tokens")
     if item.num_samples > 1 and state.choice >= item.num_samples:
         raise EngineError(f"{name}: choice {state.choice} of {item.num_samples} samples")
-    if item.options is not None:
-        _check_options(name, item.options, count)
-
-
-def _check_options(name: str, options: ItemOptions, count: int) -> None:
-    if options.token_ids and len(options.token_ids) != count:
-        raise EngineError(f"{name}: {len(options.token_ids)} token ids for {count} rows")
-    if options.source_step >= 0 or options.positions or options.mask_row >= 0 or options.adapter:
-        raise EngineError(f"{name}: placeholders, positions, masks and adapters are not supported")
+    check_options(item)

@@ -18,6 +18,7 @@ from xllm.config.settings import Settings
 from xllm.errors import ConfigError, EngineError
 from xllm.protocol.step import StepPlan, WorkerReady
 from xllm.worker.attention.plan import Span
+from xllm.worker.context import fit_context
 from xllm.worker.execution.batch import StepBatch, build_batch
 from xllm.worker.execution.drawing import TokenDrawer
 from xllm.worker.execution.layer_loop import LayerHook, LayerLoop
@@ -49,7 +50,7 @@ class NativeStatistics:
     pool: KvPoolStatistics
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class _Engine:
     """All that exists once the model is loaded."""
 
@@ -58,7 +59,8 @@ class _Engine:
     table: SequenceTable
     loop: LayerLoop
     drawer: TokenDrawer
-    max_model_len: int
+    ready: WorkerReady
+    num_bytes: int
 
 
 class NativeExecutor:
@@ -77,48 +79,17 @@ class NativeExecutor:
         return self._progress.value
 
     def load(self, progress: Callable[[int, int], None]) -> WorkerReady:
-        """Read the model, allocate its KV. Raises ConfigError or DependencyError."""
-        began = time.monotonic()
-        self._engine = None  # a second load must not hold two models
-        settings, worker = self._settings, self._settings.worker
-        if not settings.model.path:
-            raise ConfigError("model.path is empty: no model directory", param="model.path")
-        directory = Path(settings.model.path)
-        platform = select_platform(worker.device, worker.rank)
-        loaded = load_model(directory, settings.model.dtype, platform, progress)
-        model, dtype = loaded.model, loaded.dtype
-        platform.prepare(worker.num_threads, loaded.num_bytes)
-        self._progress.follow(platform.mark)
-        pool = make_pool(settings, model, dtype, platform)
-        max_model_len = resolve_model_len(settings, model.config)
-        vocab_size, tick = model.config.vocab_size, self._progress.tick
-        self._engine = _Engine(
-            platform,
-            pool,
-            SequenceTable(pool.layout.num_blocks, vocab_size),
-            LayerLoop(model, pool, dtype, platform.device, tick),
-            TokenDrawer(model, platform.device, tick, 1 if worker.deterministic else 0),
-            max_model_len,
-        )
-        for num_rows in _WARM_UP_ROWS:
-            self._engine.loop.warm_up(num_rows)
-        type_name = str(dtype).removeprefix("torch.")
-        mode = "deterministic" if worker.deterministic else "default"
-        return WorkerReady(
-            rank=worker.rank,
-            model=settings.model.name or directory.resolve().name,
-            num_blocks=pool.layout.num_blocks,
-            block_size=pool.layout.block_size,
-            max_model_len=max_model_len,
-            vocab_size=vocab_size,
-            eos_ids=model.config.eos_ids,
-            revision=loaded.revision,
-            fingerprint="/".join((*platform.fingerprint(), type_name, "tp-1", _KERNELS, mode)),
-            kv_groups=describe_groups(model.kv_groups, dtype.itemsize),
-            device=platform.describe(),
-            dtype=type_name,
-            load_s=time.monotonic() - began,
-        )
+        """Read the model, allocate its KV; again: forget the sequences. Raises ConfigError or
+        DependencyError."""
+        engine = self._engine
+        if engine is None:
+            engine = self._engine = self._load(progress)
+        else:
+            # Sequence numbers may begin anew: nothing of the old ones may be found.
+            engine.table = SequenceTable(engine.pool.layout.num_blocks, engine.ready.vocab_size)
+            engine.pool.forget()
+            progress(engine.num_bytes, engine.num_bytes)
+        return engine.ready
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one plan; see Executor. An item that cannot run is reported alone."""
@@ -127,7 +98,7 @@ class NativeExecutor:
         engine.table.begin(plan)
         engine.pool.copy_blocks(plan.copies)
         batch = build_batch(
-            plan.items, engine.table, engine.pool.layout.block_size, engine.max_model_len
+            plan.items, engine.table, engine.pool.layout.block_size, engine.ready.max_model_len
         )
         outputs = StepOutputs(len(plan.items), batch.failed)
         if batch.entries:
@@ -157,6 +128,50 @@ class NativeExecutor:
         if self._engine is None:
             raise EngineError("the model is not loaded")
         return self._engine
+
+    def _load(self, progress: Callable[[int, int], None]) -> _Engine:
+        began = time.monotonic()
+        settings, worker = self._settings, self._settings.worker
+        if not settings.model.path:
+            raise ConfigError("model.path is empty: no model directory", param="model.path")
+        directory = Path(settings.model.path)
+        platform = select_platform(worker.device, worker.rank)
+        loaded = load_model(directory, settings.model.dtype, platform, progress)
+        model, dtype = loaded.model, loaded.dtype
+        platform.prepare(worker.num_threads, loaded.num_bytes)
+        self._progress.follow(platform.mark)
+        pool = make_pool(settings, model, dtype, platform)
+        layout, tick = pool.layout, self._progress.tick
+        loop = LayerLoop(model, pool, dtype, platform.device, tick)
+        for num_rows in _WARM_UP_ROWS:
+            loop.warm_up(num_rows)
+        type_name = str(dtype).removeprefix("torch.")
+        mode = "deterministic" if worker.deterministic else "default"
+        model_len = resolve_model_len(settings, model.config)
+        ready = WorkerReady(
+            rank=worker.rank,
+            model=settings.model.name or directory.resolve().name,
+            num_blocks=layout.num_blocks,
+            block_size=layout.block_size,
+            max_model_len=fit_context(model_len, layout.num_blocks, layout.block_size),
+            vocab_size=model.config.vocab_size,
+            eos_ids=model.config.eos_ids,
+            revision=loaded.revision,
+            fingerprint="/".join((*platform.fingerprint(), type_name, "tp-1", _KERNELS, mode)),
+            kv_groups=describe_groups(model.kv_groups, dtype.itemsize),
+            device=platform.describe(),
+            dtype=type_name,
+            load_s=time.monotonic() - began,
+        )
+        return _Engine(
+            platform,
+            pool,
+            SequenceTable(layout.num_blocks, ready.vocab_size),
+            loop,
+            TokenDrawer(model, platform.device, tick, 1 if worker.deterministic else 0),
+            ready,
+            loaded.num_bytes,
+        )
 
     def _run(self, engine: _Engine, batch: StepBatch, outputs: StepOutputs) -> None:
         if engine.pool.may_hold_nan:

@@ -129,6 +129,8 @@ class SequenceTable:
     def _learn(self, new: NewSequence) -> None:
         if new.seq in self._states:
             raise EngineError(f"sequence {new.seq} is already known")
+        if new.adapter:
+            raise EngineError(f"sequence {new.seq}: adapters are not supported")
         prompt_ids = new.prompt_ids
         if new.parent >= 0:
             parent = self._states.get(new.parent)

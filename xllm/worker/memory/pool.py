@@ -112,6 +112,16 @@ class KvPool:
         index = torch.tensor(slots, dtype=torch.int64, device=self._data.device)
         self._slots.index_fill_(2, index, 0)
 
+    def forget(self) -> None:
+        """Nothing of what it holds matters any more: numbers that are not finite become zeros,
+        the rest stays (untouched memory is not made real by looking at it)."""
+        if not self.may_hold_nan:
+            return
+        for layer in self._blocks:
+            for blocks in layer:
+                blocks[~blocks.isfinite().all(dim=1)] = 0
+        self.may_hold_nan = False
+
     def statistics(self) -> KvPoolStatistics:
         """Its size and what was copied."""
         return KvPoolStatistics(self.layout.num_blocks, self.layout.total_bytes, self._num_copies)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from xllm.worker.platform.control_group import group_memory
 from xllm.worker.platform.platform import DeviceMemory
 
 _KV_SHARE = 4
@@ -35,10 +36,12 @@ class CpuPlatform:
     def memory(self) -> DeviceMemory:
         """Free and total memory, the tighter of machine and control group."""
         free, total = _machine_memory(Path("/proc/meminfo"))
-        limit, used = _group_memory(Path("/sys/fs/cgroup"))
-        if 0 < limit < total:
-            free, total = min(free, max(limit - used, 0)), limit
-        return DeviceMemory(free, total)
+        groups = group_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+        binding = [group for group in groups if group.limit_bytes < total]
+        return DeviceMemory(
+            min([free, *(group.free_bytes for group in binding)]),
+            min([total, *(group.limit_bytes for group in binding)]),
+        )
 
     def kv_budget(self) -> int:
         """A quarter of what is free, at most 4 GiB."""
@@ -73,14 +76,3 @@ def _machine_memory(path: Path) -> tuple[int, int]:
         if key in ("MemAvailable", "MemTotal"):
             found[key] = int(rest.split()[0]) * 1024
     return found["MemAvailable"], found["MemTotal"]
-
-
-def _group_memory(root: Path) -> tuple[int, int]:
-    """(limit, used) bytes of the control group; a limit of 0 means none is known."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = (root / "memory.current").read_text().strip()
-    except OSError:
-        # No version 2 hierarchy here, or the root group: no limit of its own.
-        return 0, 0
-    return (0, 0) if limit == "max" else (int(limit), int(used))

@@ -15,8 +15,18 @@ from pathlib import Path
 
 from xllm.config.settings import Settings
 from xllm.errors import EngineError, InvariantError, XllmError
-from xllm.protocol.step import KvGroup, NewSequence, StepItem, StepPlan, StepResult, WorkerReady
+from xllm.protocol.step import (
+    ItemKind,
+    KvGroup,
+    NewSequence,
+    StepItem,
+    StepPlan,
+    StepResult,
+    WorkerReady,
+)
+from xllm.worker.context import fit_context
 from xllm.worker.executor import LoadObserver, StepOutput
+from xllm.worker.item_options import check_options
 from xllm.worker.toy.faults import NO_FAULTS, ToyFaults
 from xllm.worker.toy.pages import PageArena, PageStatistics
 from xllm.worker.toy.scores import ScoreFrames
@@ -25,6 +35,7 @@ from xllm.worker.toy.stream import DIGEST_BYTES, ENTRY_BYTES, draw_cheap, draw_t
 from xllm.worker.toy.vocabulary import toy_vocabulary
 
 DEFAULT_MODEL_LEN = 8192
+_LAST_KIND = int(ItemKind.DECODE)
 SLICE_S = 0.05
 """A long step bumps the progress counter this often, as a model's layers do."""
 
@@ -79,7 +90,9 @@ class ToyExecutor:
             model=self._model,
             num_blocks=self._arena.num_blocks,
             block_size=block,
-            max_model_len=self._max_model_len or DEFAULT_MODEL_LEN,
+            max_model_len=fit_context(
+                self._max_model_len or DEFAULT_MODEL_LEN, self._arena.num_blocks, block
+            ),
             vocab_size=size,
             eos_ids=(),
             revision=hashlib.sha256(mark.encode()).hexdigest(),
@@ -92,7 +105,7 @@ class ToyExecutor:
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one plan."""
         started = time.perf_counter_ns()
-        broken_news = self._learn(plan.new)
+        broken_news = self._learn(plan.new)  # first: a fork's parent may end in the same plan
         for seq in plan.ended:
             self._sequences.pop(seq, None)
         for source, destination in plan.copies:
@@ -108,7 +121,7 @@ class ToyExecutor:
                 failed.append((index, broken_news.get(item.seq, error).message))
                 tokens.append(())
             else:
-                if scores is not None:
+                if scores is not None and item.kind <= _LAST_KIND:
                     self._add_scores(scores, index, item, tokens[-1])
         self._rest(started)
         self.counter += 1
@@ -153,6 +166,10 @@ class ToyExecutor:
         return broken
 
     def _run_item(self, item: StepItem) -> tuple[int, ...]:
+        if item.kind > _LAST_KIND:
+            if item.kind == ItemKind.DUMMY:
+                return ()
+            raise EngineError(f"sequence {item.seq}: items of kind {item.kind} are not supported")
         sequence = self._sequences.get(item.seq)
         if sequence is None:
             raise EngineError(f"sequence {item.seq} is not known here")
@@ -160,8 +177,10 @@ class ToyExecutor:
             sequence.table.extend(item.new_block_ids)
         start, end = item.start, item.start + item.num_tokens
         history = sequence.tokens
-        if item.options is not None and item.options.token_ids:
-            history[start:end] = item.options.token_ids
+        if item.options is not None:
+            check_options(item)
+            if item.options.token_ids:
+                history[start:end] = item.options.token_ids
         if item.num_tokens < 1 or end > len(history):
             raise EngineError(
                 f"sequence {item.seq} has {len(history)} tokens, not those of [{start}, {end})"

@@ -38,6 +38,8 @@ class ToySequence:
     @classmethod
     def learn(cls, new: NewSequence, known: Mapping[int, ToySequence]) -> Self:
         """The sequence that a plan introduces; a fork takes its parent's prompt."""
+        if new.adapter:
+            raise EngineError(f"sequence {new.seq}: adapters are not supported")
         if new.parent < 0:
             prompt = list(new.prompt_ids)
         else:
