@@ -10,7 +10,7 @@ from xllm.errors import EngineError
 from xllm.master.limits import InstanceLimits
 from xllm.master.outcome import StepOutcome
 from xllm.master.scheduler import Scheduler
-from xllm.protocol.instance import AdmitRequest, RequestEnded
+from xllm.protocol.instance import AdmitRequest, PrefillDone, RequestEnded
 from xllm.protocol.sampling import SamplingParams
 from xllm.worker.toy.executor import ToyExecutor
 from xllm.worker.toy.faults import NO_FAULTS, ToyFaults
@@ -39,12 +39,21 @@ class ToyInstance:
         self.streams: dict[tuple[str, int, int], Stream] = {}
         self.ended: dict[tuple[str, int], RequestEnded] = {}
         self.scores: dict[str, dict[int, object]] = {}
+        self.prefilled: list[PrefillDone] = []
         self.plans = []
         self.now = 100.0
 
     def admit(self, request_id, prompt, *, attempt=1, outputs=(), **options) -> RequestEnded | None:
         fields = {}
-        for name in ("priority", "offline", "timeout_ms", "block_hashes", "salt", "model"):
+        for name in (
+            "priority",
+            "offline",
+            "timeout_ms",
+            "block_hashes",
+            "salt",
+            "model",
+            "stages",
+        ):
             if name in options:
                 fields[name] = options.pop(name)
         sampling = SamplingParams(**{"max_tokens": 8, "seed": 7, **options})
@@ -77,6 +86,7 @@ class ToyInstance:
             key = (ended.request_id, ended.attempt)
             assert key not in self.ended, f"{key} ended twice"
             self.ended[key] = ended
+        self.prefilled.extend(outcome.prefilled)
         for scores in outcome.prompt_scores:
             found = self.scores.setdefault(scores.request_id, {})
             for position, row in enumerate(scores.logprobs, scores.first_position):

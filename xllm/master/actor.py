@@ -198,7 +198,7 @@ class MasterActor(Actor):
 
     def worker_ready(self, ready: WorkerReady) -> None:
         """Begin to schedule, and register."""
-        scheduler = Scheduler(InstanceLimits.from_ready(ready, self._settings.scheduler))
+        scheduler = Scheduler(InstanceLimits.from_ready(ready, self._settings.scheduler, self.name))
         if self._draining:
             scheduler.drain()
         self.steps.begin(scheduler)

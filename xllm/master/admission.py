@@ -48,7 +48,8 @@ class Admission:
         if old is not None:
             state.end_request(old)
         state.requests[request.request_id] = request
-        state.deadlines.push(request)
+        if request.deadline:
+            state.deadlines.push(request, request.deadline)
         self._make_sequences(request)
         return None
 
@@ -76,7 +77,19 @@ class Admission:
             stop_tuple = tuple(sorted(stop_ids))
         self._num_admitted += 1
         arrival = self._num_admitted
-        return RequestState(message, arrival, now, end, stop_ids, stop_tuple, root, hashes)
+        # What this instance is to do of the request; a route without its name means all of it.
+        roles = {role for role, instance in message.stages if instance == limits.instance}
+        return RequestState(
+            message,
+            arrival,
+            now,
+            end,
+            stop_ids,
+            stop_tuple,
+            root,
+            hashes,
+            roles == {"prefill"},
+        )
 
     def _check_tokens(self, message: AdmitRequest) -> None:
         limits = self._state.limits

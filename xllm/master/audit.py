@@ -70,6 +70,8 @@ def _check_membership(state: InstanceState) -> None:
     by_state = [seq.state for seq in open_sequences]
     if by_state.count(SequencePhase.RUNNING) != num_running:
         raise InvariantError("a running sequence belongs to no open request")
+    if by_state.count(SequencePhase.HELD) != state.num_held:
+        raise InvariantError(f"{state.num_held} held, but {len(by_state)} are open: {by_state}")
     queued = {id(seq) for seq in state.waiting}
     waiting = {id(seq) for seq in open_sequences if seq.state is SequencePhase.WAITING}
     if queued != waiting or len(queued) != len(state.waiting):
@@ -91,6 +93,8 @@ def _check_sequence(state: InstanceState, seq: Sequence) -> None:
         wrong = "a block is sealed before it is computed"
     elif seq.state is SequencePhase.WAITING and (seq.block_ids or seq.number >= 0):
         wrong = "it waits with blocks or a number"
+    elif seq.state is SequencePhase.HELD and (not seq.block_ids or seq.number >= 0):
+        wrong = "it is held without blocks or with a number"
     elif seq.state is SequencePhase.RUNNING:
         if seq.num_tokens >= seq.end and seq.num_samples:
             wrong = "it runs past its end"

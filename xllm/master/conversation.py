@@ -31,6 +31,7 @@ from xllm.protocol.instance import (
     ProbeInstance,
     PromptScores,
     QuerySnapshot,
+    ReleaseHold,
     RequestEnded,
     TokenBatch,
     TokenItem,
@@ -79,9 +80,12 @@ class RouterConversation:
         self._socket.close()
 
     def route(self, outcome: StepOutcome) -> None:
-        """Send an outcome, one batch a router."""
+        """Send an outcome, one batch a router; what was prefilled after its tokens."""
         for router, batch in self.routes.split(outcome):
             self._send(router, batch)
+        for done in outcome.prefilled:
+            if router := self.routes.owner(done.request_id):
+                self._send(router, done)
 
     def _send(self, router: bytes, message: msgspec.Struct) -> None:
         try:
@@ -144,6 +148,8 @@ class RouterConversation:
             self._admit(router, message)
         elif isinstance(message, CancelRequest):
             self._cancel(message)
+        elif isinstance(message, ReleaseHold):
+            self._release(message)
         elif isinstance(message, ProbeInstance):
             self._probe(router, message)
         elif isinstance(message, QuerySnapshot):
@@ -156,7 +162,6 @@ class RouterConversation:
         elif isinstance(message, DrainInstance) and self._is_current(router, message.epoch):
             self._master.begin_drain()
             self._master.spawn(self._drain(router, message.timeout_ms / 1000))
-        # ReleaseHold: nothing is ever held here yet, so that there is nothing to release.
 
     def _admit(self, router: bytes, message: AdmitRequest) -> None:
         master = self._master
@@ -203,6 +208,14 @@ class RouterConversation:
         if message.choice < 0:
             self.routes.remove(message.request_id)
         self._master.steps.pump()
+
+    def _release(self, message: ReleaseHold) -> None:
+        steps = self._master.steps
+        if steps.scheduler is None:
+            return
+        if steps.call(steps.scheduler.release_hold, message.request_id, message.attempt):
+            self.routes.remove(message.request_id)
+            steps.pump()
 
     def _is_current(self, router: bytes, epoch: int) -> bool:
         if epoch < self.highest_epoch:

@@ -2,8 +2,8 @@
 
 The state that admission, planning and settling share. It decides how a sequence or a request
 leaves; not who runs or what a step does. Invariants: an open request has at least one sequence
-that waits, runs, or stands for choices that will fork from it; a sequence's blocks are released
-once no step in flight touches them, and not before; each request gets one terminal word.
+that waits, runs, is held, or stands for choices that will fork from it; a sequence's blocks are
+released once no step in flight touches them, and not before; each request gets one terminal word.
 """
 
 from __future__ import annotations
@@ -53,11 +53,13 @@ class InstanceState:
         self.requests: dict[str, RequestState] = {}
         self.waiting = WaitingQueue()
         self.deadlines = DeadlineQueue()
+        self.holds = DeadlineQueue()
         # Running sequences. Those that left are swept out before the next plan (`is_stale`).
         self.decoding: list[Sequence] = []
         self.prefilling: list[Sequence] = []
         self.num_running = 0
         self.num_offline_running = 0
+        self.num_held = 0
         self.is_stale = False
         self.steps: dict[int, StepInFlight] = {}
         self.pending_forks: list[PendingFork] = []
@@ -97,6 +99,14 @@ class InstanceState:
         seq.is_prefilling = True
         self.enqueue(seq)
 
+    def hold(self, seq: Sequence) -> None:
+        """A prefilled sequence without a step in flight runs no more but keeps its blocks."""
+        assert not seq.num_in_flight
+        self._leave_running(seq)
+        self._forget_at_worker(seq)
+        seq.state = SequencePhase.HELD
+        self.num_held += 1
+
     def finish_sequence(self, seq: Sequence) -> None:
         """A sequence is over. Its blocks go now, or when the step in flight that writes them is
         settled."""
@@ -105,6 +115,9 @@ class InstanceState:
             self.waiting.note_gone()
         elif seq.state is SequencePhase.RUNNING:
             self._leave_running(seq)
+            seq.state = SequencePhase.FINISHED
+        elif seq.state is SequencePhase.HELD:
+            self.num_held -= 1
             seq.state = SequencePhase.FINISHED
         seq.request.sequences.remove(seq)
         if not seq.num_in_flight:

@@ -29,9 +29,15 @@ class InstanceLimits:
     chunked_prefill: bool = True
     prefix_cache: bool = True
     max_waiting: int = 8192
+    instance: str = ""
+    """This instance's name, as requests' stages have it."""
+    hold_s: float = 10.0
+    """How long a prefilled request waits to be taken by the instance that decodes it."""
 
     @classmethod
-    def from_ready(cls, ready: WorkerReady, settings: SchedulerSettings) -> InstanceLimits:
+    def from_ready(
+        cls, ready: WorkerReady, settings: SchedulerSettings, instance: str = ""
+    ) -> InstanceLimits:
         """The limits of an instance whose worker is ready."""
         return cls(
             model=ready.model,
@@ -46,6 +52,7 @@ class InstanceLimits:
             chunked_prefill=settings.chunked_prefill,
             prefix_cache=settings.prefix_cache,
             max_waiting=settings.max_waiting,
+            instance=instance,
         )
 
     @property

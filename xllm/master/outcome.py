@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from xllm.protocol.instance import PromptScores, RequestEnded, TokenItem
+from xllm.protocol.instance import PrefillDone, PromptScores, RequestEnded, TokenItem
 
 
 class StepOutcome:
-    """Tokens first, then ends: the order in which a router must see them."""
+    """Tokens first, then ends and prefills: the order in which a router must see them."""
 
-    __slots__ = ("ended", "items", "prompt_scores")
+    __slots__ = ("ended", "items", "prefilled", "prompt_scores")
 
     def __init__(self) -> None:
         self.items: list[TokenItem] = []
         self.ended: list[RequestEnded] = []
         self.prompt_scores: list[PromptScores] = []
+        self.prefilled: list[PrefillDone] = []
 
     def __bool__(self) -> bool:
         """Whether there is anything to send."""
-        return bool(self.items or self.ended or self.prompt_scores)
+        return bool(self.items or self.ended or self.prompt_scores or self.prefilled)

@@ -59,7 +59,7 @@ class WaitingQueue:
 
 
 class DeadlineQueue:
-    """Requests by deadline; those without one never enter."""
+    """Requests by a time that something of theirs ends at."""
 
     __slots__ = ("_heap", "_num_pushed")
 
@@ -67,14 +67,13 @@ class DeadlineQueue:
         self._heap: list[tuple[float, int, RequestState]] = []
         self._num_pushed = 0
 
-    def push(self, request: RequestState) -> None:
-        """Watch a request's deadline, if it has one."""
-        if request.deadline:
-            self._num_pushed += 1
-            heapq.heappush(self._heap, (request.deadline, self._num_pushed, request))
+    def push(self, request: RequestState, deadline: float) -> None:
+        """Watch a request until `deadline`."""
+        self._num_pushed += 1
+        heapq.heappush(self._heap, (deadline, self._num_pushed, request))
 
     def pop_passed(self, now: float) -> list[RequestState]:
-        """Requests whose deadline is not after `now`, some of them perhaps ended already."""
+        """Requests whose time is not after `now`, some of them perhaps ended already."""
         passed = []
         heap = self._heap
         while heap and heap[0][0] <= now:

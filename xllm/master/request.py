@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xllm.master.sequence import Sequence
+from xllm.master.sequence import Sequence, SequencePhase
 from xllm.protocol.instance import AdmitRequest, RequestEnded
 
 SortKey = tuple[bool, int, int]
@@ -14,11 +14,13 @@ class RequestState:
 
     `sequences`: those that exist and have not finished; before a leader forks, it alone stands
     for all choices. `open_choices`: one bit for each choice without a finish reason.
-    `num_scored`: prompt positions whose scores were already reported."""
+    `num_scored`: prompt positions whose scores were already reported. `prefill_only`: another
+    instance decodes it."""
 
     __slots__ = (
         "admitted_at", "attempt", "cached_tokens", "deadline", "end", "first_token_at", "hashes",
-        "key", "message", "num_scored", "open_choices", "prompt_ids", "request_id", "root",
+        "key", "message", "num_scored", "open_choices", "prefill_only", "prompt_ids",
+        "request_id", "root",
         "sampling", "sequences", "stop_ids", "stop_tuple",
     )  # fmt: skip
 
@@ -32,6 +34,7 @@ class RequestState:
         stop_tuple: tuple[int, ...],
         root: bytes,
         hashes: list[bytes],
+        prefill_only: bool = False,
     ) -> None:
         self.message = message
         self.request_id = message.request_id
@@ -47,6 +50,7 @@ class RequestState:
         self.stop_tuple = stop_tuple
         self.root = root
         self.hashes = hashes
+        self.prefill_only = prefill_only
         self.cached_tokens = -1
         self.num_scored = 1
         self.open_choices = (1 << message.sampling.n) - 1
@@ -55,6 +59,11 @@ class RequestState:
     def is_open(self, choice: int) -> bool:
         """Whether this choice still waits for its finish reason."""
         return bool(self.open_choices >> choice & 1)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is prefilled, and all that is left of it waits to be taken elsewhere."""
+        return all(seq.state is SequencePhase.HELD for seq in self.sequences)
 
     def ended(self, code: str = "", message: str = "") -> RequestEnded:
         """The terminal word on this attempt."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence as AbstractSequence
 from xllm.errors import DeadlineError
 from xllm.master.admission import Admission
 from xllm.master.audit import check_state
+from xllm.master.holding import end_holds
 from xllm.master.lifecycle import InstanceState
 from xllm.master.limits import InstanceLimits
 from xllm.master.outcome import StepOutcome
@@ -30,7 +31,8 @@ from xllm.protocol.step import StepPlan, StepResult
 class SchedulerStatistics:
     """How busy an instance is. `num_waiting` and `num_running` count sequences;
     `num_available_blocks` are free or cached without holder; `waiting_tokens` still have to be
-    computed, `running_tokens` are held by running sequences."""
+    computed, `running_tokens` are held by running sequences; `num_held`
+    counts sequences that are prefilled for another instance."""
 
     num_requests: int
     num_waiting: int
@@ -44,6 +46,7 @@ class SchedulerStatistics:
     num_steps_in_flight: int
     num_preemptions: int
     num_evictions: int
+    num_held: int = 0
 
 
 class Scheduler:
@@ -92,6 +95,15 @@ class Scheduler:
                 state.finish_sequence(seq)
         state.close_choice(request, choice)
 
+    def release_hold(self, request_id: str, attempt: int) -> bool:
+        """The KV of a held request is no longer needed here: it ends silently. False, and nothing
+        changes, for what is unknown, of another attempt, or not held."""
+        request = self._state.requests.get(request_id)
+        if request is None or request.attempt != attempt or not request.is_held:
+            return False
+        self._state.end_request(request)
+        return True
+
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, or None where there is nothing to do (or all of it is in flight)."""
         return self._planner.plan(now)
@@ -118,8 +130,9 @@ class Scheduler:
         return self._state.take_outcome()
 
     def expire(self, now: float) -> StepOutcome:
-        """End the requests whose deadline has passed, with code deadline_exceeded. Also hands
-        over whatever admissions and cancels have left to say. Cheap where there is nothing."""
+        """End the requests whose deadline has passed, with code deadline_exceeded, and the holds
+        whose time is over, with code unavailable. Also hands over whatever admissions and
+        cancels have left to say. Cheap where there is nothing."""
         state = self._state
         for request in state.deadlines.pop_passed(now):
             if request.open_choices:
@@ -127,11 +140,14 @@ class Scheduler:
                 state.end_request(
                     request, DeadlineError.code, f"not finished {waited:.3f} s after admission"
                 )
+        end_holds(state, now)
         return state.take_outcome()
 
     def next_deadline(self) -> float | None:
         """When `expire` may next end a request."""
-        return self._state.deadlines.next_deadline()
+        state = self._state
+        times = (state.deadlines.next_deadline(), state.holds.next_deadline())
+        return min((time for time in times if time is not None), default=None)
 
     def drain(self) -> None:
         """Admit nothing more."""
@@ -190,6 +206,7 @@ class Scheduler:
             num_steps_in_flight=len(state.steps),
             num_preemptions=state.num_preemptions,
             num_evictions=cache.num_evicted,
+            num_held=state.num_held,
         )
 
     def check(self) -> None:

@@ -17,8 +17,8 @@ NEVER = 1 << 62
 
 
 class SequencePhase(IntEnum):
-    """Where a sequence stands. LOADING (its KV is on its way), PAUSED (off the steps, KV kept),
-    HELD (prefilled, pinned for a hand-off) and ENCODING are not entered yet."""
+    """Where a sequence stands. HELD: prefilled, its blocks kept for a hand-off. LOADING (its KV is
+    on its way), PAUSED (off the steps, KV kept) and ENCODING are not entered yet."""
 
     WAITING = 0
     LOADING = 1

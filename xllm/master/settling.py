@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from collections.abc import Sequence as AbstractSequence
 
 from xllm.errors import BadMessageError, EngineError
+from xllm.master.holding import PrefillHolder
 from xllm.master.lifecycle import InstanceState, PendingFork, StepInFlight
 from xllm.master.logprobs import LogprobFrames
 from xllm.master.planning import StepPlanner
-from xllm.master.request import RequestState
+from xllm.master.scoring import read_rows, report_scores
 from xllm.master.sequence import Sequence, SequencePhase
-from xllm.protocol.instance import PromptScores, TokenItem
+from xllm.protocol.instance import TokenItem
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.protocol.step import StepItem, StepResult
 
@@ -27,6 +28,7 @@ class StepSettler:
     def __init__(self, state: InstanceState, planner: StepPlanner) -> None:
         self._state = state
         self._planner = planner
+        self._holder = PrefillHolder(state)
         self._now = 0.0
 
     def settle(self, result: StepResult, frames: AbstractSequence[bytes], now: float) -> None:
@@ -42,7 +44,7 @@ class StepSettler:
                 f"{len(result.tokens)} results"
             )
         failed = dict(result.failed) if result.failed else None
-        rows = self._read_rows(step, result, frames, failed) if result.num_top >= 0 else None
+        rows = read_rows(step, result, frames, failed) if result.num_top >= 0 else None
         del state.steps[result.step]
         self._now = now
         items = state.outcome.items
@@ -76,29 +78,7 @@ class StepSettler:
         self._unpin(step)
         state.latency.note_step(now, result.duration_ns / 1e9, step.num_decodes)
         state.deadlines.sweep(len(state.requests))
-
-    def _read_rows(
-        self,
-        step: StepInFlight,
-        result: StepResult,
-        frames: AbstractSequence[bytes],
-        failed: dict[int, str] | None,
-    ) -> LogprobFrames:
-        """The step's logprobs; BadMessageError, before anything is settled, where an item that
-        goes on has fewer rows than will be read."""
-        rows = LogprobFrames(result, frames, len(step.sequences))
-        for index, (seq, item) in enumerate(zip(step.sequences, step.plan.items, strict=True)):
-            if seq.state is not SequencePhase.RUNNING or (failed and index in failed):
-                continue
-            needed = len(result.tokens[index]) if seq.request.sampling.logprobs is not None else 0
-            if item.score_prompt:
-                needed += max(0, _last_scored(seq, item) - item.start - 1)
-            if rows.num_rows(index) < needed:
-                raise BadMessageError(
-                    f"step {result.step}: item {index} has {rows.num_rows(index)} logprob rows "
-                    f"and needs {needed}"
-                )
-        return rows
+        state.holds.sweep(len(state.requests))
 
     def fail(self, number: int, code: str, message: str) -> None:
         """A whole step failed: the requests of its sequences end. Unknown steps are ignored."""
@@ -137,7 +117,7 @@ class StepSettler:
         if seq.num_computed >= seq.seal_at:
             state.tables.seal(seq)
         if rows is not None and item.score_prompt:
-            self._report_scores(seq, item, index, rows)
+            report_scores(state, seq, item, index, rows)
         if seq.num_computed < seq.num_tokens:
             return
         if len(drawn) != item.num_samples:
@@ -155,7 +135,12 @@ class StepSettler:
             if not request.first_token_at:
                 request.first_token_at = self._now
                 state.latency.note_first_token(self._now - request.admitted_at)
-        if seq.num_samples == 1:
+        if seq.request.prefill_only and seq.num_samples:
+            logprobs = [
+                self._read(seq, index, rows, which, len(drawn)) for which in range(len(drawn))
+            ]
+            self._holder.take(seq, drawn, logprobs, self._now)
+        elif seq.num_samples == 1:
             self._take_token(seq, drawn, self._read(seq, index, rows, 0, 1))
         elif seq.num_samples == 0:
             self._finish_scored(seq)
@@ -269,27 +254,3 @@ class StepSettler:
 
     def _finish_forked(self, child: Sequence, logprobs: tuple[TokenLogprobs, ...] | None) -> None:
         self._finish(child, 0, (child.output[0],), logprobs)
-
-    def _report_scores(
-        self, seq: Sequence, item: StepItem, index: int, rows: LogprobFrames
-    ) -> None:
-        """Scores of the prompt tokens that the item's rows predict, each position once."""
-        request: RequestState = seq.request
-        first = item.start + 1
-        last = _last_scored(seq, item)
-        begin = max(first, request.num_scored)
-        wanted = request.sampling.prompt_logprobs or 0
-        if begin >= last:
-            return
-        scores = tuple(
-            rows.read(index, position - first, wanted) for position in range(begin, last)
-        )
-        request.num_scored = last
-        self._state.outcome.prompt_scores.append(
-            PromptScores(request.request_id, request.attempt, begin, scores)
-        )
-
-
-def _last_scored(seq: Sequence, item: StepItem) -> int:
-    """One past the last prompt position whose token an item's rows predict."""
-    return min(item.start + item.num_tokens + 1, seq.num_prompt)

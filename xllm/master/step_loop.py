@@ -170,3 +170,4 @@ class StepLoop:
         self._outcome.items += outcome.items
         self._outcome.ended += outcome.ended
         self._outcome.prompt_scores += outcome.prompt_scores
+        self._outcome.prefilled += outcome.prefilled
