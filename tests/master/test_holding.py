@@ -1,11 +1,17 @@
 """Requests that are only prefilled here: first tokens, the hold, and its ends."""
 
 import asyncio
+import dataclasses
+import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.master.test_master_actor import stage
+from tests.master.test_scheduler_workloads import random_instance, random_request
 from tests.master.toy_instance import ToyInstance
+from xllm.master.scheduler import Scheduler
 from xllm.protocol.instance import AdmitRequest, PrefillDone, ReleaseHold
 from xllm.protocol.sampling import SamplingParams
 
@@ -162,6 +168,39 @@ def test_a_lost_worker_and_a_deadline_end_holds():
     assert one.ended["a", 1].code == "unavailable"
     one.scheduler.check()
     assert one.scheduler.is_idle
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 1 << 30))
+def test_holds_harm_nobody_and_leak_nothing(seed):
+    rng = random.Random(seed)
+    one = random_instance(rng)
+    one.limits = dataclasses.replace(one.limits, instance="here", hold_s=1.0)
+    one.scheduler = Scheduler(one.limits)
+    shared = [rng.randrange(1000) for _ in range(24)]
+    held = set()
+    for index in range(rng.randrange(1, 12)):
+        name = f"r{index}"
+        prefill_only = rng.random() < 0.5
+        stages = STAGES if prefill_only else ()
+        refusal = one.admit(name, **random_request(rng, one, shared), stages=stages)
+        if refusal is None and prefill_only:
+            held.add(name)
+        for _ in range(rng.choice([0, 1, 4])):
+            one.step()
+        if held and rng.random() < 0.4:
+            one.scheduler.release_hold(rng.choice(sorted(held)), 1)
+            one.scheduler.check()
+    while one.scheduler.num_requests:
+        if not one.step():
+            one.now += 0.5
+    one.run()
+    for name, attempt in one.requests:
+        if name not in held:
+            one.verify(name, attempt)
+    for (name, attempt, choice), stream in one.streams.items():
+        want = one.expected(one.requests[name, attempt], choice)
+        assert stream.tokens == want.tokens[: len(stream.tokens)]
 
 
 def test_a_router_hears_of_the_prefill_and_releases_it(run_dir):
