@@ -122,7 +122,8 @@ def test_a_stale_pid_file_signals_nobody(run_dir, tmp_path):
 
 
 def test_a_process_that_cannot_start_is_one_clear_line(run_dir, tmp_path):
-    file, port = write_node(run_dir, tmp_path)
+    own_logs = f'registry_wait_s = 0.5\nlog_dir = "{tmp_path / "events"}"'
+    file, port = write_node(run_dir, tmp_path, more=own_logs)
     text = file.read_text()
     file.write_text(text[: text.rindex("[[process]]")])  # nobody serves the registry
     with stopped_at_the_end(file):
@@ -130,7 +131,8 @@ def test_a_process_that_cannot_start_is_one_clear_line(run_dir, tmp_path):
         assert done.returncode == 69
         assert len(done.stderr.splitlines()) == 1
         assert "n-kvcache ended with exit code" in done.stderr
-        assert f"127.0.0.1:{port}" in done.stderr
+        assert f"xllm: the registry at tcp://127.0.0.1:{port} did not answer" in done.stderr
+        assert f"127.0.0.1:{port} did not answer" in done.stdout  # and the process reported it
 
 
 def test_a_wrong_setting_starts_nothing(run_dir, tmp_path):

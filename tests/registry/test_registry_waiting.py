@@ -1,0 +1,115 @@
+"""A registry that is late, and renewals that fail in ways nobody thought of."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from xllm.config.settings import ClusterSettings
+from xllm.errors import BrokenError, ClosedError, DependencyError, InvalidRequestError, XllmError
+from xllm.protocol.registry import keeper, waiting
+from xllm.protocol.registry.embedded import EmbeddedRegistryServer
+from xllm.protocol.registry.keeper import Registration
+from xllm.protocol.registry.local import LocalRegistry
+from xllm.protocol.registry.remote import RemoteRegistry
+from xllm.protocol.registry.store import RegistryStore
+from xllm.protocol.registry.waiting import wait_registry
+from xllm.protocol.transport.context import Transport
+
+
+def run(coroutine):
+    return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+@pytest.fixture
+def cluster(run_dir, monkeypatch):
+    monkeypatch.setattr(waiting, "_AGAIN_S", 0.01)
+    return ClusterSettings(registry=f"ipc://{run_dir}/registry", registry_wait_s=10.0)
+
+
+def test_a_registry_that_starts_late_is_waited_for(cluster, capsys):
+    async def main():
+        transport = Transport()
+        registry = RemoteRegistry(transport, cluster.registry, timeout_s=0.05)
+        registration = Registration(registry, "/me", lambda: b"x", 2.0)
+        waits = asyncio.create_task(wait_registry(cluster, registration.start))
+        while "registry_awaited" not in capsys.readouterr().out:
+            await asyncio.sleep(0.01)
+        server = EmbeddedRegistryServer(transport, cluster.registry)
+        await waits
+        assert (await server.registry.get("/me")).value == b"x"
+        await registration.withdraw()
+        await registry.close()
+        await server.close()
+        transport.close()
+
+    run(main())
+
+
+def test_one_that_never_comes_is_missing_in_time(run_dir):
+    cluster = ClusterSettings(registry=f"ipc://{run_dir}/none;key=k", registry_wait_s=0.1)
+
+    async def main():
+        transport = Transport()
+        registry = RemoteRegistry(transport, f"ipc://{run_dir}/none", timeout_s=8.0)
+        began = time.monotonic()
+        with pytest.raises(DependencyError, match=rf"ipc://{run_dir}/none did not answer in 0.1"):
+            await wait_registry(cluster, lambda: registry.get("/a"))
+        assert time.monotonic() - began < 3
+        await registry.close()
+        transport.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("error", [ClosedError("over"), InvalidRequestError("no key")])
+def test_what_waiting_does_not_help_is_raised_at_once(cluster, error):
+    async def call():
+        raise error
+
+    async def main():
+        with pytest.raises(type(error)):
+            await wait_registry(cluster, call)
+
+    run(main())
+
+
+class MoodyRegistry(LocalRegistry):
+    """Fails renewals with what is in `errors`, one after the other."""
+
+    def __init__(self, clock):
+        super().__init__(RegistryStore(), clock)
+        self.errors = []
+        self.num_asked = 0
+
+    async def keep_alive(self, lease_id):
+        self.num_asked += 1
+        if self.errors:
+            raise self.errors.pop()
+        return await super().keep_alive(lease_id)
+
+
+def test_no_failure_of_a_renewal_ends_the_renewals(monkeypatch):
+    monkeypatch.setattr(keeper, "_MIN_PAUSE_S", 0.01)
+    monkeypatch.setattr(keeper, "_MAX_PAUSE_S", 0.01)
+
+    async def main():
+        registry = MoodyRegistry(time.monotonic)
+        registration = Registration(registry, "/me", lambda: b"x", 2.0)
+        await registration.start()
+        registration._expires_at = 0.0  # due at once
+        registry.errors = [
+            BrokenError("silent"), InvalidRequestError("odd"), XllmError("odder"), KeyError("bug"),
+        ]  # fmt: skip
+        while registry.errors:
+            await asyncio.sleep(0.01)
+            assert not registration._task.done()
+        while registration.degraded:
+            await asyncio.sleep(0.01)
+        assert (await registry.get("/me")).value == b"x"
+        await registration.withdraw()
+        await registry.close()
+
+    run(main())
