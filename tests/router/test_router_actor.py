@@ -31,9 +31,16 @@ from xllm.protocol.client import (
     TokenizedText,
     TokenizeText,
 )
-from xllm.protocol.codec import Decoder
+from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.instance import DrainInstance
-from xllm.protocol.records import RouterRecord, router_key
+from xllm.protocol.records import (
+    DaemonRecord,
+    InstanceRecord,
+    RouterRecord,
+    daemon_key,
+    instance_key,
+    router_key,
+)
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.transport.context import Transport
@@ -327,6 +334,66 @@ def test_stopping_drains_and_tells_the_rest(in_bench):
         await stop
         codes = {type(await client.last(n)).__name__ for n in (1, 2)}
         assert codes == {"RequestFinished", "RequestFailed"}
+
+    in_bench(body)
+
+
+def test_stopping_refuses_at_once_and_ends_in_time_without_a_registry(in_bench):
+    async def body(b):
+        await b.instance("a", tokens_at_once=1)
+        client = b.client()
+        client.submit(1, 5)
+        await until(lambda: client.ids(1))
+
+        async def hang():
+            await asyncio.Event().wait()
+
+        b.router._registration.withdraw, withdraw = hang, b.router._registration.withdraw
+        began = time.monotonic()
+        stop = asyncio.ensure_future(b.stop())
+        await asyncio.sleep(0)
+        assert b.router.service.draining
+        await stop
+        assert time.monotonic() - began < b.settings.cluster.shutdown_s + 1
+        assert (await client.last(1)).code == "aborted"
+        await withdraw()
+
+    in_bench(body)
+
+
+def test_a_record_that_cannot_be_used_leaves_the_router_hearing_others(in_bench):
+    async def body(b):
+        client = b.client()
+        for name, endpoint, bus in (
+            ("far", "tcp://192.0.2.1:9", "tcp://192.0.2.1:9"),
+            ("odd", "http://x", "http://x"),
+            ("half", f"ipc://{b.run_dir}/half", "http://x"),
+        ):
+            record = InstanceRecord(
+                name=name,
+                incarnation="1",
+                endpoint=endpoint,
+                bus_endpoint=bus,
+                model=MODEL,
+                model_path="",
+                max_model_len=256,
+                vocab_size=330,
+                block_size=4,
+                num_blocks=64,
+            )
+            daemon = DaemonRecord(name=name, incarnation="1", endpoint="", bus_endpoint=bus)
+            await b.registry.put(instance_key("default", name), encode(record))
+            await b.registry.put(daemon_key("default", name), encode(daemon))
+        await b.instance("a")
+        client.submit(1, 5)
+        assert isinstance(await client.last(1), RequestFinished)
+        for name in ("far", "odd", "half"):
+            await b.registry.delete(instance_key("default", name))
+            await b.registry.delete(daemon_key("default", name))
+        await until(lambda: b.router.service.view.get("half") is None)
+        client.submit(2, 5)
+        assert isinstance(await client.last(2), RequestFinished)
+        assert b.router.transport.num_handler_errors == 0
 
     in_bench(body)
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.router.fake_cluster import CONTEXT, TENANT, FakeCluster, in_loop, text_model
-from xllm.errors import InvalidRequestError, ModelNotFoundError
+from xllm.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from xllm.kvcache.hashing import chain_hashes
 from xllm.protocol.bus import DaemonHeartbeat, InstanceLoad
 from xllm.protocol.client import (
@@ -352,6 +352,39 @@ async def test_a_resume_goes_on_under_the_next_attempt():
 
 
 @in_loop
+async def test_a_long_resume_is_prepared_in_a_thread(monkeypatch):
+    monkeypatch.setattr("xllm.router.submission.is_long_request", lambda request: True)
+    threads = []
+    resume = RequestLife.resume
+    monkeypatch.setattr(
+        RequestLife,
+        "resume",
+        lambda state, point: threads.append(threading.current_thread()) or resume(state, point),
+    )
+    cluster = FakeCluster("a")
+    ids = tuple(text_model().encode("hello "))
+    point = ResumePoint(attempt=1, outputs=(ids,), seed=9)
+    request_id, sink = cluster.ask("hi", max_tokens=20, resume=point)
+    assert not cluster.links.admits()
+    async with asyncio.timeout(10):
+        while not cluster.links.admits():
+            await asyncio.sleep(0.001)
+    assert threads[0] is not threading.main_thread()
+    cluster.say(request_id, len(ids), "world", "length", 2)
+    cluster.end(request_id, 2)
+    assert sink.text == "world"
+    cluster.close()
+
+
+@in_loop
+async def test_a_longer_timeout_than_the_routers_is_the_routers():
+    cluster = FakeCluster("a", timeout_s=30)
+    cluster.ask(timeout_ms=600_000)
+    assert [admit.timeout_ms for admit in cluster.links.admits()] == [30_000]
+    cluster.close()
+
+
+@in_loop
 async def test_salts_keep_prefixes_apart():
     cluster = FakeCluster("a")
     cluster.ask("one two three four", cache_salt="x")
@@ -415,6 +448,8 @@ async def test_models_tokenize_and_detokenize():
             await service.tokenize(bad, TENANT)
     with pytest.raises(InvalidRequestError):
         await service.detokenize(DetokenizeIds(id=1, token_ids=(-1,)), TENANT)
+    with pytest.raises(ContextLengthError, match=str(CONTEXT)):
+        await service.detokenize(DetokenizeIds(id=1, token_ids=(5,) * (CONTEXT + 1)), TENANT)
     with pytest.raises(ModelNotFoundError):
         await service.detokenize(DetokenizeIds(id=1, model="other"), TENANT)
     assert service.token_bytes("m", answer.token_ids[0])

@@ -76,7 +76,7 @@ def test_sampling_bounds(name, inside, outside):
     ("name", "inside", "outside"),
     [
         ("hold_ms", [0, 1000], [-1, 1001]),
-        ("timeout_ms", [0, 60_000], [-1, 60_001]),
+        ("timeout_ms", [0, 60_000, 2**40], [-1]),
         ("priority", [-5, 5], [2**31, -(2**31)]),
         ("cache_salt", ["", "a" * 128, "A-z_0.9~+/="], ["a" * 129, "a b", "é", "a\n"]),
         ("traceparent", ["", "0" * 256], ["0" * 257]),

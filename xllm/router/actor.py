@@ -181,21 +181,33 @@ class RouterActor(Actor):
 
     async def stop(self) -> None:
         """Refuse new requests, let open ones end, fail the rest, close."""
-        if self._registration is not None:
-            await self._registration.withdraw()
+        grace_s = self._settings.cluster.shutdown_s
         if self._http is not None:
+            self.service.begin_drain()
             num_open = self.service.num_open
             if self._reporter is not None:
                 self._reporter.stopping(num_open)
-            num_failed = await self.service.drain(self._settings.cluster.shutdown_s)
+            withdrawal = self.spawn(self._withdraw(grace_s))
+            num_failed = await self.service.drain(grace_s)
             _log.info("router_drained", num_open=num_open, num_failed=num_failed)
-            await self._http.stop()
+            await asyncio.gather(withdrawal, self._http.stop())
             if num_open:
                 await asyncio.sleep(LAST_WORD_S)
+        else:
+            await self._withdraw(grace_s)
         if self._registry is not None:
             await self._registry.close()
         for close in reversed(self._closers):
             close()
+
+    async def _withdraw(self, timeout_s: float) -> None:
+        """End the registration; where the registry does not answer in time, its lease will."""
+        if self._registration is None:
+            return
+        try:
+            await asyncio.wait_for(self._registration.withdraw(), max(timeout_s, LAST_WORD_S))
+        except TimeoutError:
+            _log.warning("withdrawal_unanswered")
 
     # -- what happens ------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
 """From a SubmitRequest to what the state machine needs: check, render, encode, hash, once.
 
 Knows the model's text side and facts; no instances, clocks or sinks. `prepare` is the dear part
-and touches nothing shared, so that long texts can go through it in a thread.
+and may run in a thread: what it shares with others are the model's record, which it reads once,
+and caches of which each entry follows from its key alone (roots, segments, pieces of tokens).
+Threads may lose an entry of those to each other; they never see a wrong one.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Mapping
 import msgspec
 
 from xllm.config.settings import RouterSettings
-from xllm.errors import InvalidRequestError, UnavailableError
+from xllm.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from xllm.kvcache.hashing import chain_hashes, root_hash
 from xllm.protocol.client import ChatMessage, ModelInfo, SubmitRequest, TokenizeText
 from xllm.protocol.records import InstanceRecord
@@ -28,11 +30,6 @@ from xllm.router.validation import (
     check_text_bytes,
 )
 
-LONG_TEXT_CHARS = 4096
-"""Longer texts are encoded in a thread: the loop must not wait a millisecond for one."""
-LONG_TALK_MESSAGES = 64
-MAX_DETOKENIZE_IDS = 1 << 20
-
 
 class Intake:
     """What one served model accepts."""
@@ -43,12 +40,11 @@ class Intake:
         self._limits = limits
         self._record: InstanceRecord | None = None
         self._facts: ModelFacts | None = None
-        self._roots: dict[bytes, bytes] = {}
+        self._roots: dict[tuple[str, bytes], bytes] = {}
 
     def learn(self, record: InstanceRecord) -> None:
         """An instance of this model registered: its facts bound requests from now on."""
         self._record = record
-        self._roots.clear()
         self._facts = ModelFacts(
             record.max_model_len, record.vocab_size, self.text.longest_token_bytes
         )
@@ -93,9 +89,9 @@ class Intake:
         deadline: float,
     ) -> RequestSpec:
         """Encode and hash a request that was checked."""
-        prompt_ids = self.encode(request, tenant.salt)
         record = self._record
         assert record is not None
+        prompt_ids = self.encode(request, tenant.salt)
         asked = request.sampling
         max_tokens = check_context(
             len(prompt_ids), asked.max_tokens, asked.min_tokens, record.max_model_len
@@ -127,9 +123,10 @@ class Intake:
         """The root of a hash chain, remembered for the tenants' own prefixes: those are few."""
         if cache_salt:
             return root_hash(revision, "", _salt(tenant_salt, cache_salt))
-        root = self._roots.get(tenant_salt)
+        key = (revision, tenant_salt)
+        root = self._roots.get(key)
         if root is None:
-            root = self._roots[tenant_salt] = root_hash(revision, "", _salt(tenant_salt, ""))
+            root = self._roots[key] = root_hash(revision, "", _salt(tenant_salt, ""))
         return root
 
     def encode_text(self, request: TokenizeText) -> tuple[int, ...]:
@@ -151,12 +148,11 @@ class Intake:
         return self.info(True)
 
     def check_ids(self, token_ids: tuple[int, ...]) -> None:
-        """InvalidRequestError for a `detokenize` that is out of bounds."""
-        if len(token_ids) > MAX_DETOKENIZE_IDS:
-            raise InvalidRequestError(
-                f"token_ids must be at most {MAX_DETOKENIZE_IDS}", param="token_ids"
-            )
-        size = self._facts.vocab_size if self._facts is not None else self.text.num_tokens
+        """RequestError for a `detokenize` that is out of bounds."""
+        facts = self._known_facts()
+        most, size = facts.max_model_len, facts.vocab_size
+        if len(token_ids) > most:
+            raise ContextLengthError(f"token_ids must be at most {most}", param="token_ids")
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= size):
             raise InvalidRequestError(f"token_ids must be from 0 to {size - 1}", param="token_ids")
 
@@ -170,24 +166,6 @@ class Intake:
     ) -> list[int]:
         # The template writes the special tokens itself.
         return self.text.encode(self.text.render(messages, kwargs), False, owner)
-
-
-def is_long(prompt: str | tuple[int, ...] | None, messages: tuple[ChatMessage, ...] | None) -> bool:
-    """Whether encoding would keep the loop waiting."""
-    if isinstance(prompt, str):
-        return len(prompt) > LONG_TEXT_CHARS
-    if messages is None:
-        return False
-    if len(messages) > LONG_TALK_MESSAGES:
-        return True
-    num_chars = 0
-    for message in messages:
-        content = message.content
-        if isinstance(content, str):
-            num_chars += len(content)
-        else:
-            num_chars += sum(len(part.text) for part in content)
-    return num_chars > LONG_TEXT_CHARS
 
 
 def _resolve(asked: SamplingParams, seed: int, max_tokens: int) -> SamplingParams:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import structlog
 
-from xllm.errors import TransportError
+from xllm.errors import TransportError, XllmError
 from xllm.protocol.bus import BusMessage
 from xllm.protocol.codec import Decoder
 from xllm.protocol.instance import AdmitRequest, CancelRequest, InstanceReply, ProbeInstance
@@ -69,7 +69,7 @@ class SocketLinks:
                 server_key=_key_for(record.endpoint, record.public_key),
                 name=f"instance {name}",
             )
-        except TransportError as error:
+        except XllmError as error:
             _log.error("instance_unreachable", instance=name, error=error.message)
             return
         self._sockets[name] = socket
@@ -84,7 +84,7 @@ class SocketLinks:
         self.unhear(record.name)
         try:
             self._bus.connect(record.bus_endpoint, _key_for(record.bus_endpoint, record.public_key))
-        except TransportError as error:
+        except XllmError as error:
             _log.error("bus_unreachable", publisher=record.name, error=error.message)
             return
         self._buses[record.name] = record.bus_endpoint

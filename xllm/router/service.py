@@ -7,7 +7,6 @@ message, whatever happens.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,20 +16,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from xllm import __version__
 from xllm.config.settings import Settings
-from xllm.errors import (
-    ModelNotFoundError,
-    OverloadedError,
-    RequestAbortedError,
-    UnavailableError,
-    XllmError,
-)
+from xllm.errors import RequestAbortedError
 from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat
 from xllm.protocol.client import (
     DetokenizedText,
     DetokenizeIds,
     HealthReport,
     ModelInfo,
-    RequestFailed,
     StatusReport,
     SubmitRequest,
     TokenizedText,
@@ -38,19 +30,17 @@ from xllm.protocol.client import (
 )
 from xllm.protocol.instance import InstanceReply, ProbeAnswer, TokenBatch
 from xllm.protocol.records import InstanceRecord
-from xllm.protocol.transport.context import describe_error
 from xllm.router.dispatcher import Dispatcher
+from xllm.router.effort import LONG_IDS, is_long_talk, is_long_text
 from xllm.router.front import Sink, Tenant
-from xllm.router.inflight import InflightRequest, InstanceLinks
-from xllm.router.intake import Intake, is_long
+from xllm.router.inflight import InstanceLinks
+from xllm.router.intake import Intake
 from xllm.router.metrics import RouterMetrics
 from xllm.router.placement import Placement
 from xllm.router.policy import make_policy
 from xllm.router.probe import Prober
 from xllm.router.report import degraded_parts, merged_metrics, process_list
-from xllm.router.state.instructions import Wish
-from xllm.router.state.request import RequestLife
-from xllm.router.state.spec import RequestSpec
+from xllm.router.submission import Submission
 from xllm.router.text.model import TextModel
 from xllm.router.text.pool import TextPool
 from xllm.router.view import ClusterView, ViewChange
@@ -72,7 +62,6 @@ class RouterService:
         incarnation: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limits = settings.router
         self._name = name
         self._incarnation = incarnation
         self._clock = clock
@@ -88,7 +77,9 @@ class RouterService:
         self._pool = TextPool()
         self.registry_degraded = False
         """Set by the actor: the registry does not answer."""
-        self.draining = False
+        self._submission = Submission(
+            self.intake, self._pool, self.dispatcher, settings.router, clock
+        )
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -98,39 +89,25 @@ class RouterService:
         Never raises for a fault of the request: `sink` gets deltas (where `request.stream`; the
         last one of each choice has its `finish_reason`), then exactly one RequestFinished or
         RequestFailed, possibly before this returns."""
-        drawn = os.urandom(24)
-        request_id = drawn[:16].hex()
-        seed = int.from_bytes(drawn[16:], "little")
-        now = self._clock()
-        time_s = request.timeout_ms / 1000 if request.timeout_ms > 0 else self._limits.timeout_s
-        opened = InflightRequest(request.id, sink, now, now + min(time_s, self._limits.timeout_s))
-        self.dispatcher.enter(request_id, opened)
-        try:
-            self._check_room()
-            self._check_model(request.model)
-            self.intake.check(request)
-            prepare = partial(
-                self.intake.prepare, request, tenant, request_id, seed, opened.deadline
-            )
-            if is_long(request.prompt, request.messages):
-                opened.encoding = self._pool.run(tenant.name, prepare)
-                opened.encoding.add_done_callback(
-                    partial(self._encoded, request_id, opened, request)
-                )
-            else:
-                self._start(opened, request, prepare())
-        except Exception as error:
-            self._refuse(request_id, opened, error)
-        return request_id
+        return self._submission.submit(request, tenant, sink)
 
     def abort(self, request_id: str) -> None:
         """Stop a request: its sink gets RequestFailed with code `aborted`. Unknown: ignored."""
         self.dispatcher.abort(request_id, RequestAbortedError.code, "aborted by its client")
 
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._submission.draining
+
+    def begin_drain(self) -> None:
+        """Take nothing new from now on."""
+        self._submission.draining = True
+
     async def drain(self, timeout_s: float) -> int:
         """Take nothing new, let open requests end for so long, then fail the rest; returns how
         many those were."""
-        self.draining = True
+        self.begin_drain()
         try:
             await asyncio.wait_for(self.dispatcher.wait_empty(), timeout_s)
         except TimeoutError:
@@ -145,70 +122,6 @@ class RouterService:
         self.dispatcher.close()
         self.prober.close()
         self._pool.close()
-
-    def _check_room(self) -> None:
-        if self.draining:
-            raise UnavailableError("this router is about to stop")
-        if len(self.dispatcher.open) > self._limits.max_inflight:
-            raise OverloadedError(
-                f"{self._limits.max_inflight} requests are open (router.max_inflight)"
-            )
-
-    def _check_model(self, name: str) -> None:
-        if name and name != self.intake.name:
-            raise ModelNotFoundError(
-                f"no model {name[:100]!r} is served here, but {self.intake.name!r}", param="model"
-            )
-
-    def _start(self, opened: InflightRequest, request: SubmitRequest, spec: RequestSpec) -> None:
-        text = self.intake.text
-        sampling, prompt_ids = spec.sampling, spec.prompt_ids
-        state = RequestLife(spec, [text.output(sampling, prompt_ids) for _ in range(sampling.n)])
-        opened.state = state
-        if request.resume is not None:
-            self.dispatcher.start(opened, state.resume(request.resume))
-        else:
-            self.dispatcher.start(opened, _PLACE)
-
-    def _encoded(
-        self,
-        request_id: str,
-        opened: InflightRequest,
-        request: SubmitRequest,
-        done: asyncio.Future[RequestSpec],
-    ) -> None:
-        if done.cancelled():
-            return  # it was ended meanwhile, or the pool was closed
-        opened.encoding = None
-        try:
-            spec = done.result()
-            if self.dispatcher.open.get(request_id) is opened:
-                self._start(opened, request, spec)
-        except Exception as error:
-            self._refuse(request_id, opened, error)
-
-    def _refuse(self, request_id: str, opened: InflightRequest, error: Exception) -> None:
-        """The request's own fault, or ours: its sink is told, nobody else notices."""
-        if not isinstance(error, XllmError):
-            _log.error("submit_failed", request_id=request_id, error=describe_error(error))
-            error = XllmError("an internal error; the log of the router has it")
-        if self.dispatcher.open.get(request_id) is not opened:
-            return
-        if opened.state is not None:
-            self.dispatcher.abort(request_id, error.code, error.message)
-            return
-        retry_s = error.retry_after_s if isinstance(error, OverloadedError) else 1.0
-        failed = RequestFailed(
-            id=opened.client_id,
-            code=error.code,
-            message=error.message,
-            request_id=request_id,
-            param=error.param,
-            retry_after_ms=int(retry_s * 1000)
-            if isinstance(error, OverloadedError | UnavailableError)
-            else 0,
-        )
-        self.dispatcher.fail(request_id, opened, failed)
 
     # -- what the actor hears ----------------------------------------------------------------
 
@@ -249,9 +162,10 @@ class RouterService:
 
     async def tokenize(self, request: TokenizeText, tenant: Tenant) -> TokenizedText:
         """Token ids of a text or of messages; XllmError where it cannot."""
-        self._check_model(request.model)
+        self._submission.check_model(request.model)
         info = self.intake.check_text(request)
-        if is_long(request.text, request.messages):
+        talk = request.messages
+        if is_long_text(request.text or "") or (talk is not None and is_long_talk(talk)):
             ids = await self._pool.run(tenant.name, partial(self.intake.encode_text, request))
         else:
             ids = self.intake.encode_text(request)
@@ -259,10 +173,11 @@ class RouterService:
 
     async def detokenize(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:
         """The text of token ids; XllmError where it cannot."""
-        self._check_model(request.model)
+        self._submission.check_model(request.model)
         ids = request.token_ids
         self.intake.check_ids(ids)
-        text = self.intake.text.decode(ids, skip_special_tokens=False)
+        decode = partial(self.intake.text.decode, ids, skip_special_tokens=False)
+        text = await self._pool.run(tenant.name, decode) if len(ids) > LONG_IDS else decode()
         return DetokenizedText(id=request.id, text=text)
 
     def token_bytes(self, model: str, token_id: int) -> bytes:
@@ -294,9 +209,6 @@ class RouterService:
     def num_open(self) -> int:
         """Requests without a terminal message."""
         return len(self.dispatcher.open)
-
-
-_PLACE = (Wish.PLACE,)
 
 
 def _ignore(reached: bool) -> None:

@@ -1,0 +1,141 @@
+"""From a submitted request to its first instructions: checks, then the work on its text.
+
+Short work is done at once, long work in a thread; either way the request is in the table of open
+requests from the first moment, so that it can be aborted and its time runs. Invariant: a submit
+that fails here, for whatever reason, gives its sink exactly one RequestFailed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import structlog
+
+from xllm.config.settings import RouterSettings
+from xllm.errors import ModelNotFoundError, OverloadedError, UnavailableError, XllmError
+from xllm.protocol.client import RequestFailed, SubmitRequest
+from xllm.protocol.transport.context import describe_error
+from xllm.router.dispatcher import Dispatcher
+from xllm.router.effort import is_long_request
+from xllm.router.front import Sink, Tenant
+from xllm.router.inflight import InflightRequest
+from xllm.router.intake import Intake
+from xllm.router.state.instructions import Instruction, Wish
+from xllm.router.state.request import RequestLife
+from xllm.router.text.pool import TextPool
+
+_log = structlog.get_logger("router")
+_PLACE: tuple[Instruction, ...] = (Wish.PLACE,)
+Beginning = tuple[RequestLife, Sequence[Instruction]]
+"""A request's state and what it wants first."""
+
+
+class Submission:
+    """Takes requests in."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        pool: TextPool,
+        dispatcher: Dispatcher,
+        limits: RouterSettings,
+        clock: Callable[[], float],
+    ) -> None:
+        self._intake = intake
+        self._pool = pool
+        self._dispatcher = dispatcher
+        self._limits = limits
+        self._clock = clock
+        self.draining = False
+        """Refuse whatever comes."""
+
+    def submit(self, request: SubmitRequest, tenant: Tenant, sink: Sink) -> str:
+        """See RouterService.submit."""
+        drawn = os.urandom(24)
+        request_id = drawn[:16].hex()
+        seed = int.from_bytes(drawn[16:], "little")
+        now = self._clock()
+        time_s = request.timeout_ms / 1000 if request.timeout_ms > 0 else self._limits.timeout_s
+        opened = InflightRequest(request.id, sink, now, now + min(time_s, self._limits.timeout_s))
+        self._dispatcher.enter(request_id, opened)
+        try:
+            self._check_room()
+            self.check_model(request.model)
+            self._intake.check(request)
+            begin = partial(self._begin, request, tenant, request_id, seed, opened.deadline)
+            if is_long_request(request):
+                opened.encoding = self._pool.run(tenant.name, begin)
+                opened.encoding.add_done_callback(partial(self._begun, request_id, opened))
+            else:
+                self._start(opened, begin())
+        except Exception as error:
+            self._refuse(request_id, opened, error)
+        return request_id
+
+    def check_model(self, name: str) -> None:
+        """ModelNotFoundError for a model that is not served here."""
+        if name and name != self._intake.name:
+            raise ModelNotFoundError(
+                f"no model {name[:100]!r} is served here, but {self._intake.name!r}", param="model"
+            )
+
+    def _check_room(self) -> None:
+        if self.draining:
+            raise UnavailableError("this router is about to stop")
+        if len(self._dispatcher.open) > self._limits.max_inflight:
+            raise OverloadedError(
+                f"{self._limits.max_inflight} requests are open (router.max_inflight)"
+            )
+
+    def _begin(
+        self, request: SubmitRequest, tenant: Tenant, request_id: str, seed: int, deadline: float
+    ) -> Beginning:
+        """The dear part: no part of it touches what other requests have, save caches."""
+        spec = self._intake.prepare(request, tenant, request_id, seed, deadline)
+        text = self._intake.text
+        sampling, prompt_ids = spec.sampling, spec.prompt_ids
+        state = RequestLife(spec, [text.output(sampling, prompt_ids) for _ in range(sampling.n)])
+        return state, _PLACE if request.resume is None else state.resume(request.resume)
+
+    def _start(self, opened: InflightRequest, beginning: Beginning) -> None:
+        opened.state, instructions = beginning
+        self._dispatcher.start(opened, instructions)
+
+    def _begun(
+        self, request_id: str, opened: InflightRequest, done: asyncio.Future[Beginning]
+    ) -> None:
+        if done.cancelled():
+            return  # it was ended meanwhile, or the pool was closed
+        opened.encoding = None
+        try:
+            beginning = done.result()
+            if self._dispatcher.open.get(request_id) is opened:
+                self._start(opened, beginning)
+        except Exception as error:
+            self._refuse(request_id, opened, error)
+
+    def _refuse(self, request_id: str, opened: InflightRequest, error: Exception) -> None:
+        """The request's own fault, or ours: its sink is told, nobody else notices."""
+        if not isinstance(error, XllmError):
+            _log.error("submit_failed", request_id=request_id, error=describe_error(error))
+            error = XllmError("an internal error; the log of the router has it")
+        if self._dispatcher.open.get(request_id) is not opened:
+            return
+        if opened.state is not None:
+            self._dispatcher.abort(request_id, error.code, error.message)
+            return
+        retry_s = error.retry_after_s if isinstance(error, OverloadedError) else 1.0
+        failed = RequestFailed(
+            id=opened.client_id,
+            code=error.code,
+            message=error.message,
+            request_id=request_id,
+            param=error.param,
+            retry_after_ms=int(retry_s * 1000)
+            if isinstance(error, OverloadedError | UnavailableError)
+            else 0,
+        )
+        self._dispatcher.fail(request_id, opened, failed)
