@@ -54,6 +54,18 @@ def test_break_aborts(client, router):
     wait_until(lambda: len(router.aborts) == 1)
 
 
+def test_an_interrupt_while_a_stream_is_opened_stops_its_request(router):
+    class Interrupted(Client):
+        def _call(self, work):
+            super()._call(work)
+            raise KeyboardInterrupt
+
+    with Interrupted(router.endpoint, timeout_s=20) as client:
+        with pytest.raises(KeyboardInterrupt):
+            client.stream("silent")
+        wait_until(lambda: len(router.aborts) == 1)
+
+
 def test_errors_cross_threads(client):
     with pytest.raises(DeadlineError):
         client.generate("silent", timeout_s=0.1)

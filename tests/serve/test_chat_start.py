@@ -51,14 +51,18 @@ def test_an_interrupt_stops_the_answer_only(tmp_path, run_dir):
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert process.stdin is not None
-        process.stdin.write("hello\n")
-        process.stdin.flush()
-        with Client(served.zmq, timeout_s=20) as client:
-            wait_until(lambda: _num_running(client) == 1, what="the answer's start")
-            process.send_signal(signal.SIGINT)
-            wait_until(lambda: _num_running(client) == 0, what="the answer's end")
-        _, err = process.communicate("/exit\n", timeout=20)
+        try:
+            assert process.stdin is not None
+            process.stdin.write("hello\n")
+            process.stdin.flush()
+            with Client(served.zmq, timeout_s=20) as client:
+                wait_until(lambda: _num_running(client) == 1, what="the answer's start")
+                process.send_signal(signal.SIGINT)
+                wait_until(lambda: _num_running(client) == 0, what="the answer's end")
+            _, err = process.communicate("/exit\n", timeout=20)
+        finally:
+            process.kill()
+            process.communicate()
         assert process.returncode == 0, err
         assert "[stopped]" in err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,7 +83,7 @@ def _take(session: ChatSession, line: str) -> None:
         session.reset()
         return
     if line.startswith("/"):
-        click.echo(_HELP, err=True)
+        click.echo(f"unknown command {line.split()[0]}: {_HELP}", err=True)
         return
     try:
         session.ask(line)
@@ -93,18 +94,21 @@ def _take(session: ChatSession, line: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, until /exit or the end of the input."""
+    """What the user types, until /exit, the end of the input, or two interrupts in a row."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # editing and history, where Python has it
-    while True:
+    num_interrupts = 0
+    while num_interrupts < 2:
         try:
-            line = input("> ").strip()
+            line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             click.echo(err=True)
             return
         except KeyboardInterrupt:
-            click.echo(f"\n{_HELP}", err=True)
+            num_interrupts += 1
+            click.echo(f"\n{_HELP}" if num_interrupts < 2 else "", err=True)
             continue
+        num_interrupts = 0
         if line == "/exit":
             return
         if line:

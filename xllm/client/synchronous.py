@@ -74,8 +74,19 @@ class Client:
         **options: Any,
     ) -> SyncStream:
         """The answer as it comes: iterate over it. Leaving the loop early aborts it."""
-        start = self._start(prompt, messages, timeout_s, options)
-        return SyncStream(self, self._call(start))
+        opened: list[TokenStream] = []
+
+        async def start() -> TokenStream:
+            client = self._client
+            opened.append(client.stream(prompt, messages=messages, timeout_s=timeout_s, **options))
+            return opened[0]
+
+        try:
+            return SyncStream(self, self._call(start()))
+        except BaseException:
+            # A Ctrl-C may come when the request is out and nobody holds its stream yet.
+            self.call_soon(lambda: _drop_all(opened))
+            raise
 
     def models(self, *, timeout_s: float | None = None) -> tuple[ModelInfo, ...]:
         """The models served."""
@@ -162,15 +173,6 @@ class Client:
             future.cancel()
             raise
 
-    async def _start(
-        self,
-        prompt: Prompt | None,
-        messages: Messages | None,
-        timeout_s: float | None,
-        options: dict[str, Any],
-    ) -> TokenStream:
-        return self._client.stream(prompt, messages=messages, timeout_s=timeout_s, **options)
-
     async def _shut_down(self) -> None:
         await self._client.aclose()
         own = asyncio.current_task()
@@ -229,3 +231,8 @@ class SyncStream:
                 return
         finally:
             self.close()
+
+
+def _drop_all(streams: Sequence[TokenStream]) -> None:
+    for stream in streams:
+        stream.drop()
