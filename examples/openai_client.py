@@ -1,19 +1,21 @@
-"""The HTTP endpoint with the official OpenAI client: python examples/openai_client.py [URL]
+"""The HTTP endpoint with the official OpenAI client: python examples/openai_client.py [URL [KEY]]
 
-Needs a running service (`xllm serve`) and `pip install openai`.
+Needs a running service (`xllm serve`) and `pip install openai`; a service that was started with
+`--api-key-file` wants a key of that file.
 """
 
 from __future__ import annotations
 
 import sys
 
-from openai import OpenAI
+from openai import APIError, OpenAI
 
 
 def main() -> int:
     """One streamed chat answer."""
     url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8010/v1"
-    with OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0) as client:
+    key = sys.argv[2] if len(sys.argv) > 2 else "none"
+    with OpenAI(base_url=url, api_key=key, timeout=60, max_retries=0) as client:
         model = client.models.list().data[0].id
         stream = client.chat.completions.create(
             model=model,
@@ -29,4 +31,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except APIError as error:
+        sys.exit(f"openai_client: {error.message}")
