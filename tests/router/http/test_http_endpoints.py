@@ -3,9 +3,10 @@
 import pytest
 
 from tests.router.http.fake_service import FakeService
-from tests.router.http.front_thread import chat, sse_events
+from tests.router.http.front_thread import chat, sse_events, wait_until
 from xllm import __version__
 from xllm.protocol.client import RequestFailed
+from xllm.router.http import application
 
 
 def error_of(answer, status):
@@ -241,6 +242,33 @@ def test_a_bug_in_the_service_is_an_internal_error(start_front):
     answer = start_front(BrokenService()).get("/v1/models")
     assert error_of(answer, 500)["message"] == "Internal error."
     assert "secret" not in answer.text
+
+
+class BrokenLog:
+    """A log that cannot be written; keeps what it was told."""
+
+    def __init__(self):
+        self.told = []
+
+    def error(self, event, **values):
+        self.told.append((event, values))
+        raise ValueError("I/O operation on closed file")
+
+
+def test_a_bug_is_answered_though_the_log_cannot_be_written(start_front, monkeypatch):
+    class BrokenService(FakeService):
+        def models(self):
+            raise KeyError("secret")
+
+    log = BrokenLog()
+    monkeypatch.setattr(application, "LOG", log)
+    answer = start_front(BrokenService()).get("/v1/models")
+    assert error_of(answer, 500)["message"] == "Internal error."
+    wait_until(lambda: log.told)
+    [(event, values)] = log.told
+    assert event == "request_failed"
+    assert "KeyError" in values["error"]
+    assert "secret" not in str(log.told)
 
 
 def test_traceparent_is_carried(start_front):

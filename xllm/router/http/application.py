@@ -20,6 +20,7 @@ from xllm.errors import (
     UnsupportedMediaTypeError,
     XllmError,
 )
+from xllm.protocol.transport.context import describe_error
 from xllm.router.front import Tenant
 from xllm.router.http.auth import Gate, Header
 from xllm.router.http.context import Caller, FrontContext
@@ -149,13 +150,17 @@ class HttpApplication:
         except ClientGone:
             return
         except Exception as error:
-            if not isinstance(error, XllmError | Problem):
-                LOG.exception("request_failed", path=scope["path"][:200])
             problem = problem_of(error)
             if isinstance(error, AuthenticationError | PermissionDeniedError):
                 problem.headers += ((b"connection", b"close"),)  # its body is not wanted
             self._figures.answered_with(problem.status)
-            await send_problem(send, problem)
+            try:
+                await send_problem(send, problem)
+            finally:
+                # Last: the client gets its answer even where the log cannot be written.
+                if not isinstance(error, XllmError | Problem):
+                    path = scope["path"][:200]
+                    LOG.error("request_failed", path=path, error=describe_error(error))
 
     def _admit(self, scope: Scope) -> Tenant:
         client = scope["client"]

@@ -22,6 +22,7 @@ from xllm.protocol.client import (
     TokenDelta,
     TokenizeText,
 )
+from xllm.protocol.transport.context import describe_error
 from xllm.router.http.answer import StreamedAnswer, WholeAnswer
 from xllm.router.http.chat_shape import ChatShape
 from xllm.router.http.completion_shape import CompletionShape, Echo
@@ -210,7 +211,7 @@ class Generation:
             return events + writer.end() if last and not writer.ended else events
         except Exception as error:
             # The stream has begun, so it must end with an event that says so.
-            LOG.exception("stream_failed", request_id=self._ids[0])
+            LOG.error("stream_failed", request_id=self._ids[0], error=describe_error(error))
             return writer.fail(problem_of(error))
 
 
