@@ -63,7 +63,7 @@ def test_a_hold_that_nobody_takes_ends_with_a_word():
     one = instance(hold_s=5.0)
     one.admit("a", PROMPT, stages=STAGES)
     one.step()
-    assert one.scheduler.next_deadline() == one.now + 5.0
+    assert one.scheduler.next_deadline == one.now + 5.0
     one.now += 4.9
     one.step()
     assert not one.ended

@@ -343,7 +343,7 @@ def test_deadlines_end_waiting_and_running_requests():
     one.admit("runs", PROMPT, max_tokens=100, timeout_ms=45)
     one.admit("waits", PROMPT, timeout_ms=30)
     one.admit("patient", PROMPT, timeout_ms=100000)
-    assert one.scheduler.next_deadline() == pytest.approx(one.now + 0.03)
+    assert one.scheduler.next_deadline == pytest.approx(one.now + 0.03)
     one.run()
     assert one.ended["runs", 1].code == one.ended["waits", 1].code == "deadline_exceeded"
     assert len(one.streams["runs", 1, 0].tokens) == 4

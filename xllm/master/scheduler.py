@@ -143,6 +143,7 @@ class Scheduler:
         end_holds(state, now)
         return state.take_outcome()
 
+    @property
     def next_deadline(self) -> float | None:
         """When `expire` may next end a request."""
         state = self._state
