@@ -21,8 +21,8 @@ from typing import Any
 import uvloop
 
 from benchmarks.load_zmq import POOL_SIZE, percentile, prompts
+from xllm.config.exposure import is_loopback
 from xllm.errors import ConfigError
-from xllm.protocol.transport.endpoint import is_loopback_host
 
 _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--prompt-chars", type=int, default=512)
     parser.add_argument("--shared-chars", type=int, default=256)
     options = parser.parse_args()
-    if not is_loopback_host(urllib.parse.urlsplit(options.url).hostname or ""):
+    if not is_loopback(urllib.parse.urlsplit(options.url).hostname or ""):
         raise ConfigError("load is sent to loopback addresses only")
 
     async def run() -> dict[str, object]:

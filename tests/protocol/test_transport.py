@@ -411,7 +411,7 @@ def test_an_ipc_path_cannot_be_stolen_and_a_stale_one_is_taken_over(tmp_path):
         (tmp_path / "s").touch()  # what a killed process left
         (tmp_path / "s.lock").touch()
         router = RouterSocket(transport, path, BOTH, lambda i, m, f: None)
-        with pytest.raises(ConfigError, match="in use"):
+        with pytest.raises(ListenError, match="in use"):
             RouterSocket(transport, path, BOTH, lambda i, m, f: None)
         router.close()
         assert os.listdir(tmp_path) == []

@@ -11,10 +11,11 @@ from xllm.errors import ConfigError
 def is_loopback(host: str) -> bool:
     """Whether an address is reachable from this machine alone. Names other than `localhost`
     are not resolved: what a resolver says today it may not say tomorrow."""
+    host = host.strip("[]")
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

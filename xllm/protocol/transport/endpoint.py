@@ -8,10 +8,10 @@ held as long as the socket lives; a path whose lock is free is stale and is remo
 from __future__ import annotations
 
 import fcntl
-import ipaddress
 import os
 
-from xllm.errors import ConfigError
+from xllm.config.exposure import is_loopback
+from xllm.errors import ConfigError, ListenError
 
 MAX_IPC_PATH_BYTES = 107
 
@@ -23,18 +23,7 @@ def is_local(endpoint: str) -> bool:
         return True
     if scheme != "tcp":
         raise ConfigError(f"endpoint {endpoint!r}: only ipc, inproc and tcp are spoken")
-    return is_loopback_host(rest.rsplit(":", 1)[0])
-
-
-def is_loopback_host(host: str) -> bool:
-    """Whether a host name or address is the loopback interface's."""
-    host = host.strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(rest.rsplit(":", 1)[0])
 
 
 def check_bindable(endpoint: str, *, has_keys: bool) -> None:
@@ -58,7 +47,7 @@ class PathLock:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._fd)
-            raise ConfigError(f"ipc path {path} is in use by another process") from None
+            raise ListenError(f"ipc path {path} is in use by another process") from None
         if os.path.lexists(path):
             os.unlink(path)
 
