@@ -99,8 +99,8 @@ def _say_failure(kind: str, name: str, launcher: str, outcome: Outcome) -> None:
     told = _outcome_of(lambda: asyncio.run(_tell_launcher(kind, name, launcher, outcome)))
     is_child = multiprocessing.parent_process() is not None
     shown = is_child and told.exit_code == 0
-    level = "info" if shown else "error"
-    getattr(_log, level)("process_failed", code=outcome.code, message=outcome.reason)
+    log = _log.info if shown else _log.error
+    log("process_failed", code=outcome.code, message=outcome.reason)
     if not shown:
         who = f"{name}: " if is_child else ""
         stream = LogStream(sys.stderr)
