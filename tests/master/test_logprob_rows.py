@@ -46,6 +46,16 @@ def test_missing_rows_leave_the_step_in_flight(options, rows):
     assert one.scheduler.is_idle
 
 
+@pytest.mark.parametrize("options", [{"logprobs": 0}, {"prompt_logprobs": 0}])
+def test_a_result_without_any_rows_is_refused_too(options):
+    one = ToyInstance()
+    one.admit("a", PROMPT, **options)
+    plan = one.scheduler.schedule(one.now)
+    with pytest.raises(BadMessageError, match="0 logprob rows"):
+        one.scheduler.update(StepResult(plan.step, ((5,),), 1000), (), one.now)
+    one.scheduler.check()
+
+
 def test_items_that_failed_or_ended_need_no_rows():
     one = ToyInstance(prefix_cache=False)
     for name in "abc":

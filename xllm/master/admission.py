@@ -47,7 +47,7 @@ class Admission:
             )
         if old is not None:
             state.end_request(old)
-        state.requests[request.request_id] = request
+        state.add(request)
         if request.deadline:
             state.deadlines.push(request, request.deadline)
         self._make_sequences(request)

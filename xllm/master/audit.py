@@ -36,6 +36,9 @@ def _all_sequences(state: InstanceState) -> list[Sequence]:
 
 
 def _check_requests(state: InstanceState) -> None:
+    wanting = sum(request.wants_logprobs for request in state.requests.values())
+    if wanting != state.num_with_logprobs:
+        raise InvariantError(f"{state.num_with_logprobs} want logprobs, but {wanting} are open")
     for request_id, request in state.requests.items():
         if not request.open_choices or request.request_id != request_id:
             raise InvariantError(f"request {request_id} is kept and has no open choice")

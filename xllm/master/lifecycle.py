@@ -51,6 +51,7 @@ class InstanceState:
         self.limits = limits
         self.tables = BlockTables(limits)
         self.requests: dict[str, RequestState] = {}
+        self.num_with_logprobs = 0
         self.waiting = WaitingQueue()
         self.deadlines = DeadlineQueue()
         self.holds = DeadlineQueue()
@@ -69,6 +70,11 @@ class InstanceState:
         self.latency = LatencyMeter()
         self.num_preemptions = 0
         self.is_draining = False
+
+    def add(self, request: RequestState) -> None:
+        """A request is open from now on. Its id must not be."""
+        self.requests[request.request_id] = request
+        self.num_with_logprobs += request.wants_logprobs
 
     def take_outcome(self) -> StepOutcome:
         """What was collected since the last call."""
@@ -136,7 +142,7 @@ class InstanceState:
             return
         for seq in tuple(request.sequences):
             self.finish_sequence(seq)
-        del self.requests[request.request_id]
+        self._forget(request)
         self.outcome.ended.append(request.ended())
 
     def end_request(self, request: RequestState, code: str = "", message: str = "") -> None:
@@ -145,7 +151,7 @@ class InstanceState:
         request.open_choices = 0
         for seq in tuple(request.sequences):
             self.finish_sequence(seq)
-        del self.requests[request.request_id]
+        self._forget(request)
         if code:
             self.outcome.ended.append(request.ended(code, message))
 
@@ -159,6 +165,10 @@ class InstanceState:
             seq for seq in self.prefilling if seq.state is running and seq.is_prefilling
         ]
         self.is_stale = False
+
+    def _forget(self, request: RequestState) -> None:
+        del self.requests[request.request_id]
+        self.num_with_logprobs -= request.wants_logprobs
 
     def _leave_running(self, seq: Sequence) -> None:
         self.num_running -= 1

@@ -61,6 +61,12 @@ class RequestState:
         return bool(self.open_choices >> choice & 1)
 
     @property
+    def wants_logprobs(self) -> bool:
+        """Whether results must bring logprobs of any of its tokens."""
+        sampling = self.sampling
+        return sampling.logprobs is not None or sampling.prompt_logprobs is not None
+
+    @property
     def is_held(self) -> bool:
         """Whether it is prefilled, and all that is left of it waits to be taken elsewhere."""
         return all(seq.state is SequencePhase.HELD for seq in self.sequences)

@@ -17,20 +17,22 @@ def read_rows(
     result: StepResult,
     frames: AbstractSequence[bytes],
     failed: dict[int, str] | None,
-) -> LogprobFrames:
-    """The step's logprobs; BadMessageError, before anything is settled, where an item that goes
-    on has fewer rows than will be read. `failed`: items that did not run."""
-    rows = LogprobFrames(result, frames, len(step.sequences))
+) -> LogprobFrames | None:
+    """The step's logprobs, if it has any; BadMessageError, before anything is settled, where an
+    item that goes on has fewer rows than will be read. `failed`: items that did not run."""
+    rows = None
+    if result.num_top >= 0:
+        rows = LogprobFrames(result, frames, len(step.sequences))
     for index, (seq, item) in enumerate(zip(step.sequences, step.plan.items, strict=True)):
         if seq.state is not SequencePhase.RUNNING or (failed and index in failed):
             continue
         needed = len(result.tokens[index]) if seq.request.sampling.logprobs is not None else 0
         if item.score_prompt:
             needed += max(0, _last_scored(seq, item) - item.start - 1)
-        if rows.num_rows(index) < needed:
+        num_rows = rows.num_rows(index) if rows is not None else 0
+        if num_rows < needed:
             raise BadMessageError(
-                f"step {result.step}: item {index} has {rows.num_rows(index)} logprob rows and "
-                f"needs {needed}"
+                f"step {result.step}: item {index} has {num_rows} logprob rows and needs {needed}"
             )
     return rows
 

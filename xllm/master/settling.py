@@ -44,7 +44,9 @@ class StepSettler:
                 f"{len(result.tokens)} results"
             )
         failed = dict(result.failed) if result.failed else None
-        rows = read_rows(step, result, frames, failed) if result.num_top >= 0 else None
+        rows = None
+        if result.num_top >= 0 or state.num_with_logprobs:
+            rows = read_rows(step, result, frames, failed)
         del state.steps[result.step]
         self._now = now
         items = state.outcome.items
