@@ -194,6 +194,10 @@ def numbers():
         "nested": [["x"]],
     }.items():
         yield f"B21-{name}", chat(stop=stop), {400}
+    longest = ["a" * 500 + str(k).zfill(12) for k in range(16)]
+    yield "B21-most", chat(stop=longest, n=128), {200}
+    for k in range(4):
+        yield f"B21-most-{k}", plain(stop=longest, prompt=["x"] * 64, n=2), {200}
     for value in (-1, 2**64, 2**100, 1.5, "1"):
         yield f"B22-{value}", chat(seed=value), {400}
     for value in ([-1], [10**7], [2**70], ["x"], list(range(5000)), 1):
@@ -254,6 +258,8 @@ def features():
         "kwargs-template": {"chat_template_kwargs": {"chat_template": loop}},
         "kwargs-tokenize": {"chat_template_kwargs": {"tokenize": False}},
         "kwargs-list": {"chat_template_kwargs": []},
+        "kwargs-tree": {"chat_template_kwargs": {"a": {"b": "c"}}},
+        "kwargs-forest": {"chat_template_kwargs": {"a": [{}] * 1_000_000}},
         "generation-prompt": {"add_generation_prompt": False},
         "continue": {"continue_final_message": True},
         "documents": {"documents": [{"text": "x"}]},

@@ -1,7 +1,7 @@
 """Bad input against `xllm serve`: each answered in time with its status, nothing harmed.
 
 While the whole table is sent, a witness asks the same question over and over: its tokens must
-be those of the engine each time.
+be those of the engine each time. It runs within that test only: its connections come and go.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.cli.toy_model import expected_ids, make_toy_model
-from tests.serve.bad_inputs import MODEL, PLAIN, all_cases, chat
+from tests.serve.bad_inputs import MODEL, PLAIN, all_cases, chat, post
 from tests.serve.served import Served
 from xllm.router.text.model import load_text_model
 
@@ -28,6 +28,7 @@ ANSWER_S = 1.0
 NOISE_S = 1.0
 """What a machine that others use may add to an answer's time."""
 GROWTH_BYTES = 64 << 20
+PEAK_BYTES = 192 << 20
 WITNESS_PROMPT = (70, 71, 72, 73)
 WITNESS_TOKENS = 24
 
@@ -43,12 +44,17 @@ class BadInputSession:
         self.num_seen = 0
         self.wrong = []
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
 
-    def close(self):
-        self._stop.set()
-        self._thread.join(30)
+    @contextlib.contextmanager
+    def witness(self):
+        """Ask over and over meanwhile."""
+        thread = threading.Thread(target=self._watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            thread.join(60)
 
     def ask(self):
         """The witness's text, as the service gives it now."""
@@ -97,10 +103,11 @@ class BadInputSession:
         length = [line for line in head.lower().split(b"\r\n") if b"content-length: " in line]
         return not found or not length or len(body) < int(length[0].split()[1])
 
-    def resident_bytes(self):
+    def memory_bytes(self, kind):
+        """Memory of the router: VmRSS is what it has, VmHWM the most it ever had."""
         pid = self.served.child("router")
         status = pathlib.Path(f"/proc/{pid}/status").read_text()
-        return 1024 * int(status.split("VmRSS:")[1].split()[0])
+        return 1024 * int(status.split(f"{kind}:")[1].split()[0])
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +115,7 @@ def session(tmp_path_factory):
     model = make_toy_model(tmp_path_factory.mktemp("toy") / MODEL)
     run_dir = f"/tmp/{tmp_path_factory.mktemp('xb').name}"
     with Served(model, run_dir) as served:
-        session = BadInputSession(served, model)
-        try:
-            yield session
-        finally:
-            session.close()
+        yield BadInputSession(served, model)
     with contextlib.suppress(OSError):
         pathlib.Path(run_dir).rmdir()
 
@@ -132,22 +135,30 @@ def test_the_table(session, cases):
     for _ in range(20):
         session.send(chat())
     pids = session.served.family()
-    before = session.resident_bytes()
+    before = session.memory_bytes("VmRSS")
     problems = []
-    for name, data, statuses in cases:
-        status, head, body, seconds = session.send(data)
-        if status not in statuses:
-            problems.append(f"{name}: {status} {body[:200]!r}, not {statuses}")
-        elif seconds > ANSWER_S + NOISE_S:
-            problems.append(f"{name}: took {seconds:.1f} s")
-        elif status >= 400 and b"HEAD" not in data[:5]:
-            problems += [f"{name}: {what}" for what in flaws(head, body)]
+    with session.witness():
+        for name, data, statuses in cases:
+            problems += judge(session, name, data, statuses)
     assert problems == []
     assert session.served.family() == pids
-    assert session.resident_bytes() - before < GROWTH_BYTES
+    assert session.memory_bytes("VmRSS") - before < GROWTH_BYTES
+    assert session.memory_bytes("VmHWM") - before < PEAK_BYTES
     assert session.wrong == []
     assert session.num_seen > len(cases) / 20
     assert session.ask() == session.expected
+
+
+def judge(session, name, data, statuses):
+    """What is wrong with the answer to one case."""
+    status, head, body, seconds = session.send(data)
+    if status not in statuses:
+        return [f"{name}: {status} {body[:200]!r}, not {statuses}"]
+    if seconds > ANSWER_S + NOISE_S:
+        return [f"{name}: took {seconds:.1f} s"]
+    if status >= 400 and b"HEAD" not in data[:5]:
+        return [f"{name}: {what}" for what in flaws(head, body)]
+    return []
 
 
 def flaws(head, body):
@@ -215,34 +226,39 @@ def test_ids_are_the_servers(session):
     assert all(len(one) == 32 and one != b"mine" for one in found)
 
 
-def test_clients_that_vanish_leave_nothing(session):
-    body = json.dumps({"model": MODEL, "prompt": [70], "max_tokens": 500, "stream": True}).encode()
-    head = f"POST {PLAIN} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    data = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-    for _ in range(100):
+@pytest.mark.parametrize("is_heard", [True, False])
+def test_clients_that_vanish_leave_nothing(session, is_heard):
+    """With their first words, or as soon as they have asked."""
+    body = {"model": MODEL, "prompt": [70], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    data = post(PLAIN, body)
+    before = figure(session, ABORTED)
+    for _ in range(50):
         with socket.create_connection(("127.0.0.1", session.port), timeout=20) as sock:
             sock.sendall(data)
+            if is_heard:
+                assert sock.recv(12) == b"HTTP/1.1 200"
     deadline = time.monotonic() + 5
-    while "xllm_router_open_requests 0.0" not in (text := metrics(session)):
-        # The witness's own request may be open at any one look.
-        if "xllm_router_open_requests 1.0" in text:
-            break
+    while figure(session, OPEN) != 0 or (is_heard and figure(session, ABORTED) == before):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    if is_heard:  # each was accepted, and a few may have been faster than their client's end
+        assert figure(session, ABORTED) - before > 25
     assert session.ask() == session.expected
 
 
-def metrics(session):
+OPEN = "xllm_router_open_requests{"
+ABORTED = 'xllm_router_requests_total{code="aborted"'
+
+
+def figure(session, name):
+    """The value of the one metric whose name and labels begin so; 0 where there is none."""
     connection = http.client.HTTPConnection("127.0.0.1", session.port, timeout=20)
     with contextlib.closing(connection):
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
-    return "\n".join(_without_labels(line) for line in text.splitlines())
-
-
-def _without_labels(line):
-    name, brace, rest = line.partition("{")
-    return name + rest.partition("}")[2] if brace else line
+    found = [line for line in text.splitlines() if line.startswith(name)]
+    assert len(found) <= 1
+    return float(found[0].rsplit(" ", 1)[1]) if found else 0.0
 
 
 def test_a_good_request_is_answered_after_all_that(session):
