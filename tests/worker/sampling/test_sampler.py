@@ -16,6 +16,7 @@ from tests.worker.torch_watch import TorchWatch
 from xllm.errors import InvariantError
 from xllm.protocol.sampling import SamplingParams
 from xllm.worker.sampling import candidates, draw, sampler
+from xllm.worker.sampling.greedy import best_tokens
 from xllm.worker.sampling.logprobs import SLICE_ELEMENTS
 from xllm.worker.sampling.rows import SampleRow
 from xllm.worker.sampling.sampler import Sampler
@@ -207,6 +208,21 @@ def test_ties_go_to_the_lower_id() -> None:
     assert seen == set(range(40, 60))
     seen = {tokens_of(flat, [row_of(top_p=0.0, position=k)])[0][0] for k in range(20)}
     assert seen == {40}
+
+
+@pytest.mark.parametrize("vocab", [2, 511, 1024, 1500, 3001])
+def test_the_best_token_is_the_first_of_equals(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randint(-3, 4, (40, vocab), generator=generator).float()
+    logits[0] = -torch.inf
+    logits[1, -1] = 9.0
+    logits[2, 0] = logits[2, -1] = 9.0
+    logits[3, vocab // 2 :] = 9.0
+    top, ids = best_tokens(logits)
+    assert torch.equal(top, logits.amax(dim=1))
+    assert ids.tolist() == [row.index(max(row)) for row in logits.tolist()]
+    logits[:, vocab - 1] = torch.nan
+    assert best_tokens(logits)[0].isnan().all()
 
 
 @pytest.mark.parametrize(("top_p", "size"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.99, 4)])

@@ -221,17 +221,27 @@ class _Planner:
         for (_, span), (first, last) in zip(items, visible, strict=True):
             flat += span.block_ids[first:last]
             flat += span.block_ids[first : first + 1] * (width - last + first)
-        columns = torch.arange(width * self._block_size, device=self._device)
-        limits = torch.tensor(bounds, dtype=torch.int64, device=self._device)
-        hidden = (columns < limits[:, :1]) | (columns >= limits[:, 1:])
         rows = [row for row, _ in items]
         return DecodeGroup(
             None if len(rows) == num_rows else self._index(rows),
             len(items),
             width,
             _tensor(flat, self._device),
-            _additive(hidden, self._dtype)[:, None, None, :],
+            self._decode_mask(bounds, width * self._block_size)[:, None, None, :],
         )
+
+    def _decode_mask(self, bounds: list[tuple[int, int]], num_columns: int) -> torch.Tensor:
+        """Additive [batch, columns]: each row sees the columns [low, high) of its bounds. Only
+        the columns that some row does not see are looked at."""
+        mask = torch.zeros((len(bounds), num_columns), dtype=self._dtype, device=self._device)
+        limits = torch.tensor(bounds, dtype=torch.int64, device=self._device)
+        columns = torch.arange(num_columns, device=self._device)
+        last_low = max(low for low, _ in bounds)
+        if last_low:
+            mask[:, :last_low].masked_fill_(columns[:last_low] < limits[:, :1], float("-inf"))
+        first_high = min(high for _, high in bounds)
+        mask[:, first_high:].masked_fill_(columns[first_high:] >= limits[:, 1:], float("-inf"))
+        return mask
 
     def prefill(self, row: int, span: Span) -> list[PrefillPart]:
         if self.is_fresh(span):

@@ -21,7 +21,9 @@ MIN_TEMPERATURE = 1e-30
 FIRST_WINDOW = 256
 SECOND_WINDOW = 4096
 FLAT_VOCAB = 1 << 14
-"""From this size on a row without top-k that no window holds is not sorted: see `nucleus`."""
+"""From this size on a row without top-k that the first window does not hold is not sorted: see
+`nucleus`."""
+_NEIGHBOURS = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def find_candidates(
     if any(p.top_p < 1.0 for p in params):
         # Without top-k the mass is that of the whole row, which a window does not hold.
         cold = ((logits - top[:, None]) / heat[:, None].to(logits.dtype)).exp_()
-        mass = torch.where(limit < vocab_size, mass, cold.sum(dim=1, dtype=double))
+        mass = torch.where(limit < vocab_size, mass, _row_sums(cold))
     before = weight.cumsum(dim=1) - weight
     keep &= before < (top_p * mass)[:, None]
     keep &= tempered >= floor[:, None]
@@ -93,6 +95,16 @@ def find_candidates(
     clear = last > values[:, -1] if window < vocab_size else torch.ones_like(keep[:, 0])
     width = max(int(count.masked_fill_(~clear, 0).max().item()), 1)
     return Candidates(ids[:, :width], tempered[:, :width], keep[:, :width], clear)
+
+
+def _row_sums(numbers: torch.Tensor) -> torch.Tensor:
+    """float64 sums of the rows of float32 `numbers`: in float32 over a few neighbours, which is
+    several times as fast and as exact as the numbers are, in float64 over the groups."""
+    count = numbers.shape[1] // _NEIGHBOURS
+    whole = count * _NEIGHBOURS
+    groups = numbers[:, :whole].view(numbers.shape[0], count, _NEIGHBOURS).sum(dim=2)
+    total: torch.Tensor = groups.sum(dim=1, dtype=torch.float64)
+    return total.add_(numbers[:, whole:].sum(dim=1))
 
 
 def sorted_head(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,8 @@ from xllm.protocol.sampling import SamplingParams
 from xllm.worker.sampling.counts import TokenCounts
 from xllm.worker.sampling.rows import SampleRow
 
+_DOUBLE = torch.float64
+
 
 def needs_counts(params: SamplingParams) -> bool:
     """Whether a penalty asks which tokens were there."""
@@ -36,7 +38,8 @@ def needs_edit(row: SampleRow) -> bool:
 
 
 def apply_edits(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
-    """Edit the rows of `logits` [rows, vocab] in place. Token ids must be below vocab."""
+    """Edit the rows of `logits` [rows, vocab] (contiguous) in place. Token ids must be below
+    vocab."""
     edited = [index for index, row in enumerate(rows) if needs_edit(row)]
     if not edited:
         return
@@ -47,46 +50,55 @@ def apply_edits(logits: torch.Tensor, rows: Sequence[SampleRow]) -> None:
     for index in edited:
         row = rows[index]
         if len(row.output_ids) < row.sampling.min_tokens:
-            masked.add(index, row.stop_ids, 0.0)
+            masked.add(index, row.stop_ids)
     if masked:
-        where = masked.where(logits.device)
-        logits[where] = -torch.inf
+        logits.view(-1)[masked.where(logits)] = -torch.inf
 
 
 def _repetition(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[int]) -> None:
     entries = _Entries()
     for index in edited:
-        row = rows[index]
-        penalty = row.sampling.repetition_penalty
+        penalty = rows[index].sampling.repetition_penalty
         if penalty != 1.0:
-            entries.add(index, _counts(row).seen_ids, penalty)
+            entries.add(index, _counts(rows[index]).seen_ids, penalty)
     if entries:
-        where = entries.where(logits.device)
-        penalty_of = entries.values(logits)
-        old = logits[where]
-        logits[where] = torch.where(old > 0, old / penalty_of, old * penalty_of)
+        flat, where = logits.view(-1), entries.where(logits)
+        penalty_of = entries.factors(logits)
+        old = flat.index_select(0, where)
+        new = torch.where(old > 0, old / penalty_of, old * penalty_of)
+        flat.index_copy_(0, where, new)
 
 
 def _counted(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[int]) -> None:
-    entries = _Entries()
+    present, frequent = _Entries(), _Entries()
+    counted = array("d")
     for index in edited:
-        presence = rows[index].sampling.presence_penalty
-        frequency = rows[index].sampling.frequency_penalty
-        if presence or frequency:
+        params = rows[index].sampling
+        if params.presence_penalty or params.frequency_penalty:
             counts = _counts(rows[index])
-            deltas = [presence + frequency * count for count in counts.output_counts]
-            entries.add_each(index, counts.output_ids, deltas)
-    if entries:
-        logits[entries.where(logits.device)] -= entries.values(logits)
+            present.add(index, counts.output_ids, params.presence_penalty)
+            frequent.add(index, (), params.frequency_penalty, len(counts.output_ids))
+            counted.extend(counts.output_counts)
+    if present:
+        delta = present.factors() + frequent.factors() * torch.frombuffer(counted, dtype=_DOUBLE)
+        _subtract(logits, present, delta)
 
 
 def _bias(logits: torch.Tensor, rows: Sequence[SampleRow], edited: list[int]) -> None:
-    entries = _Entries()
+    entries, values = _Entries(), array("d")
     for index in edited:
         bias = rows[index].sampling.logit_bias
-        entries.add_each(index, list(bias), list(bias.values()))
+        entries.add(index, list(bias))
+        values.extend(bias.values())
     if entries:
-        logits[entries.where(logits.device)] += entries.values(logits)
+        _subtract(logits, entries, -torch.frombuffer(values, dtype=_DOUBLE))
+
+
+def _subtract(logits: torch.Tensor, entries: _Entries, values: torch.Tensor) -> None:
+    """Values (float64, on the host) from the places of `entries`, which are distinct."""
+    flat, where = logits.view(-1), entries.where(logits)
+    new = flat.index_select(0, where) - values.to(logits.device, logits.dtype)
+    flat.index_copy_(0, where, new)
 
 
 def _counts(row: SampleRow) -> TokenCounts:
@@ -94,37 +106,32 @@ def _counts(row: SampleRow) -> TokenCounts:
 
 
 class _Entries:
-    """Places of the logits and a value for each, in runs of one row."""
+    """Places of the logits, in runs of one row, and a factor for each run."""
 
     def __init__(self) -> None:
         self._ids = array("q")
         self._rows: list[int] = []
         self._lengths: list[int] = []
-        self._values = array("d")
+        self._factors: list[float] = []
 
     def __bool__(self) -> bool:
         return bool(self._ids)
 
-    def add(self, row: int, ids: Sequence[int], value: float) -> None:
-        """The same value at several ids of one row."""
-        self._add_ids(row, ids)
-        self._values.extend(array("d", (value,)) * len(ids))
-
-    def add_each(self, row: int, ids: Sequence[int], values: Sequence[float]) -> None:
-        """A value of its own at each of several ids of one row."""
-        self._add_ids(row, ids)
-        self._values.extend(values)
-
-    def where(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and column indices."""
-        rows = torch.tensor(self._rows).repeat_interleave(torch.tensor(self._lengths))
-        return rows.to(device), torch.frombuffer(self._ids, dtype=torch.int64).to(device)
-
-    def values(self, like: torch.Tensor) -> torch.Tensor:
-        """The values, of the type and device of `like`."""
-        return torch.frombuffer(self._values, dtype=torch.float64).to(like.device, like.dtype)
-
-    def _add_ids(self, row: int, ids: Sequence[int]) -> None:
+    def add(self, row: int, ids: Sequence[int], factor: float = 0.0, length: int = -1) -> None:
+        """A run: ids of one row (or, with `length`, as many as another has)."""
         self._ids.extend(ids)
         self._rows.append(row)
-        self._lengths.append(len(ids))
+        self._lengths.append(len(ids) if length < 0 else length)
+        self._factors.append(factor)
+
+    def where(self, logits: torch.Tensor) -> torch.Tensor:
+        """int64: the places in the flat `logits` [rows, vocab]."""
+        offsets = torch.tensor(self._rows) * logits.shape[1]
+        places = offsets.repeat_interleave(torch.tensor(self._lengths))
+        return places.add_(torch.frombuffer(self._ids, dtype=torch.int64)).to(logits.device)
+
+    def factors(self, like: torch.Tensor | None = None) -> torch.Tensor:
+        """The factor of each place: float64 on the host, or of the type and device of `like`."""
+        factors = torch.tensor(self._factors, dtype=_DOUBLE)
+        spread = factors.repeat_interleave(torch.tensor(self._lengths))
+        return spread if like is None else spread.to(like.device, like.dtype)

@@ -26,6 +26,7 @@ from xllm.worker.sampling.candidates import (
 )
 from xllm.worker.sampling.draw import draw_filtered, draw_plain
 from xllm.worker.sampling.edits import apply_edits
+from xllm.worker.sampling.greedy import best_tokens
 from xllm.worker.sampling.logprobs import score_rows
 from xllm.worker.sampling.noise_tensor import DrawKey
 from xllm.worker.sampling.nucleus import find_nucleus
@@ -103,7 +104,7 @@ class Sampler:
         if not greedy:
             return
         part = logits if len(greedy) == len(rows) else logits[greedy]
-        top, best = part.max(dim=1)  # the first of equals: the lowest id
+        top, best = best_tokens(part)
         _note_bad(top, greedy, failed)
         for index, token in zip(greedy, best.tolist(), strict=True):
             tokens[index] = (token,) * rows[index].num_samples
@@ -153,8 +154,10 @@ class Sampler:
         drawn: dict[int, list[int]],
     ) -> None:
         left = group
-        for window in window_sizes([rows[i].sampling for i in group], self._vocab_size):
-            if window == self._vocab_size >= FLAT_VOCAB:
+        windows = window_sizes([rows[i].sampling for i in group], self._vocab_size)
+        for window in windows:
+            first = window == windows[0] < self._vocab_size
+            if self._vocab_size >= FLAT_VOCAB and not first:
                 left = self._draw_flat(logits, tops, rows, left, drawn)
             if not left:
                 return
