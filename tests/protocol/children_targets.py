@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 
+from xllm.errors import ConfigError
+
 
 def exit_with(code: str) -> None:
     sys.exit(int(code))
@@ -52,6 +54,14 @@ def family(path: str) -> None:
         await asyncio.Event().wait()
 
     asyncio.run(main())
+
+
+def lack_a_package() -> None:
+    import xllm_is_not_there  # noqa: F401
+
+
+def refuse_settings() -> None:
+    raise ConfigError("these bytes are no settings")
 
 
 def lower_limits() -> None:

@@ -110,6 +110,28 @@ def test_a_child_whose_launcher_is_gone_says_it_itself(run_dir, tmp_path, capfd)
     assert capfd.readouterr().err == "xllm: r: as asked\n"
 
 
+@pytest.mark.parametrize(
+    ("target", "code", "words"),
+    [
+        (children_targets.lack_a_package, 69, "No module named 'xllm_is_not_there'"),
+        (children_targets.refuse_settings, 64, "these bytes are no settings"),
+    ],
+)
+def test_a_child_that_never_comes_to_its_role_says_why(target, code, words, capfd):
+    async def main():
+        exits = []
+        children = Children(exits.append)
+        children.start(ChildSpec("r", target))
+        while not exits:
+            await asyncio.sleep(0.01)
+        return exits[0].code
+
+    assert run(main()) == code
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("xllm: r: ")
+    assert words in line
+
+
 def test_no_core_dumps_and_all_the_files_there_are(tmp_path):
     done = run_role("limits", "", tmp_path, preexec_fn=children_targets.lower_limits)
     assert done.stdout.split() == ["0", "True"]

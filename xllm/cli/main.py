@@ -16,7 +16,7 @@ import click
 
 import xllm
 from xllm.config.environment import prepare_environment
-from xllm.errors import ConfigError, RequestError, XllmError
+from xllm.errors import ConfigError, DependencyError, RequestError, XllmError
 
 EXIT_SYSTEM = 71
 EXIT_INTERRUPTED = 130
@@ -106,6 +106,8 @@ def run_command(arguments: Sequence[str]) -> int:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return complain(f"{place}{error.strerror or error}", EXIT_SYSTEM)
+    except ImportError as error:
+        return complain(f"a package is missing or broken: {error}", DependencyError.exit_code)
     except Exception as error:
         return complain(f"internal error: {_describe(error)}", XllmError.exit_code)
 

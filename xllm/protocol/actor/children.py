@@ -15,12 +15,15 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
+from typing import NoReturn
 
-from xllm.errors import InvariantError
+from xllm.errors import DependencyError, InvariantError, XllmError
+from xllm.protocol.actor.logs import LogStream
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -165,7 +168,19 @@ def enter_child(target: Callable[..., None], parent_pid: int, *args: str | bytes
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     libc.prctl(_PR_SET_NAME, process_title(multiprocessing.current_process().name).encode())
-    target(*args)
+    try:
+        target(*args)
+    except XllmError as error:  # before the role's own frame (see run) holds
+        _refuse(error.message, error.exit_code)
+    except ImportError as error:
+        _refuse(f"a package is missing or broken: {error}", DependencyError.exit_code)
+
+
+def _refuse(reason: str, exit_code: int) -> NoReturn:
+    stream = LogStream(sys.stderr)
+    stream.write(f"xllm: {multiprocessing.current_process().name}: {' '.join(reason.split())}\n")
+    stream.flush()
+    os._exit(exit_code)
 
 
 def process_title(name: str) -> str:
