@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from urllib.parse import urlsplit
 
 import pytest
@@ -36,7 +37,7 @@ SNIPPETS = [
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     model = make_toy_model(tmp_path_factory.mktemp("toy") / MODEL)
-    run_dir = f"/tmp/{tmp_path_factory.mktemp('xd').name}"
+    run_dir = tempfile.mkdtemp(prefix="xd-", dir="/tmp")
     # Short answers: the programs do not say how long theirs may be.
     with Served(model, run_dir, "--max-model-len", "128") as served:
         yield served
