@@ -45,7 +45,7 @@ from xllm.protocol.registry.embedded import EmbeddedRegistryServer
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
-from xllm.protocol.transport.pubsub import SubscriberSocket
+from xllm.protocol.transport.pubsub import PublisherSocket, SubscriberSocket
 from xllm.router.actor import RouterActor
 
 MODEL_TOKENIZER = byte_level_tokenizer()
@@ -411,6 +411,19 @@ def test_it_registers_and_shows_itself(in_bench):
         bus.connect(record.bus_endpoint)
         await b.instance("a")
         await until(lambda: heard and dict(heard[-1].inflight) == {"a": 0})
+        other = PublisherSocket(b.transport, f"ipc://{b.run_dir}/other-bus")
+        shown = RouterRecord(
+            name="other", incarnation="1", zmq_endpoint="", bus_endpoint=other.endpoint
+        )
+        await b.registry.put(router_key("default", "other"), encode(shown))
+        async with asyncio.timeout(10):
+            while "other" not in b.router.service.view.routers:
+                other.publish(b"router", RouterPresence("other", "1", 1))
+                await asyncio.sleep(0.005)
+        assert set(b.router.service.view.routers) == {"other"}
+        await b.registry.delete(router_key("default", "other"))
+        await until(lambda: not b.router.service.view.routers)
+        other.close()
         bus.close()
         await b.stop()
         assert await b.registry.get(router_key("default", "r")) is None

@@ -11,7 +11,7 @@ import pytest
 from tests.router.fake_cluster import CONTEXT, TENANT, FakeCluster, in_loop, text_model
 from xllm.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from xllm.kvcache.hashing import chain_hashes
-from xllm.protocol.bus import DaemonHeartbeat, InstanceLoad
+from xllm.protocol.bus import DaemonHeartbeat, InstanceLoad, RouterPresence
 from xllm.protocol.client import (
     ChatMessage,
     DetokenizeIds,
@@ -480,9 +480,18 @@ async def test_status_and_metrics_show_all_processes():
     cluster = FakeCluster("a")
     text = b'# HELP steps_total S.\n# TYPE steps_total counter\nsteps_total{role="worker"} 3\n'
     cluster.beat("a", load=InstanceLoad(num_running=2), metrics=text)
-    cluster.service.view.daemon_heartbeat(DaemonHeartbeat("d", "1", 1), cluster.clock.now)
-    kinds = {one.name: one.kind for one in cluster.service.status().processes}
-    assert kinds == {"router": "router", "a": "instance", "d": "daemon"}
+    cluster.service.heard(DaemonHeartbeat("d", "1", 1))
+    cluster.service.heard(RouterPresence("r2", "1", 1, (("a", 2), ("b", 3))))
+    known = {one.name: one for one in cluster.service.status().processes}
+    kinds = {name: one.kind for name, one in known.items()}
+    assert kinds == {"router": "router", "r2": "router", "a": "instance", "d": "daemon"}
+    assert known["r2"].num_running == 5
+    assert known["d"].num_blocks == 0  # it holds nothing that says how large a block is
+    cluster.service.heard(
+        DaemonHeartbeat("d", "1", 2, dram_blocks=3, dram_bytes=300, dram_capacity_bytes=1000)
+    )
+    daemon = cluster.service.status().processes[-1]
+    assert (daemon.num_blocks, daemon.num_free_blocks) == (10, 7)
     request_id, _ = cluster.ask(max_tokens=1)
     cluster.say(request_id, 0, "a", "length")
     cluster.end(request_id)

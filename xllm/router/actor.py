@@ -79,6 +79,7 @@ class RouterActor(Actor):
         self.http_address = ""
         self._instances: Decoder[InstanceRecord] = Decoder(InstanceRecord)
         self._daemons: Decoder[DaemonRecord] = Decoder(DaemonRecord)
+        self._routers: Decoder[RouterRecord] = Decoder(RouterRecord)
 
     def make_transport(self) -> Transport:
         """With the node's keys, if it has any."""
@@ -142,6 +143,7 @@ class RouterActor(Actor):
         for prefix, changed in (
             (instance_key(cluster.name, ""), self._instances_changed),
             (daemon_key(cluster.name, ""), self._daemons_changed),
+            (router_key(cluster.name, ""), self._routers_changed),
         ):
             await wait_registry(cluster, functools.partial(registry.watch, prefix, changed))
 
@@ -248,14 +250,27 @@ class RouterActor(Actor):
                 self._links.open(record)
 
     def _daemons_changed(self, changes: Sequence[Change]) -> None:
+        self._publishers_changed(changes, self._daemons, self.service.view.daemon_gone)
+
+    def _routers_changed(self, changes: Sequence[Change]) -> None:
+        others = [one for one in changes if one.key.rpartition("/")[2] != self.name]
+        self._publishers_changed(others, self._routers, self.service.view.router_gone)
+
+    def _publishers_changed(
+        self,
+        changes: Sequence[Change],
+        decoder: Decoder[DaemonRecord] | Decoder[RouterRecord],
+        gone: Callable[[str], None],
+    ) -> None:
+        """Those that are only heard: never sent to."""
         for change in changes:
             name = change.key.rpartition("/")[2]
             if change.entry is None:
-                self.service.view.daemon_gone(name)
+                gone(name)
                 self._links.unhear(name)
                 continue
             try:
-                self._links.hear(self._daemons.decode(change.entry.value))
+                self._links.hear(decoder.decode(change.entry.value))
             except BadMessageError as error:
                 _log.error("bad_record", key=change.key, error=error.message)
 

@@ -1,4 +1,4 @@
-"""The router's connections to instances: one DEALER each, and one subscriber for all buses.
+"""The router's connections: one DEALER to each instance, and one subscriber for all buses.
 
 Knows sockets and records, not requests. Words for an instance that is not connected are not
 queued: they would reach a process that never heard of their request.
@@ -14,7 +14,7 @@ from xllm.errors import TransportError, XllmError
 from xllm.protocol.bus import BusMessage
 from xllm.protocol.codec import Decoder
 from xllm.protocol.instance import AdmitRequest, CancelRequest, InstanceReply, ProbeInstance
-from xllm.protocol.records import DaemonRecord, InstanceRecord
+from xllm.protocol.records import DaemonRecord, InstanceRecord, RouterRecord
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.pubsub import SubscriberSocket
@@ -38,12 +38,13 @@ class SocketLinks:
         self._on_word = on_word
         self._on_connected = on_connected
         self._on_gone = on_gone
+        self._on_bus = on_bus
         self._decoder: Decoder[InstanceReply] = Decoder(InstanceReply)
         self._sockets: dict[str, DealerSocket[InstanceReply]] = {}
         self._buses: dict[str, str] = {}
         """Bus endpoint by publisher."""
         self._bus: SubscriberSocket[BusMessage] = SubscriberSocket(
-            transport, Decoder(BusMessage), lambda topic, message: on_bus(message)
+            transport, Decoder(BusMessage), self._hear_word
         )
 
     def __contains__(self, name: str) -> bool:
@@ -77,7 +78,7 @@ class SocketLinks:
         if socket.connected:
             self._on_connected(name)
 
-    def hear(self, record: InstanceRecord | DaemonRecord) -> None:
+    def hear(self, record: InstanceRecord | DaemonRecord | RouterRecord) -> None:
         """Listen to a publisher's heartbeats."""
         if self._buses.get(record.name) == record.bus_endpoint or not record.bus_endpoint:
             return
@@ -119,6 +120,10 @@ class SocketLinks:
         for name in self.names:
             self.close(name)
         self._bus.close()
+
+    def _hear_word(self, topic: bytes, message: BusMessage) -> None:
+        if message.publisher in self._buses:  # else its last words came after its record's end
+            self._on_bus(message)
 
     def _lost(self, name: str, socket: DealerSocket[InstanceReply]) -> None:
         if self._sockets.get(name) is socket:

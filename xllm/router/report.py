@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from xllm.protocol.client import ProcessStatus
 from xllm.router.exposition import merge_texts
-from xllm.router.view import ClusterView, InstanceView
+from xllm.router.view import ClusterView, DaemonView, InstanceView
 
 
 def process_list(
     view: ClusterView, own: tuple[str, str, bool, int], now: float
 ) -> tuple[ProcessStatus, ...]:
-    """This router (`own`: name, incarnation, whether it drains, open requests), then instances
-    and daemons by name."""
+    """This router (`own`: name, incarnation, whether it drains, open requests), the others, then
+    instances and daemons, by name."""
     name, incarnation, draining, num_open = own
     found = [
         ProcessStatus(
@@ -22,18 +22,18 @@ def process_list(
             num_running=num_open,
         )
     ]
-    found += [_instance(one, now) for one in sorted(view, key=lambda one: one.name)]
-    for daemon_name, daemon in sorted(view.daemons.items()):
-        word = daemon.heartbeat
-        found.append(
-            ProcessStatus(
-                name=daemon_name,
-                kind="daemon",
-                incarnation=word.incarnation,
-                num_blocks=word.dram_blocks,
-                heartbeat_age_ms=int((now - daemon.heard_at) * 1000),
-            )
+    found += [
+        ProcessStatus(
+            name=router_name,
+            kind="router",
+            incarnation=router.presence.incarnation,
+            num_running=sum(count for _, count in router.presence.inflight),
+            heartbeat_age_ms=int((now - router.heard_at) * 1000),
         )
+        for router_name, router in sorted(view.routers.items())
+    ]
+    found += [_instance(one, now) for one in sorted(view, key=lambda one: one.name)]
+    found += [_daemon(name, daemon, now) for name, daemon in sorted(view.daemons.items())]
     return tuple(found)
 
 
@@ -61,6 +61,22 @@ def merged_metrics(view: ClusterView, name: str, own: bytes) -> bytes:
         for daemon, seen in view.daemons.items()
     ]
     return merge_texts(texts)
+
+
+def _daemon(name: str, daemon: DaemonView, now: float) -> ProcessStatus:
+    """Its room in blocks of the size of those that it holds; empty it says nothing of them."""
+    word = daemon.heartbeat
+    num_blocks = 0
+    if word.dram_blocks and word.dram_bytes:
+        num_blocks = word.dram_capacity_bytes * word.dram_blocks // word.dram_bytes
+    return ProcessStatus(
+        name=name,
+        kind="daemon",
+        incarnation=word.incarnation,
+        num_blocks=num_blocks,
+        num_free_blocks=max(0, num_blocks - word.dram_blocks),
+        heartbeat_age_ms=int((now - daemon.heard_at) * 1000),
+    )
 
 
 def _instance(one: InstanceView, now: float) -> ProcessStatus:

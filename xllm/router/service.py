@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from xllm import __version__
 from xllm.config.settings import Settings
 from xllm.errors import RequestAbortedError
-from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat
+from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, RouterPresence
 from xllm.protocol.client import (
     DetokenizedText,
     DetokenizeIds,
@@ -146,6 +146,8 @@ class RouterService:
             return self.view.heartbeat(word, self._clock())
         if isinstance(word, DaemonHeartbeat):
             self.view.daemon_heartbeat(word, self._clock())
+        elif isinstance(word, RouterPresence):
+            self.view.router_presence(word, self._clock())
         return ViewChange()
 
     def tick(self) -> ViewChange:

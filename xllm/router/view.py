@@ -13,7 +13,12 @@ import dataclasses
 from collections.abc import Iterator
 
 from xllm.errors import InvariantError
-from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat, InstanceLoad
+from xllm.protocol.bus import (
+    DaemonHeartbeat,
+    InstanceHeartbeat,
+    InstanceLoad,
+    RouterPresence,
+)
 from xllm.protocol.records import InstanceRecord
 
 MISSED_HEARTBEATS = 3
@@ -59,6 +64,14 @@ class DaemonView:
     heard_at: float
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class RouterView:
+    """Another router as heard of."""
+
+    presence: RouterPresence
+    heard_at: float
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ViewChange:
     """What an event changed: names of instances that can take requests now, of those whose
@@ -81,6 +94,7 @@ class ClusterView:
         self._period_s = period_s
         self._instances: dict[str, InstanceView] = {}
         self._daemons: dict[str, DaemonView] = {}
+        self._routers: dict[str, RouterView] = {}
         self._ticked_at = 0.0
         self._usable: dict[str, tuple[InstanceView, ...]] = {}
         """By model; made anew after each change."""
@@ -106,6 +120,11 @@ class ClusterView:
     def daemons(self) -> dict[str, DaemonView]:
         """KV cache daemons by name."""
         return self._daemons
+
+    @property
+    def routers(self) -> dict[str, RouterView]:
+        """Other routers by name."""
+        return self._routers
 
     # -- events ------------------------------------------------------------------------------
 
@@ -190,6 +209,14 @@ class ClusterView:
     def daemon_gone(self, name: str) -> None:
         """A daemon's record is gone."""
         self._daemons.pop(name, None)
+
+    def router_presence(self, word: RouterPresence, now: float) -> None:
+        """Another router speaks."""
+        self._routers[word.publisher] = RouterView(word, now)
+
+    def router_gone(self, name: str) -> None:
+        """Another router's record is gone."""
+        self._routers.pop(name, None)
 
     def tick(self, now: float) -> ViewChange:
         """Call at least once a period: who was silent too long becomes suspect. After a pause of
