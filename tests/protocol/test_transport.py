@@ -538,6 +538,16 @@ def test_a_clients_key_opens_the_client_front_only(tmp_path):
     run(main())
 
 
+def test_no_public_key_looks_like_a_flag(tmp_path, monkeypatch):
+    draw = zmq.curve_keypair
+    odd = iter([(b"-" + b"k" * 39, b"s" * 40)] * 3)
+    monkeypatch.setattr(zmq, "curve_keypair", lambda: next(odd, None) or draw())
+    key = create_keys(str(tmp_path / "k"))
+    assert next(odd, None) is None
+    assert not key.startswith("-")
+    assert Security.load(str(tmp_path / "k")).public_key == key
+
+
 def test_a_file_without_a_key_is_named(tmp_path):
     create_keys(str(tmp_path / "k"))
     (tmp_path / "k" / "allowed" / "bad.key").write_text("nothing")

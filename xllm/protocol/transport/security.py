@@ -67,13 +67,15 @@ def create_keys(keys_dir: str) -> str:
     previous = os.umask(0o077)
     try:
         allowed.mkdir(parents=True, exist_ok=True)
-        public_path, secret_path = zmq.auth.create_certificates(directory, NODE_KEY)
+        public = b"-"
+        while public.startswith(b"-"):  # people give it to commands, which take that for a flag
+            public_path, secret_path = zmq.auth.create_certificates(directory, NODE_KEY)
+            public, _ = zmq.auth.load_certificate(public_path)
     finally:
         os.umask(previous)
     os.chmod(secret_path, 0o600)
     os.chmod(directory, 0o700)
     (allowed / "self.key").write_bytes(pathlib.Path(public_path).read_bytes())
-    public, _ = zmq.auth.load_certificate(public_path)
     return public.decode()
 
 
