@@ -143,6 +143,19 @@ def test_choices_that_resume_are_held_one_by_one_and_told_once():
     one.run()
 
 
+def test_choices_that_wait_for_each_others_blocks_do_not_wait_for_ever():
+    one = instance(num_blocks=8, hold_s=1.0, prefix_cache=False)
+    one.admit("a", range(20, 40), stages=STAGES, n=2, outputs=[[5], [6]])
+    one.step()
+    assert one.scheduler.statistics().num_held == 1
+    assert not one.step()
+    assert not one.prefilled
+    one.now += 1.0
+    one.step()
+    assert one.ended["a", 1].code == "unavailable"
+    one.run()
+
+
 def test_held_blocks_are_not_taken_and_others_wait_for_them():
     one = instance(num_blocks=8, hold_s=1.0)
     one.admit("a", range(20, 40), stages=STAGES)
@@ -170,7 +183,7 @@ def test_a_lost_worker_and_a_deadline_end_holds():
     assert one.scheduler.is_idle
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(0, 1 << 30))
 def test_holds_harm_nobody_and_leak_nothing(seed):
     rng = random.Random(seed)
@@ -191,9 +204,11 @@ def test_holds_harm_nobody_and_leak_nothing(seed):
         if held and rng.random() < 0.4:
             one.scheduler.release_hold(rng.choice(sorted(held)), 1)
             one.scheduler.check()
-    while one.scheduler.num_requests:
+    for _ in range(3000):
         if not one.step():
             one.now += 0.5
+        if not one.scheduler.num_requests:
+            break
     one.run()
     for name, attempt in one.requests:
         if name not in held:

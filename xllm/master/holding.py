@@ -93,13 +93,10 @@ class PrefillHolder:
 
 
 def end_holds(state: InstanceState, now: float) -> None:
-    """End the holds whose time is over, with a word: nobody came for them."""
+    """End, with a word, the requests whose first hold is over: nobody came for them. A request
+    that is held in part ends too: what it holds may be what its other choices wait for."""
     for request in state.holds.pop_passed(now):
-        if not request.open_choices:
-            continue
-        if not request.is_held:
-            state.holds.push(request, now + state.limits.hold_s)
-            continue
-        state.end_request(
-            request, UnavailableError.code, "nobody took the prefilled request in time"
-        )
+        if request.open_choices:
+            state.end_request(
+                request, UnavailableError.code, "nobody took the prefilled request in time"
+            )
