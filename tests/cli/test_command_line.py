@@ -150,3 +150,10 @@ def test_a_reader_that_leaves_is_no_failure():
     assert process.wait(30) == 0
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+@pytest.mark.parametrize("redirect", ["2>/dev/full", "2>&-", ">&- 2>&-"])
+def test_a_standard_error_that_takes_nothing_changes_no_exit_code(redirect):
+    command = f'exec "$0" -m xllm serve --port x {redirect}'
+    done = subprocess.run(["bash", "-c", command, sys.executable], timeout=30)
+    assert done.returncode == 64

@@ -114,7 +114,10 @@ def run_command(arguments: Sequence[str]) -> int:
 
 def complain(text: str, exit_code: int) -> int:
     """One line on standard error; returns the code."""
-    click.echo(f"xllm: {' '.join(text.split())}", err=True)
+    try:
+        click.echo(f"xllm: {' '.join(text.split())}", err=True)
+    except (OSError, ValueError):
+        pass  # a full disk or a closed standard error: the exit code says it
     return exit_code
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-import click
+from xllm.protocol.actor.logs import LogStream
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -19,10 +19,12 @@ _STEPS = 4
 
 
 class LaunchScreen:
-    """Shows a start on standard output. A reader that went away ends nothing."""
+    """Shows a start on standard output. A reader that went away, or a full disk, ends nothing:
+    the children are started and watched all the same."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stdout
+        self._file = stream or sys.stdout
+        self._stream = LogStream(self._file)
         self._bars: dict[str, TaskID] = {}
         self._shown: dict[str, int] = {}
         self._progress: Progress | None = None
@@ -32,15 +34,17 @@ class LaunchScreen:
         try:
             if self._progress is not None:
                 self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-            else:
-                click.echo(text, file=self._stream)
-                self._stream.flush()
+                return
         except OSError:
-            pass  # nobody reads: the service serves on
+            return  # nobody reads: the service serves on
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
 
     def complain(self, text: str) -> None:
         """One line of a failure, on standard error."""
-        click.echo(f"xllm: {' '.join(text.split())}", err=True)
+        stream = LogStream(sys.stderr)
+        stream.write(f"xllm: {' '.join(text.split())}\n")
+        stream.flush()
 
     def bar(self, name: str, done: int, total: int, unit: str) -> None:
         """How far `name` is; the bar goes with its last step."""
@@ -68,7 +72,7 @@ class LaunchScreen:
                 TextColumn("         {task.description}"),
                 BarColumn(),
                 DownloadColumn(),
-                console=Console(file=self._stream),
+                console=Console(file=self._file),
                 transient=True,
             )
             self._progress.start()
