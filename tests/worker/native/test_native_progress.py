@@ -7,11 +7,14 @@ counts must not grow with the step.
 from __future__ import annotations
 
 from array import array
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.fixtures.models import make_model
+from tests.worker.native.plan_driver import PlanDriver
 from tests.worker.torch_watch import TorchWatch
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import ItemKind, NewSequence, StepItem
@@ -21,9 +24,11 @@ from xllm.worker.attention.plan import Span, plan_window, write_slots
 from xllm.worker.execution import drawing
 from xllm.worker.execution.batch import BatchEntry, StepBatch
 from xllm.worker.execution.drawing import TokenDrawer
+from xllm.worker.execution.layer_loop import LayerLoop
 from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.progress import ProgressCounter
 from xllm.worker.execution.sequences import SequenceState
+from xllm.worker.layers import decoder
 from xllm.worker.memory.layout import KvLayout
 from xllm.worker.memory.pool import KvPool, PoolMemory
 from xllm.worker.sampling import logprobs, sampler
@@ -112,6 +117,25 @@ def test_each_part_of_an_attention_counts(monkeypatch: pytest.MonkeyPatch) -> No
     with watch:
         attention.attend(0, q, k, v)
     assert watch.num_ticks == 1 + 256 // 32 + 2
+
+
+def test_a_longer_chunk_leaves_no_longer_gap(tmp_path: Path, monkeypatch) -> None:
+    """Projections in slices of rows, a fresh prompt in parts: 16 times the rows, the same gap."""
+    monkeypatch.setattr(decoder, "_SLICE_ROWS", 16)
+    monkeypatch.setattr(attention_plan, "_MAX_FRESH_PART_ROWS", 16)
+    monkeypatch.setattr(attention_plan, "_MAX_CHUNK_ROWS", 16)
+    model = make_model("qwen3", tmp_path, intermediate_size=4096)
+    engine = PlanDriver(model).executor._loaded()
+
+    def gap(num_rows: int) -> int:
+        watch = TorchWatch()
+        loop = LayerLoop(engine.loop._model, engine.pool, torch.float32, CPU, watch.tick)
+        spans = [Span(0, num_rows, array("q", range(64)))]
+        with torch.inference_mode(), watch:
+            loop.run(spans, [5] * num_rows, ())
+        return watch.longest
+
+    assert gap(256) < 1.5 * gap(16)
 
 
 def test_the_masks_of_a_step_are_made_one_at_a_time() -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from xllm.worker.attention import plan
 from xllm.worker.attention.paged import AttentionWorkspace, PagedAttention
 from xllm.worker.attention.plan import Span, plan_window, write_slots
 from xllm.worker.memory.layout import KvLayout
@@ -154,3 +155,24 @@ def test_fresh_prompts_of_one_batch() -> None:
     spoilt = attend(spans, slice(0, 19))
     assert not spoilt[:5].isfinite().any()
     assert torch.equal(spoilt[5:], together[5:])
+
+
+def test_a_long_fresh_prompt_in_parts(monkeypatch) -> None:
+    """Its first rows see each other alone, the rest see them in the pool."""
+    torch.manual_seed(4)
+    layout = KvLayout(16, 8, 1, KV_HEADS, DIM, 4)
+    pool = KvPool(layout, PoolMemory(torch.zeros(layout.total_bytes // 4)))
+    spans = [span(0, 100, list(range(13)))]
+    slots = torch.tensor(write_slots(spans, 8))
+    q = torch.randn(100, HEADS, DIM)
+    k, v = torch.randn(2, 100, KV_HEADS, DIM).unbind()
+    found = []
+    for size in (1000, 32):
+        monkeypatch.setattr(plan, "_MAX_FRESH_ROWS", 10)
+        monkeypatch.setattr(plan, "_MAX_FRESH_PART_ROWS", size)
+        planned = plan_window(spans, 0, 8, torch.float32, CPU)
+        assert [part.num_rows for part in planned.prefills] == ([100] if size > 100 else [32, 68])
+        workspace = AttentionWorkspace(pool, torch.float32, CPU)
+        attention = PagedAttention(pool, workspace, slots, {0: planned}, (0,), no_tick)
+        found.append(attention.attend(0, q, k, v))
+    assert (found[0] - found[1]).abs().max() < 1e-6

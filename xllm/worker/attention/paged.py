@@ -58,6 +58,10 @@ class PagedAttention:
         self._tick = tick
         self._mask: tuple[SeenKeys, torch.Tensor] | None = None
 
+    def tick(self) -> None:
+        """A piece of a layer is done."""
+        self._tick()
+
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Write k and v [rows, kv_heads, head_dim] of all rows, then attend q
         [rows, heads, head_dim]: [rows, heads * head_dim]. Rows of one step see each other's

@@ -25,6 +25,9 @@ _MAX_MASK_NUMBERS = 1 << 24
 _MAX_FRESH_ROWS = 256
 """A fresh prompt of more rows is attended alone: nothing is gained by padding it."""
 
+_MAX_FRESH_PART_ROWS = 1 << 11
+"""Rows of a fresh prompt that are attended in one go; those behind them see them in the pool."""
+
 _MAX_FRESH_GROUP_ROWS = 1 << 12
 """Rows of one padded batch of fresh prompts at most."""
 
@@ -244,11 +247,13 @@ class _Planner:
         return mask
 
     def prefill(self, row: int, span: Span) -> list[PrefillPart]:
-        if self.is_fresh(span):
-            return [PrefillPart(row, span.num_rows)]
         parts = []
+        begun = 0
+        if self.is_fresh(span):
+            begun = min(span.num_rows, _MAX_FRESH_PART_ROWS)
+            parts.append(PrefillPart(row, begun))
         size = max(min(_MAX_CHUNK_ROWS, _MAX_MASK_NUMBERS // span.end), _MIN_CHUNK_ROWS)
-        for offset in range(0, span.num_rows, size):
+        for offset in range(begun, span.num_rows, size):
             count = min(size, span.num_rows - offset)
             start = span.start + offset
             first, last = self._visible_blocks(start, start + count)

@@ -18,7 +18,7 @@ from xllm.worker.sampling.logprobs import score_rows
 from xllm.worker.sampling.rows import SampleRow
 from xllm.worker.sampling.sampler import Sampler
 
-_SLICE_BYTES = 64 << 20
+_SLICE_BYTES = 32 << 20
 """Logits in memory at a time, in fp32."""
 
 _NOT_FINITE = "the model's output is not a number (an overflow of its type?)"
