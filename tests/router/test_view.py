@@ -131,7 +131,7 @@ def test_daemons_come_and_go():
     view = ClusterView(0.2)
     view.daemon_heartbeat(DaemonHeartbeat("d", "1", 1, dram_blocks=3), 1.0)
     assert view.daemons["d"].heartbeat.dram_blocks == 3
-    view.daemon_gone("d")
+    view.publisher_gone("d")
     assert not view.daemons
 
 

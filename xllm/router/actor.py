@@ -185,7 +185,7 @@ class RouterActor(Actor):
         """Refuse new requests, let open ones end, fail the rest, close."""
         grace_s = self._settings.cluster.shutdown_s
         if self._http is not None:
-            self.service.begin_drain()
+            self.service.submission.draining = True
             num_open = self.service.num_open
             if self._reporter is not None:
                 self._reporter.stopping(num_open)
@@ -250,23 +250,20 @@ class RouterActor(Actor):
                 self._links.open(record)
 
     def _daemons_changed(self, changes: Sequence[Change]) -> None:
-        self._publishers_changed(changes, self._daemons, self.service.view.daemon_gone)
+        self._publishers_changed(changes, self._daemons)
 
     def _routers_changed(self, changes: Sequence[Change]) -> None:
         others = [one for one in changes if one.key.rpartition("/")[2] != self.name]
-        self._publishers_changed(others, self._routers, self.service.view.router_gone)
+        self._publishers_changed(others, self._routers)
 
     def _publishers_changed(
-        self,
-        changes: Sequence[Change],
-        decoder: Decoder[DaemonRecord] | Decoder[RouterRecord],
-        gone: Callable[[str], None],
+        self, changes: Sequence[Change], decoder: Decoder[DaemonRecord] | Decoder[RouterRecord]
     ) -> None:
         """Those that are only heard: never sent to."""
         for change in changes:
             name = change.key.rpartition("/")[2]
             if change.entry is None:
-                gone(name)
+                self.service.view.publisher_gone(name)
                 self._links.unhear(name)
                 continue
             try:

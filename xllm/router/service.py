@@ -77,7 +77,7 @@ class RouterService:
         self._pool = TextPool()
         self.registry_degraded = False
         """Set by the actor: the registry does not answer."""
-        self._submission = Submission(
+        self.submission = Submission(
             self.intake, self._pool, self.dispatcher, settings.router, clock
         )
 
@@ -89,7 +89,7 @@ class RouterService:
         Never raises for a fault of the request: `sink` gets deltas (where `request.stream`; the
         last one of each choice has its `finish_reason`), then exactly one RequestFinished or
         RequestFailed, possibly before this returns."""
-        return self._submission.submit(request, tenant, sink)
+        return self.submission.submit(request, tenant, sink)
 
     def abort(self, request_id: str) -> None:
         """Stop a request: its sink gets RequestFailed with code `aborted`. Unknown: ignored."""
@@ -98,16 +98,12 @@ class RouterService:
     @property
     def draining(self) -> bool:
         """Whether new requests are refused."""
-        return self._submission.draining
-
-    def begin_drain(self) -> None:
-        """Take nothing new from now on."""
-        self._submission.draining = True
+        return self.submission.draining
 
     async def drain(self, timeout_s: float) -> int:
         """Take nothing new, let open requests end for so long, then fail the rest; returns how
         many those were."""
-        self.begin_drain()
+        self.submission.draining = True
         try:
             await asyncio.wait_for(self.dispatcher.wait_empty(), timeout_s)
         except TimeoutError:
@@ -164,7 +160,7 @@ class RouterService:
 
     async def tokenize(self, request: TokenizeText, tenant: Tenant) -> TokenizedText:
         """Token ids of a text or of messages; XllmError where it cannot."""
-        self._submission.check_model(request.model)
+        self.submission.check_model(request.model)
         info = self.intake.check_text(request)
         talk = request.messages
         if is_long_text(request.text or "") or (talk is not None and is_long_talk(talk)):
@@ -175,7 +171,7 @@ class RouterService:
 
     async def detokenize(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:
         """The text of token ids; XllmError where it cannot."""
-        self._submission.check_model(request.model)
+        self.submission.check_model(request.model)
         ids = request.token_ids
         self.intake.check_ids(ids)
         decode = partial(self.intake.text.decode, ids, skip_special_tokens=False)

@@ -206,16 +206,13 @@ class ClusterView:
         """A KV cache daemon speaks."""
         self._daemons[word.publisher] = DaemonView(word, now)
 
-    def daemon_gone(self, name: str) -> None:
-        """A daemon's record is gone."""
-        self._daemons.pop(name, None)
-
     def router_presence(self, word: RouterPresence, now: float) -> None:
         """Another router speaks."""
         self._routers[word.publisher] = RouterView(word, now)
 
-    def router_gone(self, name: str) -> None:
-        """Another router's record is gone."""
+    def publisher_gone(self, name: str) -> None:
+        """The record of a daemon or another router is gone."""
+        self._daemons.pop(name, None)
         self._routers.pop(name, None)
 
     def tick(self, now: float) -> ViewChange:
