@@ -74,7 +74,8 @@ class TextModel:
         """Token ids of a text. `owner`: whose earlier texts may shorten the work."""
         if self._segments is not None and not (add_special_tokens and self._adds_tokens):
             return self._segments.encode(text, owner)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        fast = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = fast[0].ids
         return ids
 
     def render(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> str:

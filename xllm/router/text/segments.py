@@ -61,7 +61,9 @@ class SegmentEncoder:
         return ids
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        # The batch call skips the offsets of tokens in the text: a third of the time.
+        fast = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = fast[0].ids
         return ids
 
 
