@@ -48,17 +48,28 @@ sys.exit(f"imported {heavy}" if heavy else 0)
 """
 
 
-@pytest.mark.process
-def test_the_toy_worker_starts_light_and_fast() -> None:
-    cpu_s = []
+YARDSTICK = "import asyncio, ctypes, json, logging, multiprocessing"
+YARDSTICK_S = 0.1
+"""Processor time of the yardstick's start on the machine that the bound of 0.3 s is for."""
+
+
+def start_cpu_s(code: str) -> float:
+    """Processor time of a fresh interpreter that runs `code`, the best of three."""
+    spent = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0, done.stderr
-        cpu_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    # Processor time, the best of three: a busy machine must not fail this.
-    assert min(cpu_s) < 0.3
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(spent)
+
+
+@pytest.mark.process
+def test_the_toy_worker_starts_light_and_fast() -> None:
+    # Shared cores make every start slower alike: the bound grows with the yardstick's.
+    slowness = max(1.0, start_cpu_s(YARDSTICK) / YARDSTICK_S)
+    assert start_cpu_s(FRESH) < 0.3 * slowness
 
 
 async def spawn_worker(master: FakeMaster, model_path: str = ""):
