@@ -157,3 +157,8 @@ def test_a_standard_error_that_takes_nothing_changes_no_exit_code(redirect):
     command = f'exec "$0" -m xllm serve --port x {redirect}'
     done = subprocess.run(["bash", "-c", command, sys.executable], timeout=30)
     assert done.returncode == 64
+
+
+def test_a_registry_given_to_serve_is_refused(capsys):
+    assert run_command(["serve", "--cluster-registry", "tcp://127.0.0.1:1"]) == 64
+    assert "brings a registry of its own" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import click
 
 from xllm.client.asynchronous import DEFAULT_ENDPOINT
 from xllm.client.synchronous import Client
-from xllm.errors import BrokenError, DependencyError
+from xllm.errors import BrokenError, DeadlineError, DependencyError
 from xllm.protocol.sampling import SamplingParams
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,8 +43,12 @@ def service_options(function: F) -> F:
         try:
             return function(*args, connect=connect, **kwargs)
         except BrokenError as error:
-            hint = "; `xllm serve` starts a service here"
+            hint = "; `xllm serve` starts a service here, --endpoint names another one's"
+            if not server_key:
+                hint += ", and one with keys wants --keys-dir and --server-key"
             raise DependencyError(error.message + hint) from error
+        except DeadlineError as error:
+            raise DependencyError(f"{endpoint}: {error.message} (--timeout)") from error
 
     options = (
         click.option(

@@ -37,6 +37,8 @@ from xllm.protocol.transport.security import Security
 
 STOP_GRACE_S = 3.0
 """What a process gets beyond the time to drain before it is killed."""
+SIGNAL_ECHO_S = 0.05
+"""Some senders signal a process and its whole group: so close together they are one."""
 _PROBE_S = 30.0
 _PROBE_AGAIN_S = 0.02
 _MAX_PROBE_AGAIN_S = 1.0
@@ -66,6 +68,7 @@ class LaunchedService(Actor):
         self._was_ready = False
         self._gave_up = False
         self._num_interrupts = 0
+        self._interrupted_at = 0.0
 
     @property
     def security(self) -> Security | None:
@@ -114,6 +117,10 @@ class LaunchedService(Actor):
 
     def interrupt(self, number: int) -> None:
         """A signal asks for the end: the first one drains, a second one stops at once."""
+        now = asyncio.get_running_loop().time()
+        if self._num_interrupts and now - self._interrupted_at < SIGNAL_ECHO_S:
+            return
+        self._interrupted_at = now
         self._num_interrupts += 1
         if self._num_interrupts == 1:
             if self._was_ready and not self._gave_up:

@@ -15,6 +15,7 @@ from xllm.cli.flags import settings_options
 from xllm.cli.model_source import resolve_model
 from xllm.cli.preflight import check_device, check_model_files, check_settings
 from xllm.config.settings import Settings
+from xllm.errors import ConfigError
 
 SECTIONS = ("model", "router", "serve", "worker", "scheduler", "master", "kvcache", "cluster")
 
@@ -24,6 +25,11 @@ SECTIONS = ("model", "router", "serve", "worker", "scheduler", "master", "kvcach
 def serve(settings: Settings) -> int:
     """Serve a model on this machine: router, masters, workers and KV cache daemon, with an
     OpenAI-compatible HTTP endpoint and a ZeroMQ one. Without --model, the demo model."""
+    if settings.cluster.registry:
+        raise ConfigError(
+            "serve brings a registry of its own: --cluster-registry belongs to single roles",
+            param="cluster.registry",
+        )
     check_settings(settings)
     check_device(settings)
     path, name = resolve_model(settings.model)
