@@ -11,6 +11,7 @@ import pytest
 from tests.cli.toy_model import expected_ids, make_toy_model
 from tests.serve.served import Served, alive, wait_until
 from xllm import Client
+from xllm.cli.launcher import SIGNAL_ECHO_S
 from xllm.errors import XllmError
 
 pytestmark = pytest.mark.process
@@ -70,8 +71,11 @@ def test_a_second_interrupt_stops_at_once(model, run_dir):
         stream = client.stream((70, 71), max_tokens=2000, hold_ms=0)
         passing = iter(stream)
         next(passing)
+        first = time.monotonic()
         served.interrupt()
         wait_until(lambda: "draining" in served.text)
+        wait_until(lambda: time.monotonic() - first > 5 * SIGNAL_ECHO_S)
+        assert alive(family)
         began = time.monotonic()
         served.interrupt()
         assert served.wait() == 130

@@ -37,7 +37,7 @@ from xllm.protocol.transport.security import Security
 
 STOP_GRACE_S = 3.0
 """What a process gets beyond the time to drain before it is killed."""
-SIGNAL_ECHO_S = 0.05
+SIGNAL_ECHO_S = 0.02
 """Some senders signal a process and its whole group: so close together they are one."""
 _PROBE_S = 30.0
 _PROBE_AGAIN_S = 0.02
