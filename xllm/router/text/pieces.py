@@ -10,7 +10,6 @@ replaces only what is invalid.)
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,15 +34,15 @@ class PieceTable(dict[int, bytes]):
         return piece
 
 
-class PieceScheme(ABC):
+class PieceScheme:
     """How a token's name becomes bytes."""
 
     strip_start = 0
     """Spaces dropped where a text begins: none, one, or (-1) all that begin the first token."""
 
-    @abstractmethod
     def piece(self, token: str) -> bytes:
         """The bytes of the token of that name."""
+        raise NotImplementedError
 
 
 class ByteLevelScheme(PieceScheme):
