@@ -28,13 +28,21 @@ def span(start: int, num_rows: int, blocks: list[int]) -> Span:
 
 
 def expected_row(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: int, window: int
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: int,
+    window: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """One row [heads, dim] over keys and values [tokens, kv_heads, dim], in float64."""
     low = max(position + 1 - window, 0) if window else 0
     seen_keys = keys[low : position + 1].double().repeat_interleave(HEADS // KV_HEADS, 1)
     seen_values = values[low : position + 1].double().repeat_interleave(HEADS // KV_HEADS, 1)
-    scores = torch.einsum("hd,thd->ht", q.double(), seen_keys) / DIM**0.5
+    scores = torch.einsum("hd,thd->ht", q.double(), seen_keys) * (scale or DIM**-0.5)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     return torch.einsum("ht,thd->hd", scores.softmax(-1), seen_values)
 
 
@@ -54,8 +62,10 @@ def batches(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int, int]:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(batches())
-def test_any_batch(batch: tuple[list[tuple[int, int]], int, int, int]) -> None:
+@given(batches(), st.sampled_from([None, 0.5]), st.sampled_from([0.0, 1.5]))
+def test_any_batch(
+    batch: tuple[list[tuple[int, int]], int, int, int], scale: float | None, softcap: float
+) -> None:
     shapes, block_size, window, seed = batch
     torch.manual_seed(seed)
     layout = KvLayout(NUM_BLOCKS, block_size, 1, KV_HEADS, DIM, 4)
@@ -84,12 +94,12 @@ def test_any_batch(batch: tuple[list[tuple[int, int]], int, int, int]) -> None:
     event(f"{len(plan.fresh)} fresh groups")
     workspace = AttentionWorkspace(pool, torch.float32, CPU)
     attention = PagedAttention(pool, workspace, slots, {window: plan}, (window,), no_tick)
-    got = attention.attend(0, q, fresh_keys, fresh_values)
+    got = attention.attend(0, q, fresh_keys, fresh_values, scale, softcap)
     row = 0
     for one, (keys, values) in zip(spans, histories, strict=True):
         assert torch.equal(pool.keys(0)[list(one.block_ids)].flatten(0, 1)[: one.end], keys)
         for position in range(one.start, one.end):
-            want = expected_row(q[row], keys, values, position, window)
+            want = expected_row(q[row], keys, values, position, window, scale, softcap)
             assert (got[row].double() - want.flatten()).abs().max() < 1e-5
             row += 1
 

@@ -57,15 +57,26 @@ class PagedAttention:
         self._windows = windows
         self._tick = tick
         self._mask: tuple[SeenKeys, torch.Tensor] | None = None
+        self._scale: float | None = None
+        self._softcap = 0.0
 
     def tick(self) -> None:
         """A piece of a layer is done."""
         self._tick()
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        softcap: float = 0.0,
+    ) -> torch.Tensor:
         """Write k and v [rows, kv_heads, head_dim] of all rows, then attend q
         [rows, heads, head_dim]: [rows, heads * head_dim]. Rows of one step see each other's
-        keys where their block tables share them."""
+        keys where their block tables share them. `scale`, `softcap`: see layers.decoder."""
+        self._scale, self._softcap = scale, softcap
         self._tick()
         self._pool.write(layer, self._slots, k, v)
         plan = self._plans[self._windows[layer]]
@@ -101,7 +112,7 @@ class PagedAttention:
         keys, values = self._gathered(layer, group.block_ids, group.batch)
         # Heads that share keys become rows: [batch, kv_heads, group, head_dim].
         folded = q.reshape(group.batch, keys.shape[1], -1, keys.shape[3])
-        found = F.scaled_dot_product_attention(folded, keys, values, attn_mask=group.mask)
+        found = self._attended(folded, keys, values, group.mask)
         return found.reshape(group.batch, -1)
 
     def _fresh(
@@ -112,7 +123,7 @@ class PagedAttention:
             x[group.padded].view(group.batch, group.width, *x.shape[1:]).transpose(1, 2)
             for x in (q, k, v)
         )
-        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        found = self._attended(q, k, v, None)
         return found.transpose(1, 2).flatten(2).flatten(0, 1)[group.places]
 
     def _prefill(
@@ -120,20 +131,29 @@ class PagedAttention:
     ) -> torch.Tensor:
         query = q.transpose(0, 1)[None]
         if part.seen is None:
-            found = F.scaled_dot_product_attention(
-                query,
-                k.transpose(0, 1)[None],
-                v.transpose(0, 1)[None],
-                is_causal=True,
-                enable_gqa=True,
-            )
+            found = self._attended(query, k.transpose(0, 1)[None], v.transpose(0, 1)[None], None)
         else:
             keys, values = self._gathered(layer, part.seen.block_ids, 1)
             mask = self._mask_of(part.seen, part.num_rows, q.dtype)
-            found = F.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask, enable_gqa=True
-            )
+            found = self._attended(query, keys, values, mask)
         return found[0].transpose(0, 1).reshape(part.num_rows, -1)
+
+    def _attended(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention [batch, heads, rows, head_dim] of q over k and v, whose heads q's share;
+        without a mask it is causal over as many keys as rows."""
+        if not self._softcap:
+            return F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self._scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        return _softcapped(q, k, v, mask, self._scale or q.shape[-1] ** -0.5, self._softcap)
 
     def _mask_of(self, seen: SeenKeys, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
         """One mask is kept: it serves all layers where a step has a single part."""
@@ -141,3 +161,27 @@ class PagedAttention:
             self._mask = None  # never two at once
             self._mask = seen, seen.mask(num_rows, dtype)
         return self._mask[1]
+
+
+def _softcapped(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention whose scores are bent by a tanh (Gemma 2), step by step: fp32 scores stand in
+    memory in full. Shapes as in PagedAttention._attended."""
+    batch, heads, rows, dim = q.shape
+    kv_heads, columns = k.shape[1], k.shape[2]
+    folded = q.reshape(batch, kv_heads, -1, dim)
+    scores = (folded @ k.transpose(2, 3)).float().mul_(scale)
+    scores = scores.div_(softcap).tanh_().mul_(softcap).view(batch, heads, rows, columns)
+    if mask is None:
+        hidden = torch.ones((rows, columns), dtype=torch.bool, device=q.device).triu_(1)
+        scores.masked_fill_(hidden, float("-inf"))
+    else:
+        scores += mask
+    weights = scores.softmax(dim=-1).to(v.dtype).view(batch, kv_heads, -1, columns)
+    return (weights @ v).view(batch, heads, rows, dim)

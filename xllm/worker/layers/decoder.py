@@ -27,15 +27,40 @@ class Attention(Protocol):
     def tick(self) -> None:
         """A bounded piece of the layer is done."""
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float | None = None,
+        softcap: float = 0.0,
+    ) -> torch.Tensor:
         """Keep k and v [rows, kv_heads, head_dim] of this layer, then give the attention of
-        q [rows, heads, head_dim] as [rows, heads * head_dim]."""
+        q [rows, heads, head_dim] as [rows, heads * head_dim]. Scores are multiplied by `scale`
+        (None: 1 / sqrt(head_dim)), then bent to softcap * tanh(score / softcap) where it is
+        not 0."""
+
+
+class FeedForward(Protocol):
+    """The half of a layer that treats each row alone."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] to [rows, hidden]."""
 
 
 class DecoderLayer:
-    """Layer `index` of a model; its weights are named by `prefix`, as the checkpoint has them."""
+    """Layer `index` of a model; its weights are named by `prefix`, as the checkpoint has them.
+    `mlp` is its feed-forward half; None: the gated MLP of the configuration."""
 
-    def __init__(self, config: ModelConfig, index: int, prefix: str, table: WeightTable) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        prefix: str,
+        table: WeightTable,
+        mlp: FeedForward | None = None,
+    ) -> None:
         self.index = index
         self._num_heads = config.num_heads
         self._num_kv_heads = config.num_kv_heads
@@ -60,17 +85,7 @@ class DecoderLayer:
                 table.one(f"{attention}.k_norm.weight", config.head_dim),
             )
             self._qk_norm = RmsNorm(torch.empty(0), eps)
-        inner = config.intermediate_size
-        self._mlp = GatedMlp(
-            _linear(
-                table,
-                [f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"],
-                [inner, inner],
-                hidden,
-                config.mlp_bias,
-            ),
-            _linear(table, [f"{prefix}.mlp.down_proj"], [hidden], inner, config.mlp_bias),
-        )
+        self._mlp = mlp or gated_mlp(config, f"{prefix}.mlp", table)
 
     def finish(self) -> None:
         """Called once the weights are loaded: the norms of q and k become one weight a head,
@@ -104,6 +119,16 @@ class DecoderLayer:
     def _after(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self._out(attended)
         return hidden + self._mlp(self._output_norm(hidden))
+
+
+def gated_mlp(config: ModelConfig, prefix: str, table: WeightTable) -> GatedMlp:
+    """The MLP of a configuration, its weights named as the checkpoint has them."""
+    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    gate_up = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
+    return GatedMlp(
+        _linear(table, gate_up, [inner, inner], hidden, bias),
+        _linear(table, [f"{prefix}.down_proj"], [hidden], inner, bias),
+    )
 
 
 def _in_slices(

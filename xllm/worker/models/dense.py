@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from xllm.errors import ConfigError
-from xllm.worker.layers.decoder import Attention, DecoderLayer
+from xllm.worker.layers.decoder import Attention, DecoderLayer, FeedForward
 from xllm.worker.layers.linear import Linear
 from xllm.worker.layers.norm import RmsNorm
 from xllm.worker.layers.rotary import Rotary, RotaryTables
@@ -26,13 +26,24 @@ class DenseDecoder:
         self._dtype = table.dtype
         self._embedding = table.one("model.embed_tokens.weight", vocab, hidden)
         self._layers = [
-            DecoderLayer(config, index, f"model.layers.{index}", table)
+            DecoderLayer(
+                config,
+                index,
+                f"model.layers.{index}",
+                table,
+                self.feed_forward(index, f"model.layers.{index}.mlp", table),
+            )
             for index in range(config.num_layers)
         ]
         self._norm = RmsNorm(table.one("model.norm.weight", hidden), config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self._head = Linear(self._embedding if tied else table.one("lm_head.weight", vocab, hidden))
         self._rotary = Rotary(config.rope, config.head_dim, table.device)
+
+    def feed_forward(self, index: int, prefix: str, table: WeightTable) -> FeedForward | None:
+        """The feed-forward half of layer `index`, whose weights begin with `prefix`; None: the
+        gated MLP. For families that have another one."""
+        return None
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[rows] to [rows, hidden]."""
