@@ -66,8 +66,8 @@ def chat(
 ) -> None:
     """Chat with a running service (or, with --start, with one of our own)."""
     arguments = ["--model", start_model] if start_model else []
-    service = local_service(arguments) if start else contextlib.nullcontext("")
-    with service as endpoint, connect(endpoint) as client:
+    service = local_service(arguments) if start else contextlib.nullcontext()
+    with service as addresses, connect(addresses.zmq if addresses else "") as client:
         client.models()  # nobody types a question to a service that is not there
         session = ChatSession(client, model, system, sampling)
         if message:

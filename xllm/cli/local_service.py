@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import click
 
+from xllm.cli.startup import ServiceAddresses
 from xllm.errors import DependencyError, XllmError, error_classes
 
 _PR_SET_PDEATHSIG = 1
@@ -18,8 +19,8 @@ _STOP_S = 30.0
 
 
 @contextlib.contextmanager
-def local_service(arguments: Sequence[str]) -> Iterator[str]:
-    """Runs `xllm serve` on free ports for the length of the block; gives its ZeroMQ endpoint.
+def local_service(arguments: Sequence[str]) -> Iterator[ServiceAddresses]:
+    """Runs `xllm serve` on free ports for the length of the block; gives its addresses.
 
     Shows the lines of its start. Raises what it failed with; ends with this process."""
     libc = ctypes.CDLL(None)
@@ -34,20 +35,22 @@ def local_service(arguments: Sequence[str]) -> Iterator[str]:
     assert process.stdout is not None
     with process.stdout as lines:
         try:
-            yield _wait_endpoint(process, lines)
+            yield _wait_addresses(process, lines)
         finally:
             _stop(process)
 
 
-def _wait_endpoint(process: subprocess.Popen[str], lines: Iterator[str]) -> str:
-    endpoint = ""
+def _wait_addresses(process: subprocess.Popen[str], lines: Iterator[str]) -> ServiceAddresses:
+    http = zmq = ""
     for line in lines:
         text = line.rstrip()
         if text.startswith("try"):
-            return endpoint
+            return ServiceAddresses(http, zmq)
         click.echo(text, err=True)
-        if text.lstrip().startswith("ZeroMQ"):
-            endpoint = text.split()[-1]
+        if text.lstrip().startswith("HTTP"):
+            http = text.split()[-1].removesuffix("/v1")
+        elif text.lstrip().startswith("ZeroMQ"):
+            zmq = text.split()[-1]
     code = process.wait()
     classes = {cls.exit_code: cls for cls in error_classes().values()}
     raise classes.get(code, XllmError)(f"the service did not start (exit code {code})")
