@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.master.test_master_actor import stage
-from tests.master.test_scheduler_workloads import random_instance, random_request
+from tests.master.test_scheduler_workloads import DEPTHS, random_instance, random_request
 from tests.master.toy_instance import ToyInstance
 from xllm.master.scheduler import Scheduler
 from xllm.protocol.instance import AdmitRequest, PrefillDone, ReleaseHold
@@ -184,10 +184,10 @@ def test_a_lost_worker_and_a_deadline_end_holds():
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 1 << 30))
-def test_holds_harm_nobody_and_leak_nothing(seed):
+@given(st.integers(0, 1 << 30), st.sampled_from(DEPTHS))
+def test_holds_harm_nobody_and_leak_nothing(seed, depth):
     rng = random.Random(seed)
-    one = random_instance(rng)
+    one = random_instance(rng, depth)
     one.limits = dataclasses.replace(one.limits, instance="here", hold_s=1.0)
     one.scheduler = Scheduler(one.limits)
     shared = [rng.randrange(1000) for _ in range(24)]

@@ -301,7 +301,7 @@ def test_a_lost_worker_ends_its_requests_and_another_serves_on(run_dir):
 
 def test_a_frozen_worker_that_is_not_ours_is_asked_to_stop(run_dir):
     async def scenario():
-        async with stage(run_dir, toy_step_ms=1.0) as one:
+        async with stage(run_dir, toy_step_ms=5.0) as one:
             one.router.admit("warm", range(20, 30))
             await one.router.ends("warm")
             one.master.workers._vigil.verdict = lambda now: "a step has not moved"

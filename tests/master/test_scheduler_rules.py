@@ -215,19 +215,13 @@ def test_what_a_step_gives_a_cancelled_sequence_is_dropped():
     assert ("a", 1) not in one.ended
 
 
-def test_with_a_step_in_flight_only_the_others_are_planned():
+def test_one_step_at_a_time_without_the_pipeline():
     one = ToyInstance()
     one.admit("a", PROMPT)
-    first = one.scheduler.schedule(one.now)
-    assert one.scheduler.schedule(one.now) is None
+    assert one.plan()
     one.admit("b", PROMPT)
-    second = one.scheduler.schedule(one.now)
-    assert [item.seq for item in second.items] == [2]
-    one.scheduler.check()
-    for plan in (first, second):
-        output = one.toy.execute(plan)
-        one.take(one.scheduler.update(output.result, output.frames, one.now))
-        one.scheduler.check()
+    assert one.scheduler.schedule(one.now) is None
+    one.settle()
     one.run()
     one.verify("a")
     one.verify("b")

@@ -77,6 +77,26 @@ def test_a_hang_in_a_kind_of_step_that_never_ran_is_judged_by_the_others():
     assert one.hang(prefill(16)) < 5.0 + 0.3
 
 
+def test_of_two_plans_the_older_is_judged_and_then_the_other():
+    one = Watched()
+    for _ in range(3):
+        one.run(decodes(4), 0.0)
+    one.vigil.sent(decodes(4), one.now)
+    one.tick(moves=True)
+    one.vigil.sent(decodes(4), one.now)
+    for _ in range(8):
+        assert not one.tick(moves=False)
+    # The first comes back late: the patience with the second begins here.
+    one.vigil.result(0.9, one.now)
+    began = one.now
+    while not one.tick(moves=False):
+        assert one.now < began + 10
+    assert one.now - began > 0.9
+    one.vigil.result(0.1, one.now)
+    one.vigil.result(0.1, one.now)
+    assert not one.vigil.shows_work(one.now)
+
+
 def test_a_long_legal_prefill_is_no_death():
     one = Watched()
     one.run(prefill(100), 4.0)

@@ -1,10 +1,12 @@
 """An instance without processes: the scheduler and the toy engine, one step at a time.
 
+With `max_in_flight` 2 or more a step's result reaches the scheduler after the next plans were made.
 `check()` runs after every step. `streams` collects what a router would have: tokens by (request,
 attempt, choice), verified to come in order; `expected` is what the oracle says they must be.
 """
 
 import dataclasses
+from collections import deque
 
 from xllm.errors import EngineError
 from xllm.master.limits import InstanceLimits
@@ -29,7 +31,13 @@ class Stream:
 
 class ToyInstance:
     def __init__(self, *, faults: ToyFaults = NO_FAULTS, **limits) -> None:
-        bounds = {"num_blocks": 64, "block_size": 4, "max_model_len": 200, "eos_ids": ()}
+        bounds = {
+            "num_blocks": 64,
+            "block_size": 4,
+            "max_model_len": 200,
+            "eos_ids": (),
+            "max_in_flight": 1,
+        }
         self.limits = InstanceLimits(model="toy", vocab_size=VOCAB, **{**bounds, **limits})
         self.scheduler = Scheduler(self.limits)
         self.toy = ToyExecutor(
@@ -41,6 +49,7 @@ class ToyInstance:
         self.scores: dict[str, dict[int, object]] = {}
         self.prefilled: list[PrefillDone] = []
         self.plans = []
+        self.in_flight = deque()
         self.now = 100.0
 
     def admit(self, request_id, prompt, *, attempt=1, outputs=(), **options) -> RequestEnded | None:
@@ -94,22 +103,37 @@ class ToyInstance:
                 found[position] = row
 
     def step(self) -> bool:
-        """One step; False where there was nothing to do."""
+        """Plan what may be planned, settle the oldest step; False where there was nothing."""
         self.now += 0.01
         self.take(self.scheduler.expire(self.now))
+        while self.plan():
+            pass
+        if not self.in_flight:
+            return False
+        self.settle()
+        return True
+
+    def plan(self) -> bool:
+        """Plan a step and run it; its result is not told yet. False where there is none."""
         plan = self.scheduler.schedule(self.now)
         self.scheduler.check()
         if plan is None:
             return False
         self.plans.append(plan)
         try:
-            output = self.toy.execute(plan)
+            self.in_flight.append((plan, self.toy.execute(plan), ""))
         except RuntimeError as error:
-            self.take(self.scheduler.fail_step(plan.step, EngineError.code, str(error)))
+            self.in_flight.append((plan, None, str(error)))
+        return True
+
+    def settle(self) -> None:
+        """Tell the scheduler the result of the oldest step in flight."""
+        plan, output, error = self.in_flight.popleft()
+        if output is None:
+            self.take(self.scheduler.fail_step(plan.step, EngineError.code, error))
         else:
             self.take(self.scheduler.update(output.result, output.frames, self.now))
         self.scheduler.check()
-        return True
 
     def run(self, max_steps=5000) -> None:
         """Steps until nothing is open."""

@@ -90,6 +90,8 @@ def _check_sequence(state: InstanceState, seq: Sequence) -> None:
         wrong = "its tokens are miscounted"
     elif seq.capacity != len(seq.block_ids) * size or seq.num_computed > seq.capacity:
         wrong = "its blocks do not cover what is computed"
+    elif not seq.num_computed <= seq.num_planned <= min(seq.capacity, seq.end):
+        wrong = f"{seq.num_planned} tokens are planned"
     elif len(seq.block_ids) > -(-seq.end // size):
         wrong = "it has more blocks than it can ever need"
     elif seq.num_sealed * size > seq.num_computed:
@@ -105,6 +107,10 @@ def _check_sequence(state: InstanceState, seq: Sequence) -> None:
             wrong = "it runs without a number or blocks"
         elif not seq.is_prefilling and seq.num_computed != seq.num_tokens - 1:
             wrong = "it decodes with more than one token to compute"
+        elif not seq.is_prefilling and seq.num_planned != seq.num_computed + seq.num_in_flight:
+            wrong = "its planned tokens are not those in flight"
+        elif not seq.num_in_flight and seq.num_planned != seq.num_computed:
+            wrong = "tokens are planned and no step is in flight"
         elif any(not state.tables.cache.hash_of(b) for b in seq.block_ids[: seq.num_sealed]):
             wrong = "a sealed block is not cached"
     if wrong:

@@ -59,7 +59,7 @@ class BlockTables:
         assert fresh is not None
         seq.block_ids = match.block_ids + fresh
         seq.capacity = len(seq.block_ids) * self._block_size
-        seq.num_computed = num_matched * self._block_size
+        seq.num_computed = seq.num_planned = num_matched * self._block_size
         seq.num_sealed = num_matched
         seq.seal_at = seq.num_computed + self._block_size if self._is_caching else NEVER
 
@@ -106,7 +106,7 @@ class BlockTables:
             child.block_ids = list(shared)
         self.cache.acquire(shared)
         child.capacity = len(child.block_ids) * self._block_size
-        child.num_computed = parent.num_computed
+        child.num_computed = child.num_planned = parent.num_computed
         child.num_sealed = parent.num_sealed
         child.is_private = parent.is_private
         child.seal_at = parent.seal_at

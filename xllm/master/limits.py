@@ -31,6 +31,8 @@ class InstanceLimits:
     max_waiting: int = 8192
     instance: str = ""
     """This instance's name, as requests' stages have it."""
+    max_in_flight: int = 2
+    """Plans under way at a time: 2 is the asynchronous pipeline, 1 is one step after another."""
     hold_s: float = 10.0
     """How long a prefilled request waits to be taken by the instance that decodes it."""
 
@@ -53,6 +55,7 @@ class InstanceLimits:
             prefix_cache=settings.prefix_cache,
             max_waiting=settings.max_waiting,
             instance=instance,
+            max_in_flight=2 if settings.async_scheduling else 1,
         )
 
     @property

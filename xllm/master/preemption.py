@@ -1,7 +1,7 @@
 """Who gives up its blocks when there are not enough: decided from sort keys alone.
 
 The victim is recomputed later from its tokens: offline before online, the lowest priority, the
-latest arrival. A sequence with a step in flight is never chosen: its blocks are being written.
+latest arrival. One with a step in flight cannot give way at once; that is the caller's concern.
 """
 
 from __future__ import annotations
@@ -12,19 +12,15 @@ from xllm.kvcache.blocks import BlockPool
 from xllm.master.sequence import Sequence, SequencePhase
 
 
-def choose_victim(running: Iterable[Sequence]) -> Sequence | None:
-    """The running sequence that can best wait; None if all have a step in flight."""
-    victim: Sequence | None = None
-    for seq in running:
-        can_wait = seq.state is SequencePhase.RUNNING and not seq.num_in_flight
-        if can_wait and (victim is None or seq.key > victim.key):
-            victim = seq
-    return victim
+def choose_victim(running: Iterable[Sequence]) -> Sequence:
+    """The running sequence that can best wait; there must be one."""
+    able = (seq for seq in running if seq.state is SequencePhase.RUNNING)
+    return max(able, key=lambda seq: seq.key)
 
 
 def order_victims(running: Iterable[Sequence]) -> list[Sequence]:
     """All that can wait, who best can first."""
-    able = [s for s in running if s.state is SequencePhase.RUNNING and not s.num_in_flight]
+    able = [seq for seq in running if seq.state is SequencePhase.RUNNING]
     return sorted(able, key=lambda seq: seq.key, reverse=True)
 
 

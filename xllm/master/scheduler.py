@@ -2,8 +2,9 @@
 
 A facade: admission, planning, settling and the ways to end live in files of their own, over one
 InstanceState. Plain Python: no sockets, threads or clock (`now` is monotonic seconds, given by
-the caller). The caller runs one step at a time: `schedule`, execute, `update` or `fail_step`.
-`schedule` may be called with a step in flight; it then plans for the other sequences only.
+the caller). The caller asks for plans (`schedule`), has them run in that order, and answers each in
+that order (`update` or `fail_step`). With `limits.max_in_flight` 2 a plan is made while the one
+before it runs.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class Scheduler:
         return True
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None where there is nothing to do (or all of it is in flight)."""
+        """The next step, or None where there is nothing to do or enough is in flight."""
         return self._planner.plan(now)
 
     def update(
@@ -123,7 +124,7 @@ class Scheduler:
 
     def fail_all(self, code: str, message: str, in_step: str = "") -> StepOutcome:
         """Every request ends with this code, those of steps in flight with `in_step` if given."""
-        for number in tuple(self._state.steps):
+        for number in tuple(self._state.steps):  # oldest first
             self._settler.fail(number, in_step or code, message)
         for request in tuple(self._state.requests.values()):
             self._state.end_request(request, code, message)

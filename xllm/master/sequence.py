@@ -37,13 +37,16 @@ class Sequence:
     leader, 0 if only the prompt's scores are wanted. `hashes`: content hashes of its first
     blocks, as far as they were needed. `num_sealed`: leading blocks cached as its own;
     `is_private`: the next one could not be, so that none is until it is released. `seal_at`:
-    num_computed at which the next block is complete. `num_in_flight`: steps under way."""
+    num_computed at which the next block is complete. `num_in_flight`: steps under way.
+    `num_planned`: positions that are computed or in a step under way; of a decode it may be past
+    the tokens that are known here."""
 
     __slots__ = (
         "attempt", "block_ids", "capacity", "choice", "end", "hashes", "is_prefilling",
-        "is_private", "key", "min_tokens", "num_computed", "num_in_flight", "num_prompt",
-        "num_samples", "num_sealed", "num_sent_blocks", "num_tokens", "number", "output",
-        "prompt_ids", "request", "request_id", "scores_prompt", "seal_at", "state", "stop_ids",
+        "is_private", "key", "min_tokens", "num_computed", "num_in_flight", "num_planned",
+        "num_prompt", "num_samples", "num_sealed", "num_sent_blocks", "num_tokens", "number",
+        "output", "prompt_ids", "request", "request_id", "scores_prompt", "seal_at", "state",
+        "stop_ids",
     )  # fmt: skip
 
     def __init__(
@@ -76,6 +79,7 @@ class Sequence:
         self.block_ids = []
         self.capacity = 0
         self.num_computed = 0
+        self.num_planned = 0
         self.num_sealed = 0
         self.num_sent_blocks = 0
         self.is_private = False

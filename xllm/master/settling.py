@@ -1,8 +1,9 @@
 """What a step's result means: tokens, seals, stops, forks, ends, failures.
 
 Stop ids and lengths are settled here, when the real token is known; what a step gave a sequence
-that had ended meanwhile is dropped, uncounted. Knows nothing of what runs next. Invariant: after
-a step is settled none of its sequences has it in flight, whatever came of it.
+that had ended meanwhile is dropped, uncounted. Knows nothing of what runs next. Steps are settled
+in the order of their plans. Invariant: after a step is settled none of its sequences has it in
+flight, whatever came of it.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ class StepSettler:
         index = -1
         for seq, item, drawn in zip(step.sequences, step.plan.items, result.tokens, strict=True):
             index += 1
-            seq.num_in_flight = 0
+            seq.num_in_flight -= 1
             if seq.state is not running:
-                state.bury(seq)
+                if not seq.num_in_flight:
+                    state.bury(seq)
                 continue
             if failed is not None and index in failed:
                 state.end_request(seq.request, EngineError.code, failed[index])
@@ -89,14 +91,14 @@ class StepSettler:
         if step is None:
             return
         for seq in step.sequences:
-            seq.num_in_flight = 0
+            seq.num_in_flight -= 1
         self._fail_requests((*step.sequences, *step.forked), code, message)
         self._unpin(step)
 
     def _fail_requests(self, sequences: Iterable[Sequence], code: str, message: str) -> None:
         for seq in sequences:
             if seq.state is SequencePhase.FINISHED:
-                if seq.block_ids:
+                if seq.block_ids and not seq.num_in_flight:
                     self._state.bury(seq)
             elif seq.request.open_choices:
                 self._state.end_request(seq.request, code, message)

@@ -1,13 +1,15 @@
-"""One step after another: asks the scheduler for a plan, sends it, settles its result.
+"""Steps of a worker: asks the scheduler for plans, sends them, settles their results in order.
 
-A shell around the scheduler of one worker's life. Invariants: one step is in flight at a time;
-what a step gave is routed after the next plan has left, so that the worker never waits for it.
+A shell around the scheduler of one worker's life. How many plans are under way is the scheduler's
+business. Invariants: results are taken in the order of their plans; what a step gave is routed
+after the next plan has left, so that the worker never waits for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -42,7 +44,7 @@ class StepLoop:
         self._failed = failed
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
-        self._step = -1
+        self._in_flight: deque[int] = deque()  # numbers of plans sent, oldest first
         self._pump_scheduled = False
         self._outcome = StepOutcome()
         self._drained: asyncio.Event | None = None
@@ -55,20 +57,20 @@ class StepLoop:
     def begin(self, scheduler: Scheduler) -> None:
         """A worker is ready that knows no sequence."""
         self.scheduler = scheduler
-        self._step = -1
+        self._in_flight.clear()
         self.pump()
 
     def fail_all(self, code: str, message: str, in_step: str = "") -> None:
         """End every request with this code, now; those of a step in flight with `in_step`."""
         if self.scheduler is not None:
-            self._step = -1
+            self._in_flight.clear()
             self._take(self.call(self.scheduler.fail_all, code, message, in_step))
             self.flush()
 
     def abandon(self) -> None:
         """The scheduler's state cannot be trusted any more: nothing of it is used again."""
         self.scheduler = None
-        self._step = -1
+        self._in_flight.clear()
         self._outcome = StepOutcome()
 
     def call(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -89,11 +91,11 @@ class StepLoop:
             self._loop.call_soon(self._pump)
 
     def settle(self, result: StepResult, frames: Sequence[bytes]) -> None:
-        """A step came back; results of other steps than the one in flight are dropped."""
+        """A step came back; results of other steps than the oldest in flight are dropped."""
         scheduler = self.scheduler
-        if scheduler is None or result.step != self._step:
+        if scheduler is None or not self._is_next(result.step):
             return
-        self._step = -1
+        self._in_flight.popleft()
         try:
             outcome = self.call(scheduler.update, result, frames, time.monotonic())
         except BadMessageError as error:
@@ -106,10 +108,10 @@ class StepLoop:
             self.pump()
 
     def fail_step(self, step: int, code: str, message: str) -> None:
-        """The step in flight failed: its requests end; others go on."""
-        if self.scheduler is None or step != self._step:
+        """The oldest step in flight failed: its requests end; others go on."""
+        if self.scheduler is None or not self._is_next(step):
             return
-        self._step = -1
+        self._in_flight.popleft()
         self._fail(self.scheduler, step, code, message)
 
     def flush(self) -> None:
@@ -135,6 +137,11 @@ class StepLoop:
                 self._drained = None
         return True
 
+    def _is_next(self, step: int) -> bool:
+        """Whether this step's result is the one to come. A worker answers plans in order: what
+        else comes belongs to an earlier life."""
+        return bool(self._in_flight) and self._in_flight[0] == step
+
     def _fail(self, scheduler: Scheduler, step: int, code: str, message: str) -> None:
         try:
             self._take(self.call(scheduler.fail_step, step, code, message))
@@ -150,12 +157,10 @@ class StepLoop:
             if scheduler is not None:
                 now = time.monotonic()
                 self._take(self.call(scheduler.expire, now))
-                if self._step < 0:
-                    plan = self.call(scheduler.schedule, now)
-                    if plan is not None:
-                        self._step = plan.step
-                        self._metrics.num_steps += 1
-                        self._send_plan(plan)
+                while (plan := self.call(scheduler.schedule, now)) is not None:
+                    self._in_flight.append(plan.step)
+                    self._metrics.num_steps += 1
+                    self._send_plan(plan)
             self.flush()
         except Exception as error:
             self._failed(error)

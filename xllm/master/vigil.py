@@ -3,10 +3,14 @@
 A worker is frozen when it is busy with a step and its progress counter stands longer than
 max(1 s, 5 x the longest time that it stood in steps of that kind); before any of the kind has
 finished, than 5 x the predicted time of the whole step. A long step is never a fault while the
-counter moves. A worker is silent when its actor thread sends no pulses. Loading is not judged.
+counter moves. Of several plans at the worker the oldest is the one that runs: it is judged, from
+when it was sent or the one before it came back. A worker is silent when its actor thread sends
+no pulses. Loading is not judged.
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 from xllm.master.step_times import MIN_PATIENCE_S, PATIENCE_FACTOR, StepTimes, StepWork
 from xllm.protocol.step import PULSE_PERIOD_S, StepPlan
@@ -29,7 +33,7 @@ class WorkerVigil:
         self.heard_at = now
         self._checked_at = now
         self._learnt_at = -1.0
-        self._plan: StepPlan | None = None
+        self._plans: deque[StepPlan] = deque()  # the first of them runs
         self._counter = -1
         self._moved_at = now
         self._busy_pulse = False
@@ -40,20 +44,20 @@ class WorkerVigil:
 
     def sent(self, plan: StepPlan, now: float) -> None:
         """A plan went to the worker."""
-        self._plan = plan
-        self._moved_at = now
-        self._was_seen_standing = False
-        self._gap_s = 0.0
+        self._plans.append(plan)
+        if len(self._plans) == 1:
+            self._begin(now)
 
     def result(self, seconds: float, now: float) -> None:
-        """The step came back; 0 seconds: it failed, and tells nothing of time."""
-        plan, self._plan = self._plan, None
+        """The oldest step came back; 0 seconds: it failed, and tells nothing of time."""
+        plan = self._plans.popleft() if self._plans else None
         if plan is not None and seconds > 0:
             self._note_gap(now)
             if seconds > BRIEF_S or now - self._learnt_at > _LOOK_PERIOD_S:
                 self._learnt_at = now
                 self.times.add(StepWork.of(plan), seconds, min(self._gap_s, seconds))
-        self.heard_at = self._moved_at = now
+        self.heard_at = now
+        self._begin(now)
 
     def pulse(self, counter: int, busy: bool, now: float) -> None:
         """The worker's actor thread speaks."""
@@ -68,20 +72,20 @@ class WorkerVigil:
 
     def patience_s(self) -> float:
         """How long the counter may stand during the step under way."""
-        if self._plan is None:
+        if not self._plans:
             return MIN_PATIENCE_S
-        learnt_s = self.times.patience_s(StepWork.of(self._plan))
+        learnt_s = self.times.patience_s(StepWork.of(self._plans[0]))
         return max(learnt_s, PATIENCE_FACTOR * self._gap_s)
 
     def shows_work(self, now: float) -> bool:
         """Whether a step is under way and its pulses prove that the engine computes."""
-        if self._plan is None or now - self.heard_at > HUSH_S:
+        if not self._plans or now - self.heard_at > HUSH_S:
             return False
         return self.heard_at - self._moved_at <= self.patience_s()
 
     def is_hushed(self, now: float) -> bool:
         """Whether a step is under way and pulses are missing."""
-        return self._plan is not None and now - self.heard_at > HUSH_S
+        return bool(self._plans) and now - self.heard_at > HUSH_S
 
     def verdict(self, now: float) -> str:
         """What is wrong, or "". After a pause of this process itself nothing is: words of the
@@ -96,11 +100,17 @@ class WorkerVigil:
             return f"the worker has been silent for {now - self.heard_at:.1f} s"
         # As far as pulses show it: what was not heard is silence.
         stood_s = self.heard_at - self._moved_at
-        if self._plan is None or not self._busy_pulse or stood_s <= MIN_PATIENCE_S:
+        if not self._plans or not self._busy_pulse or stood_s <= MIN_PATIENCE_S:
             return ""
         if stood_s > self.patience_s():
             return f"a step has not moved for {stood_s:.1f} s"
         return ""
+
+    def _begin(self, now: float) -> None:
+        """The oldest plan runs from now on, if there is one."""
+        self._moved_at = now
+        self._was_seen_standing = False
+        self._gap_s = 0.0
 
     def _note_gap(self, now: float) -> None:
         if self._was_seen_standing:
