@@ -1,0 +1,141 @@
+"""Carries out a step's map operations: what it needs now at once, the rest in the background.
+
+A plan brings the page of the next token one step ahead; it is mapped by a thread while the step
+computes, and the step after it finds it there. A step waits only for pages that its own rows
+need. Invariants: operations on one slot are carried out in the plans' order; `_ready` of a slot is
+at most the number of its leading pages that are mapped and have nothing queued.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Iterable, Mapping
+
+from xllm.errors import EngineError
+from xllm.protocol.step import MapPages
+from xllm.worker.memory.slots import NO_PAGE, SlotSpace
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MapperStatistics:
+    """Steps with slots, how many of them had to map or to wait, and for how long in all; pages
+    that were mapped ahead."""
+
+    num_steps: int
+    num_steps_waited: int
+    wait_ns: int
+    num_ahead: int
+
+
+class PageMapper:
+    """Maps pages for the engine's thread, with a thread of its own from the first page that may
+    wait on."""
+
+    def __init__(self, space: SlotSpace) -> None:
+        self._space = space
+        self._lock = threading.Condition()
+        self._ready = [0] * space.num_slots
+        self._queued = [0] * space.num_slots
+        self._failed: dict[int, str] = {}
+        self._queue: queue.SimpleQueue[MapPages | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._num_steps = 0
+        self._num_steps_waited = 0
+        self._wait_ns = 0
+        self._num_ahead = 0
+
+    def begin_step(self, maps: Iterable[MapPages], needs: Mapping[int, int]) -> None:
+        """Carry out a plan's operations. `needs`: how many leading pages of which slots the step
+        reads or writes; these are there when it returns, except where `failure` says why not."""
+        self._num_steps += bool(needs)
+        began = time.perf_counter_ns()
+        waited = False
+        for one in maps:
+            if not 0 <= one.slot < self._space.num_slots:
+                continue  # Its sequence's items fail for want of pages.
+            if one.page_ids and one.first_page >= needs.get(one.slot, 0):
+                self.premap(one)
+                continue
+            self._finish(one.slot)
+            self._carry_out(one)
+            self._count_ready(one.slot)
+            waited = waited or one.slot in needs
+        for slot, num_pages in needs.items():
+            waited = self.wait(slot, num_pages) or waited
+        if waited:
+            self._num_steps_waited += 1
+            self._wait_ns += time.perf_counter_ns() - began
+
+    def premap(self, one: MapPages) -> None:
+        """Map pages of a slot in the background."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="page-mapper", daemon=True)
+            self._thread.start()
+        with self._lock:
+            self._ready[one.slot] = min(self._ready[one.slot], one.first_page)
+            self._queued[one.slot] += 1
+            self._num_ahead += len(one.page_ids)
+        self._queue.put(one)
+
+    def wait(self, slot: int, num_pages: int) -> bool:
+        """Whether it had to wait until the first `num_pages` pages of a slot are mapped, or it is
+        clear that they will not be."""
+        if not 0 <= slot < self._space.num_slots or self._ready[slot] >= num_pages:
+            return False
+        return self._finish(slot)
+
+    def failure(self, slot: int, num_pages: int) -> str:
+        """Why the first `num_pages` pages of a slot are not all there; empty if they are."""
+        if 0 <= slot < self._space.num_slots and self._ready[slot] >= num_pages:
+            return ""
+        reason = self._failed.get(slot)
+        return reason or f"slot {slot}: {num_pages} pages are needed and not mapped"
+
+    def close(self) -> None:
+        """End the thread. Queued operations are carried out before."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def statistics(self) -> MapperStatistics:
+        """A snapshot."""
+        return MapperStatistics(
+            self._num_steps, self._num_steps_waited, self._wait_ns, self._num_ahead
+        )
+
+    def _finish(self, slot: int) -> bool:
+        """Wait for what is queued for a slot; whether there was anything."""
+        if not self._queued[slot]:
+            return False
+        with self._lock:
+            self._lock.wait_for(lambda: not self._queued[slot])
+        return True
+
+    def _carry_out(self, one: MapPages) -> None:
+        """Map or unmap. A failure is the slot's, not the step's."""
+        try:
+            if one.page_ids:
+                self._space.map(one.slot, one.first_page, one.page_ids)
+            else:
+                self._space.unmap(one.slot, one.first_page)
+        except EngineError as error:
+            self._failed[one.slot] = error.message
+        else:
+            self._failed.pop(one.slot, None)
+
+    def _count_ready(self, slot: int) -> None:
+        pages = self._space.pages(slot)
+        self._ready[slot] = pages.index(NO_PAGE) if NO_PAGE in pages else len(pages)
+
+    def _run(self) -> None:
+        while (one := self._queue.get()) is not None:
+            self._carry_out(one)
+            with self._lock:
+                self._queued[one.slot] -= 1
+                if not self._queued[one.slot]:
+                    self._count_ready(one.slot)
+                    self._lock.notify_all()
