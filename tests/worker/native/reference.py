@@ -17,7 +17,7 @@ def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model of a directory."""
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, attn_implementation="eager", dtype=dtype
+        directory, attn_implementation="eager", experts_implementation="eager", dtype=dtype
     )
     return model.eval()
 

@@ -54,6 +54,20 @@ VARIANTS = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
         },
     ),
+    "experts by their other name": (
+        "qwen3-moe",
+        {"num_experts": ABSENT, "num_local_experts": 6, "num_experts_per_tok": 3},
+    ),
+    "experts, not normalised": ("qwen3-moe", {"norm_topk_prob": False}),
+    "experts on every other layer": ("qwen3-moe", {"decoder_sparse_step": 2}),
+    "experts but on one layer": (
+        "qwen3-moe",
+        {"mlp_only_layers": [1], "moe_intermediate_size": 50},
+    ),
+    "experts behind a window": (
+        "qwen3-moe",
+        {"use_sliding_window": True, "sliding_window": 20, "attention_bias": True},
+    ),
     "new spelling of llama3": (
         "llama",
         {

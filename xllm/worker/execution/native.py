@@ -27,6 +27,7 @@ from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.progress import ProgressCounter
 from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
 from xllm.worker.executor import Executor, StepOutput
+from xllm.worker.layers.experts import ExpertTables
 from xllm.worker.memory.layout import describe_groups
 from xllm.worker.memory.pool import KvPool, KvPoolStatistics
 from xllm.worker.platform.platform import Platform, select_platform
@@ -61,6 +62,7 @@ class _Engine:
     drawer: TokenDrawer
     ready: WorkerReady
     num_bytes: int
+    experts: ExpertTables | None
 
 
 class NativeExecutor:
@@ -101,9 +103,13 @@ class NativeExecutor:
             plan.items, engine.table, engine.pool.layout.block_size, engine.ready.max_model_len
         )
         outputs = StepOutputs(len(plan.items), batch.failed)
+        if engine.experts is not None:
+            engine.experts.take_counts()  # of a warm-up, or of a step that broke off
         if batch.entries:
             with torch.inference_mode():
                 self._run(engine, batch, outputs)
+        if engine.experts is not None:
+            outputs.expert_counts = engine.experts.take_counts()
         self._num_steps += 1
         return outputs.pack(plan.step, time.perf_counter_ns() - began)
 
@@ -171,6 +177,7 @@ class NativeExecutor:
             TokenDrawer(model, platform.device, tick, 1 if worker.deterministic else 0),
             ready,
             loaded.num_bytes,
+            model.experts,
         )
 
     def _run(self, engine: _Engine, batch: StepBatch, outputs: StepOutputs) -> None:

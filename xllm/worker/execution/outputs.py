@@ -1,8 +1,10 @@
-"""What a step gave, item by item, and its form as a StepResult with logprob frames."""
+"""What a step gave, item by item, and its form as a StepResult with frames."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
 
 from xllm.protocol.step import StepResult
 from xllm.worker.executor import StepOutput
@@ -17,6 +19,8 @@ class StepOutputs:
     def __init__(self, num_items: int, failed: Sequence[tuple[int, str]]) -> None:
         self.tokens: list[tuple[int, ...]] = [()] * num_items
         self.failed = dict(failed)
+        self.expert_counts: torch.Tensor | None = None
+        """int32 [layers, experts], of a model that has experts."""
         self._tables: dict[int, list[LogprobTable]] = {}
 
     def fail(self, index: int, reason: str) -> None:
@@ -30,9 +34,12 @@ class StepOutputs:
         self._tables.setdefault(index, []).append(table)
 
     def pack(self, step: int, duration_ns: int) -> StepOutput:
-        """The result of the step and its logprob frames."""
+        """The result of the step and its frames: logprobs, then expert counts."""
         tables = [self._tables.get(index, ()) for index in range(len(self.tokens))]
         logprob_rows, num_top, frames = pack_logprobs(tables) if self._tables else ((), -1, ())
+        counts = self.expert_counts
+        if counts is not None:
+            frames = (*frames, counts.cpu().numpy().astype("<i4", copy=False).tobytes())
         result = StepResult(
             step,
             tuple(self.tokens),
@@ -40,5 +47,6 @@ class StepOutputs:
             logprob_rows=logprob_rows,
             num_top=num_top,
             failed=tuple(sorted(self.failed.items())),
+            expert_frames=int(counts is not None),
         )
         return StepOutput(result, frames)

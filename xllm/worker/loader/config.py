@@ -32,6 +32,18 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class ExpertConfig:
+    """Layers whose feed-forward half is `num_experts` gated MLPs, of which a row passes `top_k`;
+    `normalise`: the probabilities of those are made to sum to one."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    normalise: bool
+    layers: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder-only transformer with grouped-query attention and a gated MLP.
 
@@ -58,6 +70,7 @@ class ModelConfig:
     qk_norm: bool = False
     dtype: str = ""
     eos_ids: tuple[int, ...] = ()
+    experts: ExpertConfig | None = None
 
 
 class RawConfig:

@@ -38,6 +38,18 @@ class WeightTable:
             self.targets[name] = part
         return weight
 
+    def grouped(
+        self, groups: Sequence[str], names: Sequence[str], rows: int, columns: int, num_spare: int
+    ) -> torch.Tensor:
+        """A weight [groups + num_spare, names * rows, columns]: each group's part is filled by
+        the tensors `group.name`, one below the other; the spare parts are left as they are."""
+        shape = (len(groups) + num_spare, len(names) * rows, columns)
+        weight = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for group, whole in zip(groups, weight, strict=False):
+            for name, part in zip(names, whole.split(rows), strict=True):
+                self.targets[f"{group}.{name}"] = part
+        return weight
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all weights."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from xllm.errors import ConfigError
 from xllm.worker.layers.decoder import Attention, DecoderLayer, FeedForward
+from xllm.worker.layers.experts import ExpertTables
 from xllm.worker.layers.linear import Linear
 from xllm.worker.layers.norm import RmsNorm
 from xllm.worker.layers.rotary import Rotary, RotaryTables
@@ -18,6 +19,9 @@ from xllm.worker.models.model import KvGroupSpec
 
 class DenseDecoder:
     """Embedding, decoder layers, norm and head over one WeightTable."""
+
+    experts: ExpertTables | None = None
+    """Of families that have experts."""
 
     def __init__(self, config: ModelConfig, table: WeightTable) -> None:
         self.config = config

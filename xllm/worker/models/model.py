@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from xllm.worker.layers.decoder import Attention
+from xllm.worker.layers.experts import ExpertTables
 from xllm.worker.layers.rotary import RotaryTables
 from xllm.worker.loader.config import ModelConfig, RawConfig
 from xllm.worker.loader.weights import WeightTable
@@ -40,6 +41,10 @@ class NativeModel(Protocol):
     @property
     def kv_groups(self) -> tuple[KvGroupSpec, ...]:
         """Its kinds of KV; every layer is in exactly one."""
+
+    @property
+    def experts(self) -> ExpertTables | None:
+        """Where its experts are and what they had to do; None: it has none."""
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[rows] int64 to hidden [rows, hidden]."""

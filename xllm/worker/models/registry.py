@@ -10,6 +10,7 @@ NATIVE_ARCHITECTURES = (
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
 )
 
 
@@ -32,6 +33,10 @@ def find_family(architecture: str) -> ModelFamily:
             from xllm.worker.models.qwen3 import qwen3_family
 
             return qwen3_family()
+        case "Qwen3MoeForCausalLM":
+            from xllm.worker.models.qwen3_moe import qwen3_moe_family
+
+            return qwen3_moe_family()
     known = ", ".join(NATIVE_ARCHITECTURES)
     raise ConfigError(
         f"config.json: architecture {architecture!r} is not supported ({known})",
