@@ -176,6 +176,8 @@ class FakeCluster:
             "chat_template_kwargs",
             "priority",
             "traceparent",
+            "ttft_ms",
+            "tpot_ms",
         )
         fields = {key: more.pop(key) for key in keys if key in more}
         if "messages" not in fields:

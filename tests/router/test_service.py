@@ -30,7 +30,9 @@ from xllm.router.text.pool import TextPool
 @in_loop
 async def test_a_request_from_submit_to_finish():
     cluster = FakeCluster("a")
-    request_id, sink = cluster.ask("the quick brown fox", max_tokens=8, cache_salt="s1")
+    request_id, sink = cluster.ask(
+        "the quick brown fox", max_tokens=8, cache_salt="s1", ttft_ms=900, tpot_ms=80
+    )
     assert len(request_id) == 32
     [admit] = cluster.links.admits()
     assert admit.request_id == request_id
@@ -38,6 +40,7 @@ async def test_a_request_from_submit_to_finish():
     assert admit.block_hashes == chain_hashes(admit.salt, admit.prompt_ids, 4)
     assert (admit.attempt, admit.outputs, admit.stages) == (1, (), (("both", "a"),))
     assert admit.timeout_ms == 600_000
+    assert (admit.tenant, admit.ttft_ms, admit.tpot_ms) == ("default", 900, 80)
     assert admit.sampling.seed is not None
     assert admit.sampling.max_tokens == 8
     count = cluster.say(request_id, 0, "hello ")

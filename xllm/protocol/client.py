@@ -63,6 +63,10 @@ class SubmitRequest(MapMessage, tag="submit", frozen=True):
     """Requests share cached prefixes only with requests of the same salt (and tenant)."""
     resume: ResumePoint | None = None
     traceparent: str = ""
+    ttft_ms: int = 0
+    """Objective for the first token, for schedulers that go by urgency; 0: the service's own."""
+    tpot_ms: int = 0
+    """The same for each later token."""
 
 
 class AbortRequest(MapMessage, tag="abort", frozen=True):

@@ -33,6 +33,11 @@ class AdmitRequest(ArrayMessage, frozen=True):
     stages: tuple[tuple[str, str], ...] = ()
     media_hashes: tuple[bytes, ...] = ()
     traceparent: str = ""
+    tenant: str = ""
+    """Who asks: what fairness is between."""
+    ttft_ms: int = 0
+    tpot_ms: int = 0
+    """Objectives for the first token and for each later one; 0: the instance's own."""
 
 
 class CancelRequest(ArrayMessage, frozen=True):

@@ -117,6 +117,9 @@ class Intake:
             request.offline,
             request.traceparent,
             stop_ids if asked.ignore_eos else stop_ids.union(record.eos_ids),
+            tenant.name,
+            request.ttft_ms,
+            request.tpot_ms,
         )
 
     def _root(self, revision: str, tenant_salt: bytes, cache_salt: str) -> bytes:

@@ -21,6 +21,7 @@ MAX_MESSAGES = 4096
 MAX_SALT_CHARS = 128
 MAX_PRIORITY = 1 << 31
 MAX_TRACEPARENT_CHARS = 256
+MAX_OBJECTIVE_MS = 3_600_000
 MAX_STOP_IDS = 256
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 _SALT = re.compile(r"[A-Za-z0-9._~+/=-]*")
@@ -57,6 +58,9 @@ def check_request(request: SubmitRequest, limits: RouterSettings, facts: ModelFa
         raise refuse("timeout_ms", f"must be at least 0, not {request.timeout_ms}")
     if abs(request.priority) >= MAX_PRIORITY:
         raise refuse("priority", f"must be within {MAX_PRIORITY} of 0")
+    for param, objective in (("ttft_ms", request.ttft_ms), ("tpot_ms", request.tpot_ms)):
+        if not 0 <= objective <= MAX_OBJECTIVE_MS:
+            raise refuse(param, f"must be from 0 to {MAX_OBJECTIVE_MS}, not {objective}")
     if len(request.cache_salt) > MAX_SALT_CHARS or not _SALT.fullmatch(request.cache_salt):
         raise refuse("cache_salt", f"must be at most {MAX_SALT_CHARS} letters, digits or ._~+/=-")
     if len(request.traceparent) > MAX_TRACEPARENT_CHARS:

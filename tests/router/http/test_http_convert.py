@@ -71,6 +71,8 @@ def test_every_field_arrives():
         priority=2,
         offline=True,
         cache_salt="s",
+        ttft_ms=900,
+        tpot_ms=80,
         stream=True,
         chat_template_kwargs={"enable_thinking": False},
     )
@@ -81,6 +83,7 @@ def test_every_field_arrives():
     assert request.sampling.logit_bias == {17: -100.0}
     assert request.sampling.logprobs == 3
     assert (request.priority, request.offline, request.cache_salt) == (2, True, "s")
+    assert (request.ttft_ms, request.tpot_ms) == (900, 80)
     assert request.stream
     assert request.chat_template_kwargs == {"enable_thinking": False}
     told = set(fields) | {"stop", "logit_bias", "logprobs", "prompt_logprobs"}

@@ -51,6 +51,8 @@ def chat_request(body: ChatBody, settings: RouterSettings, trace: str) -> Submit
         offline=bool(body.offline),
         cache_salt=body.cache_salt or "",
         traceparent=trace,
+        ttft_ms=body.ttft_ms or 0,
+        tpot_ms=body.tpot_ms or 0,
     )
 
 
@@ -76,6 +78,8 @@ def completion_requests(
             offline=bool(body.offline),
             cache_salt=body.cache_salt or "",
             traceparent=trace,
+            ttft_ms=body.ttft_ms or 0,
+            tpot_ms=body.tpot_ms or 0,
         )
         for index, prompt in enumerate(prompts)
     ]

@@ -129,6 +129,8 @@ class GenerationBody(RefusedFields, frozen=True, kw_only=True, gc=False):
     priority: Int | None = None
     offline: bool | None = None
     cache_salt: str | None = None
+    ttft_ms: Int | None = None
+    tpot_ms: Int | None = None
 
 
 class ContentBody(msgspec.Struct, frozen=True, gc=False):

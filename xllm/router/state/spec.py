@@ -28,6 +28,9 @@ class RequestSpec:
     traceparent: str = ""
     stop_ids: frozenset[int] = frozenset()
     """All ids that end a choice: the request's own, and the model's unless those are ignored."""
+    tenant: str = ""
+    ttft_ms: int = 0
+    tpot_ms: int = 0
 
     def admit(
         self,
@@ -53,4 +56,7 @@ class RequestSpec:
             stages,
             (),
             self.traceparent,
+            self.tenant,
+            self.ttft_ms,
+            self.tpot_ms,
         )
