@@ -29,6 +29,7 @@ def random_instance(rng: random.Random, max_in_flight: int) -> ToyInstance:
         max_num_batched_tokens=rng.choice([3, 8, 16, 64]),
         chunked_prefill=rng.random() < 0.7,
         prefix_cache=rng.random() < 0.8,
+        share_prefixes=rng.random() < 0.8,
     )
 
 

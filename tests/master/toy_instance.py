@@ -1,6 +1,8 @@
 """An instance without processes: the scheduler and the toy engine, one step at a time.
 
-With `max_in_flight` 2 or more a step's result reaches the scheduler after the next plans were made.
+The pipeline and the sharing of prefixes are off unless asked for, so that a test sees one thing at
+a time. With `max_in_flight` 2 or more a step's result reaches the scheduler after the next plans
+were made.
 `check()` runs after every step. `streams` collects what a router would have: tokens by (request,
 attempt, choice), verified to come in order; `expected` is what the oracle says they must be.
 """
@@ -37,6 +39,7 @@ class ToyInstance:
             "max_model_len": 200,
             "eos_ids": (),
             "max_in_flight": 1,
+            "share_prefixes": False,
         }
         self.limits = InstanceLimits(model="toy", vocab_size=VOCAB, **{**bounds, **limits})
         self.scheduler = Scheduler(self.limits)

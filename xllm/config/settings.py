@@ -102,6 +102,9 @@ class SchedulerSettings:
     max_num_batched_tokens: int = setting(2048, "Tokens of a step at most.", unit="tokens", low=16)
     chunked_prefill: bool = setting(True, "Split long prompts over several steps.")
     prefix_cache: bool = setting(True, "Reuse the KV of prompts that begin alike.")
+    share_prefixes: bool = setting(
+        True, "Let a prompt wait for a beginning that another one is just computing."
+    )
     async_scheduling: bool = setting(
         True, "Plan and send the next step while one runs, before its tokens are known."
     )

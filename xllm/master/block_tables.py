@@ -31,8 +31,8 @@ class BlockTables:
         """The longest cached prefix of a sequence that has no blocks. At least one position is
         left to compute: of a prompt that is cached whole the last block is given back.
         Sequences that report prompt scores need every position and match nothing. A prefix that
-        a running sequence is still computing is not matched either: its blocks have no hash
-        until their step has succeeded, and a follower would depend on its leader's fate."""
+        a running sequence is still computing is not matched: its blocks have no hash until their
+        step has succeeded (`prefix_sharing` says who waits for that)."""
         if not self._is_caching or seq.scores_prompt:
             return _NO_MATCH
         num_blocks = (seq.num_tokens - 1) // self._block_size

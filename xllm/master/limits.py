@@ -31,6 +31,8 @@ class InstanceLimits:
     max_waiting: int = 8192
     instance: str = ""
     """This instance's name, as requests' stages have it."""
+    share_prefixes: bool = True
+    """Let a sequence wait for a prefix that another one is computing."""
     max_in_flight: int = 2
     """Plans under way at a time: 2 is the asynchronous pipeline, 1 is one step after another."""
     hold_s: float = 10.0
@@ -55,6 +57,7 @@ class InstanceLimits:
             prefix_cache=settings.prefix_cache,
             max_waiting=settings.max_waiting,
             instance=instance,
+            share_prefixes=settings.share_prefixes,
             max_in_flight=2 if settings.async_scheduling else 1,
         )
 

@@ -44,13 +44,10 @@ class RoomMaker:
             state.sweep()
         return enough
 
-    def make_room(self, seq: Sequence) -> None:
+    def make_room(self, seq: Sequence, match: MatchResult) -> None:
         """Offline sequences give way so that the online one `seq`, which waits, can start. Done
         before the step is planned: what is in it can no longer give way."""
         state = self._state
-        if seq.key[0]:
-            return
-        match = state.tables.match(seq)
         if self.can_start(seq, match):
             return
         offline = [s for s in (*state.decoding, *state.prefilling) if s.key[0]]

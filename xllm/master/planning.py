@@ -8,9 +8,11 @@ Invariant: a sequence is never planned past its end, nor past a token that forks
 
 from __future__ import annotations
 
+from xllm.kvcache.prefix import MatchResult
 from xllm.master.lifecycle import InstanceState
 from xllm.master.making_room import RoomMaker
 from xllm.master.plan_builder import PlanBuilder
+from xllm.master.prefix_sharing import MAX_HELD, MAX_PASSED, PrefixSharing
 from xllm.master.sequence import Sequence
 from xllm.master.strategy import PrefillStrategy
 from xllm.protocol.step import StepPlan
@@ -24,6 +26,9 @@ class StepPlanner:
         self._strategy = strategy
         self._builder = PlanBuilder(state)
         self._room = RoomMaker(state)
+        self._sharing = PrefixSharing(
+            state.limits.block_size, state.limits.share_prefixes and state.limits.prefix_cache
+        )
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None where there is nothing to compute or enough is in flight."""
@@ -34,16 +39,17 @@ class StepPlanner:
             state.sweep()
         enough = self._room.grow(self._decodes())
         # Where a decode found no block, there is no room for anybody new in this step.
-        if state.num_offline_running and enough:
-            first = state.waiting.peek()
-            if first is not None:
-                self._room.make_room(first)
+        may_start = enough and len(state.waiting) > 0
+        if may_start:
+            self._sharing.begin(state.prefilling)
+            if state.num_offline_running:
+                self._make_room()
         num_decodes = self._builder.add_decodes(self._decodes(), self._room.sitting_out)
         budget = state.limits.max_num_batched_tokens - num_decodes
         num_prefills = 0
         if state.prefilling:
             budget, num_prefills = self._add_prefills(budget)
-        if len(state.waiting) and budget > 0 and enough:
+        if may_start and budget > 0:
             self._start_waiting(budget, num_prefills)
         if self._builder.is_empty:
             return None
@@ -85,29 +91,56 @@ class StepPlanner:
             num_prefills += 1
         return budget, num_prefills
 
+    def _make_room(self) -> None:
+        """Take blocks from offline sequences if the next waiting one is online and needs them."""
+        state = self._state
+        seq = state.waiting.peek()
+        if seq is None or seq.key[0]:
+            return
+        match = state.tables.match(seq)
+        if not self._sharing.is_held(seq, match):
+            self._room.make_room(seq, match)
+
     def _start_waiting(self, budget: int, num_prefills: int) -> None:
         """Start sequences in the queue's order; the first that cannot start ends it, so that
-        large requests are not overtaken for ever."""
+        large requests are not overtaken for ever. Those that wait for a leader's prefix are
+        passed, so many times."""
         state = self._state
-        size = state.limits.block_size
+        held: list[Sequence] = []
         while budget > 0:
             seq = state.waiting.peek()
             if seq is None or state.num_running >= state.limits.max_running:
-                return
+                break
             match = state.tables.match(seq)
+            if self._sharing.is_held(seq, match):
+                if seq.num_passed >= MAX_PASSED or len(held) >= MAX_HELD:
+                    break
+                held.append(state.waiting.pop())
+                continue
             if not self._room.can_start(seq, match):
-                return
-            remaining = seq.num_tokens - len(match.block_ids) * size
+                break
+            remaining = seq.num_tokens - len(match.block_ids) * state.limits.block_size
             share = self._strategy.share(remaining, budget, num_prefills)
             if share <= 0:
-                return
+                break
             state.waiting.pop()
-            state.tables.start(seq, match)
-            self._builder.introduce(seq)
-            state.run(seq)
-            request = seq.request
-            if request.cached_tokens < 0:
-                request.cached_tokens = min(seq.num_computed, seq.num_prompt)
-            self._builder.add_prefill(seq, share)
+            self._start(seq, match, share)
             budget -= share
             num_prefills += 1
+            for follower in held:
+                follower.num_passed += 1
+        for follower in held:
+            state.waiting.push(follower)
+
+    def _start(self, seq: Sequence, match: MatchResult, share: int) -> None:
+        """A sequence from the queue runs from now on, with so many tokens in this step."""
+        state = self._state
+        state.tables.start(seq, match)
+        self._builder.introduce(seq)
+        state.run(seq)
+        seq.num_passed = 0
+        request = seq.request
+        if request.cached_tokens < 0:
+            request.cached_tokens = min(seq.num_computed, seq.num_prompt)
+        self._sharing.add_leader(seq)
+        self._builder.add_prefill(seq, share)

@@ -39,14 +39,15 @@ class Sequence:
     `is_private`: the next one could not be, so that none is until it is released. `seal_at`:
     num_computed at which the next block is complete. `num_in_flight`: steps under way.
     `num_planned`: positions that are computed or in a step under way; of a decode it may be past
-    the tokens that are known here."""
+    the tokens that are known here. `num_passed`: others that started before it while it waited for
+    a prefix."""
 
     __slots__ = (
         "attempt", "block_ids", "capacity", "choice", "end", "hashes", "is_prefilling",
-        "is_private", "key", "min_tokens", "num_computed", "num_in_flight", "num_planned",
-        "num_prompt", "num_samples", "num_sealed", "num_sent_blocks", "num_tokens", "number",
-        "output", "prompt_ids", "request", "request_id", "scores_prompt", "seal_at", "state",
-        "stop_ids",
+        "is_private", "key", "min_tokens", "num_computed", "num_in_flight", "num_passed",
+        "num_planned", "num_prompt", "num_samples", "num_sealed", "num_sent_blocks",
+        "num_tokens", "number", "output", "prompt_ids", "request", "request_id",
+        "scores_prompt", "seal_at", "state", "stop_ids",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +72,7 @@ class Sequence:
         self.hashes = hashes
         self.is_prefilling = True
         self.num_in_flight = 0
+        self.num_passed = 0
         self.block_ids: list[int] = []
         self.clear_kv()
 
