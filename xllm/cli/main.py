@@ -42,6 +42,9 @@ COMMANDS: dict[str, CommandEntry] = {
     "registry": CommandEntry("xllm.cli.registry", "registry", "Serve a cluster's registry."),
     "node": CommandEntry("xllm.cli.node", "node", "Start, stop, show a node's processes."),
     "keys": CommandEntry("xllm.cli.keys", "keys", "Make and exchange the keys of nodes."),
+    "bench": CommandEntry(
+        "xllm.cli.bench.command", "bench", "Measure endpoints, models, this machine."
+    ),
     "version": CommandEntry("xllm.cli.version", "version", "Show versions."),
 }
 

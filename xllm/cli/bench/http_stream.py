@@ -7,10 +7,11 @@ of OpenAI. What it cannot do is an error: no redirects, no compression, no HTTP/
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import ssl
 import urllib.parse
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from xllm.errors import ConfigError
 
@@ -137,7 +138,7 @@ class HttpStreams:
         head = f"GET {self.address.path}{path} HTTP/1.1\r\n{self._headers}\r\n"
         return b"".join([piece async for piece in self._exchange(head.encode("latin-1"))])
 
-    async def post_events(self, path: str, body: bytes) -> AsyncIterator[bytes]:
+    async def post_events(self, path: str, body: bytes) -> AsyncGenerator[bytes, None]:
         """The `data` of each event of the answer to a POST. RefusedError where the server does
         not answer with success, CutError where the answer is cut, OSError where none comes."""
         head = (
@@ -145,14 +146,15 @@ class HttpStreams:
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         buffer = b""
-        async for piece in self._exchange(head.encode("latin-1") + body):
-            buffer += piece
-            if b"\r" in buffer:
-                buffer = buffer.replace(b"\r\n", b"\n")
-            *events, buffer = buffer.split(b"\n\n")
-            for event in events:
-                if data := _data_of(event):
-                    yield data
+        async with contextlib.aclosing(self._exchange(head.encode("latin-1") + body)) as pieces:
+            async for piece in pieces:
+                buffer += piece
+                if b"\r" in buffer:
+                    buffer = buffer.replace(b"\r\n", b"\n")
+                *events, buffer = buffer.split(b"\n\n")
+                for event in events:
+                    if data := _data_of(event):
+                        yield data
         if data := _data_of(buffer):
             yield data
 
@@ -161,7 +163,7 @@ class HttpStreams:
         while self._idle:
             self._idle.pop().close()
 
-    async def _exchange(self, request: bytes) -> AsyncIterator[bytes]:
+    async def _exchange(self, request: bytes) -> AsyncGenerator[bytes, None]:
         connection, status, headers = await self._ask(request)
         try:
             if status >= 300:
