@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 from xllm.master.block_tables import BlockTables
+from xllm.master.idleness import IdleMeter
 from xllm.master.latency import LatencyMeter
 from xllm.master.limits import InstanceLimits
 from xllm.master.outcome import StepOutcome
@@ -68,6 +69,7 @@ class InstanceState:
         """Numbers that the worker can forget with the next plan."""
         self.outcome = StepOutcome()
         self.latency = LatencyMeter()
+        self.idleness = IdleMeter()
         self.num_preemptions = 0
         self.is_draining = False
 

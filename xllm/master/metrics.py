@@ -71,6 +71,12 @@ class MasterMetrics:
             ("waiting_tokens", "Tokens still to be computed.", stats.waiting_tokens),
             ("preemptions", "Preemptions of this worker's life.", stats.num_preemptions),
             ("evictions", "Evicted blocks of this worker's life.", stats.num_evictions),
+            ("worker_busy_seconds", "Time in steps of this worker's life.", stats.worker_busy_s),
+            (
+                "worker_idle_seconds",
+                "Time between steps while there was work, of this worker's life.",
+                stats.worker_idle_s,
+            ),
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(f"xllm_master_{name}", text, value=value)

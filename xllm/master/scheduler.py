@@ -32,8 +32,9 @@ from xllm.protocol.step import StepPlan, StepResult
 class SchedulerStatistics:
     """How busy an instance is. `num_waiting` and `num_running` count sequences;
     `num_available_blocks` are free or cached without holder; `waiting_tokens` still have to be
-    computed, `running_tokens` are held by running sequences; `num_held`
-    counts sequences that are prefilled for another instance."""
+    computed, `running_tokens` are held by running sequences; `num_held` counts sequences that are
+    prefilled for another instance. `worker_busy_s` is the time of all steps, `worker_idle_s` that
+    between steps while there was work."""
 
     num_requests: int
     num_waiting: int
@@ -48,6 +49,8 @@ class SchedulerStatistics:
     num_preemptions: int
     num_evictions: int
     num_held: int = 0
+    worker_busy_s: float = 0.0
+    worker_idle_s: float = 0.0
 
 
 class Scheduler:
@@ -209,6 +212,8 @@ class Scheduler:
             num_preemptions=state.num_preemptions,
             num_evictions=cache.num_evicted,
             num_held=state.num_held,
+            worker_busy_s=state.idleness.busy_ns / 1e9,
+            worker_idle_s=state.idleness.idle_ns / 1e9,
         )
 
     def check(self) -> None:

@@ -49,6 +49,9 @@ class StepSettler:
         if result.num_top >= 0 or state.num_with_logprobs:
             rows = read_rows(step, result, frames, failed)
         del state.steps[result.step]
+        # Before anything is sealed: a pinned block that its sequence seals and then releases
+        # would be cached and held without its parent.
+        self._unpin(step)
         self._now = now
         items = state.outcome.items
         running = SequencePhase.RUNNING
@@ -79,8 +82,8 @@ class StepSettler:
                 self._finish(seq, first_index, drawn, None)
             else:
                 items.append(TokenItem(seq.request_id, seq.choice, seq.attempt, first_index, drawn))
-        self._unpin(step)
         state.latency.note_step(now, result.duration_ns / 1e9, step.num_decodes)
+        state.idleness.note(result, state.num_running > 0 or len(state.waiting) > 0)
         state.deadlines.sweep(len(state.requests))
         state.holds.sweep(len(state.requests))
 
@@ -92,8 +95,8 @@ class StepSettler:
             return
         for seq in step.sequences:
             seq.num_in_flight -= 1
-        self._fail_requests((*step.sequences, *step.forked), code, message)
         self._unpin(step)
+        self._fail_requests((*step.sequences, *step.forked), code, message)
 
     def _fail_requests(self, sequences: Iterable[Sequence], code: str, message: str) -> None:
         for seq in sequences:

@@ -147,6 +147,8 @@ class StepResult(ArrayMessage, frozen=True):
     loads_done: tuple[int, ...] = ()
     stores_done: tuple[int, ...] = ()
     expert_frames: int = 0
+    idle_ns: int = 0
+    """Time between the end of the worker's step before this one and its begin; 0 for the first."""
 
 
 class WorkerHello(ArrayMessage, frozen=True):

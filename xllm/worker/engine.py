@@ -18,6 +18,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol
 
+import msgspec
+
 from xllm.errors import EngineError, XllmError
 from xllm.protocol.step import (
     LoadModel,
@@ -67,6 +69,7 @@ class JobRunner:
         self._make = make
         self._rank = rank
         self._executor: Executor | None = None
+        self._ended_ns = 0  # when the last step ended; 0: there was none
 
     @property
     def counter(self) -> int:
@@ -77,10 +80,7 @@ class JobRunner:
         """Run one job; whatever it raises becomes a WorkerFailed."""
         try:
             if isinstance(job, StepPlan):
-                if self._executor is None:
-                    raise EngineError("a plan came before the model was loaded")
-                output = self._executor.execute(job)
-                answer((output.result, output.frames, None))
+                answer(self._step(job))
             elif isinstance(job, LoadModel):
                 answer((self._load(answer), (), None))
             else:
@@ -94,6 +94,16 @@ class JobRunner:
         if self._executor is not None:
             self._executor.close()
 
+    def _step(self, plan: StepPlan) -> EngineAnswer:
+        if self._executor is None:
+            raise EngineError("a plan came before the model was loaded")
+        idle_ns = time.perf_counter_ns() - self._ended_ns if self._ended_ns else 0
+        try:
+            output = self._executor.execute(plan)
+        finally:
+            self._ended_ns = time.perf_counter_ns()
+        return msgspec.structs.replace(output.result, idle_ns=idle_ns), output.frames, None
+
     def _load(self, answer: Callable[[EngineAnswer], None]) -> WorkerMessage:
         next_at = 0.0
 
@@ -106,6 +116,7 @@ class JobRunner:
 
         if self._executor is None:
             self._executor = self._make()
+        self._ended_ns = 0
         return self._executor.load(progress)
 
     def _failure(self, error: Exception, step: int) -> EngineAnswer:

@@ -3,6 +3,7 @@ are the model's."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from xllm.master.limits import InstanceLimits
 from xllm.master.scheduler import Scheduler
 from xllm.protocol.instance import AdmitRequest, RequestEnded
 from xllm.protocol.sampling import SamplingParams
+from xllm.worker.executor import StepOutput
 
 MODES = {
-    "plain": {"chunked_prefill": False, "prefix_cache": False},
+    "plain": {"chunked_prefill": False, "prefix_cache": False, "max_in_flight": 1},
     "chunked": {"chunked_prefill": True, "prefix_cache": False, "max_num_batched_tokens": 37},
     "cached": {"chunked_prefill": False, "prefix_cache": True},
     "both": {"chunked_prefill": True, "prefix_cache": True, "max_num_batched_tokens": 37},
     "few blocks": {"chunked_prefill": True, "prefix_cache": True, "num_blocks": 18},
+    "no pipeline": {"max_in_flight": 1, "share_prefixes": False},
+    "pipeline of 3": {"max_in_flight": 3, "max_num_batched_tokens": 37, "num_blocks": 18},
 }
 
 
@@ -47,6 +51,7 @@ class Instance:
         self.streams: dict[tuple[str, int], list[int]] = {}
         self.ended: dict[str, RequestEnded] = {}
         self.scored: dict[str, list[float]] = {}
+        self.in_flight: deque[StepOutput] = deque()
         self.now = 0.0
 
     def admit(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> None:
@@ -58,11 +63,13 @@ class Instance:
         assert self.scheduler.admit(request, self.now) is None
 
     def step(self) -> bool:
+        """Plan and run what may be, then settle the oldest step."""
         self.now += 0.01
-        plan = self.scheduler.schedule(self.now)
-        if plan is None:
+        while (plan := self.scheduler.schedule(self.now)) is not None:
+            self.in_flight.append(self.driver.executor.execute(plan))
+        if not self.in_flight:
             return False
-        output = self.driver.executor.execute(plan)
+        output = self.in_flight.popleft()
         assert output.result.failed == ()
         outcome = self.scheduler.update(output.result, output.frames, self.now)
         self.scheduler.check()
@@ -125,7 +132,7 @@ def test_every_mode_gives_the_models_tokens(
     assert instance.streams == plain_streams
     cached = sum(ended.cached_tokens for ended in instance.ended.values())
     assert (cached > 0) == instance.limits.prefix_cache
-    if mode == "few blocks":
+    if "num_blocks" in MODES[mode]:
         assert instance.scheduler.statistics().num_preemptions > 0
 
 
@@ -137,6 +144,34 @@ def test_the_plain_mode_is_right(
     for number, prompt in enumerate(random_prompts(8, 1, 60, seed=2)):
         begun = [*prefix, *prompt] if number % 2 else prompt
         assert_greedy(reference, begun, plain_streams[f"greedy-{number}", 0])
+
+
+def test_what_depends_on_the_history_is_the_same_with_the_pipeline(directory: Path) -> None:
+    """Penalties, bias, min_tokens, stop ids and logprobs look at tokens that the master does not
+    know yet when it plans the step."""
+    prompts = random_prompts(6, 4, 30, seed=9)
+    found = []
+    for depth in (1, 2, 3):
+        instance = Instance(directory, max_in_flight=depth, num_blocks=24)
+        for number, prompt in enumerate(prompts):
+            sampling = SamplingParams(
+                seed=number,
+                temperature=0.0 if number % 2 else 1.0,
+                max_tokens=24,
+                min_tokens=3 * (number % 3),
+                repetition_penalty=1.3,
+                presence_penalty=0.5,
+                frequency_penalty=0.4,
+                stop_token_ids=tuple(range(number, instance.limits.vocab_size, 7)),
+                logprobs=1,
+            )
+            instance.admit(f"r{number}", prompt, sampling)
+            instance.step()
+        instance.run()
+        found.append((instance.streams, set(instance.ended)))
+    assert found[0] == found[1] == found[2]
+    lengths = {len(stream) for stream in found[0][0].values()}
+    assert min(lengths) < 24
 
 
 def test_choices_differ(plain_streams: dict[tuple[str, int], list[int]]) -> None:
