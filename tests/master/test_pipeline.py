@@ -4,7 +4,7 @@ when those tokens are the last. On and off the tokens are the same."""
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.master.test_scheduler_workloads import random_request
@@ -189,6 +189,18 @@ def test_a_crowd_in_a_tiny_pool_ends_in_bounded_steps(num_blocks, depth):
         one.verify(f"r{index}")
 
 
+def test_chunks_after_a_failed_one_fail_too():
+    """Their KV would have a gap."""
+    one = pipelined(faults=ToyFaults(fail_item=777), max_num_batched_tokens=4)
+    one.admit("a", [777, *PROMPT])
+    one.plan()
+    one.plan()
+    assert all(output.result.failed for _, output, _ in one.in_flight)
+    one.run()
+    assert one.ended["a", 1].message == "toy fault: the item fails"
+
+
+@example(10438, 2)
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 1 << 30), st.sampled_from((2, 3)))
 def test_no_history_of_settling_makes_a_difference(seed, depth):

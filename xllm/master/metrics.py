@@ -62,7 +62,7 @@ class MasterMetrics:
         stats = self._statistics
         if stats is None:
             return
-        gauges = (
+        gauges: tuple[tuple[str, str, float], ...] = (
             ("waiting_sequences", "Sequences that wait.", stats.num_waiting),
             ("running_sequences", "Sequences that run.", stats.num_running),
             ("blocks", "KV blocks.", stats.num_blocks),

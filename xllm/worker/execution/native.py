@@ -94,22 +94,18 @@ class NativeExecutor:
         return engine.ready
 
     def execute(self, plan: StepPlan) -> StepOutput:
-        """Run one plan; see Executor. An item that cannot run is reported alone."""
+        """Run one plan; see Executor. An item that cannot run is reported alone. A sequence that
+        failed, alone or with its step, fails from then on: later plans may be on their way."""
         engine = self._loaded()
         began = time.perf_counter_ns()
-        engine.table.begin(plan)
-        engine.pool.copy_blocks(plan.copies)
-        batch = build_batch(
-            plan.items, engine.table, engine.pool.layout.block_size, engine.ready.max_model_len
-        )
-        outputs = StepOutputs(len(plan.items), batch.failed)
-        if engine.experts is not None:
-            engine.experts.take_counts()  # of a warm-up, or of a step that broke off
-        if batch.entries:
-            with torch.inference_mode():
-                self._run(engine, batch, outputs)
-        if engine.experts is not None:
-            outputs.expert_counts = engine.experts.take_counts()
+        try:
+            outputs = self._compute(engine, plan)
+        except Exception:
+            for item in plan.items:
+                engine.table.refuse(item.seq, "a step of it failed")
+            raise
+        for index, reason in outputs.failed.items():
+            engine.table.refuse(plan.items[index].seq, reason)
         self._num_steps += 1
         return outputs.pack(plan.step, time.perf_counter_ns() - began)
 
@@ -129,6 +125,22 @@ class NativeExecutor:
         engine = self._loaded()
         engine.table.check()
         engine.pool.check()
+
+    def _compute(self, engine: _Engine, plan: StepPlan) -> StepOutputs:
+        engine.table.begin(plan)
+        engine.pool.copy_blocks(plan.copies)
+        batch = build_batch(
+            plan.items, engine.table, engine.pool.layout.block_size, engine.ready.max_model_len
+        )
+        outputs = StepOutputs(len(plan.items), batch.failed)
+        if engine.experts is not None:
+            engine.experts.take_counts()  # of a warm-up, or of a step that broke off
+        if batch.entries:
+            with torch.inference_mode():
+                self._run(engine, batch, outputs)
+        if engine.experts is not None:
+            outputs.expert_counts = engine.experts.take_counts()
+        return outputs
 
     def _loaded(self) -> _Engine:
         if self._engine is None:

@@ -79,7 +79,7 @@ class SequenceTableStatistics:
 
 class SequenceTable:
     """The sequences by number. `begin` takes a plan's news; what of them makes no sense is
-    remembered as refused, so that only that sequence's items fail."""
+    remembered as refused, as is what failed, so that only that sequence's items fail."""
 
     def __init__(self, num_blocks: int, vocab_size: int) -> None:
         self._num_blocks = num_blocks
@@ -105,6 +105,12 @@ class SequenceTable:
         if state is None:
             raise EngineError(self._refused.get(seq, f"sequence {seq} is not known here"))
         return state
+
+    def refuse(self, seq: int, reason: str) -> None:
+        """A sequence failed: its KV and its history have a gap, so that every later item of it
+        fails with this reason, until it is ended."""
+        self._states.pop(seq, None)
+        self._refused.setdefault(seq, reason)
 
     def join_blocks(self, state: SequenceState, block_ids: Sequence[int]) -> None:
         """Append to a block table; raises EngineError for a block that is not in the pool."""

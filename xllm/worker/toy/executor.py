@@ -118,8 +118,14 @@ class ToyExecutor:
             try:
                 tokens.append(run_item(item))
             except (EngineError, InvariantError) as error:
+                # Its history has a gap: items of it that are on their way must not run.
+                self._sequences.pop(item.seq, None)
                 failed.append((index, broken_news.get(item.seq, error).message))
                 tokens.append(())
+            except RuntimeError:
+                for lost in plan.items:
+                    self._sequences.pop(lost.seq, None)
+                raise
             else:
                 if scores is not None and item.kind <= _LAST_KIND:
                     self._add_scores(scores, index, item, tokens[-1])
