@@ -47,7 +47,7 @@ class MasterMetrics:
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client asks of a collector."""
-        counters = (
+        counters: tuple[tuple[str, str, float], ...] = (
             ("admitted", "Requests taken in.", self.num_admitted),
             ("refused", "Requests refused at admission.", self.num_refused),
             ("ended", "Requests that ended as asked.", self.num_ended),
