@@ -16,7 +16,15 @@ setup(
             sources=sorted(str(path) for path in _KERNELS.glob("*.cpp")),
             depends=sorted(str(path) for path in _KERNELS.glob("*.h")),
             language="c++",
-            extra_compile_args=["-std=c++20", "-O3", "-fno-math-errno", "-ffp-contract=off"],
+            extra_compile_args=[
+                "-std=c++20",
+                "-O3",
+                "-fno-math-errno",
+                "-ffp-contract=off",
+                "-Wall",
+                "-Wextra",
+                "-fvisibility=hidden",
+            ],
             extra_link_args=["-pthread"],
             optional=True,
         )

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "team.h"
+#include "variant.h"
 
 namespace xk {
 
@@ -32,16 +33,19 @@ struct Weight {
   int32_t k;
   int32_t group;        // kInt4: inputs that share a scale
   const void* data;     // aligned to 64 bytes
-  const float* scales;  // kInt8, kW8A8: [n]; kInt4: [n/16][k/group][16]
-  const float* bias;    // [n] in the order of the packed outputs, or null
+  const float* scales;  // kInt8, kW8A8: a value for each packed output; kInt4: [n/16][k/group][16]
+  const float* bias;    // a value for each packed output, padding included, or null
+  int32_t variant = kAuto;  // forces a variant where it is usable; best_variant() gives a row the
+                            // same bits at every row count, kAuto may not
 };
 
 // Scratch of a team: enough for `rows` rows of `k` inputs in the type a kernel wants them.
 int64_t gemm_scratch_bytes(int32_t kind, int32_t rows, int32_t k);
 
 // Called by every thread of a run with the same arguments. x [rows, k] with row stride ldx, y with
-// row stride ldy, both float and finished before the call (a barrier stands behind who wrote them).
-// Ends with a barrier: y is complete for all threads.
+// row stride ldy, both float and finished before the call: a barrier (or the start of the run)
+// stands behind who wrote them, and nobody has claimed since. Ends with a barrier: y is complete
+// for all threads. scratch: gemm_scratch_bytes, aligned to 64 bytes, one for the team.
 void gemm(Team& team, int thread, const Weight& weight, const float* x, int64_t ldx, int32_t rows,
           float* y, int64_t ldy, Epilogue epilogue, void* scratch);
 

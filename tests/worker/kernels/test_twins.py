@@ -1,0 +1,47 @@
+"""Without the library: why there is none is said, and torch computes over the same packed data."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from xllm.worker.kernels.library import load_from
+from xllm.worker.kernels.linear import Epilogue, pack_gate_up, pack_linear
+from xllm.worker.kernels.packing import Kind
+
+
+def test_a_missing_library_has_a_reason(tmp_path):
+    loaded = load_from(tmp_path)
+    assert loaded.library is None
+    assert "not built" in loaded.reason
+
+
+def test_a_broken_library_has_a_reason(tmp_path):
+    (tmp_path / "_cpu.abi3.so").write_bytes(b"not a library")
+    loaded = load_from(tmp_path)
+    assert loaded.library is None
+    assert loaded.reason
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_the_twin_computes(kind):
+    weight, bias = torch.randn(21, 13).bfloat16(), torch.randn(21)
+    linear = pack_linear(kind, weight, bias, None)
+    x = torch.randn(4, 13)
+    expected = F.linear(x, weight.float(), bias)
+    torch.testing.assert_close(linear(x), expected)
+    out = torch.ones(4, 21)
+    linear(x, Epilogue.ADD, out)
+    torch.testing.assert_close(out, expected + 1)
+    assert linear.num_bytes >= 21 * 13 * weight.element_size()
+    gate, up = torch.randn(21, 13).bfloat16(), torch.randn(21, 13).bfloat16()
+    gated = pack_gate_up(kind, gate, up, None)
+    expected = F.silu(F.linear(x, gate.float())) * F.linear(x, up.float())
+    torch.testing.assert_close(gated(x, Epilogue.SILU_MUL), expected)
+
+
+def test_epilogues_that_do_not_fit_are_errors():
+    linear = pack_linear(Kind.FP32, torch.ones(4, 4), None, None)
+    with pytest.raises(ValueError, match="gated"):
+        linear(torch.ones(1, 4), Epilogue.SILU_MUL)
+    with pytest.raises(ValueError, match="out"):
+        linear(torch.ones(1, 4), Epilogue.ADD)
