@@ -55,6 +55,12 @@ class ModelSettings:
     max_model_len: int = setting(
         0, "Longest prompt + output; 0: what the model allows.", unit="tokens", low=0
     )
+    implementation: str = setting(
+        "auto",
+        "native: this package's own; transformers: the library's, with this package's attention; "
+        "auto: native where there is one.",
+        choices=("auto", "native", "transformers"),
+    )
     dtype: str = setting(
         "auto", "Type of weights and KV.", choices=("auto", "float32", "bfloat16", "float16")
     )

@@ -89,9 +89,9 @@ VARIANTS = {
 class Runner:
     """A loaded model over a pool of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, implementation: str = "auto") -> None:
         self.loaded = load_model(
-            directory, "auto", select_platform("cpu"), lambda loaded, total: None
+            directory, "auto", select_platform("cpu"), lambda loaded, total: None, implementation
         )
         config, dtype = self.loaded.model.config, self.loaded.dtype
         layout = KvLayout(
@@ -116,8 +116,11 @@ def blocks(first: int) -> array[int]:
     return array("q", range(first + 15, first - 1, -1))
 
 
-def check_all_ways(runner: Runner, want: torch.Tensor, ids: list[int], bound: float) -> None:
-    """The text whole, in chunks, row by row, and in chunks beside other sequences."""
+def check_all_ways(
+    runner: Runner, want: torch.Tensor, ids: list[int], bound: float, single: bool = True
+) -> None:
+    """The text whole, in chunks, row by row (if `single`), and in chunks beside other
+    sequences."""
 
     def close(got: torch.Tensor, start: int, end: int) -> None:
         assert (got - want[start:end]).abs().max() < bound
@@ -126,8 +129,9 @@ def check_all_ways(runner: Runner, want: torch.Tensor, ids: list[int], bound: fl
     for start, end in ((0, 37), (37, 38), (38, 77), (77, LENGTH)):
         got = runner.logits([Span(start, end - start, blocks(16))], ids[start:end])
         close(got, start, end)
-    rows = [Span(at, 1, blocks(32)) for at in range(LENGTH)]
-    close(runner.logits(rows, ids, single=True), 0, LENGTH)
+    if single:
+        rows = [Span(at, 1, blocks(32)) for at in range(LENGTH)]
+        close(runner.logits(rows, ids, single=True), 0, LENGTH)
     # Beside a whole other text, a later chunk of the first, and two decodes of unlike length.
     other = ids[::-1]
     runner.logits([Span(0, 30, blocks(48))], ids[:30])

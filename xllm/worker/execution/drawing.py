@@ -12,7 +12,7 @@ import torch
 
 from xllm.worker.execution.batch import BatchEntry, StepBatch
 from xllm.worker.execution.outputs import StepOutputs
-from xllm.worker.models.model import NativeModel
+from xllm.worker.models.model import DecoderModel
 from xllm.worker.sampling.edits import needs_counts
 from xllm.worker.sampling.logprobs import score_rows
 from xllm.worker.sampling.rows import SampleRow
@@ -31,7 +31,7 @@ class TokenDrawer:
 
     def __init__(
         self,
-        model: NativeModel,
+        model: DecoderModel,
         device: torch.device,
         tick: Callable[[], None],
         rows_at_once: int = 0,

@@ -14,8 +14,9 @@ import torch
 
 from xllm.worker.attention.paged import AttentionWorkspace, PagedAttention
 from xllm.worker.attention.plan import Span, plan_window, write_slots
+from xllm.worker.layers.decoder import Attention
 from xllm.worker.memory.pool import KvPool
-from xllm.worker.models.model import NativeModel
+from xllm.worker.models.model import NativeModel, WholeModel
 
 
 class LayerHook(Protocol):
@@ -34,7 +35,7 @@ class LayerLoop:
 
     def __init__(
         self,
-        model: NativeModel,
+        model: NativeModel | WholeModel,
         pool: KvPool,
         dtype: torch.dtype,
         device: torch.device,
@@ -66,14 +67,34 @@ class LayerLoop:
             self._windows,
             self._tick,
         )
-        hidden = self._model.embed(self._index(token_ids))
-        tables = self._model.tables(self._index(positions))
-        for index in range(self._model.config.num_layers):
+        return self._through_layers(
+            self._index(token_ids), self._index(positions), attention, hooks
+        )
+
+    def _through_layers(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: Attention,
+        hooks: Sequence[LayerHook],
+    ) -> torch.Tensor:
+        def before(index: int) -> None:
             for hook in hooks:
                 hook.before_layer(index)
-            hidden = self._model.layer(index, hidden, tables, attention)
+
+        def after(index: int, hidden: torch.Tensor) -> None:
             for hook in hooks:
                 hook.after_layer(index, hidden)
+
+        model = self._model
+        if isinstance(model, WholeModel):
+            return model.forward(token_ids, positions, attention, before, after)
+        hidden = model.embed(token_ids)
+        tables = model.tables(positions)
+        for index in range(model.config.num_layers):
+            before(index)
+            hidden = model.layer(index, hidden, tables, attention)
+            after(index, hidden)
         return hidden
 
     def run_single_rows(

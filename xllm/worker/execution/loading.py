@@ -15,8 +15,8 @@ from xllm.worker.loader.config import ModelConfig, RawConfig, read_config
 from xllm.worker.loader.weights import WeightTable, load_weights
 from xllm.worker.memory.layout import KvLayout, block_bytes, choose_num_blocks
 from xllm.worker.memory.pool import KvPool, allocate_memory
-from xllm.worker.models.model import NativeModel
-from xllm.worker.models.registry import find_family
+from xllm.worker.models.model import DecoderModel, NativeModel, WholeModel
+from xllm.worker.models.registry import find_family, is_native
 from xllm.worker.platform.platform import Platform, resolve_dtype
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -27,7 +27,7 @@ _HEAD = "lm_head.weight"
 class LoadedModel:
     """A model with its weights, and what is known of it only now."""
 
-    model: NativeModel
+    model: NativeModel | WholeModel
     dtype: torch.dtype
     revision: str
     num_bytes: int
@@ -38,13 +38,19 @@ def load_model(
     asked_dtype: str,
     platform: Platform,
     progress: Callable[[int, int], None],
+    implementation: str = "auto",
 ) -> LoadedModel:
-    """Read configuration and weights of a directory onto a platform's device.
+    """Read configuration and weights of a directory onto a platform's device. `implementation`:
+    see ModelSettings.
 
     Raises ConfigError or DependencyError naming the file, key or tensor that stands in the way,
     or the memory that is lacking.
     """
     raw: RawConfig = read_config(directory)
+    if implementation == "transformers" or (
+        implementation == "auto" and not is_native(raw.architecture())
+    ):
+        return _load_from_library(directory, raw, asked_dtype, platform, progress)
     family = find_family(raw.architecture())
     checkpoint = open_checkpoint(directory)
     config = family.read(raw)
@@ -59,6 +65,25 @@ def load_model(
     load_weights(checkpoint, table, progress, unused)
     model.finish()
     return LoadedModel(model, dtype, checkpoint.revision(directory), table.num_bytes)
+
+
+def _load_from_library(
+    directory: Path,
+    raw: RawConfig,
+    asked_dtype: str,
+    platform: Platform,
+    progress: Callable[[int, int], None],
+) -> LoadedModel:
+    # It takes seconds to import and most models do without.
+    from xllm.worker.models.transformers_loading import load_transformers_model
+
+    checkpoint = open_checkpoint(directory)
+    dtype = resolve_dtype(asked_dtype, raw.dtype() or checkpoint.dtype())
+    _check_room(checkpoint, dtype, platform)
+    progress(0, checkpoint.total_bytes)
+    model, num_bytes = load_transformers_model(raw, checkpoint, dtype, platform.device)
+    progress(checkpoint.total_bytes, checkpoint.total_bytes)
+    return LoadedModel(model, dtype, checkpoint.revision(directory), num_bytes)
 
 
 def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, platform: Platform) -> None:
@@ -92,7 +117,7 @@ def resolve_model_len(settings: Settings, config: ModelConfig) -> int:
 
 
 def make_pool(
-    settings: Settings, model: NativeModel, dtype: torch.dtype, platform: Platform
+    settings: Settings, model: DecoderModel, dtype: torch.dtype, platform: Platform
 ) -> KvPool:
     """The KV pool of a loaded model, sized by the settings or by what memory is left."""
     size = settings.worker.block_size

@@ -154,7 +154,9 @@ class NativeExecutor:
             raise ConfigError("model.path is empty: no model directory", param="model.path")
         directory = Path(settings.model.path)
         platform = select_platform(worker.device, worker.rank)
-        loaded = load_model(directory, settings.model.dtype, platform, progress)
+        loaded = load_model(
+            directory, settings.model.dtype, platform, progress, settings.model.implementation
+        )
         model, dtype = loaded.model, loaded.dtype
         platform.prepare(worker.num_threads, loaded.num_bytes)
         self._progress.follow(platform.mark)

@@ -14,7 +14,7 @@ from xllm.worker.layers.rotary import Rotary, RotaryTables
 from xllm.worker.loader.config import ModelConfig, RawConfig
 from xllm.worker.loader.rope import read_rope
 from xllm.worker.loader.weights import WeightTable
-from xllm.worker.models.model import KvGroupSpec
+from xllm.worker.models.model import kv_groups
 
 
 class DenseDecoder:
@@ -25,7 +25,7 @@ class DenseDecoder:
 
     def __init__(self, config: ModelConfig, table: WeightTable) -> None:
         self.config = config
-        self.kv_groups = dense_kv_groups(config)
+        self.kv_groups = kv_groups(config)
         vocab, hidden = config.vocab_size, config.hidden_size
         self._dtype = table.dtype
         self._embedding = table.one("model.embed_tokens.weight", vocab, hidden)
@@ -67,20 +67,14 @@ class DenseDecoder:
         """Norm and head: fp32 logits [rows, vocab]."""
         return self._head(self._norm(hidden)).float()
 
+    def normalised(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last norm alone."""
+        return self._norm(hidden)
+
     def finish(self) -> None:
         """Fuse what can only be fused once it is loaded."""
         for layer in self._layers:
             layer.finish()
-
-
-def dense_kv_groups(config: ModelConfig) -> tuple[KvGroupSpec, ...]:
-    """One group a distinct window, the full one first."""
-    groups = []
-    for window in sorted(set(config.layer_windows)):
-        layers = tuple(i for i, found in enumerate(config.layer_windows) if found == window)
-        name = "full" if window == 0 else f"window-{window}"
-        groups.append(KvGroupSpec(name, window, layers, config.num_kv_heads, config.head_dim))
-    return tuple(groups)
 
 
 def read_dense(

@@ -1,14 +1,14 @@
-"""What a native model is: embed, layers, head, and the kinds of KV it keeps.
+"""What a model is: embed, layers, head, and the kinds of KV it keeps.
 
-The executor owns the loop over the layers; a model computes one layer at a time and knows nothing
-of sequences, plans or memory.
+The executor owns the loop over the layers; a native model computes one layer at a time. No model
+knows of sequences, plans or memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -31,8 +31,8 @@ class KvGroupSpec:
     head_dim: int
 
 
-class NativeModel(Protocol):
-    """A decoder with loaded weights."""
+class DecoderModel(Protocol):
+    """A decoder with loaded weights; NativeModel and WholeModel are the two kinds."""
 
     @property
     def config(self) -> ModelConfig:
@@ -46,6 +46,16 @@ class NativeModel(Protocol):
     def experts(self) -> ExpertTables | None:
         """Where its experts are and what they had to do; None: it has none."""
 
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last layer's output [rows, hidden] to fp32 logits [rows, vocab]."""
+
+    def normalised(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last layer's output [rows, hidden] behind the model's last norm."""
+
+
+class NativeModel(DecoderModel, Protocol):
+    """A decoder that computes one layer at a time."""
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[rows] int64 to hidden [rows, hidden]."""
 
@@ -57,11 +67,34 @@ class NativeModel(Protocol):
     ) -> torch.Tensor:
         """Layer `index` of all rows."""
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The last layer's output [rows, hidden] to fp32 logits [rows, vocab]."""
-
     def finish(self) -> None:
         """Called once, after the weights are filled."""
+
+
+@runtime_checkable
+class WholeModel(DecoderModel, Protocol):
+    """A decoder that computes all its layers in one call."""
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: Attention,
+        before_layer: Callable[[int], None],
+        after_layer: Callable[[int, torch.Tensor], None],
+    ) -> torch.Tensor:
+        """Rows [rows] int64 at `positions` [rows] int64 through all layers: [rows, hidden].
+        Each layer is told of before and after, the latter with its output."""
+
+
+def kv_groups(config: ModelConfig) -> tuple[KvGroupSpec, ...]:
+    """One group a distinct window, the full one first."""
+    groups = []
+    for window in sorted(set(config.layer_windows)):
+        layers = tuple(i for i, found in enumerate(config.layer_windows) if found == window)
+        name = "full" if window == 0 else f"window-{window}"
+        groups.append(KvGroupSpec(name, window, layers, config.num_kv_heads, config.head_dim))
+    return tuple(groups)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,6 +14,11 @@ NATIVE_ARCHITECTURES = (
 )
 
 
+def is_native(architecture: str) -> bool:
+    """Whether a file here makes the models of an architecture."""
+    return architecture in NATIVE_ARCHITECTURES
+
+
 def find_family(architecture: str) -> ModelFamily:
     """The family of an architecture; raises ConfigError for one that is not native."""
     match architecture:
