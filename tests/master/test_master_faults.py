@@ -40,7 +40,7 @@ def test_pulses_do_not_wait_for_slow_heartbeats(run_dir):
         began = time.monotonic()
 
         def has_heard() -> bool:
-            heard.add(one.master.workers._vigil.heard_at)
+            heard.add(one.master.workers.links[0].vigil.heard_at)
             return len(heard) >= 4
 
         await one.router.until(has_heard)
@@ -183,14 +183,15 @@ def test_a_worker_that_loses_its_connection_gets_its_time_anew(run_dir):
         transport = Transport()
         actor = Actor("i0", transport)
         group = WorkerGroup(actor, Deaf(), settings, f"ipc://{run_dir}/w", lambda data: None)
-        group._children = children = ListedChildren("i0/worker-0")
+        group._processes._children = children = ListedChildren("i0/worker-0")
         group.start()
-        group._started_at -= 100.0
-        group._identity = b"worker"
+        [link] = group.links
+        link.started_at -= 100.0
+        link.identity = b"worker"
         group._on_gone(b"worker")
         group._check()
         assert not children.signals
-        group._started_at -= 100.0
+        link.started_at -= 100.0
         group._check()
         assert children.signals
         await group.stop()

@@ -127,7 +127,9 @@ class MasterSettings:
         "", "Where heartbeats are published; empty: ipc in the run directory."
     )
     worker_endpoint: str = setting("", "Where workers connect; empty: ipc in the run directory.")
-    num_workers: int = setting(1, "Ranks of this instance.", low=1, high=1)
+    num_workers: int = setting(
+        1, "Ranks of this instance: each holds a share of every layer.", low=1, high=64
+    )
     spawn_workers: bool = setting(
         True, "Start the workers as children; off: they are started on their own."
     )

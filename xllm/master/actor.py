@@ -19,10 +19,11 @@ from xllm.master.conversation import RouterConversation
 from xllm.master.heartbeat import HeartbeatMaker
 from xllm.master.limits import InstanceLimits
 from xllm.master.metrics import MasterMetrics
+from xllm.master.rank_processes import WorkerTarget
 from xllm.master.registration import InstanceRegistration, make_record
 from xllm.master.scheduler import Scheduler
 from xllm.master.step_loop import StepLoop
-from xllm.master.workers import WorkerGroup, WorkerTarget
+from xllm.master.workers import WorkerGroup
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
 from xllm.protocol.bus import SnapshotOfBlocks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xllm.config.load import decode_settings
 from xllm.master.actor import MasterActor, master_name
-from xllm.master.workers import WorkerTarget
+from xllm.master.rank_processes import WorkerTarget
 from xllm.protocol.actor.run import run_role
 
 

@@ -1,28 +1,26 @@
 """The workers of an instance: started or awaited, greeted, watched, restarted, stopped.
 
-A shell around two pure parts: `vigil` (does it work?) and `restarts` (again, and when?). Tells
-its owner three things: ready, lost, given up; and hands over results. One rank today. Invariant:
-plans go only to the connection whose hello was last heard, and only that connection's words count.
+A shell around pure parts: `vigil` (does it work?), `restarts` (again, and when?), `ranks` (many
+as one). Tells its owner three things: ready, lost, given up; and hands over results. Invariants:
+plans go only to the connections whose hello was last heard, and only their words count; the group
+is ready while all ranks are, and one that is lost takes the readiness of all with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import signal
 import time
-from collections.abc import Callable
+import uuid
 from typing import Protocol
 
 import structlog
 
-from xllm.config.load import encode_settings
 from xllm.config.settings import Settings
-from xllm.errors import TransportError
-from xllm.master.process_state import is_process_stopped
-from xllm.master.restarts import WorkerRestarts
-from xllm.master.vigil import WorkerVigil
+from xllm.errors import ConfigError, EngineError, TransportError
+from xllm.master.rank_link import RankLink
+from xllm.master.rank_processes import RankProcesses, WorkerTarget
+from xllm.master.ranks import RankResults, merge_ready
 from xllm.protocol.actor.base import Actor
-from xllm.protocol.actor.children import ChildExit, Children, ChildSpec
 from xllm.protocol.codec import Decoder
 from xllm.protocol.step import (
     LoadModel,
@@ -43,11 +41,6 @@ from xllm.protocol.transport.router import RouterSocket
 _log = structlog.get_logger("workers")
 
 CHECK_PERIOD_S = 0.25
-STOP_S = 2.0
-"""What a worker gets between SIGTERM and SIGKILL."""
-WorkerTarget = Callable[[bytes], None]
-"""First function of a worker process; injected, since masters and workers do not import each
-other."""
 
 
 class WorkerOwner(Protocol):
@@ -86,14 +79,11 @@ class WorkerGroup:
         self._actor = actor
         self._owner = owner
         self._settings = settings
-        self._target = target
-        self._restarts = WorkerRestarts()
-        self._identity: bytes | None = None
-        self._vigil: WorkerVigil | None = None
-        self._was_ready = False
-        self._ending = False
-        self._started_at = 0.0
-        self._failure: WorkerFailed | None = None
+        num_ranks = settings.master.num_workers
+        self.links = [RankLink(rank, f"{actor.name}/worker-{rank}") for rank in range(num_ranks)]
+        self._results = RankResults(num_ranks)
+        self._group = ""
+        self._is_ready = False
         self.metrics = b""
         self.num_ends = 0
         self._socket = RouterSocket(
@@ -105,184 +95,218 @@ class WorkerGroup:
             name="workers",
         )
         self.endpoint = self._socket.endpoint
-        self._children = Children(self._on_exit)
+        master = dataclasses.replace(settings.master, worker_endpoint=self.endpoint)
+        self._processes = RankProcesses(
+            actor,
+            self.links,
+            dataclasses.replace(settings, master=master),
+            target,
+            self._lose,
+            self._give_up,
+        )
         actor.every(CHECK_PERIOD_S, self._check)
 
     @property
     def is_ready(self) -> bool:
         """Whether plans can be sent."""
-        return self._vigil is not None
+        return self._is_ready
 
     @property
     def age_ms(self) -> int:
-        """Age of the worker's last word."""
-        return int((time.monotonic() - self._vigil.heard_at) * 1000) if self._vigil else 0
+        """Age of the last word of the rank that has been silent longest."""
+        heard = [link.vigil.heard_at for link in self.links if link.vigil is not None]
+        return int((time.monotonic() - min(heard)) * 1000) if heard else 0
 
     @property
     def pids(self) -> dict[str, int]:
         """Pids of the workers that were started here."""
-        return self._children.pids
+        return self._processes.pids
 
     def start(self) -> None:
-        """Start the worker, or wait for one that is started on its own."""
-        self._started_at = time.monotonic()
-        if self._target is None or self._ending:
-            return
-        master = dataclasses.replace(self._settings.master, worker_endpoint=self.endpoint)
-        settings = dataclasses.replace(self._settings, master=master)
-        self._failure = None
-        self._children.start(ChildSpec(self._name, self._target, (encode_settings(settings),)))
+        """Start the workers, or wait for those that are started on their own."""
+        self._processes.start()
 
     @property
     def shows_work(self) -> bool:
-        """Whether a step is under way and pulses prove that the engine computes."""
-        return self._vigil is not None and self._vigil.shows_work(time.monotonic())
+        """Whether a step is under way and pulses prove that every engine computes."""
+        now = time.monotonic()
+        return self._is_ready and all(
+            link.vigil is not None and link.vigil.shows_work(now) for link in self.links
+        )
 
     def send_plan(self, plan: StepPlan) -> None:
-        """Send a plan to the ready worker; one that cannot be reached is lost."""
-        assert self._vigil is not None
-        self._vigil.sent(plan, time.monotonic())
-        self._send(plan)
+        """Send a plan to the ready workers; one that cannot be reached is lost."""
+        now = time.monotonic()
+        for link in self.links:
+            if not self._is_ready:
+                return  # a rank before this one was lost with the sending
+            assert link.vigil is not None
+            link.vigil.sent(plan, now)
+            self._send(link, plan)
 
     def ping(self, nonce: int) -> None:
-        """Ask the engine thread for a pong."""
-        self._send(PingWorker(nonce))
+        """Ask the engine thread of rank 0 for a pong."""
+        self._send(self.links[0], PingWorker(nonce))
 
     async def stop(self) -> None:
         """End the workers that were started here and close the socket."""
-        self._ending = True
-        await self._children.stop_all(STOP_S)
+        await self._processes.stop()
         self._socket.close()
 
-    @property
-    def _pid(self) -> int:
-        """Pid of the worker that was started here; 0: none."""
-        return self._children.pids.get(self._name, 0)
-
-    @property
-    def _name(self) -> str:
-        return f"{self._actor.name}/worker-0"
-
-    def _send(self, message: MasterMessage) -> None:
-        if self._identity is None:
+    def _send(self, link: RankLink, message: MasterMessage) -> None:
+        if link.identity is None:
             return
         try:
-            self._socket.send(self._identity, message)
+            self._socket.send(link.identity, message)
         except TransportError as error:
-            self._lose(f"the worker takes no messages: {error.message}")
+            self._lose(link, f"the worker takes no messages: {error.message}")
 
-    # -- from the worker ---------------------------------------------------------------------
+    # -- from the workers --------------------------------------------------------------------
 
     def _on_message(self, identity: bytes, message: WorkerMessage, frames: list[bytes]) -> None:
         if isinstance(message, WorkerHello):
             self._greet(identity, message)
             return
-        if identity != self._identity:
+        link = self._link_of(identity)
+        if link is None:
             return
         now = time.monotonic()
         if isinstance(message, StepResult):
-            if self._vigil is not None:
-                self._vigil.result(message.duration_ns / 1e9, now)
-            self._owner.worker_result(message, frames)
+            self._take_result(link, message, frames, now)
         elif isinstance(message, WorkerPulse):
-            if message.metrics:
+            if message.metrics and link.rank == 0:
                 self.metrics = message.metrics
-            if self._vigil is not None:
-                self._vigil.pulse(message.counter, message.busy, now)
+            if link.vigil is not None:
+                link.vigil.pulse(message.counter, message.busy, now)
         elif isinstance(message, WorkerReady):
-            self._ready(message, now)
+            self._ready(link, message, now)
         elif isinstance(message, WorkerFailed):
-            self._failed(message, now)
+            self._failed(link, message, now)
         elif isinstance(message, WorkerPong):
             self._owner.worker_pong(message.nonce)
 
+    def _link_of(self, identity: bytes) -> RankLink | None:
+        return next((link for link in self.links if link.identity == identity), None)
+
     def _greet(self, identity: bytes, hello: WorkerHello) -> None:
-        if self._identity is not None:
-            self._lose("another connection of a worker replaced it")
+        if not 0 <= hello.rank < len(self.links):
+            _log.error("worker_refused", rank=hello.rank, num_workers=len(self.links))
+            return
+        link = self.links[hello.rank]
+        if link.identity is not None:
+            self._lose(link, "another connection of a worker replaced it")
         _log.info("worker_hello", rank=hello.rank, pid=hello.pid, device=hello.device)
-        self._identity = identity
+        link.identity = identity
         # A worker that had run plans of an earlier master or connection loads anew, and so
         # forgets their sequences, before it sees a plan of ours; others just say ready.
-        self._send(LoadModel(self._settings.model.name))
+        self._call_together()
 
-    def _ready(self, ready: WorkerReady, now: float) -> None:
-        if self._vigil is not None:
+    def _call_together(self) -> None:
+        """Once every rank is here, all load (or forget) and meet under a new name."""
+        if any(link.identity is None for link in self.links):
             return
-        self._vigil = WorkerVigil(now)
-        self._was_ready = True
-        self._owner.worker_ready(ready)
+        self._group = uuid.uuid4().hex if len(self.links) > 1 else ""
+        self._results = RankResults(len(self.links))
+        now = time.monotonic()
+        for link in tuple(self.links):
+            link.forget(now)
+            self._send(link, LoadModel(self._settings.model.name, self._group))
 
-    def _failed(self, message: WorkerFailed, now: float) -> None:
-        if message.step >= 0:
-            if self._vigil is not None:
-                self._vigil.result(0.0, now)
+    def _take_result(
+        self, link: RankLink, result: StepResult, frames: list[bytes], now: float
+    ) -> None:
+        if link.vigil is not None:
+            link.vigil.result(result.duration_ns / 1e9, now)
+        if not self._is_ready:
+            return
+        try:
+            merged = self._results.add(link.rank, result, frames)
+        except EngineError as error:
+            self._regroup(link, error.message)
+            return
+        if merged is not None:
+            self._owner.worker_result(*merged)
+
+    def _ready(self, link: RankLink, ready: WorkerReady, now: float) -> None:
+        if link.vigil is not None or ready.group != self._group:
+            return
+        link.become_ready(ready, now)
+        reports = [other.ready for other in self.links if other.ready is not None]
+        if len(reports) < len(self.links):
+            return
+        try:
+            merged = merge_ready(reports)
+        except ConfigError as error:
+            self._owner.worker_given_up(error.exit_code, error.code, error.message)
+            return
+        self._is_ready = self._processes.was_ready = True
+        self._owner.worker_ready(merged)
+
+    def _failed(self, link: RankLink, message: WorkerFailed, now: float) -> None:
+        if message.step < 0:
+            link.failure = message
+            self._lose(link, f"the worker could not load: {message.message}")
+        elif len(self.links) > 1:
+            self._regroup(link, f"step {message.step} failed there: {message.message}")
+        else:
+            if link.vigil is not None:
+                link.vigil.result(0.0, now)
             self._owner.worker_failed_step(message)
-            return
-        self._failure = message
-        self._lose(f"the worker could not load: {message.message}")
 
     def _on_gone(self, identity: bytes) -> None:
-        if identity == self._identity:
-            self._lose("the connection to the worker is lost")
+        link = self._link_of(identity)
+        if link is not None:
+            self._lose(link, "the connection to the worker is lost")
 
-    # -- its end -----------------------------------------------------------------------------
+    # -- their end ---------------------------------------------------------------------------
 
     def _check(self) -> None:
         now = time.monotonic()
-        if self._vigil is not None:
-            reason = self._vigil.verdict(now)
-            if not reason and self._vigil.is_hushed(now) and is_process_stopped(self._pid):
-                reason = "its process was stopped by a signal"
-        elif self._target is not None and self._children.pids:
-            waited_s = now - self._started_at
-            limit_s = self._settings.master.worker_start_s
-            reason = f"not ready after {waited_s:.0f} s" if waited_s > limit_s else ""
-        else:
-            reason = ""
-        if not reason:
-            return
-        if self._target is None:
-            # Not ours to kill: it ends itself, and whoever started it starts it again.
-            self._send(StopWorker())
-        self._lose(reason)
-        self._started_at = now
-        self._children.signal(self._name, signal.SIGKILL)
+        limit_s = self._settings.master.worker_start_s
+        for link in self.links:
+            reason = link.verdict(now, self._processes.pid(link), limit_s)
+            if not reason:
+                continue
+            if not self._processes.are_ours:
+                # Not ours to kill: it ends itself, and whoever started it starts it again.
+                self._send(link, StopWorker())
+            self._lose(link, reason)
+            link.started_at = now
+            self._processes.kill(link)
 
-    def _lose(self, reason: str) -> None:
-        """The connection is given up; a process of ours is ended, and its end restarts it."""
-        if self._identity is None and self._vigil is None:
+    def _lose(self, link: RankLink, reason: str) -> None:
+        """A connection is given up; a process of ours is ended, and its end restarts it. The
+        other ranks stay, with what they have loaded, and meet again when it is back."""
+        if link.identity is None and link.vigil is None:
             return
-        was_ready = self._vigil is not None
-        self._identity = None
-        self._vigil = None
-        # A process that lives on gets its time to come back and load anew.
-        self._started_at = time.monotonic()
-        if self._ending:
+        link.identity = None
+        was_ready = self._disband()
+        if self._processes.is_ending:
             return
-        _log.warning("worker_lost", reason=reason)
-        if self._target is not None and self._failure is None:
-            self._actor.later(STOP_S, self._kill_if_lost, self._pid)
+        _log.warning("worker_lost", rank=link.rank, reason=reason)
+        self._processes.kill_unless_back(link)
         if was_ready:
             self.num_ends += 1
             self._owner.worker_lost(reason)
 
-    def _kill_if_lost(self, pid: int) -> None:
-        """A process that lost its connection and has not come back is of no use."""
-        if pid and self._identity is None and self._pid == pid:
-            self._children.signal(self._name, signal.SIGKILL)
+    def _regroup(self, link: RankLink, reason: str) -> None:
+        """All ranks live, but one stands elsewhere than the others, who may wait for it in the
+        middle of a layer: leaving the old group frees them."""
+        if self._disband():
+            _log.warning("ranks_meet_anew", rank=link.rank, reason=reason)
+            self._owner.worker_lost(reason)
+            self._call_together()
 
-    def _on_exit(self, end: ChildExit) -> None:
-        self._lose(f"its process ended with {end.code}")
-        if end.expected or self._ending or self._actor.stopping:
-            return
+    def _disband(self) -> bool:
+        """No rank is ready any more; each gets its time to become so. Whether all were."""
+        was_ready, self._is_ready = self._is_ready, False
         now = time.monotonic()
-        delay_s = self._restarts.ended(end.code, now, was_ready=self._was_ready)
-        if delay_s is None:
-            failure = self._failure
-            code = failure.code if failure else "internal_error"
-            text = failure.message if failure else f"the worker ended with exit code {end.code}"
-            exit_code = self._restarts.exit_code
-            self._owner.worker_given_up(exit_code, code, text)
-            return
-        _log.warning("worker_restarts", code=end.code, delay_s=delay_s)
-        self._actor.later(delay_s, self.start)
+        for link in self.links:
+            link.forget(now)
+        return was_ready
+
+    def _give_up(self, link: RankLink, exit_code: int, ended_with: int) -> None:
+        failure = link.failure
+        code = failure.code if failure else "internal_error"
+        text = failure.message if failure else f"the worker ended with exit code {ended_with}"
+        self._owner.worker_given_up(exit_code, code, text)

@@ -108,9 +108,13 @@ class StepPlan(ArrayMessage, frozen=True):
 
 
 class LoadModel(ArrayMessage, frozen=True):
-    """Load the weights (again after a sleep). Answered by LoadProgress and WorkerReady."""
+    """Load the weights (again after a sleep). Answered by LoadProgress and WorkerReady.
+
+    `group`: the ranks' meeting: all of an instance's workers hear the same name and join under
+    it; a new name after any of them was lost. Empty where there is one rank."""
 
     model: str = ""
+    group: str = ""
 
 
 class PingWorker(ArrayMessage, frozen=True):
@@ -182,7 +186,8 @@ class WorkerReady(ArrayMessage, frozen=True):
     sizes, kernel set: equal fingerprints give bit-identical logits in deterministic mode.
     `revision`: SHA-256 (hex) over the model's configuration, the names, types and shapes of its
     tensors, and 64 bytes from the middle of each: a fine-tuned model has its parent's headers.
-    `max_model_len`: prompt and output together, no more than the KV memory holds."""
+    `max_model_len`: prompt and output together, no more than the KV memory holds.
+    `group`: of the LoadModel that this answers."""
 
     rank: int
     model: str
@@ -197,6 +202,7 @@ class WorkerReady(ArrayMessage, frozen=True):
     device: str = ""
     dtype: str = ""
     load_s: float = 0.0
+    group: str = ""
 
 
 class WorkerFailed(ArrayMessage, frozen=True):

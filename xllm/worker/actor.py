@@ -132,14 +132,17 @@ class WorkerActor(Actor):
         elif not isinstance(message, LoadModel):
             self._num_pending += 1
             self._engine.submit(message)
+        elif message.group:
+            # The ranks meet anew: whatever was loaded or under way, this comes behind it.
+            self._load(message.group)
         elif self._fresh and self._ready is not None:
             self._send(self._ready)
         elif not self._loading:
             self._load()
 
-    def _load(self) -> None:
+    def _load(self, group: str = "") -> None:
         self._loading = True
-        self._engine.submit(LoadModel(self._settings.model.name))
+        self._engine.submit(LoadModel(self._settings.model.name, group))
 
     def _greet(self) -> None:
         worker = self._settings.worker

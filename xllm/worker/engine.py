@@ -82,7 +82,7 @@ class JobRunner:
             if isinstance(job, StepPlan):
                 answer(self._step(job))
             elif isinstance(job, LoadModel):
-                answer((self._load(answer), (), None))
+                answer((self._load(job.group, answer), (), None))
             else:
                 answer((WorkerPong(self._rank, job.nonce), (), None))
         except Exception as error:
@@ -104,7 +104,7 @@ class JobRunner:
             self._ended_ns = time.perf_counter_ns()
         return msgspec.structs.replace(output.result, idle_ns=idle_ns), output.frames, None
 
-    def _load(self, answer: Callable[[EngineAnswer], None]) -> WorkerMessage:
+    def _load(self, group: str, answer: Callable[[EngineAnswer], None]) -> WorkerMessage:
         next_at = 0.0
 
         def progress(done: int, total: int) -> None:
@@ -117,7 +117,11 @@ class JobRunner:
         if self._executor is None:
             self._executor = self._make()
         self._ended_ns = 0
-        return self._executor.load(progress)
+        ready = self._executor.load(progress)
+        if not group:
+            return ready
+        self._executor.join(group)
+        return msgspec.structs.replace(ready, group=group)
 
     def _failure(self, error: Exception, step: int) -> EngineAnswer:
         known = error

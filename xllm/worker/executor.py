@@ -39,6 +39,11 @@ class Executor(Protocol):
         forgets all sequences and keeps what is loaded. Raises an XllmError where it cannot be
         done; the executor is of no use then."""
 
+    def join(self, group: str) -> None:
+        """Meet the other ranks of the instance under this name, and leave where they met before.
+        Called before a load where there is more than one rank; returns when all are there.
+        Raises EngineError where they do not come."""
+
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one plan. An item that cannot run is reported in `result.failed`; an exception
         means that no item of the plan has a token, while sequences of other plans are unharmed."""

@@ -80,6 +80,10 @@ class NativeExecutor:
         """Pieces of work done so far: see ProgressCounter."""
         return self._progress.value
 
+    def join(self, group: str) -> None:
+        """Ranks of a native model: see `load`."""
+        raise EngineError("native models run on one rank")
+
     def load(self, progress: Callable[[int, int], None]) -> WorkerReady:
         """Read the model, allocate its KV; again: forget the sequences. Raises ConfigError or
         DependencyError."""
@@ -150,6 +154,12 @@ class NativeExecutor:
     def _load(self, progress: Callable[[int, int], None]) -> _Engine:
         began = time.monotonic()
         settings, worker = self._settings, self._settings.worker
+        if settings.master.num_workers > 1:
+            raise ConfigError(
+                f"master.num_workers: native models run on 1 rank, not "
+                f"{settings.master.num_workers}",
+                param="master.num_workers",
+            )
         if not settings.model.path:
             raise ConfigError("model.path is empty: no model directory", param="model.path")
         directory = Path(settings.model.path)

@@ -79,6 +79,9 @@ class ToyExecutor:
         self._num_steps = 0
         self._vocab_size, self._ids = toy_vocabulary(model_dir)
 
+    def join(self, group: str) -> None:
+        """Each rank computes all of it: there is nobody to meet."""
+
     def load(self, progress: LoadObserver) -> WorkerReady:
         """Ready at once."""
         self._sequences.clear()
