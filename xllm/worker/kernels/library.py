@@ -16,9 +16,10 @@ from types import SimpleNamespace
 
 import torch
 
-_ABI = 1
+_ABI = 2
 
-_I32, _I64, _F64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+_I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_F32, _F64 = ctypes.c_float, ctypes.c_double
 
 # name: (result, arguments); api.cpp says what they are.
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -40,6 +41,20 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     ),
     "xk_read_bandwidth": (_F64, [_POINTER, _POINTER, _I64]),
     "xk_product_peak": (_F64, [_POINTER, _I32, _F64]),
+    "xk_layer_scratch": (_I64, [_POINTER, _POINTER, _POINTER]),
+    "xk_layer": (_I32, [_POINTER, _I32, _POINTER, _POINTER, _POINTER]),
+    "xk_head_scratch": (_I64, [_POINTER, _I32]),
+    "xk_head": (
+        None,
+        [_POINTER, _I32, _POINTER, _POINTER, _POINTER, _I32, _POINTER, _POINTER],
+    ),
+    "xk_attend_scratch": (_I64, [_POINTER, _POINTER, _POINTER]),
+    "xk_attend": (
+        _I32,
+        [_POINTER, _I32, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _POINTER],
+    ),
+    "xk_arg_max": (None, [_POINTER, _I32, _POINTER, _I64, _I32, _I32, _POINTER, _POINTER]),
+    "xk_rms_norm": (None, [_I32, _POINTER, _POINTER, _F32, _I32, _POINTER]),
 }
 
 

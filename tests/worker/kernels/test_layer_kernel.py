@@ -1,0 +1,146 @@
+"""A decoder layer, the head and the arg-max by the kernels, against torch."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from xllm.worker.attention.plan import Span
+from xllm.worker.kernels.attention import StepArrays
+from xllm.worker.kernels.fused import FusedHead, FusedLayer, LayerParts, arg_max, rms_norm
+from xllm.worker.kernels.library import load
+from xllm.worker.kernels.linear import pack_gate_up, pack_linear
+from xllm.worker.kernels.packing import Kind
+from xllm.worker.kernels.structures import PHASES
+from xllm.worker.kernels.team import Team
+from xllm.worker.memory.block_layout import BlockLayout
+from xllm.worker.memory.cpu_memory import CpuKvMemory
+
+LIBRARY = load().library
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the kernels were not built")
+VARIANTS = [v.number for v in LIBRARY.variants if v.usable and v.number] if LIBRARY else []
+HIDDEN, INNER, HEADS, KV_HEADS, DIM, EPS = 72, 88, 6, 2, 16, 1e-6
+
+
+@pytest.fixture(scope="module")
+def team() -> Team:
+    assert LIBRARY is not None
+    return Team(LIBRARY, 2)
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    return x if weight is None else F.rms_norm(x, (x.shape[-1],), weight, EPS)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Case:
+    """Random weights of a layer and its twin in torch, for one sequence from its first token."""
+
+    def __init__(self, team: Team, variant: int, *, norms: bool, sparse: bool) -> None:
+        torch.manual_seed(1)
+        self.team = team
+        width = (HEADS + 2 * KV_HEADS) * DIM
+        self.qkv, self.bias = torch.randn(width, HIDDEN) / HIDDEN**0.5, torch.randn(width)
+        self.out = torch.randn(HIDDEN, HEADS * DIM) / (HEADS * DIM) ** 0.5
+        self.gate, self.up = torch.randn(2, INNER, HIDDEN).unbind()
+        self.down = torch.randn(HIDDEN, INNER) / INNER**0.5
+        self.norms = [1 + 0.1 * torch.randn(size) for size in (HIDDEN, HIDDEN, DIM, DIM)]
+        if not norms:
+            self.norms[2:] = [None, None]
+        kind = Kind.FP32
+        parts = LayerParts(
+            pack_linear(kind, self.qkv, self.bias, team, variant),
+            pack_linear(kind, self.out, None, team, variant),
+            None if sparse else pack_gate_up(kind, self.gate, self.up, team, variant),
+            None if sparse else pack_linear(kind, self.down, None, team, variant),
+            *self.norms,
+            EPS,
+            HEADS,
+            KV_HEADS,
+            DIM,
+            self.feed_forward if sparse else None,
+        )
+        self.memory = CpuKvMemory(BlockLayout(80, 16, 2, KV_HEADS, DIM, 4), torch.float32)
+        layer_bytes = self.memory.layout.layer_bytes
+        self.layer = FusedLayer(team, parts, 1, 0, layer_bytes, variant)
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (F.silu(x @ self.gate.T) * (x @ self.up.T)) @ self.down.T
+
+    def expected(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        qkv = (normed(x, self.norms[0]) @ self.qkv.T + self.bias).view(len(x), -1, DIM)
+        q, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        q, k = (
+            rotated(normed(y, w), cos, sin) for y, w in ((q, self.norms[2]), (k, self.norms[3]))
+        )
+        q, k, v = (y.transpose(0, 1)[None] for y in (q, k, v))
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + found[0].transpose(0, 1).flatten(1) @ self.out.T
+        return x + self.feed_forward(normed(x, self.norms[1]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("norms", "sparse"), [(True, False), (False, False), (True, True)])
+def test_a_layer(team: Team, variant: int, norms: bool, sparse: bool) -> None:
+    """600 rows: more than one slice of the products; then the same in chunks, bit by bit."""
+    case = Case(team, variant, norms=norms, sparse=sparse)
+    rows = 600
+    x, angles = torch.randn(rows, HIDDEN), torch.randn(rows, DIM // 2)
+    cos, sin = angles.cos(), angles.sin()
+    table = array("q", reversed(range(80)))
+    phases = torch.zeros(len(PHASES), dtype=torch.int64)
+
+    def run(start: int, end: int) -> torch.Tensor:
+        arrays = StepArrays([Span(start, end - start, table)], case.memory, phases)
+        arrays.set_angles(cos[start:end], sin[start:end])
+        hidden = x[start:end].clone()
+        case.layer(hidden, arrays)
+        return hidden
+
+    whole = run(0, rows)
+    assert (whole - case.expected(x, cos, sin)).abs().max() < 2e-3
+    assert (phases[:5] > 0).all()
+    before = team.progress
+    if not sparse:  # torch's products promise no bits
+        borders = [0, 1, 17, 300, 599, 600]
+        parts = [run(a, b) for a, b in itertools.pairwise(borders)]
+        assert torch.equal(torch.cat(parts), whole)
+        assert team.progress > before
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_head_and_norm(team: Team, variant: int) -> None:
+    torch.manual_seed(2)
+    norm, weight, x = torch.rand(HIDDEN), torch.randn(333, HIDDEN), torch.randn(5, HIDDEN)
+    head = FusedHead(team, norm, EPS, pack_linear(Kind.FP32, weight, None, team, variant), variant)
+    logits = head(x)
+    assert (logits - normed(x, norm) @ weight.T).abs().max() < 1e-4
+    assert torch.equal(torch.cat([head(row[None]) for row in x]), logits)
+    for size in (1, 7, 16, 33):
+        part, scale = x[:, :size].contiguous(), norm[:size].contiguous()
+        found = rms_norm(team, part, scale, EPS, variant)
+        assert (found - normed(part, scale)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", [1, 15, 16, 1000, 1024, 5003])
+def test_arg_max(team: Team, variant: int, size: int) -> None:
+    torch.manual_seed(size)
+    logits = torch.randn(6, size).round()  # many ties
+    logits[1, size // 2] = float("nan")
+    logits[2, -1] = float("inf")
+    logits[3] = float("-inf")
+    tops, places = arg_max(team, logits, variant)
+    assert tops[1].isnan()
+    for row in (0, 2, 3, 4, 5):
+        assert tops[row] == logits[row].max()
+        assert places[row] == int((logits[row] == logits[row].max()).nonzero()[0])

@@ -1,0 +1,27 @@
+// The kernels in AVX2. All headers with code of their own stand before the target.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+#pragma GCC target("avx2,fma")
+
+namespace xk::avx2 {
+namespace {
+#include "vector_avx2.h"
+#include "vector_math.h"
+#include "attention_tile.h"
+#include "rows_body.h"
+}  // namespace
+
+extern const Kernels kernels = {
+    {{attend_partition<Bf16>, attend_partition<float>}, merge_partial, finish_query},
+    {rms_norm, split_row, write_row, arg_max},
+};
+
+}  // namespace xk::avx2
+#endif

@@ -1,0 +1,161 @@
+"""Decoder layers and the head by the compiled kernels: one call a layer, whatever the step holds.
+
+The hidden state is fp32 [rows, hidden] and changed in place. A layer whose feed-forward half is
+not a gated MLP runs its attention's half here and the other in torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from xllm.worker.kernels.attention import StepArrays
+from xllm.worker.kernels.linear import PackedLinear
+from xllm.worker.kernels.structures import CAttentionShape, CHead, CHeadShape, CLayer
+from xllm.worker.kernels.team import Team
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerParts:
+    """The weights of a decoder layer as the kernels take them: norms of any type, products
+    packed. `gate_up` None: `feed_forward` [rows, hidden] to the same, fp32, is the other half."""
+
+    qkv: PackedLinear
+    out: PackedLinear
+    gate_up: PackedLinear | None
+    down: PackedLinear | None
+    input_norm: torch.Tensor
+    output_norm: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    eps: float
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    feed_forward: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+class FusedLayer:
+    """Layer `index` of a model, prepared once. `window`: 0 for none."""
+
+    def __init__(
+        self,
+        team: Team,
+        parts: LayerParts,
+        index: int,
+        window: int,
+        layer_bytes: int,
+        variant: int = 0,
+    ) -> None:
+        self._team = team
+        self._variant = variant
+        self._parts = parts
+        norms = (parts.input_norm, parts.output_norm, parts.q_norm, parts.k_norm)
+        self._norms = [None if norm is None else norm.float().contiguous() for norm in norms]
+        addresses = [None if norm is None else norm.data_ptr() for norm in self._norms]
+        gate_up, down = parts.gate_up, parts.down
+        self._layer = CLayer(
+            qkv=parts.qkv.c_weight,
+            out=parts.out.c_weight,
+            input_norm=addresses[0],
+            output_norm=addresses[1],
+            heads=CHeadShape(
+                parts.num_heads,
+                parts.num_kv_heads,
+                parts.head_dim,
+                parts.head_dim,
+                addresses[2],
+                addresses[3],
+                parts.eps,
+            ),
+            attention=CAttentionShape(parts.num_heads, window, parts.head_dim**-0.5, 0.0),
+            hidden=parts.qkv.num_inputs,
+            intermediate=0 if down is None else down.num_inputs,
+            kv_offset=index * layer_bytes,
+        )
+        if gate_up is not None and down is not None:
+            self._layer.gate_up, self._layer.down = gate_up.c_weight, down.c_weight
+
+    def __call__(self, hidden: torch.Tensor, arrays: StepArrays) -> None:
+        """One layer of all rows of a step."""
+        c, team, step = self._team.library.c, self._team, ctypes.byref(arrays.step)
+        layer = ctypes.byref(self._layer)
+        wanted = c.xk_layer_scratch(team.handle, layer, step)
+        arrays.set_scratch(team.scratch(wanted), wanted)
+        failed = c.xk_layer(team.handle, self._variant, layer, step, hidden.data_ptr())
+        assert not failed
+        if self._parts.feed_forward is not None:
+            norm = self._norms[1]
+            assert norm is not None
+            normed = rms_norm(team, hidden, norm, self._parts.eps, self._variant)
+            hidden += self._parts.feed_forward(normed)
+
+
+def rms_norm(
+    team: Team, x: torch.Tensor, weight: torch.Tensor, eps: float, variant: int = 0
+) -> torch.Tensor:
+    """x / rms(x) * weight of each row of x, fp32 and contiguous."""
+    out = torch.empty_like(x)
+    size = x.shape[-1]
+    for row in range(x.shape[0]):
+        at = 4 * size * row
+        team.library.c.xk_rms_norm(
+            variant, x.data_ptr() + at, weight.data_ptr(), eps, size, out.data_ptr() + at
+        )
+    return out
+
+
+class FusedHead:
+    """Norm and head: hidden [rows, hidden] fp32 to logits [rows, vocab]."""
+
+    def __init__(
+        self, team: Team, norm: torch.Tensor, eps: float, weight: PackedLinear, variant: int = 0
+    ) -> None:
+        self._team = team
+        self._variant = variant
+        self._norm = norm.float().contiguous()
+        self._weight = weight
+        self._head = CHead(weight.c_weight, self._norm.data_ptr(), eps, weight.num_inputs)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """A row's logits do not depend on the rows beside it."""
+        hidden = hidden.contiguous()
+        rows = torch.arange(hidden.shape[0], dtype=torch.int32)
+        logits = torch.empty((hidden.shape[0], self._weight.num_outputs))
+        c, team, head = self._team.library.c, self._team, ctypes.byref(self._head)
+        scratch = team.scratch(c.xk_head_scratch(head, len(rows)))
+        c.xk_head(
+            team.handle,
+            self._variant,
+            head,
+            hidden.data_ptr(),
+            rows.data_ptr(),
+            len(rows),
+            logits.data_ptr(),
+            scratch,
+        )
+        return logits
+
+
+def arg_max(
+    team: Team, logits: torch.Tensor, variant: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest number of each row [rows, n], fp32, and its place (int32), the first of equals;
+    NaN for a row that holds one."""
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    places = torch.empty(logits.shape[0], dtype=torch.int32)
+    tops = torch.empty(logits.shape[0])
+    team.library.c.xk_arg_max(
+        team.handle,
+        variant,
+        logits.data_ptr(),
+        logits.stride(0),
+        logits.shape[0],
+        logits.shape[1],
+        places.data_ptr(),
+        tops.data_ptr(),
+    )
+    return tops, places
