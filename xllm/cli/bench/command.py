@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from xllm.cli.bench.local import latency, throughput
+from xllm.cli.bench.roofline import roofline
 from xllm.cli.bench.serve import serve
 
 
@@ -12,4 +14,5 @@ def bench() -> None:
     """Measure: a running endpoint, a model on this machine, and the machine itself."""
 
 
-bench.add_command(serve)
+for command in (serve, latency, throughput, roofline):
+    bench.add_command(command)

@@ -1,0 +1,117 @@
+"""Latency and throughput of a local engine with the toy engine; the phases of a native one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.cli.toy_model import make_toy_model
+from tests.fixtures.models import make_model
+from xllm.cli.bench.local_engine import LocalEngine
+from xllm.cli.bench.roofline import Phase
+from xllm.cli.main import run_command
+from xllm.config.load import load
+from xllm.worker.factory import make_executor
+from xllm.worker.machine_limits import MachineLimits
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_toy_model(tmp_path_factory.mktemp("toy") / "toy")
+
+
+def open_toy(model, **flags):
+    settings = load({"model.path": model, "worker.engine": "toy", **flags}, None, {})
+    return LocalEngine(settings, make_executor(settings), lambda done, total: None)
+
+
+def test_all_requests_run_together_and_to_their_lengths(model):
+    # No prompt begins as another one does: none waits for a prefix that is being computed.
+    prompts = [tuple(range(5 + k, 5 + k + 20 * (k + 1))) for k in range(6)]
+    widths, told = [], []
+    with open_toy(model) as engine:
+        records = engine.run(
+            [(prompt, 3 + k) for k, prompt in enumerate(prompts)],
+            ended=told.append,
+            stepped=lambda plan, took_s: widths.append(len(plan.items)),
+        )
+        again = engine.run([(prompts[0], 2)])  # the engine is free again
+    assert [record.num_output for record in records] == [3, 4, 5, 6, 7, 8]
+    assert [record.num_prompt for record in records] == [20, 40, 60, 80, 100, 120]
+    assert max(widths) == 6
+    assert sorted(record.index for record in told) == list(range(6))
+    assert all(record.ended_s >= record.token_s[-1] > 0 for record in records)
+    assert again[0].num_output == 2
+
+
+def test_a_request_that_cannot_run_has_an_error(model):
+    with open_toy(model, **{"model.max_model_len": 64}) as engine:
+        long, short = engine.run([(tuple(range(5, 105)), 3), ((5, 6), 3)])
+    assert long.error.startswith("context_length_exceeded: the prompt has 100 tokens")
+    assert short.num_output == 3
+
+
+def test_latency(model, tmp_path, capsys):
+    path = tmp_path / "o.json"
+    flags = ["--model", model, "--engine", "toy", "--batch-size", "3", "--iterations", "4"]
+    assert run_command(["bench", "latency", *flags, "--json", str(path)]) == 0
+    shown = capsys.readouterr()
+    assert "3 x 128 in, 32 out, 4 iterations" in shown.out
+    assert "iterations: 6 of 6" in shown.err
+    figures = json.loads(path.read_text())["figures"]
+    assert figures["whole batch_s"]["count"] == 4
+    assert figures["TTFT_s"]["count"] == 12
+    assert run_command(["bench", "latency", *flags, "--max-model-len", "100"]) == 64
+    assert "context" in capsys.readouterr().err
+
+
+def test_throughput_of_a_trace(model, tmp_path, capsys):
+    trace = tmp_path / "t.jsonl"
+    rows = [{"timestamp": 9e6 * k, "input_length": 20, "output_length": 4} for k in range(5)]
+    trace.write_text("\n".join(json.dumps(row) for row in rows))
+    flags = ["--model", model, "--engine", "toy", "--json", str(tmp_path / "o.json")]
+    assert run_command(["bench", "throughput", "--trace", str(trace), *flags]) == 0
+    summary = json.loads((tmp_path / "o.json").read_text())["summary"]
+    assert (summary["num_output_tokens"], summary["num_prompt_tokens"]) == (20, 100)
+    assert summary["peak_concurrency"] == 5
+    assert "output tokens/s" in capsys.readouterr().out
+    limit = ["--max-model-len", "16"]
+    assert run_command(["bench", "throughput", "--trace", str(trace), *flags, *limit]) == 70
+    assert "0 / 5" in capsys.readouterr().out
+
+
+def test_the_share_of_the_bound():
+    limits = MachineLimits(read_bytes_s=100.0, flops_s=1000.0, num_threads=1)
+    assert Phase("memory", 1, 2.0, 100.0, 10.0).share(limits) == 0.5
+    assert Phase("products", 1, 2.0, 1.0, 2000.0).share(limits) == 1.0
+    assert Phase("too short to see", 1, -0.1, 1.0, 1.0).share(limits) == 0.0
+
+
+def test_the_phases_of_a_native_model(tmp_path, capsys):
+    model = make_model("qwen3", tmp_path / "m")
+    path = tmp_path / "o.json"
+    flags = ["--model", str(model), "--prefill", "16,48", "--rows", "1,3", "--json", str(path)]
+    assert run_command(["bench", "roofline", *flags, "--worker-num-threads", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "limits, 2 threads" in shown
+    found = json.loads(path.read_text())
+    names = [(phase["name"].split(",")[0], phase["num_rows"]) for phase in found["phases"]]
+    assert names[:4] == [("prefill", 16), ("prefill", 48), ("decode", 1), ("decode", 3)]
+    assert names[4:6] == [("head and sampling", 1), ("head and sampling", 3)]
+    assert {name for name, _ in names[6:]} <= {"attention"}
+    assert all(phase["seconds"] > 0 for phase in found["phases"][:6])
+    assert found["limits"]["read_bytes_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("--engine", "toy"), "only the native engine"),
+        (("--rows", "1,two"), "--rows 1,two: numbers from 1"),
+        (("--prefill", "0"), "--prefill 0: numbers from 1"),
+    ],
+)
+def test_refused_rooflines(flags, what, capsys):
+    assert run_command(["bench", "roofline", *flags]) == 64
+    assert what in capsys.readouterr().err
