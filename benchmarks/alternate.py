@@ -119,6 +119,7 @@ class Alternation:
             raise SystemExit("no peer started")
         if self.options.bare:
             self.bare = Peer(bare_spec(self.options), logs)
+            print(f"ready {BARE} {self.bare.meta}", flush=True)
         for peer in self.peers:
             peer.run("warm", 0)
             peer.run("W1", 1000)
