@@ -147,7 +147,7 @@ def test_trees_of_prefixes_are_computed_right_and_nobody_starves(seed, depth):
         max_model_len=60,
         max_num_seqs=rng.choice([2, 8, 32]),
         max_num_batched_tokens=rng.choice([4, 16, 64]),
-        chunked_prefill=rng.random() < 0.8,
+        strategy=rng.choice(["chunked", "chunked", "continuous"]),
         max_in_flight=depth,
         share_prefixes=True,
     )

@@ -102,8 +102,9 @@ def test_online_goes_before_offline_and_high_before_low():
     assert [key[0] for key in one.ended] == ["high", "low", "low again", "offline"]
 
 
-def test_offline_gives_way_to_online_and_comes_back():
-    one = ToyInstance(max_num_seqs=2)
+@pytest.mark.parametrize("preemption", ["recompute", "pause", "auto"])
+def test_offline_gives_way_to_online_and_comes_back(preemption):
+    one = ToyInstance(max_num_seqs=2, preemption=preemption)
     one.admit("x", PROMPT, offline=True, max_tokens=20)
     one.admit("y", PROMPT, offline=True, max_tokens=20)
     one.step()
@@ -111,8 +112,11 @@ def test_offline_gives_way_to_online_and_comes_back():
     one.admit("online", PROMPT, max_tokens=3)
     one.step()
     assert len(one.streams["online", 1, 0].tokens) == 1
-    assert one.scheduler.statistics().num_preemptions == 1
-    assert one.scheduler.statistics().num_waiting == 1
+    stats = one.scheduler.statistics()
+    keeps = preemption != "recompute"
+    assert (stats.num_preemptions, stats.num_pauses) == (not keeps, keeps)
+    assert (stats.num_waiting, stats.num_paused) == (not keeps, keeps)
+    assert stats.num_offline == 2
     one.run()
     for name in ("x", "y", "online"):
         one.verify(name)
@@ -358,7 +362,7 @@ def test_decodes_come_before_prefills_within_the_budget():
 
 
 def test_without_chunks_a_prompt_is_one_item_however_long():
-    one = ToyInstance(max_num_batched_tokens=8, chunked_prefill=False)
+    one = ToyInstance(max_num_batched_tokens=8, strategy="continuous")
     one.admit("a", list(range(100, 120)), max_tokens=2)
     one.admit("b", list(range(200, 220)), max_tokens=2)
     one.admit("c", PROMPT[:3], max_tokens=2)

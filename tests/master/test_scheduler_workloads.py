@@ -27,7 +27,7 @@ def random_instance(rng: random.Random, max_in_flight: int) -> ToyInstance:
         eos_ids=tuple(rng.sample(range(16, 1000), rng.choice([0, 60]))),
         max_num_seqs=rng.choice([1, 3, 8, 32]),
         max_num_batched_tokens=rng.choice([3, 8, 16, 64]),
-        chunked_prefill=rng.random() < 0.7,
+        strategy=rng.choice(["chunked", "chunked", "continuous"]),
         prefix_cache=rng.random() < 0.8,
         share_prefixes=rng.random() < 0.8,
     )
@@ -123,9 +123,9 @@ def test_the_workloads_reach_what_they_are_for(depth):
     assert min(counts.values()) > 20, counts
 
 
-@pytest.mark.parametrize("chunked", [True, False])
-def test_scores_cover_the_prompt_once(chunked):
-    instance = ToyInstance(max_num_batched_tokens=8, chunked_prefill=chunked)
+@pytest.mark.parametrize("strategy", ["chunked", "continuous"])
+def test_scores_cover_the_prompt_once(strategy):
+    instance = ToyInstance(max_num_batched_tokens=8, strategy=strategy)
     prompt = list(range(20, 41))
     instance.admit("warm", prompt, max_tokens=1)
     instance.run()

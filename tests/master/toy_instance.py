@@ -10,10 +10,12 @@ attempt, choice), verified to come in order; `expected` is what the oracle says 
 import dataclasses
 from collections import deque
 
+from xllm.config.settings import SchedulerSettings
 from xllm.errors import EngineError
 from xllm.master.limits import InstanceLimits
 from xllm.master.outcome import StepOutcome
 from xllm.master.scheduler import Scheduler
+from xllm.master.strategies.policy import build_policy
 from xllm.protocol.instance import AdmitRequest, PrefillDone, RequestEnded
 from xllm.protocol.sampling import SamplingParams
 from xllm.worker.toy.executor import ToyExecutor
@@ -21,6 +23,16 @@ from xllm.worker.toy.faults import NO_FAULTS, ToyFaults
 from xllm.worker.toy.stream import predict
 
 VOCAB = 1000
+SCHEDULING = (
+    "strategy",
+    "fairness",
+    "tenant_weights",
+    "preemption",
+    "max_step_ms",
+    "ttft_ms",
+    "tpot_ms",
+)
+"""What a policy is built from; all else is a limit."""
 
 
 @dataclasses.dataclass
@@ -33,6 +45,7 @@ class Stream:
 
 class ToyInstance:
     def __init__(self, *, faults: ToyFaults = NO_FAULTS, **limits) -> None:
+        scheduling = {name: limits.pop(name) for name in SCHEDULING if name in limits}
         bounds = {
             "num_blocks": 64,
             "block_size": 4,
@@ -42,7 +55,7 @@ class ToyInstance:
             "share_prefixes": False,
         }
         self.limits = InstanceLimits(model="toy", vocab_size=VOCAB, **{**bounds, **limits})
-        self.scheduler = Scheduler(self.limits)
+        self.scheduler = Scheduler(self.limits, build_policy(SchedulerSettings(**scheduling)))
         self.toy = ToyExecutor(
             num_blocks=self.limits.num_blocks, block_size=self.limits.block_size, faults=faults
         )
@@ -65,6 +78,9 @@ class ToyInstance:
             "salt",
             "model",
             "stages",
+            "tenant",
+            "ttft_ms",
+            "tpot_ms",
         ):
             if name in options:
                 fields[name] = options.pop(name)

@@ -16,6 +16,7 @@ from xllm.errors import EngineError, XllmError, error_from_code
 from xllm.master.limits import InstanceLimits
 from xllm.master.outcome import StepOutcome
 from xllm.master.scheduler import Scheduler
+from xllm.master.strategies.policy import build_policy
 from xllm.protocol.client import RequestFailed, RequestFinished, SubmitRequest, TokenDelta
 from xllm.protocol.instance import AdmitRequest, CancelRequest
 from xllm.protocol.records import InstanceRecord
@@ -45,7 +46,8 @@ class OfflineEngine:
             raise
         self.can_chat = text.has_template
         self._intake.learn(_record(settings, ready))
-        self._scheduler = Scheduler(InstanceLimits.from_ready(ready, settings.scheduler))
+        limits = InstanceLimits.from_ready(ready, settings.scheduler)
+        self._scheduler = Scheduler(limits, build_policy(settings.scheduler))
 
     def answer(self, request: SubmitRequest) -> Iterator[TokenDelta | RequestFinished]:
         """Deltas (where the request streams), then RequestFinished; raises what failed it.

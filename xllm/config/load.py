@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import msgspec
 
 from xllm.config.environment import read_environment
+from xllm.config.scheduling import check_scheduling
 from xllm.config.settings import Settings
 from xllm.config.table import (
     SettingEntry,
@@ -115,6 +116,7 @@ def _from_file(table: Mapping[str, SettingEntry], path: str) -> dict[str, object
 
 
 def _check_together(settings: Settings) -> None:
+    check_scheduling(settings.scheduler)
     size = settings.worker.block_size
     if size & (size - 1):
         raise ConfigError(

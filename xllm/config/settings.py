@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from xllm.config.field import setting
+from xllm.config.scheduling import FAIRNESS, PREEMPTION, STRATEGIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,41 @@ class SchedulerSettings:
 
     max_num_seqs: int = setting(256, "Running sequences at most.", low=1, high=65536)
     max_num_batched_tokens: int = setting(2048, "Tokens of a step at most.", unit="tokens", low=16)
-    chunked_prefill: bool = setting(True, "Split long prompts over several steps.")
+    strategy: str = setting(
+        "chunked", "What goes into a step, and when (docs/scheduling.md).", choices=STRATEGIES
+    )
+    fairness: str = setting(
+        "none", "Who waits in turn: requests, or tenants by the tokens they had.", choices=FAIRNESS
+    )
+    tenant_weights: str = setting(
+        "", "Shares of tenants, as name=share,name=share; others have 1. Needs fairness=tenant."
+    )
+    preemption: str = setting(
+        "auto",
+        "Offline requests that give way keep their KV, recompute it, or whichever is cheaper.",
+        choices=PREEMPTION,
+    )
+    max_step_ms: float = setting(
+        0.0,
+        "Length that steps aim at while tokens stream; 0: 1000 ms where prompts are cut.",
+        unit="ms",
+        low=0,
+        high=600000,
+    )
+    ttft_ms: int = setting(
+        2000,
+        "Objective for the first token, where a request has none (slo-urgency).",
+        unit="ms",
+        low=1,
+        high=3600000,
+    )
+    tpot_ms: int = setting(
+        200,
+        "Objective for each later token, where a request has none (slo-urgency).",
+        unit="ms",
+        low=1,
+        high=3600000,
+    )
     prefix_cache: bool = setting(True, "Reuse the KV of prompts that begin alike.")
     share_prefixes: bool = setting(
         True, "Let a prompt wait for a beginning that another one is just computing."

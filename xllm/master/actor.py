@@ -23,6 +23,7 @@ from xllm.master.rank_processes import WorkerTarget
 from xllm.master.registration import InstanceRegistration, make_record
 from xllm.master.scheduler import Scheduler
 from xllm.master.step_loop import StepLoop
+from xllm.master.strategies.policy import build_policy
 from xllm.master.workers import WorkerGroup
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
@@ -199,7 +200,9 @@ class MasterActor(Actor):
 
     def worker_ready(self, ready: WorkerReady) -> None:
         """Begin to schedule, and register."""
-        scheduler = Scheduler(InstanceLimits.from_ready(ready, self._settings.scheduler, self.name))
+        settings = self._settings.scheduler
+        limits = InstanceLimits.from_ready(ready, settings, self.name)
+        scheduler = Scheduler(limits, build_policy(settings))
         if self._draining:
             scheduler.drain()
         self.steps.begin(scheduler)

@@ -75,6 +75,8 @@ def _check_membership(state: InstanceState) -> None:
         raise InvariantError("a running sequence belongs to no open request")
     if by_state.count(SequencePhase.HELD) != state.num_held:
         raise InvariantError(f"{state.num_held} held, but {len(by_state)} are open: {by_state}")
+    if by_state.count(SequencePhase.PAUSED) != len(state.paused):
+        raise InvariantError(f"{len(state.paused)} paused, but {len(by_state)} open: {by_state}")
     queued = {id(seq) for seq in state.waiting}
     waiting = {id(seq) for seq in open_sequences if seq.state is SequencePhase.WAITING}
     if queued != waiting or len(queued) != len(state.waiting):
@@ -100,6 +102,9 @@ def _check_sequence(state: InstanceState, seq: Sequence) -> None:
         wrong = "it waits with blocks or a number"
     elif seq.state is SequencePhase.HELD and (not seq.block_ids or seq.number >= 0):
         wrong = "it is held without blocks or with a number"
+    elif seq.state is SequencePhase.PAUSED:
+        if seq.number < 0 or not seq.block_ids or seq.num_in_flight:
+            wrong = "it is paused without a number or blocks, or with a step in flight"
     elif seq.state is SequencePhase.RUNNING:
         if seq.num_tokens >= seq.end and seq.num_samples:
             wrong = "it runs past its end"

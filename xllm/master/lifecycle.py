@@ -15,9 +15,10 @@ from xllm.master.idleness import IdleMeter
 from xllm.master.latency import LatencyMeter
 from xllm.master.limits import InstanceLimits
 from xllm.master.outcome import StepOutcome
-from xllm.master.queue import DeadlineQueue, WaitingQueue
+from xllm.master.queue import DeadlineQueue
 from xllm.master.request import RequestState
 from xllm.master.sequence import Sequence, SequencePhase
+from xllm.master.strategies.policy import SchedulingPolicy
 from xllm.protocol.step import StepPlan
 
 
@@ -48,17 +49,20 @@ class StepInFlight:
 class InstanceState:
     """The scheduler's state, with the transitions that end things."""
 
-    def __init__(self, limits: InstanceLimits) -> None:
+    def __init__(self, limits: InstanceLimits, policy: SchedulingPolicy) -> None:
         self.limits = limits
+        self.policy = policy
         self.tables = BlockTables(limits)
         self.requests: dict[str, RequestState] = {}
         self.num_with_logprobs = 0
-        self.waiting = WaitingQueue()
+        self.waiting = policy.waiting
         self.deadlines = DeadlineQueue()
         self.holds = DeadlineQueue()
         # Running sequences. Those that left are swept out before the next plan (`is_stale`).
         self.decoding: list[Sequence] = []
         self.prefilling: list[Sequence] = []
+        self.paused: list[Sequence] = []
+        """Sequences that keep their blocks and their number but have no seat."""
         self.num_running = 0
         self.num_offline_running = 0
         self.num_held = 0
@@ -71,6 +75,7 @@ class InstanceState:
         self.latency = LatencyMeter()
         self.idleness = IdleMeter()
         self.num_preemptions = 0
+        self.num_pauses = 0
         self.is_draining = False
 
     def add(self, request: RequestState) -> None:
@@ -97,15 +102,32 @@ class InstanceState:
         (self.prefilling if seq.is_prefilling else self.decoding).append(seq)
 
     def preempt(self, seq: Sequence) -> None:
-        """A running sequence with no step in flight gives up its blocks and waits; it comes
-        back under a new number, computed again from its prompt and outputs."""
+        """A running or paused sequence with no step in flight gives up its blocks and waits; it
+        comes back under a new number, computed again from its prompt and outputs."""
         assert not seq.num_in_flight
         self.num_preemptions += 1
-        self._leave_running(seq)
+        if seq.state is SequencePhase.PAUSED:
+            self.paused.remove(seq)
+        else:
+            self._leave_running(seq)
         self._forget_at_worker(seq)
         self.tables.release(seq)
         seq.is_prefilling = True
         self.enqueue(seq)
+
+    def pause(self, seq: Sequence) -> None:
+        """A running sequence with no step in flight gives up its seat and keeps its blocks."""
+        assert not seq.num_in_flight
+        self.num_pauses += 1
+        self._leave_running(seq)
+        seq.state = SequencePhase.PAUSED
+        self.paused.append(seq)
+
+    def resume(self, seq: Sequence) -> None:
+        """A paused sequence goes on where it was. The running lists must have been swept."""
+        assert not self.is_stale
+        self.paused.remove(seq)
+        self.run(seq)
 
     def hold(self, seq: Sequence) -> None:
         """A prefilled sequence without a step in flight runs no more but keeps its blocks."""
@@ -120,9 +142,12 @@ class InstanceState:
         settled."""
         if seq.state is SequencePhase.WAITING:
             seq.state = SequencePhase.FINISHED
-            self.waiting.note_gone()
+            self.waiting.note_gone(seq)
         elif seq.state is SequencePhase.RUNNING:
             self._leave_running(seq)
+            seq.state = SequencePhase.FINISHED
+        elif seq.state is SequencePhase.PAUSED:
+            self.paused.remove(seq)
             seq.state = SequencePhase.FINISHED
         elif seq.state is SequencePhase.HELD:
             self.num_held -= 1

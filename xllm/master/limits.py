@@ -26,7 +26,6 @@ class InstanceLimits:
     revision: str = ""
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
-    chunked_prefill: bool = True
     prefix_cache: bool = True
     max_waiting: int = 8192
     instance: str = ""
@@ -53,7 +52,6 @@ class InstanceLimits:
             revision=ready.revision,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
-            chunked_prefill=settings.chunked_prefill,
             prefix_cache=settings.prefix_cache,
             max_waiting=settings.max_waiting,
             instance=instance,

@@ -1,9 +1,10 @@
 """What the next step does: who runs, with how many tokens, on which blocks.
 
-Continuous batching over a token budget: running decodes first, then chunks of running prefills,
-then new sequences while budget, seats and blocks last. Up to `limits.max_in_flight` plans are
-under way: a plan builds on the tokens that those before it will draw. Knows nothing of results.
-Invariant: a sequence is never planned past its end, nor past a token that forks or holds it.
+Continuous batching over a token budget: running decodes, chunks of running prefills, new
+sequences while budget, seats and blocks last; the policy says who comes first and what shares a
+step. Up to `limits.max_in_flight` plans are under way: a plan builds on the tokens that those
+before it will draw. Knows nothing of results. Invariant: a sequence is never planned past its
+end, nor past a token that forks or holds it.
 """
 
 from __future__ import annotations
@@ -14,50 +15,58 @@ from xllm.master.making_room import RoomMaker
 from xllm.master.plan_builder import PlanBuilder
 from xllm.master.prefix_sharing import MAX_HELD, MAX_PASSED, PrefixSharing
 from xllm.master.sequence import Sequence
-from xllm.master.strategy import PrefillStrategy
+from xllm.master.strategies.phases import StepKind
+from xllm.master.strategies.step_budget import StepBudget
+from xllm.master.strategies.step_model import StepShape
+from xllm.master.strategies.urgency import Rank, Urgency
 from xllm.protocol.step import StepPlan
 
 
 class StepPlanner:
     """Turns an InstanceState into step plans."""
 
-    def __init__(self, state: InstanceState, strategy: PrefillStrategy) -> None:
+    def __init__(self, state: InstanceState) -> None:
         self._state = state
-        self._strategy = strategy
+        self._policy = state.policy
         self._builder = PlanBuilder(state)
         self._room = RoomMaker(state)
         self._sharing = PrefixSharing(
             state.limits.block_size, state.limits.share_prefixes and state.limits.prefix_cache
         )
+        self._now = 0.0
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None where there is nothing to compute or enough is in flight."""
         state = self._state
         if len(state.steps) >= state.limits.max_in_flight:
             return None
+        self._now = now
         if state.is_stale:
             state.sweep()
+        if state.paused:
+            self._room.resume_paused(now)
         enough = self._room.grow(self._decodes())
         # Where a decode found no block, there is no room for anybody new in this step.
         may_start = enough and len(state.waiting) > 0
         if may_start:
             self._sharing.begin(state.prefilling)
-            if state.num_offline_running:
+            if state.num_offline_running or state.paused:
                 self._make_room()
-        num_decodes = self._builder.add_decodes(self._decodes(), self._room.sitting_out)
-        budget = state.limits.max_num_batched_tokens - num_decodes
-        num_prefills = 0
-        if state.prefilling:
-            budget, num_prefills = self._add_prefills(budget)
-        if may_start and budget > 0:
-            self._start_waiting(budget, num_prefills)
+        num_decodes = self._fill(self._decodes(), may_start)
         if self._builder.is_empty:
             return None
-        return self._builder.finish(num_decodes)
+        plan = self._builder.finish(num_decodes)
+        if self._policy.counters is not None:
+            self._charge(plan)
+        return plan
 
     def new_number(self) -> int:
         """A sequence number that was never used."""
         return self._builder.new_number()
+
+    def may_fork(self, leader: Sequence, child: Sequence) -> bool:
+        """Whether a choice may run beside its leader from now on."""
+        return self._room.can_fork(leader, child)
 
     def _decodes(self) -> list[Sequence]:
         """Running sequences whose next step is a decode: those that decode, and those whose
@@ -74,42 +83,125 @@ class StepPlanner:
         ]
         return [*state.decoding, *ahead] if ahead else state.decoding
 
-    def _add_prefills(self, budget: int) -> tuple[int, int]:
-        num_prefills = 0
+    def _fill(self, decodes: list[Sequence], may_start: bool) -> int:
+        """Put work into the step, of the kinds that its phase allows. How many decode."""
+        phases = self._policy.phases
+        has_prefills = may_start or bool(self._state.prefilling)
+        kind = phases.choose(bool(decodes), has_prefills)
+        num_decodes = 0
+        if kind is not StepKind.PREFILL:
+            num_decodes = self._add_decodes(decodes, has_prefills)
+        if has_prefills and (kind is not StepKind.DECODE or self._builder.is_empty):
+            self._add_prefills(decodes, num_decodes, may_start)
+        if self._builder.is_empty and decodes:
+            # Prefills had the step, and none could go.
+            num_decodes = self._builder.add_decodes(decodes, self._room.sitting_out)
+        if kind is not StepKind.MIXED and not self._builder.is_empty:
+            done = StepKind.DECODE if num_decodes else StepKind.PREFILL
+            phases.note(done, has_prefills if num_decodes else bool(decodes))
+        return num_decodes
+
+    def _add_decodes(self, decodes: list[Sequence], has_prefills: bool) -> int:
         sitting_out = self._room.sitting_out
-        for seq in self._state.prefilling:
-            if budget <= 0:
+        objectives = self._policy.objectives
+        if objectives is not None and decodes:
+            objectives.look(self._state.prefilling, self._policy.waiting, len(decodes))
+            if has_prefills:
+                sitting_out = sitting_out | self._left_out(decodes)
+        return self._builder.add_decodes(decodes, sitting_out)
+
+    def _left_out(self, decodes: list[Sequence]) -> set[Sequence]:
+        """Decodes that will be in time without this step, where something urgent can use it."""
+        objectives = self._policy.objectives
+        limit = self._limit_s(decodes)
+        if objectives is None or limit is None or not self._policy.model.is_ready:
+            return set()
+        state = self._state
+        rivals = list(state.prefilling)
+        if state.num_running < state.limits.max_running:
+            first = state.waiting.peek(self._now)
+            rivals += [first] if first is not None else []
+        if all(objectives.rank(seq, self._now)[0] > Urgency.URGENT for seq in rivals):
+            return set()
+        return {seq for seq in decodes if objectives.can_wait(seq, limit, self._now)}
+
+    def _limit_s(self, decodes: list[Sequence]) -> float | None:
+        """What the step should take at most, for the sake of those that decode."""
+        limit = self._policy.max_step_s
+        if not decodes or limit is None:
+            return None
+        if self._policy.objectives is not None:
+            own = self._policy.objectives.step_limit_s(decodes, self._now)
+            limit = limit if own is None else min(limit, own)
+        return limit
+
+    def _budget(self, decodes: list[Sequence], num_decodes: int) -> StepBudget:
+        """What the decodes leave of the step."""
+        model = self._policy.model
+        limit = self._limit_s(decodes)
+        if limit is not None:
+            shape = StepShape()
+            if num_decodes:
+                shape.add_decodes(num_decodes, sum([seq.num_planned for seq in decodes]))
+            base = model.predict(shape)
+            limit = None if base is None else max(0.0, limit - base)
+        tokens = self._state.limits.max_num_batched_tokens - num_decodes
+        return StepBudget(tokens, model, limit)
+
+    def _add_prefills(self, decodes: list[Sequence], num_decodes: int, may_start: bool) -> None:
+        """Running prefills and new ones; where urgency decides, in its order."""
+        objectives = self._policy.objectives
+        prefilling = list(self._state.prefilling)
+        ranks: dict[Sequence, Rank] = {}
+        if objectives is not None:
+            if not decodes:
+                objectives.look(prefilling, self._policy.waiting, 0)
+            ranks = {seq: objectives.rank(seq, self._now) for seq in prefilling}
+            prefilling.sort(key=ranks.__getitem__)
+        budget = self._budget(decodes, num_decodes)
+        sitting_out = self._room.sitting_out
+        for seq in prefilling:
+            if budget.tokens <= 0:
                 break
+            if ranks and may_start:
+                self._start_waiting(budget, ranks[seq])
             remaining = seq.num_tokens - seq.num_planned
             if remaining <= 0 or (sitting_out and seq in sitting_out):
                 continue
-            share = self._strategy.share(remaining, budget, num_prefills)
+            share = self._share(budget, seq.num_planned, remaining)
             if share <= 0:
                 break
+            budget.take(seq.num_planned, share)
             self._builder.add_prefill(seq, share)
-            budget -= share
-            num_prefills += 1
-        return budget, num_prefills
+        if may_start and budget.tokens > 0:
+            self._start_waiting(budget, None)
+
+    def _share(self, budget: StepBudget, start: int, remaining: int) -> int:
+        allowed = budget.allowed(start, remaining)
+        return self._policy.share.share(remaining, allowed, budget.num_prefills)
 
     def _make_room(self) -> None:
         """Take blocks from offline sequences if the next waiting one is online and needs them."""
         state = self._state
-        seq = state.waiting.peek()
+        seq = state.waiting.peek(self._now)
         if seq is None or seq.key[0]:
             return
         match = state.tables.match(seq)
         if not self._sharing.is_held(seq, match):
             self._room.make_room(seq, match)
 
-    def _start_waiting(self, budget: int, num_prefills: int) -> None:
-        """Start sequences in the queue's order; the first that cannot start ends it, so that
-        large requests are not overtaken for ever. Those that wait for a leader's prefix are
-        passed, so many times."""
+    def _start_waiting(self, budget: StepBudget, before: Rank | None) -> None:
+        """Start sequences in the queue's order, those that outrank `before` if it is given; the
+        first that cannot start ends it, so that large requests are not overtaken for ever. Those
+        that wait for a leader's prefix are passed, so many times."""
         state = self._state
+        objectives = self._policy.objectives
         held: list[Sequence] = []
-        while budget > 0:
-            seq = state.waiting.peek()
+        while budget.tokens > 0:
+            seq = state.waiting.peek(self._now)
             if seq is None or state.num_running >= state.limits.max_running:
+                break
+            if before and objectives and objectives.rank(seq, self._now) > before:
                 break
             match = state.tables.match(seq)
             if self._sharing.is_held(seq, match):
@@ -119,18 +211,17 @@ class StepPlanner:
                 continue
             if not self._room.can_start(seq, match):
                 break
-            remaining = seq.num_tokens - len(match.block_ids) * state.limits.block_size
-            share = self._strategy.share(remaining, budget, num_prefills)
+            start = len(match.block_ids) * state.limits.block_size
+            share = self._share(budget, start, seq.num_tokens - start)
             if share <= 0:
                 break
             state.waiting.pop()
+            budget.take(start, share)
             self._start(seq, match, share)
-            budget -= share
-            num_prefills += 1
             for follower in held:
                 follower.num_passed += 1
         for follower in held:
-            state.waiting.push(follower)
+            state.waiting.put_back(follower)
 
     def _start(self, seq: Sequence, match: MatchResult, share: int) -> None:
         """A sequence from the queue runs from now on, with so many tokens in this step."""
@@ -142,5 +233,16 @@ class StepPlanner:
         request = seq.request
         if request.cached_tokens < 0:
             request.cached_tokens = min(seq.num_computed, seq.num_prompt)
+            if self._policy.counters is not None:
+                computed = seq.num_tokens - seq.num_computed
+                self._policy.counters.charge(request.message.tenant, computed, 0)
         self._sharing.add_leader(seq)
         self._builder.add_prefill(seq, share)
+
+    def _charge(self, plan: StepPlan) -> None:
+        """Charge tenants for the tokens that a step draws. Prompts are charged at their start."""
+        counters = self._policy.counters
+        assert counters is not None
+        for seq, item in zip(self._state.steps[plan.step].sequences, plan.items, strict=True):
+            if item.num_samples:
+                counters.charge(seq.request.message.tenant, 0, item.num_samples)

@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from xllm.kvcache.blocks import BlockPool
 from xllm.master.sequence import Sequence, SequencePhase
 
+_HOLDING = (SequencePhase.RUNNING, SequencePhase.PAUSED)
+
 
 def choose_victim(running: Iterable[Sequence]) -> Sequence:
-    """The running sequence that can best wait; there must be one."""
-    able = (seq for seq in running if seq.state is SequencePhase.RUNNING)
+    """The sequence, running or paused, that can best wait; there must be one."""
+    able = (seq for seq in running if seq.state in _HOLDING)
     return max(able, key=lambda seq: seq.key)
 
 
@@ -22,6 +24,11 @@ def order_victims(running: Iterable[Sequence]) -> list[Sequence]:
     """All that can wait, who best can first."""
     able = [seq for seq in running if seq.state is SequencePhase.RUNNING]
     return sorted(able, key=lambda seq: seq.key, reverse=True)
+
+
+def order_paused(paused: Iterable[Sequence]) -> list[Sequence]:
+    """Paused ones, who best can lose their blocks first."""
+    return sorted(paused, key=lambda seq: seq.key, reverse=True)
 
 
 class FreedBlocks:

@@ -35,7 +35,7 @@ class WaitingQueue:
         heapq.heappush(self._heap, (seq.key, seq))
         self._num_live += 1
 
-    def peek(self) -> Sequence | None:
+    def peek(self, now: float) -> Sequence | None:
         """The next sequence, which stays in the queue."""
         heap = self._heap
         while heap:
@@ -50,7 +50,11 @@ class WaitingQueue:
         self._num_live -= 1
         return heapq.heappop(self._heap)[1]
 
-    def note_gone(self) -> None:
+    def put_back(self, seq: Sequence) -> None:
+        """What was popped for a look waits on, as if it had never left."""
+        self.push(seq)
+
+    def note_gone(self, seq: Sequence) -> None:
         """A queued sequence has left the state WAITING by another door."""
         self._num_live -= 1
         if len(self._heap) > 2 * self._num_live + 64:

@@ -22,7 +22,7 @@ from xllm.master.outcome import StepOutcome
 from xllm.master.planning import StepPlanner
 from xllm.master.sequence import Sequence
 from xllm.master.settling import StepSettler
-from xllm.master.strategy import PrefillStrategy, choose_strategy
+from xllm.master.strategies.policy import SchedulingPolicy, build_policy
 from xllm.protocol.bus import BlockEvents, InstanceLatency
 from xllm.protocol.instance import AdmitRequest, RequestEnded
 from xllm.protocol.step import StepPlan, StepResult
@@ -33,8 +33,9 @@ class SchedulerStatistics:
     """How busy an instance is. `num_waiting` and `num_running` count sequences;
     `num_available_blocks` are free or cached without holder; `waiting_tokens` still have to be
     computed, `running_tokens` are held by running sequences; `num_held` counts sequences that are
-    prefilled for another instance. `worker_busy_s` is the time of all steps, `worker_idle_s` that
-    between steps while there was work."""
+    prefilled for another instance, `num_paused` those that keep their KV without running,
+    `num_pauses` how often that began. `worker_busy_s` is the time of all steps, `worker_idle_s`
+    that between steps while there was work."""
 
     num_requests: int
     num_waiting: int
@@ -51,18 +52,19 @@ class SchedulerStatistics:
     num_held: int = 0
     worker_busy_s: float = 0.0
     worker_idle_s: float = 0.0
+    num_paused: int = 0
+    num_pauses: int = 0
 
 
 class Scheduler:
     """Continuous batching for one model on one instance."""
 
-    def __init__(self, limits: InstanceLimits, strategy: PrefillStrategy | None = None) -> None:
+    def __init__(self, limits: InstanceLimits, policy: SchedulingPolicy | None = None) -> None:
+        """`policy` is this scheduler's own; None: the default settings'."""
         self.limits = limits
-        self._state = InstanceState(limits)
+        self._state = InstanceState(limits, policy or build_policy())
         self._admission = Admission(self._state)
-        self._planner = StepPlanner(
-            self._state, strategy or choose_strategy(limits.chunked_prefill)
-        )
+        self._planner = StepPlanner(self._state)
         self._settler = StepSettler(self._state, self._planner)
 
     @property
@@ -167,6 +169,8 @@ class Scheduler:
         state = self._state
         if len(state.waiting) or state.steps or state.is_stale or state.prefilling:
             return 0
+        if state.paused:
+            return 0
         if not state.decoding:
             return 0
         left = min(seq.end - seq.num_tokens for seq in state.decoding) - 1
@@ -202,7 +206,8 @@ class Scheduler:
             num_requests=len(state.requests),
             num_waiting=len(state.waiting),
             num_running=state.num_running,
-            num_offline=state.num_offline_running + sum(seq.key[0] for seq in waiting),
+            num_offline=state.num_offline_running
+            + sum(seq.key[0] for seq in (*waiting, *state.paused)),
             num_blocks=self.limits.num_blocks,
             num_available_blocks=cache.num_available,
             num_cached_blocks=cache.num_cached,
@@ -214,6 +219,8 @@ class Scheduler:
             num_held=state.num_held,
             worker_busy_s=state.idleness.busy_ns / 1e9,
             worker_idle_s=state.idleness.idle_ns / 1e9,
+            num_paused=len(state.paused),
+            num_pauses=state.num_pauses,
         )
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ NEVER = 1 << 62
 
 class SequencePhase(IntEnum):
     """Where a sequence stands. HELD: prefilled, its blocks kept for a hand-off. LOADING (its KV is
-    on its way), PAUSED (off the steps, KV kept) and ENCODING are not entered yet."""
+    on its way) and ENCODING are not entered yet. PAUSED: off the steps, its KV kept."""
 
     WAITING = 0
     LOADING = 1

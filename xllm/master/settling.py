@@ -84,6 +84,7 @@ class StepSettler:
                 items.append(TokenItem(seq.request_id, seq.choice, seq.attempt, first_index, drawn))
         state.latency.note_step(now, result.duration_ns / 1e9, step.num_decodes)
         state.idleness.note(result, state.num_running > 0 or len(state.waiting) > 0)
+        state.policy.learn(step.plan, step.num_decodes, result.duration_ns / 1e9)
         state.deadlines.sweep(len(state.requests))
         state.holds.sweep(len(state.requests))
 
@@ -245,7 +246,7 @@ class StepSettler:
         if child.finish_reason():
             child.state = SequencePhase.FINISHED
             return
-        if state.num_running >= state.limits.max_running:
+        if not self._planner.may_fork(leader, child):
             state.enqueue(child)
             return
         copy = state.tables.fork(leader, child)

@@ -13,19 +13,21 @@ import pytest
 from tests.fixtures.models import make_model
 from tests.worker.native.plan_driver import PlanDriver, random_prompts
 from tests.worker.native.reference import assert_greedy, load_reference
+from xllm.config.settings import SchedulerSettings
 from xllm.kvcache.hashing import chain_hashes, root_hash
 from xllm.master.limits import InstanceLimits
 from xllm.master.scheduler import Scheduler
+from xllm.master.strategies.policy import build_policy
 from xllm.protocol.instance import AdmitRequest, RequestEnded
 from xllm.protocol.sampling import SamplingParams
 from xllm.worker.executor import StepOutput
 
 MODES = {
-    "plain": {"chunked_prefill": False, "prefix_cache": False, "max_in_flight": 1},
-    "chunked": {"chunked_prefill": True, "prefix_cache": False, "max_num_batched_tokens": 37},
-    "cached": {"chunked_prefill": False, "prefix_cache": True},
-    "both": {"chunked_prefill": True, "prefix_cache": True, "max_num_batched_tokens": 37},
-    "few blocks": {"chunked_prefill": True, "prefix_cache": True, "num_blocks": 18},
+    "plain": {"strategy": "continuous", "prefix_cache": False, "max_in_flight": 1},
+    "chunked": {"strategy": "chunked", "prefix_cache": False, "max_num_batched_tokens": 37},
+    "cached": {"strategy": "continuous", "prefix_cache": True},
+    "both": {"strategy": "chunked", "prefix_cache": True, "max_num_batched_tokens": 37},
+    "few blocks": {"strategy": "chunked", "prefix_cache": True, "num_blocks": 18},
     "no pipeline": {"max_in_flight": 1, "share_prefixes": False},
     "pipeline of 3": {"max_in_flight": 3, "max_num_batched_tokens": 37, "num_blocks": 18},
 }
@@ -34,7 +36,7 @@ MODES = {
 class Instance:
     """One scheduler over one executor; `streams` by (request, choice)."""
 
-    def __init__(self, directory: Path, **limits: Any) -> None:
+    def __init__(self, directory: Path, strategy: str = "chunked", **limits: Any) -> None:
         self.driver = PlanDriver(directory)
         ready = self.driver.ready
         bounds = {"num_blocks": ready.num_blocks, "max_num_batched_tokens": 256, **limits}
@@ -47,7 +49,7 @@ class Instance:
             revision=ready.revision,
             **bounds,
         )
-        self.scheduler = Scheduler(self.limits)
+        self.scheduler = Scheduler(self.limits, build_policy(SchedulerSettings(strategy=strategy)))
         self.streams: dict[tuple[str, int], list[int]] = {}
         self.ended: dict[str, RequestEnded] = {}
         self.scored: dict[str, list[float]] = {}
