@@ -214,7 +214,7 @@ def test_no_history_of_settling_makes_a_difference(seed, depth):
         eos_ids=tuple(rng.sample(range(16, 1000), rng.choice([0, 200]))),
         max_num_seqs=rng.choice([2, 8, 32]),
         max_num_batched_tokens=rng.choice([4, 16, 64]),
-        chunked_prefill=rng.random() < 0.7,
+        strategy=rng.choice(["chunked", "chunked", "continuous"]),
         prefix_cache=rng.random() < 0.8,
         share_prefixes=rng.random() < 0.8,
         max_in_flight=depth,
