@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from xllm.master.queue import WaitingQueue
 from xllm.master.request import RequestState
 from xllm.master.sequence import Sequence, SequencePhase
-from xllm.master.strategies.deadlines import Objectives, UrgencyQueue
+from xllm.master.strategies.deadlines import TokenDeadlines, UrgencyQueue
 from xllm.master.strategies.fairness import OUTPUT_WEIGHT, FairQueue, TokenCounters, bound
 from xllm.master.strategies.phases import (
     DECODE_STREAK,
@@ -34,7 +34,7 @@ def make(arrival: int, now: float = 0.0, prompt: int = 4, **fields) -> Sequence:
 
 
 def queues():
-    return (WaitingQueue(), FairQueue(), UrgencyQueue(Objectives(2.0, 0.2, StepTimeModel())))
+    return (WaitingQueue(), FairQueue(), UrgencyQueue(TokenDeadlines(2.0, 0.2, StepTimeModel())))
 
 
 @settings(max_examples=150, deadline=None)
@@ -193,7 +193,7 @@ def test_steps_are_cut_for_decodes_in_time_but_not_to_nothing():
 def test_who_is_late_by_an_objective_is_overtaken_by_no_later_deadline(seed):
     """An overloaded server that starts one request a tick while two come."""
     rng = random.Random(seed)
-    objectives = Objectives(1.0, 0.1, StepTimeModel())
+    objectives = TokenDeadlines(1.0, 0.1, StepTimeModel())
     queue = UrgencyQueue(objectives)
     arrival = 0
     for tick in range(120):

@@ -19,11 +19,11 @@ WINDOW = 64
 """Waiting sequences that are compared by urgency; the others have later deadlines."""
 
 
-class Objectives:
+class TokenDeadlines:
     """What each sequence should hold to, and how it stands. Seconds."""
 
     def __init__(self, ttft_s: float, tpot_s: float, model: StepTimeModel) -> None:
-        """Objectives for requests without their own."""
+        """TokenDeadlines for requests without their own."""
         self._ttft_s = ttft_s
         self._tpot_s = tpot_s
         self._model = model
@@ -84,7 +84,7 @@ class Objectives:
 class UrgencyQueue:
     """Waiting sequences by deadline; online before offline. The interface of WaitingQueue."""
 
-    def __init__(self, objectives: Objectives) -> None:
+    def __init__(self, objectives: TokenDeadlines) -> None:
         self._objectives = objectives
         # Ordered by (offline, deadline, key): keys are unique, hence no two entries are equal.
         self._entries: list[tuple[bool, float, tuple[bool, int, int, int], Sequence]] = []

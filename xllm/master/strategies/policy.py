@@ -7,7 +7,7 @@ import dataclasses
 from xllm.config.scheduling import check_scheduling, tenant_weights
 from xllm.config.settings import SchedulerSettings
 from xllm.master.queue import WaitingQueue
-from xllm.master.strategies.deadlines import Objectives, UrgencyQueue
+from xllm.master.strategies.deadlines import TokenDeadlines, UrgencyQueue
 from xllm.master.strategies.fairness import FairQueue, TokenCounters
 from xllm.master.strategies.phases import MixedSteps, StepPhases, decode_first, prefill_first
 from xllm.master.strategies.shares import ChunkedPrefill, PrefillShare, WholePrefill
@@ -34,7 +34,7 @@ class SchedulingPolicy:
     max_step_s: float | None
     never_evicts: bool = False
     preemption: str = "auto"
-    objectives: Objectives | None = None
+    objectives: TokenDeadlines | None = None
     counters: TokenCounters | None = None
 
     def learn(self, plan: StepPlan, num_decodes: int, seconds: float) -> None:
@@ -64,7 +64,7 @@ def build_policy(settings: SchedulerSettings | None = None) -> SchedulingPolicy:
     elif settings.strategy == "decode-first":
         phases = decode_first()
     elif settings.strategy == "slo-urgency":
-        objectives = Objectives(settings.ttft_ms / 1000, settings.tpot_ms / 1000, model)
+        objectives = TokenDeadlines(settings.ttft_ms / 1000, settings.tpot_ms / 1000, model)
         waiting = UrgencyQueue(objectives)
     if settings.fairness == "tenant":
         waiting = FairQueue(tenant_weights(settings.tenant_weights))
