@@ -118,6 +118,28 @@ def test_a_layer(team: Team, variant: int, norms: bool, sparse: bool) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_halves_of_a_layer(team: Team, variant: int, sparse: bool) -> None:
+    """A half on its own leaves hidden alone; both, added by the caller, are the whole layer."""
+    case = Case(team, variant, norms=True, sparse=sparse)
+    rows = 530
+    x, angles = torch.randn(rows, HIDDEN), torch.randn(rows, DIM // 2)
+    arrays = StepArrays([Span(0, rows, array("q", range(80)))], case.memory)
+    arrays.set_angles(angles.cos(), angles.sin())
+    whole = x.clone()
+    case.layer(whole, arrays)
+    hidden, out = x.clone(), torch.full_like(x, torch.nan)
+    case.layer.attention_half(hidden, arrays, out)
+    assert torch.equal(hidden, x)
+    hidden += out
+    before = hidden.clone()
+    case.layer.mlp_half(hidden, arrays, out)
+    assert torch.equal(hidden, before)
+    hidden += out
+    torch.testing.assert_close(hidden, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_head_and_norm(team: Team, variant: int) -> None:
     torch.manual_seed(2)
     norm, weight, x = torch.rand(HIDDEN), torch.randn(333, HIDDEN), torch.randn(5, HIDDEN)

@@ -14,7 +14,15 @@ import torch
 
 from xllm.worker.kernels.attention import StepArrays
 from xllm.worker.kernels.linear import PackedLinear
-from xllm.worker.kernels.structures import CAttentionShape, CHead, CHeadShape, CLayer
+from xllm.worker.kernels.structures import (
+    ATTENTION_HALF,
+    BOTH_HALVES,
+    MLP_HALF,
+    CAttentionShape,
+    CHead,
+    CHeadShape,
+    CLayer,
+)
 from xllm.worker.kernels.team import Team
 
 
@@ -81,17 +89,39 @@ class FusedLayer:
 
     def __call__(self, hidden: torch.Tensor, arrays: StepArrays) -> None:
         """One layer of all rows of a step."""
+        self._run(hidden, arrays, BOTH_HALVES, None)
+        if self._parts.feed_forward is not None:
+            hidden += self._feed_forward(hidden)
+
+    def attention_half(self, hidden: torch.Tensor, arrays: StepArrays, out: torch.Tensor) -> None:
+        """What attention would add to hidden, into `out` (fp32 [rows, hidden], contiguous): ranks
+        that have a part of the heads sum theirs."""
+        self._run(hidden, arrays, ATTENTION_HALF, out)
+
+    def mlp_half(self, hidden: torch.Tensor, arrays: StepArrays, out: torch.Tensor) -> None:
+        """What the feed-forward half would add to hidden, into `out` as above."""
+        if self._parts.feed_forward is not None:
+            out.copy_(self._feed_forward(hidden))
+        else:
+            self._run(hidden, arrays, MLP_HALF, out)
+
+    def _feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        norm, feed_forward = self._norms[1], self._parts.feed_forward
+        assert norm is not None
+        assert feed_forward is not None
+        return feed_forward(rms_norm(self._team, hidden, norm, self._parts.eps, self._variant))
+
+    def _run(
+        self, hidden: torch.Tensor, arrays: StepArrays, halves: int, out: torch.Tensor | None
+    ) -> None:
         c, team, step = self._team.library.c, self._team, ctypes.byref(arrays.step)
         layer = ctypes.byref(self._layer)
         wanted = c.xk_layer_scratch(team.handle, layer, step)
         arrays.set_scratch(team.scratch(wanted), wanted)
-        failed = c.xk_layer(team.handle, self._variant, layer, step, hidden.data_ptr())
+        assert out is None or (out.is_contiguous() and out.shape == hidden.shape)
+        to = None if out is None else out.data_ptr()
+        failed = c.xk_layer(team.handle, self._variant, layer, step, hidden.data_ptr(), halves, to)
         assert not failed
-        if self._parts.feed_forward is not None:
-            norm = self._norms[1]
-            assert norm is not None
-            normed = rms_norm(team, hidden, norm, self._parts.eps, self._variant)
-            hidden += self._parts.feed_forward(normed)
 
 
 def rms_norm(

@@ -50,26 +50,38 @@ Scratch cut_scratch(const Layer& layer, const Step& step, int32_t num_threads) {
 class LayerRun {
  public:
   LayerRun(Team& team, int thread, const Kernels& kernels, const Layer& layer, const Step& step,
-           float* hidden)
+           float* hidden, float* out)
       : team_(team),
         thread_(thread),
         kernels_(kernels),
         layer_(layer),
         step_(step),
         hidden_(hidden),
+        out_(out ? out : hidden),
+        how_(out ? kStore : kAdd),
         scratch_(cut_scratch(layer, step, team.size())),
         last_(step.phase_ns && thread == 0 ? Clock::now() : Clock::time_point{}) {}
 
-  void run() {
-    for (int32_t first = 0; first < step_.num_rows; first += kSliceRows) project(first);
-    attend(team_, thread_, kernels_.attention, step_.kv, layer_.attention, layer_.kv_offset,
-           step_.sequences, step_.num_sequences, scratch_.queries, scratch_.attention);
-    note(kAttention);
+  void run(int32_t halves) {
+    if (halves & kAttentionHalf) attention_half();
+    if ((halves & kMlpHalf) == 0 || layer_.gate_up.data == nullptr) return;
     for (int32_t first = 0; first < step_.num_rows; first += kSliceRows) feed_forward(first);
   }
 
  private:
+  void attention_half() {
+    for (int32_t first = 0; first < step_.num_rows; first += kSliceRows) project(first);
+    attend(team_, thread_, kernels_.attention, step_.kv, layer_.attention, layer_.kv_offset,
+           step_.sequences, step_.num_sequences, scratch_.queries, scratch_.attention);
+    note(kAttention);
+    const int64_t q = int64_t{layer_.heads.num_heads} * layer_.heads.head_dim;
+    for (int32_t first = 0; first < step_.num_rows; first += kSliceRows)
+      multiply(layer_.out, scratch_.queries + first * q, q, slice_at(first), out_at(first),
+               layer_.hidden, how_, kOut);
+  }
+
   float* hidden_at(int32_t row) const { return hidden_ + int64_t{row} * layer_.hidden; }
+  float* out_at(int32_t row) const { return out_ + int64_t{row} * layer_.hidden; }
   int32_t slice_at(int32_t first) const { return std::min(step_.num_rows - first, kSliceRows); }
 
   void norm(int32_t first, const float* weight) {
@@ -110,15 +122,11 @@ class LayerRun {
 
   void feed_forward(int32_t first) {
     const int32_t count = slice_at(first);
-    const int64_t q = int64_t{layer_.heads.num_heads} * layer_.heads.head_dim;
-    multiply(layer_.out, scratch_.queries + first * q, q, count, hidden_at(first), layer_.hidden,
-             kAdd, kOut);
-    if (layer_.gate_up.data == nullptr) return;
     norm(first, layer_.output_norm);
     multiply(layer_.gate_up, scratch_.normed, layer_.hidden, count, scratch_.wide,
              layer_.intermediate, kSiluMul, kGateUp);
-    multiply(layer_.down, scratch_.wide, layer_.intermediate, count, hidden_at(first),
-             layer_.hidden, kAdd, kDown);
+    multiply(layer_.down, scratch_.wide, layer_.intermediate, count, out_at(first), layer_.hidden,
+             how_, kDown);
   }
 
   void note(Phase phase) {
@@ -135,6 +143,8 @@ class LayerRun {
   const Layer& layer_;
   const Step& step_;
   float* const hidden_;
+  float* const out_;
+  const Epilogue how_;
   const Scratch scratch_;
   Clock::time_point last_;
 };
@@ -165,8 +175,10 @@ int64_t head_scratch_bytes(const Head& head, int32_t num_rows) {
 }
 
 void run_layer(Team& team, const Kernels& kernels, const Layer& layer, const Step& step,
-               float* hidden) {
-  auto work = [&](int thread) { LayerRun(team, thread, kernels, layer, step, hidden).run(); };
+               float* hidden, int32_t halves, float* out) {
+  auto work = [&](int thread) {
+    LayerRun(team, thread, kernels, layer, step, hidden, out).run(halves);
+  };
   on_team(team, work);
 }
 

@@ -10,7 +10,11 @@ namespace xk {
 
 constexpr int32_t kSliceRows = 512;  // rows that the products take at a time
 
-// hidden += out(attention(norm(hidden))); hidden += down(silu(gate(n)) * up(n)), n = norm(hidden).
+// The halves of a layer: out(attention(norm(hidden))), and down(silu(gate(n)) * up(n)) where
+// n = norm(hidden). Each is added to hidden, or stored on its own: a rank that has a part of the
+// weights sums its results with the others' first.
+enum Halves : int32_t { kAttentionHalf = 1, kMlpHalf = 2, kBothHalves = 3 };
+
 struct Layer {
   Weight qkv;            // q, k and v, one below the other
   Weight out;
@@ -57,8 +61,10 @@ TokenPlace find_token(const Step& step, int32_t row);
 int64_t layer_scratch_bytes(const Layer& layer, const Step& step, int32_t num_threads);
 int64_t head_scratch_bytes(const Head& head, int32_t num_rows);
 
+// halves: of Halves. out: null to add to hidden, or [rows, hidden] for the result of one half,
+// which leaves hidden as it is.
 void run_layer(Team& team, const Kernels& kernels, const Layer& layer, const Step& step,
-               float* hidden);
+               float* hidden, int32_t halves, float* out);
 // logits [num_rows, weight.n]
 void run_head(Team& team, const Kernels& kernels, const Head& head, const float* hidden,
               const int32_t* rows, int32_t num_rows, float* logits, char* scratch);

@@ -21,11 +21,12 @@ int64_t xk_layer_scratch(const Team* team, const Layer* layer, const Step* step)
   return layer_scratch_bytes(*layer, *step, team->size());
 }
 
-// One layer of all rows, hidden [rows, hidden] in place; -1: the step's scratch is too small.
-int32_t xk_layer(Team* team, int32_t variant, const Layer* layer, const Step* step,
-                 float* hidden) {
+// One layer of all rows, hidden [rows, hidden] in place (out null), or one half of it into `out`:
+// see run_layer. -1: the step's scratch is too small.
+int32_t xk_layer(Team* team, int32_t variant, const Layer* layer, const Step* step, float* hidden,
+                 int32_t halves, float* out) {
   if (layer_scratch_bytes(*layer, *step, team->size()) > step->scratch_bytes) return -1;
-  run_layer(*team, kernels_of(variant), *layer, *step, hidden);
+  run_layer(*team, kernels_of(variant), *layer, *step, hidden, halves, out);
   return 0;
 }
 
