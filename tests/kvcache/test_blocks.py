@@ -51,8 +51,21 @@ def test_check_knows_a_wrong_holder():
         pool.check([])
 
 
-def test_check_finds_a_block_that_is_free_twice():
+def test_check_finds_a_held_block_that_is_not_the_models():
     pool = BlockPool(2)
-    pool._free.append(pool._free[0])
-    with pytest.raises(InvariantError, match="twice"):
+    pool.pages.put(pool.take())
+    with pytest.raises(InvariantError, match="is not the model's, with 1 holders"):
         pool.check()
+
+
+def test_blocks_are_taken_where_they_are_wanted():
+    pool = BlockPool(40)
+    assert pool.take(wanted=7) == 7
+    assert not pool.is_free(7)
+    assert pool.take(wanted=7, after=20) == 21
+    assert pool.take(after=7) == 8
+    # What continues nothing begins a group of its own, as long as there is one.
+    assert pool.take() == 32
+    assert pool.take(after=32) == 33
+    last = pool.take(after=39)
+    pool.check([7, 8, 21, 32, 33, last])

@@ -1,8 +1,8 @@
-"""The pool of KV blocks: who holds which block how often, and which are free.
+"""The KV blocks of a model: who holds which block how often, and which are only kept.
 
-Decides nothing but which free block is next. Knows no tokens, hashes or sequences. Invariant: a
-block is in the free list if and only if nobody holds it and nobody keeps its content; each block
-is in the free list at most once.
+A block is a page of the device's memory, which several models may share. Decides nothing. Knows
+no tokens, hashes or sequences. Invariant: a block is the model's if and only if somebody holds it
+or keeps its content.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from xllm.errors import InvariantError
+from xllm.kvcache.pages import PagePool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,22 +26,25 @@ class BlockPoolStatistics:
 
 
 class BlockPool:
-    """A fixed number of blocks, 0 to num_blocks - 1, with a count of holders each."""
+    """Blocks 0 to num_blocks - 1 with a count of holders each."""
 
-    __slots__ = ("_free", "_kept", "_refs", "num_blocks")
+    __slots__ = ("_kept", "_num_held", "_owner", "_refs", "num_blocks", "pages")
 
-    def __init__(self, num_blocks: int) -> None:
-        """`num_blocks` >= 1."""
-        assert num_blocks >= 1
+    def __init__(self, num_blocks: int, pages: PagePool | None = None, owner: int = 0) -> None:
+        """`num_blocks` >= 1. `pages`: the pool of as many pages that others take from too, as
+        other owners; by default the model has one for itself."""
         self.num_blocks = num_blocks
+        self.pages = PagePool(num_blocks) if pages is None else pages
+        assert self.pages.num_pages == num_blocks
+        self._owner = owner
         self._refs = [0] * num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
         self._kept = 0
+        self._num_held = 0
 
     @property
     def num_free(self) -> int:
         """Empty blocks: what `take` can give at once."""
-        return len(self._free)
+        return self.pages.num_free
 
     @property
     def num_kept(self) -> int:
@@ -51,10 +55,16 @@ class BlockPool:
         """Holders of a block."""
         return self._refs[block_id]
 
-    def take(self) -> int:
-        """A free block, now with one holder. Mutates. There must be one (see `num_free`)."""
-        block_id = self._free.pop()
+    def is_free(self, block_id: int) -> bool:
+        """Whether `take` can give this block."""
+        return self.pages.owner(block_id) < 0
+
+    def take(self, wanted: int = -1, after: int = -1) -> int:
+        """A free block, now with one holder: `wanted` if it is free, else if possible the one
+        behind `after`. Mutates. There must be one (see `num_free`)."""
+        block_id = self.pages.take(self._owner, wanted, after)
         self._refs[block_id] = 1
+        self._num_held += 1
         return block_id
 
     def share(self, block_id: int) -> bool:
@@ -63,6 +73,7 @@ class BlockPool:
         self._refs[block_id] = refs + 1
         if refs == 0:
             self._kept -= 1
+            self._num_held += 1
             return True
         return False
 
@@ -75,6 +86,7 @@ class BlockPool:
         self._refs[block_id] = refs
         if refs == 0:
             self._kept += 1
+            self._num_held -= 1
             return True
         return False
 
@@ -83,28 +95,28 @@ class BlockPool:
         if self._refs[block_id] != 0:
             raise InvariantError(f"block {block_id} was given back while it is held")
         self._kept -= 1
-        self._free.append(block_id)
+        self.pages.put(block_id)
 
     def statistics(self) -> BlockPoolStatistics:
         """A snapshot; does not mutate."""
-        num_free = len(self._free)
-        num_held = self.num_blocks - num_free - self._kept
-        return BlockPoolStatistics(self.num_blocks, num_free, num_held, self._kept)
+        return BlockPoolStatistics(self.num_blocks, self.num_free, self._num_held, self._kept)
 
     def check(self, holders: Iterable[int] | None = None) -> None:
         """Raise InvariantError where the counts contradict each other.
 
         `holders`: if given, every block id as often as somebody believes to hold it."""
-        free = set(self._free)
-        if len(free) != len(self._free):
-            raise InvariantError("a block is in the free list twice")
-        for block_id in free:
-            if self._refs[block_id] != 0:
-                raise InvariantError(f"free block {block_id} has {self._refs[block_id]} holders")
-        num_idle = sum(1 for refs in self._refs if refs == 0)
-        if num_idle != len(free) + self._kept:
+        self.pages.check()
+        num_owned = 0
+        for block_id, refs in enumerate(self._refs):
+            is_owned = self.pages.owner(block_id) == self._owner
+            num_owned += is_owned
+            if refs and not is_owned:
+                raise InvariantError(f"block {block_id} is not the model's, with {refs} holders")
+        num_held = sum(1 for refs in self._refs if refs)
+        if num_held != self._num_held or num_held + self._kept != num_owned:
             raise InvariantError(
-                f"{num_idle} blocks without holder, but {len(free)} free and {self._kept} kept"
+                f"{num_owned} blocks owned, {num_held} held ({self._num_held} counted) and "
+                f"{self._kept} kept"
             )
         if holders is None:
             return

@@ -95,16 +95,37 @@ class PrefixCache:
         for block_id in block_ids:
             share(block_id)
 
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks with one holder each, evicting as needed; None (and nothing mutated)
-        where there are not as many. The content of the blocks is undefined."""
+    def make_room(self, count: int) -> bool:
+        """Evict until `count` blocks are free; False, and nothing mutated, where there are not as
+        many."""
         pool = self.pool
         if count > pool.num_free:
             if count > pool.num_free + pool.num_kept:
-                return None
-            for _ in range(count - pool.num_free):
-                self._evict()
-        return [pool.take() for _ in range(count)]
+                return False
+            self.evict(count - pool.num_free)
+        return True
+
+    def allocate(self, count: int, wanted: Sequence[int] = (), after: int = -1) -> list[int] | None:
+        """`count` blocks with one holder each, evicting as needed; None (and nothing mutated)
+        where there are not as many. The content of the blocks is undefined. `wanted`: for the
+        first of them, blocks that are taken where they are free; the others follow each other,
+        the first of all the block `after`, as far as that is possible."""
+        if not self.make_room(count):
+            return None
+        take = self.pool.take
+        if wanted:
+            return self._take_wanted(count, wanted, after)
+        blocks = []
+        for _ in range(count):
+            after = take(-1, after)
+            blocks.append(after)
+        return blocks
+
+    def evict(self, count: int) -> None:
+        """Forget `count` contents that nobody holds, the least recently used leaves first.
+        Mutates. There must be as many."""
+        for _ in range(count):
+            self._evict()
 
     def release(self, block_ids: Sequence[int]) -> None:
         """One holder less for each block of a table (first to last). Mutates. Blocks that
@@ -214,6 +235,19 @@ class PrefixCache:
             is_leaf = self.pool.refs(block_id) == 0 and self._children[block_id] == 0
             if is_leaf and (self._used[block_id], block_id) not in candidates:
                 raise InvariantError(f"unheld leaf {block_id} can never be evicted")
+
+    def _take_wanted(self, count: int, wanted: Sequence[int], after: int) -> list[int]:
+        pool = self.pool
+        blocks = [-1] * count
+        # First those that are wanted: no other may get them by the way.
+        for index, block_id in enumerate(wanted[:count]):
+            if block_id >= 0 and pool.is_free(block_id):
+                blocks[index] = pool.take(block_id)
+        for index, block_id in enumerate(blocks):
+            if block_id < 0:
+                blocks[index] = pool.take(-1, after)
+            after = blocks[index]
+        return blocks
 
     def _store(self, block_id: int, content: bytes, parent: bytes) -> None:
         if parent:
