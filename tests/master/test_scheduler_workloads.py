@@ -19,11 +19,15 @@ holds for 2 by accident may not hold for 3."""
 
 
 def random_instance(rng: random.Random, max_in_flight: int) -> ToyInstance:
+    block_size, max_model_len = rng.choice([1, 2, 4, 8]), rng.choice([24, 60, 200])
+    fewest_mappings = -(-max_model_len // block_size) + 2
     return ToyInstance(
         max_in_flight=max_in_flight,
         num_blocks=rng.choice([6, 10, 20, 60]),
-        block_size=rng.choice([1, 2, 4, 8]),
-        max_model_len=rng.choice([24, 60, 200]),
+        block_size=block_size,
+        max_model_len=max_model_len,
+        num_slots=rng.choice([0, 1, 4, 40]),
+        max_mappings=fewest_mappings + rng.choice([0, 5, 2000]),
         eos_ids=tuple(rng.sample(range(16, 1000), rng.choice([0, 60]))),
         max_num_seqs=rng.choice([1, 3, 8, 32]),
         max_num_batched_tokens=rng.choice([3, 8, 16, 64]),

@@ -53,6 +53,8 @@ class ToyInstance:
             "eos_ids": (),
             "max_in_flight": 1,
             "share_prefixes": False,
+            "num_slots": 12,
+            "max_mappings": 2000,
         }
         self.limits = InstanceLimits(model="toy", vocab_size=VOCAB, **{**bounds, **limits})
         self.scheduler = Scheduler(self.limits, build_policy(SchedulerSettings(**scheduling)))

@@ -189,6 +189,12 @@ class WorkerSettings:
     kv_cache_bytes: int = setting(
         0, "Memory for KV; 0: chosen from what is free.", unit="bytes", low=0
     )
+    kv_memory: str = setting(
+        "xtensor",
+        "xtensor maps a sequence's blocks side by side, where the device can; paged reads them "
+        "by block tables.",
+        choices=("xtensor", "paged"),
+    )
     num_threads: int = setting(
         0,
         "Threads of the engine on a CPU; 0: all cores, or one for a model under 64 MiB.",

@@ -14,6 +14,7 @@ from xllm.kvcache.hashing import next_hash
 from xllm.kvcache.prefix import MatchResult, PrefixCache
 from xllm.master.limits import InstanceLimits
 from xllm.master.sequence import NEVER, Sequence
+from xllm.master.slot_maps import SlotMaps
 
 _NO_MATCH = MatchResult([], 0)
 
@@ -26,6 +27,7 @@ class BlockTables:
         self._is_caching = limits.prefix_cache
         self.num_blocks = limits.num_blocks
         self.cache = PrefixCache(BlockPool(limits.num_blocks))
+        self.slots = SlotMaps(self.cache, limits)
 
     def match(self, seq: Sequence) -> MatchResult:
         """The longest cached prefix of a sequence that has no blocks. At least one position is
@@ -43,6 +45,8 @@ class BlockTables:
 
     def has_room(self, seq: Sequence, match: MatchResult, spare: int) -> bool:
         """Whether `start` can find its blocks and `spare` others remain after it."""
+        if not self.slots.has_room(-(-seq.num_tokens // self._block_size)):
+            return False
         return self.num_missing(seq, match) + spare <= 0
 
     def num_missing(self, seq: Sequence, match: MatchResult) -> int:
@@ -55,9 +59,8 @@ class BlockTables:
         it has. There must be room."""
         num_matched = len(match.block_ids)
         self.cache.acquire(match.block_ids)
-        fresh = self.cache.allocate(-(-seq.num_tokens // self._block_size) - num_matched)
-        assert fresh is not None
-        seq.block_ids = match.block_ids + fresh
+        num_blocks = -(-seq.num_tokens // self._block_size)
+        seq.block_ids = self.slots.start(seq, match.block_ids, num_blocks)
         seq.capacity = len(seq.block_ids) * self._block_size
         seq.num_computed = seq.num_planned = num_matched * self._block_size
         seq.num_sealed = num_matched
@@ -65,12 +68,18 @@ class BlockTables:
 
     def grow(self, seq: Sequence) -> bool:
         """One more block for a sequence; False, and nothing changes, where there is none."""
-        fresh = self.cache.allocate(1)
-        if fresh is None:
+        block_id = self.slots.grow(seq)
+        if block_id < 0:
             return False
-        seq.block_ids.append(fresh[0])
+        seq.block_ids.append(block_id)
         seq.capacity += self._block_size
         return True
+
+    def grow_ahead(self, seq: Sequence) -> None:
+        """The block that a sequence will need a step later, if blocks are plentiful: it is mapped
+        while this step runs."""
+        if self.slots.can_map_ahead:
+            self.grow(seq)
 
     def seal(self, seq: Sequence) -> None:
         """Cache the blocks that `num_computed` has completed. Called once it reached `seal_at`;
@@ -90,11 +99,13 @@ class BlockTables:
     def fork(self, parent: Sequence, child: Sequence) -> tuple[int, int] | bool:
         """Give a child without blocks those that `parent` has computed: full ones are shared,
         and a partial one is copied. The copy as (source, destination), or True if none is
-        needed; False, and nothing changes, where there is no block for it. The source is held
-        once more, until the copy is made: `unpin` it then."""
+        needed; False, and nothing changes, where there is no block or slot for it. The source is
+        held once more, until the copy is made: `unpin` it then."""
         num_full, rest = divmod(parent.num_computed, self._block_size)
         copy: tuple[int, int] | bool = True
         shared = parent.block_ids[:num_full]
+        if not self.slots.has_room(num_full + 1):
+            return False
         if rest:
             fresh = self.cache.allocate(1)
             if fresh is None:
@@ -105,6 +116,7 @@ class BlockTables:
         else:
             child.block_ids = list(shared)
         self.cache.acquire(shared)
+        self.slots.place(child, child.block_ids)
         child.capacity = len(child.block_ids) * self._block_size
         child.num_computed = child.num_planned = parent.num_computed
         child.num_sealed = parent.num_sealed
@@ -118,6 +130,7 @@ class BlockTables:
 
     def release(self, seq: Sequence) -> None:
         """Take a sequence's blocks away; what was computed stays cached while there is room."""
+        self.slots.release(seq)
         if seq.is_private:
             num_full = seq.num_computed // self._block_size
             self._hash_through(seq, num_full)
@@ -129,8 +142,10 @@ class BlockTables:
     def check(self, sequences: Iterable[Sequence], pins: Iterable[int]) -> None:
         """Raise InvariantError unless exactly these sequences and pins hold blocks."""
         holders = list(pins)
+        sequences = list(sequences)
         for seq in sequences:
             holders.extend(seq.block_ids)
+        self.slots.check(sequences)
         self.cache.check(holders)
 
     def _hash_through(self, seq: Sequence, num_blocks: int) -> None:

@@ -134,6 +134,7 @@ class InstanceState:
         assert not seq.num_in_flight
         self._leave_running(seq)
         self._forget_at_worker(seq)
+        self.tables.slots.release(seq)
         seq.state = SequencePhase.HELD
         self.num_held += 1
 

@@ -36,6 +36,10 @@ class InstanceLimits:
     """Plans under way at a time: 2 is the asynchronous pipeline, 1 is one step after another."""
     hold_s: float = 10.0
     """How long a prefilled request waits to be taken by the instance that decodes it."""
+    num_slots: int = 0
+    """Ranges of addresses for a sequence each; 0: the worker reads by block tables alone."""
+    max_mappings: int = 0
+    """Mappings that the worker's process may have for them."""
 
     @classmethod
     def from_ready(
@@ -55,6 +59,8 @@ class InstanceLimits:
             prefix_cache=settings.prefix_cache,
             max_waiting=settings.max_waiting,
             instance=instance,
+            num_slots=ready.num_slots,
+            max_mappings=ready.max_mappings,
             share_prefixes=settings.share_prefixes,
             max_in_flight=2 if settings.async_scheduling else 1,
         )

@@ -43,7 +43,12 @@ class RoomMaker:
         enough = True
         num_stuck = 0
         for seq in sequences:
-            if seq.num_planned < seq.capacity or seq.num_planned + 1 >= seq.end:
+            left = seq.capacity - seq.num_planned
+            if left > 1 or seq.num_planned + 1 >= seq.end:
+                continue
+            if left == 1:
+                if seq.num_planned + 2 < seq.end:
+                    tables.grow_ahead(seq)
                 continue
             while seq.state is SequencePhase.RUNNING and not tables.grow(seq):
                 enough = False

@@ -88,6 +88,7 @@ class PlanBuilder:
                 seq.request.stop_tuple,
                 seq.request.message.model,
                 seq.request.message.adapter,
+                slot=seq.slot,
             )
         )
 
@@ -113,6 +114,7 @@ class PlanBuilder:
             tuple(forgotten),
             tuple(copies),
             state.limits.model,
+            maps=state.tables.slots.drain(),
         )
         self._next_step += 1
         state.steps[plan.step] = StepInFlight(
@@ -144,4 +146,5 @@ def _fork_message(fork: PendingFork) -> NewSequence:
         child.request.stop_tuple,
         child.request.message.model,
         child.request.message.adapter,
+        slot=child.slot,
     )

@@ -44,6 +44,8 @@ def merge_ready(ranks: Sequence[WorkerReady]) -> WorkerReady:
         first,
         num_blocks=min(ready.num_blocks for ready in ranks),
         max_model_len=min(ready.max_model_len for ready in ranks),
+        num_slots=min(ready.num_slots for ready in ranks),
+        max_mappings=min(ready.max_mappings for ready in ranks),
         load_s=max(ready.load_s for ready in ranks),
     )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from xllm.master.request import RequestState
 
+NO_SLOT = -1
 NEVER = 1 << 62
 """A token count that no sequence reaches."""
 
@@ -47,7 +48,7 @@ class Sequence:
         "is_private", "key", "min_tokens", "num_computed", "num_in_flight", "num_passed",
         "num_planned", "num_prompt", "num_samples", "num_sealed", "num_sent_blocks",
         "num_tokens", "number", "output", "prompt_ids", "request", "request_id",
-        "scores_prompt", "seal_at", "state", "stop_ids",
+        "scores_prompt", "seal_at", "slot", "state", "stop_ids",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +75,7 @@ class Sequence:
         self.num_in_flight = 0
         self.num_passed = 0
         self.block_ids: list[int] = []
+        self.slot = NO_SLOT
         self.clear_kv()
 
     def clear_kv(self) -> None:

@@ -64,6 +64,7 @@ class StepSettler:
                     state.bury(seq)
                 continue
             if failed is not None and index in failed:
+                state.tables.slots.distrust(seq)
                 state.end_request(seq.request, EngineError.code, failed[index])
                 continue
             if seq.is_prefilling or rows is not None or len(drawn) != 1:
@@ -96,6 +97,8 @@ class StepSettler:
             return
         for seq in step.sequences:
             seq.num_in_flight -= 1
+        for seq in (*step.sequences, *step.forked):
+            state.tables.slots.distrust(seq)
         self._unpin(step)
         self._fail_requests((*step.sequences, *step.forked), code, message)
 

@@ -46,6 +46,8 @@ class NewSequence(ArrayPart, frozen=True):
     model: str = ""
     adapter: str = ""
     dp_rank: int = 0
+    slot: int = -1
+    """Where its KV is mapped, for the whole of its life; -1: nowhere, its block table says."""
 
 
 class ItemOptions(ArrayPart, frozen=True):
@@ -95,7 +97,7 @@ class MapPages(ArrayPart, frozen=True):
 class StepPlan(ArrayMessage, frozen=True):
     """What one forward pass must do. Order of effects: `new` are learnt (the parent of a fork may
     be among `ended`), `ended` are forgotten, `copies` of whole blocks (source, destination) are
-    made, pages are mapped, items run."""
+    made, items run; the maps are made in order for each slot, before an item that needs them."""
 
     step: int
     items: tuple[StepItem, ...] = ()
@@ -187,7 +189,9 @@ class WorkerReady(ArrayMessage, frozen=True):
     `revision`: SHA-256 (hex) over the model's configuration, the names, types and shapes of its
     tensors, and 64 bytes from the middle of each: a fine-tuned model has its parent's headers.
     `max_model_len`: prompt and output together, no more than the KV memory holds.
-    `group`: of the LoadModel that this answers."""
+    `group`: of the LoadModel that this answers. `num_slots`: ranges of addresses for max_model_len
+    tokens each, 0: none; `max_mappings`: what may be mapped under them, in runs of pages that
+    follow each other, and one for the rest of a slot."""
 
     rank: int
     model: str
@@ -203,6 +207,8 @@ class WorkerReady(ArrayMessage, frozen=True):
     dtype: str = ""
     load_s: float = 0.0
     group: str = ""
+    num_slots: int = 0
+    max_mappings: int = 0
 
 
 class WorkerFailed(ArrayMessage, frozen=True):

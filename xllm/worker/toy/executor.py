@@ -27,10 +27,12 @@ from xllm.protocol.step import (
 from xllm.worker.context import fit_context
 from xllm.worker.executor import LoadObserver, StepOutput
 from xllm.worker.item_options import check_options
+from xllm.worker.memory.virtual import available_mappings
 from xllm.worker.toy.faults import NO_FAULTS, ToyFaults
 from xllm.worker.toy.pages import PageArena, PageStatistics
 from xllm.worker.toy.scores import ScoreFrames
 from xllm.worker.toy.sequence import ToySequence
+from xllm.worker.toy.slots import ToySlots
 from xllm.worker.toy.stream import DIGEST_BYTES, ENTRY_BYTES, draw_cheap, draw_token
 from xllm.worker.toy.vocabulary import toy_vocabulary
 
@@ -63,6 +65,7 @@ class ToyExecutor:
         step_s: float = 0.0,
         memory: bool = True,
         rank: int = 0,
+        num_slots: int = 0,
         faults: ToyFaults = NO_FAULTS,
     ) -> None:
         self.counter = 0
@@ -75,6 +78,7 @@ class ToyExecutor:
         self._faults = faults
         self._has_faults = faults is not NO_FAULTS
         self._arena = PageArena(num_blocks, block_size)
+        self._slots = ToySlots(num_slots)
         self._sequences: dict[int, ToySequence] = {}
         self._num_steps = 0
         self._vocab_size, self._ids = toy_vocabulary(model_dir)
@@ -85,6 +89,7 @@ class ToyExecutor:
     def load(self, progress: LoadObserver) -> WorkerReady:
         """Ready at once."""
         self._sequences.clear()
+        self._slots.clear()
         progress(1, 1)
         size, block = self._vocab_size, self._arena.block_size
         mark = f"xllm toy {self._model} {size} {self._ids} {block} {self._memory}"
@@ -103,6 +108,8 @@ class ToyExecutor:
             kv_groups=(KvGroup("toy", ENTRY_BYTES + DIGEST_BYTES // block, num_layers=1),),
             device="toy",
             dtype="none",
+            num_slots=self._slots.num_slots,
+            max_mappings=available_mappings() if self._slots.num_slots else 0,
         )
 
     def execute(self, plan: StepPlan) -> StepOutput:
@@ -113,6 +120,8 @@ class ToyExecutor:
             self._sequences.pop(seq, None)
         for source, destination in plan.copies:
             self._arena.copy(source, destination)
+        if plan.maps:
+            self._slots.carry_out(plan.maps)
         scores = self._score_frames(plan)
         tokens: list[tuple[int, ...]] = []
         failed: list[tuple[int, str]] = []
@@ -211,6 +220,9 @@ class ToyExecutor:
         return many
 
     def _write(self, sequence: ToySequence, start: int, end: int) -> None:
+        if sequence.slot >= 0:
+            num_pages = -(-end // self._arena.block_size)
+            self._slots.verify(sequence.slot, sequence.table[:num_pages])
         if not sequence.admitted:
             sequence.admitted = True
             if start and not self._arena.verify_prefix(sequence.table, start):
@@ -284,5 +296,6 @@ def make_toy_executor(settings: Settings, faults: ToyFaults = NO_FAULTS) -> ToyE
         step_s=worker.toy_step_ms / 1000,
         memory=worker.toy_memory,
         rank=worker.rank,
+        num_slots=2 * settings.scheduler.max_num_seqs if worker.kv_memory == "xtensor" else 0,
         faults=faults,
     )

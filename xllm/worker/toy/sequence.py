@@ -19,17 +19,18 @@ class ToySequence:
     """One sequence, from the plan that names it as new to the one that ends it."""
 
     __slots__ = ("admitted", "broken", "cheap_key", "choice", "prompt_len", "sampling", "seed",
-                 "table", "tokens")  # fmt: skip
+                 "slot", "table", "tokens")  # fmt: skip
 
     def __init__(
         self, tokens: list[int], prompt_len: int, table: list[int], sampling: SamplingParams,
-        choice: int,
+        choice: int, slot: int = -1,
     ) -> None:  # fmt: skip
         self.tokens = tokens
         self.prompt_len = prompt_len
         self.table = table
         self.sampling = sampling
         self.choice = choice
+        self.slot = slot  # -1: its block table alone says where its pages are
         self.seed = effective_seed(sampling)
         self.cheap_key: int | None = None
         self.admitted = False  # its first item ran: a cached prefix was read back
@@ -47,9 +48,8 @@ class ToySequence:
             if parent is None:
                 raise EngineError(f"sequence {new.seq} forks unknown sequence {new.parent}")
             prompt = parent.tokens[: parent.prompt_len]
-        return cls(
-            [*prompt, *new.output_ids], len(prompt), list(new.block_ids), new.sampling, new.choice
-        )
+        tokens, table = [*prompt, *new.output_ids], list(new.block_ids)
+        return cls(tokens, len(prompt), table, new.sampling, new.choice, new.slot)
 
     def key(self, choice: int) -> int:
         """The key of a choice's stream in the mode without memory."""
