@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from xllm.worker.attention.plan import DecodeGroup, FreshGroup, PrefillPart, SeenKeys, WindowPlan
-from xllm.worker.memory.pool import KvPool
+from xllm.worker.memory.kv_memory import KvMemory
 
 
 class AttentionWorkspace:
     """Memory for gathered keys and values, kept between steps: fresh memory for each layer of
     each step costs more than the gathering itself."""
 
-    def __init__(self, pool: KvPool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, pool: KvMemory, dtype: torch.dtype, device: torch.device) -> None:
         layout = pool.layout
         self._numbers = layout.block_size * layout.num_kv_heads * layout.head_dim
         self._memory = torch.empty((2, 0, self._numbers), dtype=dtype, device=device)
@@ -43,7 +43,7 @@ class PagedAttention:
 
     def __init__(
         self,
-        pool: KvPool,
+        pool: KvMemory,
         workspace: AttentionWorkspace,
         slots: torch.Tensor,
         plans: dict[int, WindowPlan],

@@ -35,11 +35,13 @@ _MAX_FRESH_GROUP_ROWS = 1 << 12
 @dataclasses.dataclass(frozen=True, slots=True)
 class Span:
     """Rows of one sequence: positions [start, start + num_rows), over a block table (of 64-bit
-    numbers, type code "q") that reaches at least to their end."""
+    numbers, type code "q") that reaches at least to their end. `address`: where the blocks lie
+    side by side, the first of the table first (a slot's); 0: nowhere."""
 
     start: int
     num_rows: int
     block_ids: array[int]
+    address: int = 0
 
     @property
     def end(self) -> int:

@@ -13,6 +13,7 @@ from xllm.protocol.step import ItemKind, StepItem
 from xllm.worker.attention.plan import Span
 from xllm.worker.execution.sequences import SequenceState, SequenceTable
 from xllm.worker.item_options import check_options
+from xllm.worker.memory.mapper import PageMapper
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,16 +44,21 @@ class StepBatch:
     def single_rows(self) -> list[Span]:
         """The spans cut into spans of one row each, in order."""
         return [
-            Span(span.start + offset, 1, span.block_ids)
+            Span(span.start + offset, 1, span.block_ids, span.address)
             for span in self.spans
             for offset in range(span.num_rows)
         ]
 
 
 def build_batch(
-    items: Sequence[StepItem], table: SequenceTable, block_size: int, max_model_len: int
+    items: Sequence[StepItem],
+    table: SequenceTable,
+    block_size: int,
+    max_model_len: int,
+    mapper: PageMapper | None = None,
 ) -> StepBatch:
-    """The batch of a plan's items, in their order. A dummy item has no rows."""
+    """The batch of a plan's items, in their order. A dummy item has no rows. `mapper`: has carried
+    out the plan's maps, where there are slots."""
     batch = StepBatch()
     for index, item in enumerate(items):
         if item.kind == ItemKind.DUMMY:
@@ -61,15 +67,26 @@ def build_batch(
             state = table.find(item.seq)
             table.join_blocks(state, item.new_block_ids)
             _check_item(item, state, block_size, max_model_len)
+            if mapper is not None and state.slot >= 0:
+                _check_slot(item, state, block_size, mapper)
         except EngineError as error:
             batch.failed.append((index, error.message))
             continue
         end = item.start + item.num_tokens
         given = item.options.token_ids if item.options is not None else ()
         batch.entries.append(BatchEntry(index, item, state, len(batch.token_ids)))
-        batch.spans.append(Span(item.start, item.num_tokens, state.block_ids))
+        address = mapper.address(state.slot) if mapper is not None and state.slot >= 0 else 0
+        batch.spans.append(Span(item.start, item.num_tokens, state.block_ids, address))
         batch.token_ids.extend(given or state.tokens(item.start, end))
     return batch
+
+
+def _check_slot(item: StepItem, state: SequenceState, block_size: int, mapper: PageMapper) -> None:
+    """Raise EngineError where not all the item's pages are mapped."""
+    num_pages = -(-(item.start + item.num_tokens) // block_size)
+    reason = mapper.failure(state.slot, num_pages)
+    if reason:
+        raise EngineError(f"sequence {item.seq}: {reason}")
 
 
 def _check_item(item: StepItem, state: SequenceState, block_size: int, max_model_len: int) -> None:

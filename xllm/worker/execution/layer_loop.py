@@ -15,7 +15,7 @@ import torch
 from xllm.worker.attention.paged import AttentionWorkspace, PagedAttention
 from xllm.worker.attention.plan import Span, plan_window, write_slots
 from xllm.worker.layers.decoder import Attention
-from xllm.worker.memory.pool import KvPool
+from xllm.worker.memory.kv_memory import KvMemory
 from xllm.worker.models.model import NativeModel, WholeModel
 
 
@@ -36,7 +36,7 @@ class LayerLoop:
     def __init__(
         self,
         model: NativeModel | WholeModel,
-        pool: KvPool,
+        pool: KvMemory,
         dtype: torch.dtype,
         device: torch.device,
         tick: Callable[[], None],

@@ -1,4 +1,4 @@
-"""From a model directory and settings to a model that can run: configuration, weights, KV pool."""
+"""From a model directory and settings to a model that can run: configuration and weights."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from pathlib import Path
 import torch
 
 from xllm.config.settings import Settings
-from xllm.errors import ConfigError, DependencyError
+from xllm.errors import DependencyError
 from xllm.worker.loader.checkpoint import Checkpoint, open_checkpoint
 from xllm.worker.loader.config import ModelConfig, RawConfig, read_config
 from xllm.worker.loader.weights import WeightTable, load_weights
-from xllm.worker.memory.layout import KvLayout, block_bytes, choose_num_blocks
-from xllm.worker.memory.pool import KvPool, allocate_memory
-from xllm.worker.models.model import DecoderModel, NativeModel, WholeModel
+from xllm.worker.models.model import NativeModel, WholeModel
 from xllm.worker.models.registry import find_family, is_native
 from xllm.worker.platform.platform import Platform, resolve_dtype
 
@@ -114,45 +112,3 @@ def resolve_model_len(settings: Settings, config: ModelConfig) -> int:
     """The longest prompt + output: the settings' where they are tighter than the model."""
     asked = settings.model.max_model_len
     return min(asked, config.max_positions) if asked else config.max_positions
-
-
-def make_pool(
-    settings: Settings, model: DecoderModel, dtype: torch.dtype, platform: Platform
-) -> KvPool:
-    """The KV pool of a loaded model, sized by the settings or by what memory is left."""
-    size = settings.worker.block_size
-    if size & (size - 1):
-        raise ConfigError(
-            f"worker.block_size must be a power of two, not {size}", param="worker.block_size"
-        )
-    config = model.config
-    asked, total = settings.worker.kv_cache_bytes, platform.memory().total_bytes
-    if asked > total:
-        raise ConfigError(
-            f"worker.kv_cache_bytes: {asked} bytes were asked for, the device has {total}",
-            param="worker.kv_cache_bytes",
-        )
-    num_blocks = choose_num_blocks(
-        asked_bytes=asked,
-        budget_bytes=platform.kv_budget(),
-        bytes_per_block=block_bytes(model.kv_groups, size, dtype.itemsize),
-        block_size=size,
-        max_num_seqs=settings.scheduler.max_num_seqs,
-        max_model_len=resolve_model_len(settings, config),
-    )
-    layout = KvLayout(
-        num_blocks,
-        size,
-        config.num_layers,
-        config.num_kv_heads,
-        config.head_dim,
-        dtype.itemsize,
-    )
-    try:
-        memory = allocate_memory(layout, dtype, platform.device)
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"worker.kv_cache_bytes: {layout.total_bytes} bytes cannot be allocated: {error}",
-            param="worker.kv_cache_bytes",
-        ) from error
-    return KvPool(layout, memory)

@@ -22,14 +22,18 @@ from xllm.worker.context import fit_context
 from xllm.worker.execution.batch import StepBatch, build_batch
 from xllm.worker.execution.drawing import TokenDrawer
 from xllm.worker.execution.layer_loop import LayerHook, LayerLoop
-from xllm.worker.execution.loading import load_model, make_pool, resolve_model_len
+from xllm.worker.execution.loading import load_model, resolve_model_len
 from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.progress import ProgressCounter
 from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
 from xllm.worker.executor import Executor, StepOutput
 from xllm.worker.layers.experts import ExpertTables
+from xllm.worker.memory.kv_memory import KvMemory
 from xllm.worker.memory.layout import describe_groups
-from xllm.worker.memory.pool import KvPool, KvPoolStatistics
+from xllm.worker.memory.making import make_memory, make_slots
+from xllm.worker.memory.mapper import MapperStatistics, PageMapper
+from xllm.worker.memory.pool import KvPoolStatistics
+from xllm.worker.memory.virtual import available_mappings
 from xllm.worker.platform.platform import Platform, select_platform
 
 _KERNELS = "torch-sdpa-1"
@@ -49,6 +53,8 @@ class NativeStatistics:
     num_steps: int
     sequences: SequenceTableStatistics
     pool: KvPoolStatistics
+    mapper: MapperStatistics | None = None
+    """None: it reads by block tables."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -56,7 +62,8 @@ class _Engine:
     """All that exists once the model is loaded."""
 
     platform: Platform
-    pool: KvPool
+    pool: KvMemory
+    mapper: PageMapper | None
     table: SequenceTable
     loop: LayerLoop
     drawer: TokenDrawer
@@ -115,13 +122,18 @@ class NativeExecutor:
 
     def close(self) -> None:
         """Drop the model and its KV."""
+        if self._engine is not None and self._engine.mapper is not None:
+            self._engine.mapper.close()
         self._engine = None
 
     def statistics(self) -> NativeStatistics:
         """Steps, sequences and memory."""
         engine = self._loaded()
         return NativeStatistics(
-            self._num_steps, engine.table.statistics(), engine.pool.statistics()
+            self._num_steps,
+            engine.table.statistics(),
+            engine.pool.statistics(),
+            None if engine.mapper is None else engine.mapper.statistics(),
         )
 
     def check(self) -> None:
@@ -129,12 +141,17 @@ class NativeExecutor:
         engine = self._loaded()
         engine.table.check()
         engine.pool.check()
+        if engine.mapper is not None:
+            engine.mapper.check()
 
     def _compute(self, engine: _Engine, plan: StepPlan) -> StepOutputs:
         engine.table.begin(plan)
+        size = engine.pool.layout.block_size
+        if engine.mapper is not None:
+            engine.mapper.begin_step(plan.maps, engine.table.slot_needs(plan.items, size))
         engine.pool.copy_blocks(plan.copies)
         batch = build_batch(
-            plan.items, engine.table, engine.pool.layout.block_size, engine.ready.max_model_len
+            plan.items, engine.table, size, engine.ready.max_model_len, engine.mapper
         )
         outputs = StepOutputs(len(plan.items), batch.failed)
         if engine.experts is not None:
@@ -170,20 +187,22 @@ class NativeExecutor:
         model, dtype = loaded.model, loaded.dtype
         platform.prepare(worker.num_threads, loaded.num_bytes)
         self._progress.follow(platform.mark)
-        pool = make_pool(settings, model, dtype, platform)
+        model_len = resolve_model_len(settings, model.config)
+        pool = make_memory(settings, model.config, dtype, platform, model_len)
         layout, tick = pool.layout, self._progress.tick
+        model_len = fit_context(model_len, layout.num_blocks, layout.block_size)
+        slots = make_slots(settings, pool, model_len)
         loop = LayerLoop(model, pool, dtype, platform.device, tick)
         for num_rows in _WARM_UP_ROWS:
             loop.warm_up(num_rows)
         type_name = str(dtype).removeprefix("torch.")
         mode = "deterministic" if worker.deterministic else "default"
-        model_len = resolve_model_len(settings, model.config)
         ready = WorkerReady(
             rank=worker.rank,
             model=settings.model.name or directory.resolve().name,
             num_blocks=layout.num_blocks,
             block_size=layout.block_size,
-            max_model_len=fit_context(model_len, layout.num_blocks, layout.block_size),
+            max_model_len=model_len,
             vocab_size=model.config.vocab_size,
             eos_ids=model.config.eos_ids,
             revision=loaded.revision,
@@ -192,10 +211,13 @@ class NativeExecutor:
             device=platform.describe(),
             dtype=type_name,
             load_s=time.monotonic() - began,
+            num_slots=0 if slots is None else slots.num_slots,
+            max_mappings=0 if slots is None else available_mappings(),
         )
         return _Engine(
             platform,
             pool,
+            None if slots is None else PageMapper(slots),
             SequenceTable(layout.num_blocks, ready.vocab_size),
             loop,
             TokenDrawer(model, platform.device, tick, 1 if worker.deterministic else 0),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from xllm.errors import EngineError, InvariantError
 from xllm.protocol.sampling import SamplingParams
-from xllm.protocol.step import NewSequence, StepPlan
+from xllm.protocol.step import NewSequence, StepItem, StepPlan
 from xllm.worker.sampling.counts import TokenCounts
 
 
@@ -28,6 +28,7 @@ class SequenceState:
         "prompt_ids",
         "sampling",
         "seq",
+        "slot",
         "stop_ids",
     )
 
@@ -38,6 +39,7 @@ class SequenceState:
         self.sampling: SamplingParams = new.sampling
         self.choice = new.choice
         self.stop_ids = new.stop_ids
+        self.slot = new.slot
         self.block_ids = array("q")
         self.counts: TokenCounts | None = None
 
@@ -118,6 +120,16 @@ class SequenceTable:
             if not 0 <= block < self._num_blocks:
                 raise EngineError(f"sequence {state.seq}: block {block} of {self._num_blocks}")
         state.block_ids.extend(block_ids)
+
+    def slot_needs(self, items: Sequence[StepItem], block_size: int) -> dict[int, int]:
+        """How many leading blocks of which slots the items touch."""
+        needs: dict[int, int] = {}
+        for item in items:
+            state = self._states.get(item.seq)
+            if state is not None and state.slot >= 0:
+                num_blocks = -(-(item.start + item.num_tokens) // block_size)
+                needs[state.slot] = max(num_blocks, needs.get(state.slot, 0))
+        return needs
 
     def statistics(self) -> SequenceTableStatistics:
         """How many sequences and tokens are held."""

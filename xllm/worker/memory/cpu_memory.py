@@ -70,9 +70,9 @@ class CpuKvMemory:
         """[num_blocks, kv_heads, block_size, head_dim] of a layer; shares the memory."""
         return self._values[layer]
 
-    def write(self, layer: int, places: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Put k and v [rows, kv_heads, head_dim] at places [rows] (int64, distinct)."""
-        blocks, run, lane, offset = self._split(places)
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Put k and v [rows, kv_heads, head_dim] at places `slots` [rows] (int64, distinct)."""
+        blocks, run, lane, offset = self._split(slots)
         self._keys[layer][blocks, :, run, :, lane] = k
         self._values[layer][blocks, :, offset] = v
 
@@ -96,9 +96,9 @@ class CpuKvMemory:
         for source, destination in pairs:
             self._blocks[destination] = self._blocks[source]
 
-    def clear_slots(self, places: Sequence[int]) -> None:
+    def clear_slots(self, slots: Sequence[int]) -> None:
         """Zero these token places in all layers."""
-        blocks, run, lane, offset = self._split(torch.tensor(places, dtype=torch.int64))
+        blocks, run, lane, offset = self._split(torch.tensor(slots, dtype=torch.int64))
         for keys, values in zip(self._keys, self._values, strict=True):
             keys[blocks, :, run, :, lane] = 0
             values[blocks, :, offset] = 0

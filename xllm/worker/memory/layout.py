@@ -37,11 +37,6 @@ class KvLayout:
         return self.block_bytes * self.num_blocks
 
 
-def block_bytes(groups: Sequence[KvGroupSpec], block_size: int, item_bytes: int) -> int:
-    """Bytes of one block over all layers of all groups."""
-    return sum(_token_bytes(group, item_bytes) for group in groups) * block_size
-
-
 def choose_num_blocks(
     *,
     asked_bytes: int,

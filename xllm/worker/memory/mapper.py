@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 
 from xllm.errors import EngineError
 from xllm.protocol.step import MapPages
-from xllm.worker.memory.slots import NO_PAGE, SlotSpace
+from xllm.worker.memory.slots import NO_PAGE, SlotSpace, SlotStatistics
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class MapperStatistics:
     num_steps_waited: int
     wait_ns: int
     num_ahead: int
+    slots: SlotStatistics
 
 
 class PageMapper:
@@ -80,6 +81,10 @@ class PageMapper:
             self._num_ahead += len(one.page_ids)
         self._queue.put(one)
 
+    def address(self, slot: int) -> int:
+        """Where a slot begins."""
+        return self._space.address(slot)
+
     def wait(self, slot: int, num_pages: int) -> bool:
         """Whether it had to wait until the first `num_pages` pages of a slot are mapped, or it is
         clear that they will not be."""
@@ -95,17 +100,26 @@ class PageMapper:
         return reason or f"slot {slot}: {num_pages} pages are needed and not mapped"
 
     def close(self) -> None:
-        """End the thread. Queued operations are carried out before."""
+        """End the thread, after what is queued, and give the slots up."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
             self._thread = None
+        self._space.close()
 
     def statistics(self) -> MapperStatistics:
         """A snapshot."""
         return MapperStatistics(
-            self._num_steps, self._num_steps_waited, self._wait_ns, self._num_ahead
+            self._num_steps,
+            self._num_steps_waited,
+            self._wait_ns,
+            self._num_ahead,
+            self._space.statistics(),
         )
+
+    def check(self) -> None:
+        """Raise InvariantError where the books of the slots cannot be."""
+        self._space.check()
 
     def _finish(self, slot: int) -> bool:
         """Wait for what is queued for a slot; whether there was anything."""

@@ -52,9 +52,9 @@ class CpuVirtualMemory:
     """VirtualMemory over a descriptor (which stays its owner's)."""
 
     def __init__(self, fd: int) -> None:
+        self._ranges: dict[int, int] = {}
         self._fd = fd
         self._size = os.fstat(fd).st_size
-        self._ranges: dict[int, int] = {}
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.mmap.restype = ctypes.c_void_p
         self._libc.mmap.argtypes = (
@@ -62,6 +62,10 @@ class CpuVirtualMemory:
             ctypes.c_ssize_t,
         )  # fmt: skip
         self._libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+    def __del__(self) -> None:
+        # A range that is forgotten would keep its pages for the life of the process.
+        self.close()
 
     @property
     def granularity(self) -> int:

@@ -1,0 +1,99 @@
+"""The KV memory and the slots of a loaded model, sized by the settings or by what is left."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+from xllm.config.settings import Settings
+from xllm.errors import ConfigError, EngineError
+from xllm.worker.loader.config import ModelConfig
+from xllm.worker.memory.block_layout import RUN_TOKENS, BlockLayout
+from xllm.worker.memory.cpu_memory import CpuKvMemory
+from xllm.worker.memory.kv_memory import KvMemory
+from xllm.worker.memory.layout import KvLayout, choose_num_blocks
+from xllm.worker.memory.pool import KvPool, allocate_memory
+from xllm.worker.memory.slots import SlotSpace
+from xllm.worker.memory.virtual import CpuVirtualMemory, available_mappings
+from xllm.worker.platform.platform import Platform
+
+_SLOTS_A_SEQUENCE = 2
+"""Idle slots keep what was mapped for others: as many of them as run."""
+
+_MAX_RESERVED_BYTES = 1 << 44
+"""Addresses are plenty, not endless: a process has 1 << 47."""
+
+
+def make_memory(
+    settings: Settings,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    platform: Platform,
+    max_model_len: int,
+) -> KvMemory:
+    """The blocks of a loaded model. ConfigError where the settings cannot be met."""
+    size = settings.worker.block_size
+    on_cpu = platform.device.type == "cpu"
+    kind = BlockLayout if on_cpu else KvLayout
+    _check_block_size(size, on_cpu)
+    asked, total = settings.worker.kv_cache_bytes, platform.memory().total_bytes
+    if asked > total:
+        raise ConfigError(
+            f"worker.kv_cache_bytes: {asked} bytes were asked for, the device has {total}",
+            param="worker.kv_cache_bytes",
+        )
+    shape = (size, config.num_layers, config.num_kv_heads, config.head_dim, dtype.itemsize)
+    num_blocks = choose_num_blocks(
+        asked_bytes=asked,
+        budget_bytes=platform.kv_budget(),
+        bytes_per_block=kind(1, *shape).block_bytes,
+        block_size=size,
+        max_num_seqs=settings.scheduler.max_num_seqs,
+        max_model_len=max_model_len,
+    )
+    layout = kind(num_blocks, *shape)
+    try:
+        if isinstance(layout, BlockLayout):
+            return CpuKvMemory(layout, dtype)
+        return KvPool(layout, allocate_memory(layout, dtype, platform.device))
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"worker.kv_cache_bytes: {layout.total_bytes} bytes cannot be allocated: {error}",
+            param="worker.kv_cache_bytes",
+        ) from error
+
+
+def make_slots(settings: Settings, memory: KvMemory, max_model_len: int) -> SlotSpace | None:
+    """Slots over a memory; None where the settings or the device want block tables, or where not
+    even the longest sequence could be mapped."""
+    if settings.worker.kv_memory != "xtensor" or not isinstance(memory, CpuKvMemory):
+        return None
+    layout = memory.layout
+    pages_per_slot = -(-max_model_len // layout.block_size)
+    fitting = _MAX_RESERVED_BYTES // (pages_per_slot * layout.block_bytes)
+    num_slots = min(_SLOTS_A_SEQUENCE * settings.scheduler.max_num_seqs, fitting)
+    if num_slots < 1 or available_mappings() < pages_per_slot + 2:
+        return None
+    virtual = CpuVirtualMemory(memory.fd)
+    assert layout.block_bytes % mmap.PAGESIZE == 0
+    try:
+        return SlotSpace(
+            virtual,
+            num_slots=num_slots,
+            pages_per_slot=pages_per_slot,
+            page_bytes=layout.block_bytes,
+            num_pages=layout.num_blocks,
+        )
+    except EngineError:
+        return None  # the system limits addresses (ulimit -v)
+
+
+def _check_block_size(size: int, on_cpu: bool) -> None:
+    least = RUN_TOKENS if on_cpu else 1
+    if size < least or size & (size - 1):
+        raise ConfigError(
+            f"worker.block_size must be a power of two, at least {least} on this device, not "
+            f"{size}",
+            param="worker.block_size",
+        )
