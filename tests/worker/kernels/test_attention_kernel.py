@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from xllm.worker.kernels.library import load
 from xllm.worker.kernels.team import Team
 from xllm.worker.memory.block_layout import BlockLayout
 from xllm.worker.memory.cpu_memory import CpuKvMemory
+from xllm.worker.memory.slots import SlotSpace
+from xllm.worker.memory.virtual import CpuVirtualMemory
 
 LIBRARY = load().library
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the kernels were not built")
@@ -79,9 +82,17 @@ class Histories:
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         return torch.einsum("hnt,thd->nhd", weights, v).flatten(1)
 
-    def run(self, steps: list[list[tuple[int, int]]], team: Team, variant: int, seed: int):
+    def run(
+        self,
+        steps: list[list[tuple[int, int]]],
+        team: Team,
+        variant: int,
+        seed: int,
+        in_slots: Sequence[bool] = (),
+    ) -> list[torch.Tensor]:
         """Attend in steps of (sequence, rows), block tables shuffled by `seed`, over memory whose
-        unwritten numbers are NaN: [length, heads * dim] of each sequence, as far as it came."""
+        unwritten numbers are NaN: [length, heads * dim] of each sequence, as far as it came.
+        `in_slots`: which of them have slots; their tables are then wrong ones."""
         shape = self.shape
         size = shape.block_size
         counts = [-(-len(q) // size) for q in self.q]
@@ -93,10 +104,25 @@ class Histories:
         order = torch.randperm(layout.num_blocks, generator=torch.Generator().manual_seed(seed))
         free = order.tolist()
         tables = [array("q", [free.pop() for _ in range(count)]) for count in counts]
+        addresses = [0] * len(tables)
+        slots = SlotSpace(
+            CpuVirtualMemory(memory.fd),
+            num_slots=len(tables),
+            pages_per_slot=max(counts),
+            page_bytes=layout.block_bytes,
+            num_pages=layout.num_blocks,
+        )
+        for index, has_slot in enumerate(in_slots):
+            if has_slot:
+                slots.map(index, 0, tables[index])
+                addresses[index] = slots.address(index)
+                tables[index] = array("q", free * counts[index])
         done = [0] * len(self.q)
         found: list[list[torch.Tensor]] = [[] for _ in self.q]
         for step in steps:
-            spans = [Span(done[index], rows, tables[index]) for index, rows in step]
+            spans = [
+                Span(done[index], rows, tables[index], addresses[index]) for index, rows in step
+            ]
             attention = KernelAttention(team, memory, spans, (0, shape.window), no_tick, variant)
             parts = [
                 torch.cat([x[i][done[i] : done[i] + n] for i, n in step])
@@ -160,3 +186,23 @@ def test_bits_depend_on_the_own_context_alone(
         steps.append(step)
     team = data.draw(st.sampled_from(teams))
     assert torch.equal(histories.run(steps, team, variant, 2)[0], alone)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(shapes, st.lists(lengths, min_size=1, max_size=4), st.data())
+def test_a_slot_is_read_as_its_block_table_would_be(
+    teams: list[Team], shape: Shape, sizes: list[int], data: st.DataObject
+) -> None:
+    """Sequences in slots beside others by their tables: the same bits as all by their tables."""
+    histories = Histories(shape, sizes, seed=len(sizes))
+    heads = [data.draw(st.integers(1, size)) for size in sizes]
+    steps = [list(enumerate(heads))]
+    if rest := [(i, size - heads[i]) for i, size in enumerate(sizes) if size > heads[i]]:
+        steps.append(rest)
+    variant = data.draw(st.sampled_from(VARIANTS))
+    team = data.draw(st.sampled_from(teams))
+    in_slots = [True, *(data.draw(st.booleans()) for _ in sizes[1:])]
+    by_table = histories.run(steps, team, variant, 1)
+    by_slot = histories.run(steps, team, variant, 2, in_slots)
+    for want, got in zip(by_table, by_slot, strict=True):
+        assert torch.equal(want, got)

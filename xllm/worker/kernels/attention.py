@@ -57,8 +57,12 @@ class StepArrays:
         sequences["first_row"] = np.cumsum(counts) - counts
         sequences["num_rows"] = counts
         sequences["start"] = [span.start for span in spans]
-        sequences["base"] = memory.pool_address
-        sequences["table"] = [span.block_ids.buffer_info()[0] for span in spans]
+        # In a slot the blocks lie side by side: no table is read.
+        pool = memory.pool_address
+        sequences["base"] = [span.address or pool for span in spans]
+        sequences["table"] = [
+            0 if span.address else span.block_ids.buffer_info()[0] for span in spans
+        ]
         self._sequences = sequences
         self.num_rows = int(counts.sum())
         self.step = CStep(
