@@ -110,6 +110,29 @@ def test_no_mappings_at_all_is_no_room() -> None:
     assert table.extend(slot, [8])
 
 
+def test_mappings_behind_other_sequences_are_the_last_to_be_taken() -> None:
+    table = SlotTable(2, 8, 10)
+    slot = put(table, [1, 3, 5, 7])
+    table.release(slot)
+    put(table, [1], prefix=[1])
+    other = put(table, [20, 22, 24])
+    table.drain()
+    assert table.statistics().num_mappings == 9
+    assert table.extend(other, [26])
+    assert table.drain() == (MapPages(other, 3, (26,)),)
+    assert table.extend(other, [28])
+    assert table.drain() == (MapPages(slot, 1), MapPages(other, 4, (28,)))
+    table.check([(slot, [1]), (other, [20, 22, 24, 26, 28])])
+
+
+def test_room_counts_who_is_about_to_leave() -> None:
+    table = SlotTable(1, 8, 10)
+    slot = put(table, [1, 3, 5])
+    assert not table.has_room(1)
+    assert table.has_room(8, [slot])
+    assert not table.has_room(9, [slot])
+
+
 def test_what_a_failed_step_left_is_not_used_again() -> None:
     table = SlotTable(2, 8, 100)
     slot = put(table, [1, 2])

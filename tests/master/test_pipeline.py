@@ -122,7 +122,7 @@ def test_choices_fork_only_when_their_first_tokens_are_known():
 
 
 def test_a_failed_step_takes_the_next_one_of_its_sequences_with_it():
-    one = pipelined(faults=ToyFaults(fail_step=777))
+    one = pipelined(faults=ToyFaults(fail_step=777), num_slots=0)
     one.admit("a", [*PROMPT, 777])
     one.plan()
     one.admit("b", PROMPT)

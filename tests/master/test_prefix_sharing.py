@@ -23,6 +23,7 @@ def prefix_instance(**limits) -> ToyInstance:
         "max_num_batched_tokens": 2048,
         "max_in_flight": 2,
         "share_prefixes": True,
+        "num_slots": 40,
     }
     return ToyInstance(**{**bounds, **limits})
 

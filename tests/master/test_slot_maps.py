@@ -102,6 +102,43 @@ def test_short_mappings_preempt_and_nothing_is_lost(max_in_flight) -> None:
     assert slots_of(one).num_mappings <= 42
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_an_online_request_takes_the_slot_of_an_offline_one(max_in_flight) -> None:
+    one = ToyInstance(num_slots=1, preemption="pause", max_in_flight=max_in_flight)
+    one.admit("a", PROMPT, max_tokens=40, offline=True)
+    one.step()
+    one.admit("b", PROMPT[::-1], max_tokens=3)
+    one.run()
+    one.verify("a")
+    one.verify("b")
+    # Pausing would have kept the slot.
+    assert one.scheduler.statistics().num_pauses == 0
+    assert one.scheduler.statistics().num_preemptions == 1
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_a_paused_sequence_gives_its_mappings_up(max_in_flight) -> None:
+    one = ToyInstance(
+        block_size=1,
+        max_model_len=20,
+        max_mappings=22,
+        max_num_seqs=1,
+        preemption="pause",
+        max_in_flight=max_in_flight,
+    )
+    one.admit("a", PROMPT, max_tokens=9, offline=True)
+    one.step()
+    one.admit("b", PROMPT[:5], max_tokens=3)
+    while one.scheduler.statistics().num_pauses == 0:
+        assert one.step()
+    # Fits beside nobody, and "a" does not come back before it.
+    one.admit("c", [*range(100, 119)], max_tokens=1)
+    one.run()
+    for name in "abc":
+        one.verify(name)
+    assert one.scheduler.statistics().num_preemptions == 1
+
+
 def test_after_a_failed_item_nothing_of_its_slot_is_trusted() -> None:
     one = ToyInstance(faults=ToyFaults(fail_item=666), num_slots=1)
     one.admit("a", PROMPT, max_tokens=2)

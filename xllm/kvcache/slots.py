@@ -77,10 +77,11 @@ class SlotTable:
         """Slots that `choose` can choose from."""
         return len(self._empty) + len(self._idle)
 
-    def has_room(self, num_pages: int) -> bool:
-        """Whether a sequence of so many pages finds a slot and mappings, wherever they lie."""
-        needed = num_pages + 2
-        return self.num_idle > 0 and self._num_used_mappings + needed <= self.max_mappings
+    def has_room(self, num_pages: int, leaving: Sequence[int] = ()) -> bool:
+        """Whether a sequence of so many pages finds a slot and mappings, wherever they lie, once
+        the slots `leaving` (in use, distinct) are released."""
+        used = self._num_used_mappings - sum([self._mapped.count(slot) for slot in leaving])
+        return self.num_idle + len(leaving) > 0 and used + num_pages + 2 <= self.max_mappings
 
     def choose(
         self, prefix: Sequence[int], num_pages: int, is_free: Callable[[int], bool]
@@ -263,7 +264,7 @@ class SlotTable:
 
     def _make_room(self, slot: int, first: int, page_ids: Sequence[int]) -> bool:
         """Find mappings for pages under a slot in use: behind its own sequence first, then under
-        the slots that are idle for the longest."""
+        the slots that are idle for the longest, then behind the other sequences."""
         room = self.max_mappings - self._mapped.num_mappings
         if len(page_ids) + 2 <= room:
             return True
@@ -275,10 +276,19 @@ class SlotTable:
             missing = self._mapped.growth(slot, first, page_ids, True) - room
             if missing <= 0:
                 return True
-            if not self._idle:
+            if self._idle:
+                victim = next(iter(self._idle))
+                self._cut(victim, self._mapped.shortened(victim, missing))
+            elif not self._cut_behind():
                 return False
-            victim = next(iter(self._idle))
-            self._cut(victim, self._mapped.shortened(victim, missing))
+
+    def _cut_behind(self) -> bool:
+        """Unmap what lies behind the sequences of slots in use; whether there was anything."""
+        before = self._mapped.num_mappings
+        for slot, length in enumerate(self._length):
+            if length > 0:
+                self._cut(slot, length)
+        return self._mapped.num_mappings < before
 
     def _change(self, slot: int, first: int, page_ids: Sequence[int]) -> None:
         """Map pages under a slot in use."""

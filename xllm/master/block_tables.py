@@ -45,9 +45,12 @@ class BlockTables:
 
     def has_room(self, seq: Sequence, match: MatchResult, spare: int) -> bool:
         """Whether `start` can find its blocks and `spare` others remain after it."""
-        if not self.slots.has_room(-(-seq.num_tokens // self._block_size)):
-            return False
-        return self.num_missing(seq, match) + spare <= 0
+        return self.has_slot(seq) and self.num_missing(seq, match) + spare <= 0
+
+    def has_slot(self, seq: Sequence, leaving: Iterable[Sequence] = ()) -> bool:
+        """Whether `start` can find a slot, where there are slots, once the sequences `leaving`
+        are gone."""
+        return self.slots.has_room(-(-seq.num_tokens // self._block_size), leaving)
 
     def num_missing(self, seq: Sequence, match: MatchResult) -> int:
         """How many more blocks must be available for `start`; negative: so many remain."""

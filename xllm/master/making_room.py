@@ -42,13 +42,14 @@ class RoomMaker:
         self.sitting_out.clear()
         enough = True
         num_stuck = 0
+        soon: list[Sequence] = []
         for seq in sequences:
             left = seq.capacity - seq.num_planned
             if left > 1 or seq.num_planned + 1 >= seq.end:
                 continue
             if left == 1:
                 if seq.num_planned + 2 < seq.end:
-                    tables.grow_ahead(seq)
+                    soon.append(seq)
                 continue
             while seq.state is SequencePhase.RUNNING and not tables.grow(seq):
                 enough = False
@@ -58,6 +59,10 @@ class RoomMaker:
                 running = (*state.decoding, *state.prefilling)
                 if not self._take_from(choose_victim(state.paused or running)):
                     break
+        # What is needed now comes before what is needed soon.
+        for seq in soon:
+            if enough and seq.state is SequencePhase.RUNNING:
+                tables.grow_ahead(seq)
         if state.is_stale:
             state.sweep()
         return enough
@@ -130,7 +135,7 @@ class RoomMaker:
         tables = state.tables
         if state.policy.preemption == "recompute":
             return False
-        if tables.num_missing(seq, match) + self._spare_blocks > 0:
+        if tables.num_missing(seq, match) + self._spare_blocks > 0 or not tables.has_slot(seq):
             return False
         if state.policy.preemption == "pause":
             return True
@@ -167,15 +172,17 @@ class RoomMaker:
         victims: list[Sequence] = []
         freed = FreedBlocks(tables.cache.pool, match.block_ids)
         num_seated = 0
-        # Paused ones have no seat to give: they come first, and only if it is blocks that lack.
-        lacks_blocks = num_missing + self._spare_blocks > 0
-        idle = order_paused(paused) if lacks_blocks else []
+        # Paused ones have no seat to give: they come first, and only if it is blocks or slots
+        # that lack.
+        lacks_memory = num_missing + self._spare_blocks > 0 or not tables.has_slot(seq)
+        idle = order_paused(paused) if lacks_memory else []
         for victim in (*idle, *order_victims(offline)):
             victims.append(victim)
             freed.add(victim.block_ids)
             num_seated += victim.state is SequencePhase.RUNNING
             num_left = state.num_running - num_seated
             spare = self._spare_blocks if num_left else 0
-            if num_left < state.limits.max_running and freed.num_blocks >= num_missing + spare:
+            has_memory = freed.num_blocks >= num_missing + spare and tables.has_slot(seq, victims)
+            if num_left < state.limits.max_running and has_memory:
                 return victims
         return []

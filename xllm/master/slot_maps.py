@@ -37,9 +37,17 @@ class SlotMaps:
         cache = self._cache
         return self.table is not None and cache.num_available * _PLENTY >= cache.pool.num_blocks
 
-    def has_room(self, num_blocks: int) -> bool:
-        """Whether there is a slot for so many blocks."""
-        return self.table is None or self.table.has_room(num_blocks)
+    def has_room(self, num_blocks: int, leaving: Iterable[Sequence] = ()) -> bool:
+        """Whether there is a slot for so many blocks, once the sequences `leaving` are gone."""
+        if self.table is None:
+            return True
+        return self.table.has_room(num_blocks, [seq.slot for seq in leaving if seq.slot >= 0])
+
+    def fit_to_end(self, num_blocks: Iterable[int]) -> bool:
+        """Whether sequences that grow to so many blocks each never lack mappings, however their
+        blocks lie."""
+        table = self.table
+        return table is None or sum([n + 2 for n in num_blocks]) <= table.max_mappings
 
     def start(self, seq: Sequence, matched: list[int], num_blocks: int) -> list[int]:
         """The blocks of a sequence that begins with those `matched` (which it holds), mapped

@@ -29,6 +29,7 @@ class Foresight:
         size = self._size
         cache = self._tables.cache
         held = frozenset(shared)
+        prefilling = list(prefilling)
         going = sorted(decoding, key=lambda one: one.end - one.num_planned)
         released = count_released(
             [one.block_ids for one in going],
@@ -40,6 +41,10 @@ class Foresight:
             if one.num_planned + 1 < one.end
         ]
         last = max(blocks_at_end(seq.end, size), -(-seq.num_tokens // size))
+        lengths = [blocks_at_end(one.end, size) for one in (*going, *prefilling)]
+        tables = self._tables
+        if not tables.has_slot(seq) or not tables.slots.fit_to_end([*lengths, last]):
+            return False
         reserved = last - len(shared)
         for one in prefilling:
             reserved += max(0, blocks_at_end(one.end, size) - len(one.block_ids))
