@@ -11,7 +11,7 @@ import pytest
 from tests.master.fake_router import FakeRouter
 from tests.master.test_master_actor import make_settings
 from tests.master.test_master_process import serve_one
-from tests.master.worker_targets import FAIL_TOKEN, run_toy_worker
+from tests.master.worker_targets import FAIL_TOKEN, run_talking_worker, run_toy_worker
 from xllm.config.settings import MasterSettings
 from xllm.errors import ConfigError, EngineError
 from xllm.master.actor import MasterActor
@@ -56,13 +56,13 @@ def test_ranks_that_draw_other_tokens_are_found_out():
 
 
 @contextlib.asynccontextmanager
-async def running(run_dir, num_workers=2):
+async def running(run_dir, num_workers=2, target=run_toy_worker):
     settings = dataclasses.replace(
         make_settings(run_dir, toy_step_ms=2.0),
         master=MasterSettings(name="i0", num_workers=num_workers),
     )
     transport = Transport()
-    master = MasterActor(settings, run_toy_worker, transport)
+    master = MasterActor(settings, target, transport)
     await master.open()
     router = FakeRouter(transport, master.conversation.endpoint, master.bus_endpoint)
     try:
@@ -104,5 +104,22 @@ def test_ranks_meet_anew_after_a_step_that_failed(run_dir):
             assert (await router.ends("b")).code == "worker_lost"
             await serve_one(master, router, "c")
             assert master.workers.pids == before
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.process
+def test_ranks_talk_by_way_of_the_master_whenever_they_meet(run_dir):
+    async def scenario():
+        async with running(run_dir, target=run_talking_worker) as (master, router):
+            await serve_one(master, router, "a")
+            before = dict(master.workers.pids)
+            os.kill(before["i0/worker-1"], signal.SIGKILL)
+            await router.until(
+                lambda: master.workers.pids.get("i0/worker-1") not in (None, before["i0/worker-1"]),
+                30,
+            )
+            await serve_one(master, router, "b")
+            assert master.workers.pids["i0/worker-0"] == before["i0/worker-0"]
 
     asyncio.run(scenario())

@@ -1,12 +1,15 @@
 """First functions of worker processes in tests: the toy engine with faults."""
 
 from xllm.config.load import decode_settings
+from xllm.errors import InvariantError
 from xllm.protocol.actor.logs import configure_logs
 from xllm.protocol.actor.run import run_child
 from xllm.worker.actor import WorkerActor, worker_name
-from xllm.worker.toy.executor import make_toy_executor
+from xllm.worker.rank_board import RankBoard
+from xllm.worker.toy.executor import ToyExecutor, make_toy_executor
 from xllm.worker.toy.faults import ToyFaults
 
+MEETING_S = 30.0
 HANG_TOKEN = 990
 FAIL_TOKEN = 991
 
@@ -17,6 +20,32 @@ def run_toy_worker(settings: bytes) -> None:
     configure_logs(process=worker_name(decoded), level="warning")
     faults = ToyFaults(hang=HANG_TOKEN, fail_step=FAIL_TOKEN)
     run_child(lambda: WorkerActor(decoded, lambda s: make_toy_executor(s, faults)))
+
+
+class TalkingExecutor(ToyExecutor):
+    """A toy whose ranks, of two, say their number to each other when they meet; the second waits
+    for an answer."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(block_size=4, num_blocks=64, rank=rank)
+        self._my_rank = rank
+
+    def join(self, board: RankBoard) -> None:
+        mine, other = self._my_rank, 1 - self._my_rank
+        board.put(f"number-{mine}", bytes([mine]))
+        if board.get(f"number-{other}", MEETING_S) != bytes([other]):
+            raise InvariantError("a rank has another one's number")
+        if mine == 0:
+            board.put("answer", b"you are late")
+        else:
+            board.get("answer", MEETING_S)
+
+
+def run_talking_worker(settings: bytes) -> None:
+    """A toy worker whose ranks talk before they meet."""
+    decoded = decode_settings(settings)
+    configure_logs(process=worker_name(decoded), level="warning")
+    run_child(lambda: WorkerActor(decoded, lambda s: TalkingExecutor(s.worker.rank)))
 
 
 def run_nothing(settings: bytes) -> None:

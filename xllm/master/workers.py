@@ -26,6 +26,7 @@ from xllm.protocol.step import (
     LoadModel,
     MasterMessage,
     PingWorker,
+    RankNotice,
     StepPlan,
     StepResult,
     StopWorker,
@@ -182,6 +183,8 @@ class WorkerGroup:
             self._ready(link, message, now)
         elif isinstance(message, WorkerFailed):
             self._failed(link, message, now)
+        elif isinstance(message, RankNotice):
+            self._pass_on(message)
         elif isinstance(message, WorkerPong):
             self._owner.worker_pong(message.nonce)
 
@@ -211,6 +214,14 @@ class WorkerGroup:
         for link in tuple(self.links):
             link.forget(now)
             self._send(link, LoadModel(self._settings.model.name, self._group))
+
+    def _pass_on(self, notice: RankNotice) -> None:
+        """What one rank tells the others; nothing of a meeting that is over."""
+        if notice.group != self._group:
+            return
+        for link in self.links:
+            if link.rank != notice.rank:
+                self._send(link, notice)
 
     def _take_result(
         self, link: RankLink, result: StepResult, frames: list[bytes], now: float

@@ -119,6 +119,16 @@ class LoadModel(ArrayMessage, frozen=True):
     group: str = ""
 
 
+class RankNotice(ArrayMessage, frozen=True):
+    """What a rank tells the others before they are connected: a key and a value of the meeting
+    `group`. A worker sends it to its master, who passes it on to the other ranks as it is."""
+
+    rank: int
+    group: str
+    key: str
+    value: bytes
+
+
 class PingWorker(ArrayMessage, frozen=True):
     """Answered through the engine thread by WorkerPong."""
 
@@ -129,7 +139,7 @@ class StopWorker(ArrayMessage, frozen=True):
     """Finish the step in flight and exit 0."""
 
 
-MasterMessage = StepPlan | LoadModel | PingWorker | StopWorker
+MasterMessage = StepPlan | LoadModel | PingWorker | StopWorker | RankNotice
 
 
 class StepResult(ArrayMessage, frozen=True):
@@ -240,5 +250,12 @@ class WorkerPong(ArrayMessage, frozen=True):
 
 
 WorkerMessage = (
-    StepResult | WorkerHello | LoadProgress | WorkerReady | WorkerFailed | WorkerPulse | WorkerPong
+    StepResult
+    | WorkerHello
+    | LoadProgress
+    | WorkerReady
+    | WorkerFailed
+    | WorkerPulse
+    | WorkerPong
+    | RankNotice
 )

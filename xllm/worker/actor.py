@@ -23,6 +23,7 @@ from xllm.protocol.step import (
     LoadModel,
     LoadProgress,
     MasterMessage,
+    RankNotice,
     StepPlan,
     StepResult,
     StopWorker,
@@ -39,6 +40,7 @@ from xllm.protocol.transport.security import Security
 from xllm.worker.engine import Engine, EngineAnswer, InlineEngine, JobRunner, ThreadEngine
 from xllm.worker.executor import Executor
 from xllm.worker.meter import StepMeter
+from xllm.worker.rank_board import RankBoard
 
 _log = structlog.get_logger("worker")
 
@@ -69,6 +71,7 @@ class WorkerActor(Actor):
         self._load_failure: WorkerFailed | None = None
         self._fresh = False  # loaded, and no plan ran since
         self._loading = False
+        self._board = RankBoard("")
         self._meter = StepMeter()
         self._num_pulses = 0
         self._num_unsent = 0
@@ -109,6 +112,7 @@ class WorkerActor(Actor):
 
     async def stop(self) -> None:
         """Finish the step in flight, then close."""
+        self._board.close()
         if not await self._engine.stop(STEP_GRACE_S):
             _log.warning("engine_abandoned", counter=self._engine.counter)
         for close in reversed(self._closers):
@@ -129,6 +133,9 @@ class WorkerActor(Actor):
             self._engine.submit(message)
         elif isinstance(message, StopWorker):
             self.request_stop()
+        elif isinstance(message, RankNotice):
+            if message.group == self._board.group:
+                self._board.hear(message.key, message.value)
         elif not isinstance(message, LoadModel):
             self._num_pending += 1
             self._engine.submit(message)
@@ -142,7 +149,13 @@ class WorkerActor(Actor):
 
     def _load(self, group: str = "") -> None:
         self._loading = True
-        self._engine.submit(LoadModel(self._settings.model.name, group))
+        if not group:
+            self._engine.submit(LoadModel(self._settings.model.name))
+            return
+        # The engine may still wait for a meeting that will not be.
+        self._board.close()
+        self._board = RankBoard(group)
+        self._engine.submit(self._board)
 
     def _greet(self) -> None:
         worker = self._settings.worker

@@ -25,19 +25,25 @@ from xllm.protocol.step import (
     LoadModel,
     LoadProgress,
     PingWorker,
+    RankNotice,
     StepPlan,
     WorkerFailed,
     WorkerMessage,
     WorkerPong,
+    WorkerReady,
 )
 from xllm.protocol.transport.context import describe_error
 from xllm.worker.executor import Executor
+from xllm.worker.rank_board import RankBoard
 
-EngineJob = StepPlan | LoadModel | PingWorker
+EngineJob = StepPlan | LoadModel | PingWorker | RankBoard
+"""A board: load, then meet the other ranks by it."""
 EngineAnswer = tuple[WorkerMessage, tuple[bytes, ...], XllmError | None]
 """A message for the master, its frames, and the error behind a WorkerFailed."""
 
 PROGRESS_PERIOD_S = 0.1
+MEETING_S = 60.0
+"""What a rank that could not meet the others waits for their next meeting."""
 
 
 class Engine(Protocol):
@@ -65,9 +71,12 @@ class JobRunner:
     """Turns a job into answers. Makes the executor with the first load, on the thread that runs
     the jobs: imports and devices belong to it."""
 
-    def __init__(self, make: Callable[[], Executor], rank: int) -> None:
+    def __init__(
+        self, make: Callable[[], Executor], rank: int, meeting_s: float = MEETING_S
+    ) -> None:
         self._make = make
         self._rank = rank
+        self._meeting_s = meeting_s
         self._executor: Executor | None = None
         self._ended_ns = 0  # when the last step ended; 0: there was none
 
@@ -82,7 +91,9 @@ class JobRunner:
             if isinstance(job, StepPlan):
                 answer(self._step(job))
             elif isinstance(job, LoadModel):
-                answer((self._load(job.group, answer), (), None))
+                answer((self._load(answer), (), None))
+            elif isinstance(job, RankBoard):
+                answer((self._meet(job, answer), (), None))
             else:
                 answer((WorkerPong(self._rank, job.nonce), (), None))
         except Exception as error:
@@ -104,7 +115,7 @@ class JobRunner:
             self._ended_ns = time.perf_counter_ns()
         return msgspec.structs.replace(output.result, idle_ns=idle_ns), output.frames, None
 
-    def _load(self, group: str, answer: Callable[[EngineAnswer], None]) -> WorkerMessage:
+    def _load(self, answer: Callable[[EngineAnswer], None]) -> WorkerReady:
         next_at = 0.0
 
         def progress(done: int, total: int) -> None:
@@ -117,11 +128,25 @@ class JobRunner:
         if self._executor is None:
             self._executor = self._make()
         self._ended_ns = 0
-        ready = self._executor.load(progress)
-        if not group:
-            return ready
-        self._executor.join(group)
-        return msgspec.structs.replace(ready, group=group)
+        return self._executor.load(progress)
+
+    def _meet(self, board: RankBoard, answer: Callable[[EngineAnswer], None]) -> WorkerReady:
+        """Load and meet. Where another meeting takes the place of this one, its end is no failure
+        of ours: the answer bears the old name, for which nobody waits."""
+        ready = msgspec.structs.replace(self._load(answer), group=board.group)
+        assert self._executor is not None
+
+        def tell(key: str, value: bytes) -> None:
+            answer((RankNotice(self._rank, board.group, key, value), (), None))
+
+        board.open(tell)
+        try:
+            self._executor.join(board)
+        except EngineError:
+            # A rank that was lost: the others are called together again once it is back.
+            if not board.is_closed_within(self._meeting_s):
+                raise
+        return ready
 
     def _failure(self, error: Exception, step: int) -> EngineAnswer:
         known = error

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from xllm.protocol.step import StepPlan, StepResult, WorkerReady
+from xllm.worker.rank_board import RankBoard
 
 LoadObserver = Callable[[int, int], None]
 """Told (loaded bytes, total bytes) while weights are read; cheap, may be called often."""
@@ -39,9 +40,9 @@ class Executor(Protocol):
         forgets all sequences and keeps what is loaded. Raises an XllmError where it cannot be
         done; the executor is of no use then."""
 
-    def join(self, group: str) -> None:
-        """Meet the other ranks of the instance under this name, and leave where they met before.
-        Called before a load where there is more than one rank; returns when all are there.
+    def join(self, board: RankBoard) -> None:
+        """Meet the other ranks of the instance by way of a board, and leave where they met before.
+        Called behind a load where there is more than one rank; returns when all are there.
         Raises EngineError where they do not come."""
 
     def execute(self, plan: StepPlan) -> StepOutput:

@@ -35,6 +35,7 @@ from xllm.worker.memory.mapper import MapperStatistics, PageMapper
 from xllm.worker.memory.pool import KvPoolStatistics
 from xllm.worker.memory.virtual import available_mappings
 from xllm.worker.platform.platform import Platform, select_platform
+from xllm.worker.rank_board import RankBoard
 
 _KERNELS = "torch-sdpa-1"
 _WARM_UP_ROWS = (1, 32)
@@ -87,7 +88,7 @@ class NativeExecutor:
         """Pieces of work done so far: see ProgressCounter."""
         return self._progress.value
 
-    def join(self, group: str) -> None:
+    def join(self, board: RankBoard) -> None:
         """Ranks of a native model: see `load`."""
         raise EngineError("native models run on one rank")
 

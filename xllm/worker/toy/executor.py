@@ -28,6 +28,7 @@ from xllm.worker.context import fit_context
 from xllm.worker.executor import LoadObserver, StepOutput
 from xllm.worker.item_options import check_options
 from xllm.worker.memory.virtual import available_mappings
+from xllm.worker.rank_board import RankBoard
 from xllm.worker.toy.faults import NO_FAULTS, ToyFaults
 from xllm.worker.toy.pages import PageArena, PageStatistics
 from xllm.worker.toy.scores import ScoreFrames
@@ -83,7 +84,7 @@ class ToyExecutor:
         self._num_steps = 0
         self._vocab_size, self._ids = toy_vocabulary(model_dir)
 
-    def join(self, group: str) -> None:
+    def join(self, board: RankBoard) -> None:
         """Each rank computes all of it: there is nobody to meet."""
 
     def load(self, progress: LoadObserver) -> WorkerReady:
