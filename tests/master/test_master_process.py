@@ -5,6 +5,8 @@ import contextlib
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,6 +16,7 @@ from tests.master.test_master_actor import expected, make_settings
 from tests.master.worker_targets import (
     FAIL_TOKEN,
     HANG_TOKEN,
+    run_computing_worker,
     run_nothing,
     run_toy_master,
     run_toy_worker,
@@ -98,6 +101,57 @@ def test_a_stopped_worker_is_seen_within_a_second_or_so(run_dir):
             assert (await router.ends("b")).code == "worker_lost"
             assert time.monotonic() - began < 2.5
             await serve_one(master, router, "c")
+
+    asyncio.run(scenario())
+
+
+@contextlib.contextmanager
+def crowded(pid, policy):
+    """The worker shares one CPU with a process that never sleeps; all its threads but the
+    actor's, which is the first, are scheduled by `policy`."""
+    cpu = min(os.sched_getaffinity(0))
+    threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    for thread in threads:
+        os.sched_setaffinity(thread, {cpu})
+    with subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) as hog:
+        try:
+            os.sched_setaffinity(hog.pid, {cpu})
+            for thread in threads:
+                if thread != pid:
+                    os.sched_setscheduler(thread, policy, os.sched_param(0))
+            yield
+        finally:
+            hog.kill()
+
+
+def test_a_worker_that_gets_no_cpu_is_not_taken_for_frozen(run_dir):
+    async def scenario():
+        async with running(run_dir, run_computing_worker) as (master, router):
+            await serve_one(master, router, "a")
+            pid = worker_pid(master)
+            vigil = master.workers.links[0].vigil
+            with crowded(pid, os.SCHED_IDLE):
+                request = router.admit("b", range(30, 40), max_tokens=3)
+                await router.until(lambda: vigil.heard_at - vigil._moved_at > 2.0, 60)
+            assert (await router.ends("b")).code == ""
+            assert router.streams["b", 1, 0].tokens == expected(request)
+            assert worker_pid(master) == pid
+            assert master.metrics.num_worker_ends == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_frozen_worker_is_seen_on_a_busy_machine(run_dir):
+    async def scenario():
+        async with running(run_dir) as (master, router):
+            await serve_one(master, router, "a")
+            router.admit("b", [20, HANG_TOKEN])
+            vigil = master.workers.links[0].vigil
+            await router.until(lambda: vigil._was_seen_standing)
+            with crowded(worker_pid(master), os.SCHED_OTHER):
+                began = time.monotonic()
+                assert (await router.ends("b")).code == "worker_lost"
+                assert time.monotonic() - began < 5.0
 
     asyncio.run(scenario())
 

@@ -5,9 +5,12 @@ import signal
 import subprocess
 import time
 
+import pytest
+
 from xllm.master.process_state import is_process_stopped
+from xllm.master.rank_link import RankLink
 from xllm.master.step_times import FIRST_STEP_S, StepTimes, StepWork
-from xllm.master.vigil import HUSH_S, SILENCE_S, WorkerVigil
+from xllm.master.vigil import HUSH_S, MOST_DENIED_S, SILENCE_S, WorkerVigil
 from xllm.protocol.step import PULSE_PERIOD_S, StepItem, StepPlan
 
 STEP = 0.1
@@ -31,14 +34,19 @@ class Watched:
     def __init__(self) -> None:
         self.now = 100.0
         self.counter = 0
+        self.denied_s = 0.0
         self.vigil = WorkerVigil(self.now)
         self.verdicts: list[str] = []
 
-    def tick(self, *, moves: bool, busy: bool = True, silent: bool = False) -> str:
+    def tick(
+        self, *, moves: bool, busy: bool = True, silent: bool = False, denied: float = 0.0
+    ) -> str:
+        """`denied`: the share of this time in which the worker got no CPU."""
         self.now += STEP
         self.counter += moves
+        self.denied_s += denied * STEP
         if not silent:
-            self.vigil.pulse(self.counter, busy, self.now)
+            self.vigil.pulse(self.counter, busy, self.now, self.denied_s)
         self.verdicts.append(self.vigil.verdict(self.now))
         return self.verdicts[-1]
 
@@ -210,6 +218,96 @@ def test_after_a_pause_of_the_master_nobody_is_blamed():
     vigil.verdict(0.2)
     assert vigil.verdict(60.0) == ""
     assert vigil.verdict(60.2) == ""
+
+
+def trained() -> Watched:
+    one = Watched()
+    for _ in range(3):
+        one.run(decodes(4), 0.0)
+    return one
+
+
+def test_a_worker_without_cpu_is_slow_and_not_frozen():
+    one = trained()
+    one.vigil.sent(decodes(4), one.now)
+    for _ in range(100):
+        assert one.tick(moves=False, denied=0.95) == ""
+    assert one.vigil.shows_work(one.now)
+
+
+def test_a_hang_beside_a_busy_machine_is_seen_once_it_stood_a_second_of_its_own():
+    """A thread that waits for ever wants no CPU; one that spins gets its share."""
+    for denied, at_most_s in ((0.05, 1.4), (0.5, 2.5), (0.9, 12.5)):
+        one = trained()
+        one.vigil.sent(decodes(4), one.now)
+        began = one.now
+        while not one.tick(moves=False, denied=denied):
+            assert one.now - began < at_most_s
+        assert one.now - began > 0.9
+
+
+def test_want_of_cpu_excuses_a_minute_and_no_more():
+    one = trained()
+    one.vigil.sent(decodes(4), one.now)
+    began = one.now
+    while not one.tick(moves=False, denied=1.0):
+        assert one.now - began < MOST_DENIED_S + 2
+    assert one.now - began > MOST_DENIED_S
+
+
+def test_what_was_denied_before_the_counter_moved_excuses_nothing_after():
+    one = trained()
+    one.vigil.sent(decodes(4), one.now)
+    for _ in range(100):
+        assert one.tick(moves=False, denied=1.0) == ""
+    one.tick(moves=True)
+    began = one.now
+    while not one.tick(moves=False):
+        assert one.now - began < 1.4
+
+
+def test_a_busy_machine_teaches_no_patience():
+    one = trained()
+    for _ in range(3):
+        one.vigil.sent(decodes(4), one.now)
+        for _ in range(80):
+            one.tick(moves=False, denied=1.0)
+        one.tick(moves=True)
+        one.vigil.result(8.0, one.now)
+    assert one.hang(decodes(4)) < 1.4
+    assert one.vigil.times.predict(StepWork.of(decodes(4))) < 1.0
+
+
+def test_a_silent_worker_without_cpu_is_waited_for():
+    one = trained()
+    one.vigil.sent(decodes(4), one.now)
+    for tenths in range(100):
+        one.tick(moves=False, silent=True)
+        if one.vigil.is_silent(one.now):
+            one.vigil.excuse_silence(STEP * (tenths - 9))
+    assert not any(one.verdicts)
+    for _ in range(60):
+        one.tick(moves=False, silent=True)
+    assert "silent" in one.verdicts[-1]
+
+
+@pytest.mark.parametrize("starves", [True, False])
+def test_ranks_wait_for_the_one_without_cpu(starves):
+    links = [RankLink(rank, f"w{rank}") for rank in range(2)]
+    now, denied_s = 100.0, 0.0
+    for link in links:
+        link.vigil = WorkerVigil(now)
+        link.vigil.times.add(StepWork.of(decodes(4)), 0.01, 0.0)
+        link.vigil.sent(decodes(4), now)
+    verdicts = []
+    for _ in range(30):
+        now += STEP
+        denied_s += STEP * starves
+        links[0].vigil.pulse(1, True, now)
+        links[1].vigil.pulse(1, True, now, denied_s)
+        most_s = max(link.look(now, 0) for link in links)
+        verdicts += [link.verdict(now, 0, 60.0, most_s) for link in links]
+    assert any(verdicts) != starves
 
 
 def test_predictions_go_up_in_proportion_and_down_not_at_all():

@@ -1,10 +1,15 @@
 """First functions of worker processes in tests: the toy engine with faults."""
 
+import time
+
 from xllm.config.load import decode_settings
+from xllm.config.settings import Settings
 from xllm.errors import InvariantError
 from xllm.protocol.actor.logs import configure_logs
 from xllm.protocol.actor.run import run_child
+from xllm.protocol.step import StepPlan
 from xllm.worker.actor import WorkerActor, worker_name
+from xllm.worker.executor import StepOutput
 from xllm.worker.rank_board import RankBoard
 from xllm.worker.toy.executor import ToyExecutor, make_toy_executor
 from xllm.worker.toy.faults import ToyFaults
@@ -46,6 +51,33 @@ def run_talking_worker(settings: bytes) -> None:
     decoded = decode_settings(settings)
     configure_logs(process=worker_name(decoded), level="warning")
     run_child(lambda: WorkerActor(decoded, lambda s: TalkingExecutor(s.worker.rank)))
+
+
+class ComputingExecutor(ToyExecutor):
+    """A toy whose steps take time of the CPU; its counter moves with each piece."""
+
+    PIECES, PIECE_S = 4, 0.01
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Run one plan."""
+        for _ in range(self.PIECES):
+            end = time.thread_time() + self.PIECE_S
+            while time.thread_time() < end:
+                time.sleep(0)  # another thread of this process may speak
+            self.counter += 1
+        return super().execute(plan)
+
+
+def run_computing_worker(settings: bytes) -> None:
+    """A worker whose steps are 40 ms of its engine thread on a CPU."""
+    decoded = decode_settings(settings)
+    configure_logs(process=worker_name(decoded), level="warning")
+
+    def make(settings: Settings) -> ComputingExecutor:
+        size = settings.worker.block_size
+        return ComputingExecutor(num_blocks=64, block_size=size)
+
+    run_child(lambda: WorkerActor(decoded, make))
 
 
 def run_nothing(settings: bytes) -> None:

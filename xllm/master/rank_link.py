@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from xllm.master.process_state import is_process_stopped
 from xllm.master.vigil import WorkerVigil
+from xllm.protocol.actor.starvation import StarvationMeter, process_meter
 from xllm.protocol.step import WorkerFailed, WorkerReady
 
 
@@ -21,6 +22,7 @@ class RankLink:
         self.ready: WorkerReady | None = None
         self.failure: WorkerFailed | None = None
         self.started_at = 0.0
+        self._meter: StarvationMeter | None = None  # while it is silent
 
     def begin(self, now: float) -> None:
         """Its process was started, or is waited for, from now on."""
@@ -31,6 +33,7 @@ class RankLink:
         """It has loaded."""
         self.ready = ready
         self.vigil = WorkerVigil(now)
+        self._meter = None
 
     def forget(self, now: float) -> None:
         """It is not ready any more and gets its time to become so."""
@@ -38,10 +41,26 @@ class RankLink:
         self.ready = None
         self.started_at = now
 
-    def verdict(self, now: float, pid: int, start_limit_s: float) -> str:
-        """What is wrong with it, or "". `pid` 0: its process is not ours."""
+    def look(self, now: float, pid: int) -> float:
+        """See whether silence is for want of CPU, if the process is ours. How long the stand or
+        silence under way was denied CPU, seconds."""
+        vigil = self.vigil
+        if vigil is None:
+            return 0.0
+        if not pid or not vigil.is_silent(now):
+            self._meter = None
+        else:
+            if self._meter is None:
+                self._meter = process_meter(pid)
+            self._meter.look(now)
+            vigil.excuse_silence(self._meter.denied_s)
+        return vigil.denied_s
+
+    def verdict(self, now: float, pid: int, start_limit_s: float, denied_s: float) -> str:
+        """What is wrong with it, or "". `pid` 0: its process is not ours. `denied_s`: what the
+        rank that was denied most was denied, see `look`: ranks wait for each other."""
         if self.vigil is not None:
-            reason = self.vigil.verdict(now)
+            reason = self.vigil.verdict(now, denied_s)
             if not reason and self.vigil.is_hushed(now) and is_process_stopped(pid):
                 return "its process was stopped by a signal"
             return reason

@@ -6,6 +6,9 @@ finished, than 5 x the predicted time of the whole step. A long step is never a 
 counter moves. Of several plans at the worker the oldest is the one that runs: it is judged, from
 when it was sent or the one before it came back. A worker is silent when its actor thread sends
 no pulses. Loading is not judged.
+
+Time in which threads of the worker wanted a CPU and got none is not time in which it stood or
+was silent, up to MOST_DENIED_S: on a machine with too much to do a worker is slow, not frozen.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ SILENCE_S = 25 * PULSE_PERIOD_S
 """Without a word for so long a worker is given up, whatever it may be doing."""
 HUSH_S = max(MIN_PATIENCE_S, 5 * PULSE_PERIOD_S)
 """After so long without a word its process is looked at: a stopped one is given up at once."""
+MOST_DENIED_S = 60.0
+"""So much of a stand or silence is excused by want of CPU: a bound for threads that hang and
+spin on a machine whose CPUs are all taken."""
 BRIEF_S = 0.05
 """Steps shorter than this are many and alike."""
 _LOOK_PERIOD_S = 0.1
@@ -41,6 +47,15 @@ class WorkerVigil:
         # knows that it stood: pulses may have been late.
         self._was_seen_standing = False
         self._gap_s = 0.0
+        self._denied_s = 0.0  # as the last pulse said, and as at three earlier times
+        self._denied_at_move = 0.0
+        self._denied_at_begin = 0.0
+        self._silence_denied_s = 0.0
+
+    @property
+    def denied_s(self) -> float:
+        """How long threads got no CPU in the stand or the silence under way."""
+        return max(self._denied_s - self._denied_at_move, self._silence_denied_s)
 
     def sent(self, plan: StepPlan, now: float) -> None:
         """A plan went to the worker."""
@@ -53,20 +68,25 @@ class WorkerVigil:
         plan = self._plans.popleft() if self._plans else None
         if plan is not None and seconds > 0:
             self._note_gap(now)
+            # What it takes where there is CPU.
+            seconds = max(seconds - (self._denied_s - self._denied_at_begin), self._gap_s, 1e-9)
             if seconds > BRIEF_S or now - self._learnt_at > _LOOK_PERIOD_S:
                 self._learnt_at = now
                 self.times.add(StepWork.of(plan), seconds, min(self._gap_s, seconds))
-        self.heard_at = now
+        self._heard(now)
         self._begin(now)
 
-    def pulse(self, counter: int, busy: bool, now: float) -> None:
-        """The worker's actor thread speaks."""
-        self.heard_at = now
+    def pulse(self, counter: int, busy: bool, now: float, denied_s: float = 0.0) -> None:
+        """The worker's actor thread speaks. `denied_s`: how long its threads got no CPU while
+        the counter stood, since its start."""
+        self._heard(now)
         self._busy_pulse = busy
+        self._denied_s = denied_s
         if counter != self._counter:
             self._counter = counter
             self._note_gap(now)
             self._moved_at = now
+            self._denied_at_move = denied_s
         elif busy:
             self._was_seen_standing = True
 
@@ -81,38 +101,60 @@ class WorkerVigil:
         """Whether a step is under way and its pulses prove that the engine computes."""
         if not self._plans or now - self.heard_at > HUSH_S:
             return False
-        return self.heard_at - self._moved_at <= self.patience_s()
+        return self._stood_s(0.0) <= self.patience_s()
+
+    def is_silent(self, now: float) -> bool:
+        """Whether pulses are missing."""
+        return now - self.heard_at > HUSH_S
 
     def is_hushed(self, now: float) -> bool:
         """Whether a step is under way and pulses are missing."""
-        return bool(self._plans) and now - self.heard_at > HUSH_S
+        return bool(self._plans) and self.is_silent(now)
 
-    def verdict(self, now: float) -> str:
-        """What is wrong, or "". After a pause of this process itself nothing is: words of the
-        worker may still wait to be read."""
+    def excuse_silence(self, denied_s: float) -> None:
+        """Since it fell silent the worker's threads got no CPU for so long."""
+        self._silence_denied_s = denied_s
+
+    def verdict(self, now: float, denied_s: float = 0.0) -> str:
+        """What is wrong, or "". `denied_s`: how long a worker that this one waits for got no CPU.
+        After a pause of this process itself nothing is wrong: words of the worker may still
+        wait to be read."""
         paused = now - self._checked_at > MIN_PATIENCE_S
         self._checked_at = now
         if paused:
             self.heard_at = max(self.heard_at, now)
             self._moved_at = max(self._moved_at, now)
+            self._denied_at_move = self._denied_s
             return ""
-        if now - self.heard_at > SILENCE_S:
-            return f"the worker has been silent for {now - self.heard_at:.1f} s"
-        # As far as pulses show it: what was not heard is silence.
-        stood_s = self.heard_at - self._moved_at
+        silent_s = now - self.heard_at
+        if silent_s - min(self._silence_denied_s, MOST_DENIED_S) > SILENCE_S:
+            return f"the worker has been silent for {silent_s:.1f} s"
+        stood_s = self._stood_s(denied_s)
         if not self._plans or not self._busy_pulse or stood_s <= MIN_PATIENCE_S:
             return ""
         if stood_s > self.patience_s():
             return f"a step has not moved for {stood_s:.1f} s"
         return ""
 
+    def _stood_s(self, denied_s: float) -> float:
+        """How long the counter stood although there was CPU, as far as pulses show it: what was
+        not heard is silence."""
+        own_s = self._denied_s - self._denied_at_move
+        return self.heard_at - self._moved_at - min(max(own_s, denied_s), MOST_DENIED_S)
+
+    def _heard(self, now: float) -> None:
+        self.heard_at = now
+        self._silence_denied_s = 0.0
+
     def _begin(self, now: float) -> None:
         """The oldest plan runs from now on, if there is one."""
         self._moved_at = now
+        self._denied_at_move = self._denied_at_begin = self._denied_s
         self._was_seen_standing = False
         self._gap_s = 0.0
 
     def _note_gap(self, now: float) -> None:
         if self._was_seen_standing:
             self._was_seen_standing = False
-            self._gap_s = max(self._gap_s, now - self._moved_at)
+            gap_s = now - self._moved_at - (self._denied_s - self._denied_at_move)
+            self._gap_s = max(self._gap_s, gap_s)

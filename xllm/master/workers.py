@@ -178,7 +178,7 @@ class WorkerGroup:
             if message.metrics and link.rank == 0:
                 self.metrics = message.metrics
             if link.vigil is not None:
-                link.vigil.pulse(message.counter, message.busy, now)
+                link.vigil.pulse(message.counter, message.busy, now, message.denied_s)
         elif isinstance(message, WorkerReady):
             self._ready(link, message, now)
         elif isinstance(message, WorkerFailed):
@@ -274,8 +274,9 @@ class WorkerGroup:
     def _check(self) -> None:
         now = time.monotonic()
         limit_s = self._settings.master.worker_start_s
+        denied_s = max(link.look(now, self._processes.pid(link)) for link in self.links)
         for link in self.links:
-            reason = link.verdict(now, self._processes.pid(link), limit_s)
+            reason = link.verdict(now, self._processes.pid(link), limit_s, denied_s)
             if not reason:
                 continue
             if not self._processes.are_ours:

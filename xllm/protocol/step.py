@@ -240,6 +240,9 @@ class WorkerPulse(ArrayMessage, frozen=True):
     busy: bool
     metrics: bytes = b""
     """Prometheus text of this process, now and then."""
+    denied_s: float = 0.0
+    """Of the time in which the counter stood, how long threads of this process wanted a CPU and
+    got none; since the start."""
 
 
 class WorkerPong(ArrayMessage, frozen=True):

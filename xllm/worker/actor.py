@@ -8,6 +8,7 @@ plan go to the connection that the plan came from, or nowhere.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from xllm.config.settings import Settings
 from xllm.errors import InvariantError, TransportError, XllmError
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
+from xllm.protocol.actor.starvation import process_meter
 from xllm.protocol.codec import Decoder
 from xllm.protocol.step import (
     PULSE_PERIOD_S,
@@ -74,6 +76,8 @@ class WorkerActor(Actor):
         self._board = RankBoard("")
         self._meter = StepMeter()
         self._num_pulses = 0
+        self._last_counter = -1
+        self._starvation = process_meter(os.getpid())
         self._num_unsent = 0
         self._num_pending = 0  # plans and pings without an answer, oldest first
         self._num_stale = 0  # of those, the ones whose master is gone
@@ -221,8 +225,14 @@ class WorkerActor(Actor):
     def _pulse(self) -> None:
         self._num_pulses += 1
         metrics = b"" if self._num_pulses % METRICS_EVERY else self._meter.prometheus(self._rank)
-        engine = self._engine
-        self._send(WorkerPulse(self._rank, engine.counter, engine.busy, metrics))
+        counter, busy = self._engine.counter, self._engine.busy
+        starvation = self._starvation
+        if busy and counter == self._last_counter:
+            starvation.look(time.monotonic())
+        else:
+            starvation.rest(time.monotonic())
+        self._last_counter = counter
+        self._send(WorkerPulse(self._rank, counter, busy, metrics, starvation.denied_s))
 
     def _send(self, message: WorkerMessage, frames: tuple[bytes, ...] = ()) -> None:
         """Send now or not at all: what is said while no master listens concerns nobody, and the
