@@ -201,6 +201,11 @@ class WorkerSettings:
         low=0,
         high=1024,
     )
+    kernels: str = setting(
+        "auto",
+        "Who computes on a CPU: compiled kernels, or torch; auto: compiled where they were built.",
+        choices=("auto", "compiled", "torch"),
+    )
     deterministic: bool = setting(False, "Bit-identical logits for a token in any batch.")
     rank: int = setting(0, "Rank of this worker in its instance.", low=0)
     toy_step_ms: float = setting(0.0, "Time of a toy step.", unit="ms", low=0, high=60000)

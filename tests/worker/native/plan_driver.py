@@ -14,6 +14,10 @@ from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import ItemKind, NewSequence, StepItem, StepPlan
 from xllm.worker.execution.native import NativeExecutor
 from xllm.worker.executor import StepOutput
+from xllm.worker.kernels.library import load
+
+KERNELS = ("compiled", "torch") if load().library else ("torch",)
+"""Who can compute here: tests run under each."""
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, seed=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from pathlib import Path
 
@@ -9,17 +10,19 @@ import pytest
 import torch
 
 from tests.fixtures.models import ABSENT, FAMILIES, make_model
-from tests.worker.native.plan_driver import random_prompts
+from tests.worker.native.plan_driver import KERNELS, random_prompts
 from tests.worker.native.reference import LOGIT_BOUND, load_reference, reference_logits
 from xllm.worker.attention.plan import Span
 from xllm.worker.execution.layer_loop import LayerLoop
 from xllm.worker.execution.loading import load_model
+from xllm.worker.memory.block_layout import BlockLayout
+from xllm.worker.memory.cpu_memory import CpuKvMemory
 from xllm.worker.memory.layout import KvLayout
 from xllm.worker.memory.pool import KvPool, allocate_memory
 from xllm.worker.platform.platform import select_platform
 
 CPU = torch.device("cpu")
-BLOCK_SIZE = 8
+BLOCK_SIZE = 16
 LENGTH = 90
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -89,21 +92,40 @@ VARIANTS = {
 class Runner:
     """A loaded model over a pool of its own."""
 
-    def __init__(self, directory: Path, implementation: str = "auto") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        implementation: str = "auto",
+        *,
+        dtype: str = "auto",
+        kernels: str = "auto",
+    ) -> None:
         self.loaded = load_model(
-            directory, "auto", select_platform("cpu"), lambda loaded, total: None, implementation
+            directory,
+            dtype,
+            select_platform("cpu"),
+            lambda loaded, total: None,
+            implementation,
+            num_threads=1,
+            kernels=kernels,
         )
-        config, dtype = self.loaded.model.config, self.loaded.dtype
-        layout = KvLayout(
+        config, found = self.loaded.model.config, self.loaded.dtype
+        kind = KvLayout if self.loaded.team is None else BlockLayout
+        layout = kind(
             96,
             BLOCK_SIZE,
             config.num_layers,
             config.num_kv_heads,
             config.head_dim,
-            dtype.itemsize,
+            found.itemsize,
         )
-        self.pool = KvPool(layout, allocate_memory(layout, dtype, CPU))
-        self.loop = LayerLoop(self.loaded.model, self.pool, dtype, CPU, lambda: None)
+        if isinstance(layout, BlockLayout):
+            self.pool = CpuKvMemory(layout, found)
+        else:
+            self.pool = KvPool(layout, allocate_memory(layout, found, CPU))
+        self.loop = LayerLoop(
+            self.loaded.model, self.pool, found, CPU, lambda: None, self.loaded.team
+        )
 
     def logits(self, spans: list[Span], token_ids: list[int], single: bool = False) -> torch.Tensor:
         run = self.loop.run_single_rows if single else self.loop.run
@@ -150,22 +172,24 @@ def check_all_ways(
     close(got[47:], LENGTH - 1, LENGTH)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_the_reference(family: str, tmp_path: Path) -> None:
+def test_logits_equal_the_reference(family: str, kernels: str, tmp_path: Path) -> None:
     directory = make_model(family, tmp_path)
     (ids,) = random_prompts(1, LENGTH, LENGTH)
     want = reference_logits(load_reference(directory), ids)
     assert want.std() > 1  # else equal logits would prove little
-    check_all_ways(Runner(directory), want, ids, LOGIT_BOUND)
+    check_all_ways(Runner(directory, kernels=kernels), want, ids, LOGIT_BOUND)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_logits_of_configuration_variants(name: str, tmp_path: Path) -> None:
+def test_logits_of_configuration_variants(name: str, kernels: str, tmp_path: Path) -> None:
     family, overrides = VARIANTS[name]
     directory = make_model(family, tmp_path, **overrides)
     (ids,) = random_prompts(1, LENGTH, LENGTH)
     want = reference_logits(load_reference(directory), ids)
-    check_all_ways(Runner(directory), want, ids, LOGIT_BOUND)
+    check_all_ways(Runner(directory, kernels=kernels), want, ids, LOGIT_BOUND)
 
 
 @pytest.mark.parametrize(
@@ -187,16 +211,15 @@ def test_settings_change_logits(family: str, changed: dict, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("family", "name"),
+    ("family", "name", "kernels"),
     [
-        ("qwen2", "bfloat16"),
-        ("qwen3", "bfloat16"),
-        ("llama", "bfloat16"),
-        ("mistral-window", "bfloat16"),
-        ("llama2", "float16"),
+        *itertools.product(("qwen2", "qwen3", "llama", "mistral-window"), ("bfloat16",), KERNELS),
+        ("llama2", "float16", "torch"),
     ],
 )
-def test_16_bit_is_as_near_to_fp32_as_the_reference(family: str, name: str, tmp_path: Path) -> None:
+def test_16_bit_is_as_near_to_fp32_as_the_reference(
+    family: str, name: str, kernels: str, tmp_path: Path
+) -> None:
     """In 16 bits both round; ours may stray from fp32 (of the same rounded weights) at most 1.5
     times as far as the reference's does at its worst, and 1.25 times on the average."""
     dtype: torch.dtype = getattr(torch, name)
@@ -204,8 +227,13 @@ def test_16_bit_is_as_near_to_fp32_as_the_reference(family: str, name: str, tmp_
     (ids,) = random_prompts(1, LENGTH, LENGTH)
     exact = reference_logits(load_reference(directory), ids)
     theirs = reference_logits(load_reference(directory, dtype), ids) - exact
-    runner = Runner(directory)
+    runner = Runner(directory, dtype=name, kernels=kernels)
     assert runner.loaded.dtype == dtype
     ours = runner.logits([Span(0, LENGTH, blocks(0))], ids) - exact
     assert ours.abs().max() < 1.5 * theirs.abs().max()
     assert ours.abs().mean() < 1.25 * theirs.abs().mean()
+
+
+def test_float16_files_are_computed_in_float32_on_a_cpu(tmp_path: Path) -> None:
+    directory = make_model("llama2", tmp_path, dtype="float16")
+    assert Runner(directory).loaded.dtype == torch.float32

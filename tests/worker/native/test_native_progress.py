@@ -125,7 +125,7 @@ def test_a_longer_chunk_leaves_no_longer_gap(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr(attention_plan, "_MAX_FRESH_PART_ROWS", 16)
     monkeypatch.setattr(attention_plan, "_MAX_CHUNK_ROWS", 16)
     model = make_model("qwen3", tmp_path, intermediate_size=4096)
-    engine = PlanDriver(model).executor._loaded()
+    engine = PlanDriver(model, kernels="torch").executor._loaded()
 
     def gap(num_rows: int) -> int:
         watch = TorchWatch()

@@ -26,22 +26,26 @@ _NOT_FINITE = "the model's output is not a number (an overflow of its type?)"
 
 class TokenDrawer:
     """Draws the tokens of steps with one model. `tick` is called after each bounded piece of
-    work. `rows_at_once` 1 makes a row's logits independent of the rows beside it; 0 takes as
-    many as the memory bound allows."""
+    work. `alone`: the head and the draws see one row at a time, so that a row's numbers are
+    independent of the rows beside it; the head need not where `head_invariant`."""
 
     def __init__(
         self,
         model: DecoderModel,
         device: torch.device,
         tick: Callable[[], None],
-        rows_at_once: int = 0,
+        *,
+        alone: bool = False,
+        head_invariant: bool = False,
     ) -> None:
         vocab_size = model.config.vocab_size
         self._model = model
         self._device = device
         self._tick = tick
         self._sampler = Sampler(vocab_size, device, tick)
-        self._slice = rows_at_once or max(_SLICE_BYTES // (4 * vocab_size), 1)
+        most = max(_SLICE_BYTES // (4 * vocab_size), 1)
+        self._slice = 1 if alone and not head_invariant else most
+        self._draws = 1 if alone else most
 
     def draw(self, batch: StepBatch, hidden: torch.Tensor, outputs: StepOutputs) -> None:
         """Score and draw for every entry of `batch`, whose rows' last hidden states [rows,
@@ -88,6 +92,13 @@ class TokenDrawer:
         rows = self._index([entry.last_row for entry in entries])
         logits = self._model.head(hidden.index_select(0, rows))
         self._tick()
+        for at in range(0, len(entries), self._draws):
+            part = slice(at, at + self._draws)
+            self._draw_rows(entries[part], logits[part], outputs)
+
+    def _draw_rows(
+        self, entries: Sequence[BatchEntry], logits: torch.Tensor, outputs: StepOutputs
+    ) -> None:
         result = self._sampler.sample(logits, [_sample_row(entry) for entry in entries])
         reasons = dict(result.failed)
         for number, entry in enumerate(entries):

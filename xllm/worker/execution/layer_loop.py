@@ -14,7 +14,11 @@ import torch
 
 from xllm.worker.attention.paged import AttentionWorkspace, PagedAttention
 from xllm.worker.attention.plan import Span, plan_window, write_slots
+from xllm.worker.kernels.attention import KernelAttention, StepArrays
+from xllm.worker.kernels.fused import FusedLayer
+from xllm.worker.kernels.team import Team
 from xllm.worker.layers.decoder import Attention
+from xllm.worker.memory.cpu_memory import CpuKvMemory
 from xllm.worker.memory.kv_memory import KvMemory
 from xllm.worker.models.model import NativeModel, WholeModel
 
@@ -26,12 +30,13 @@ class LayerHook(Protocol):
         """Layer `index` is about to run."""
 
     def after_layer(self, index: int, hidden: torch.Tensor) -> None:
-        """Layer `index` gave `hidden` [rows, hidden]."""
+        """Layer `index` gave `hidden` [rows, hidden], which the next one may overwrite."""
 
 
 class LayerLoop:
     """Runs rows through all layers of a model over one pool. `tick` is called after each
-    bounded piece of work inside a layer."""
+    bounded piece of work inside a layer. With a `team` the compiled kernels do all of a native
+    model's layers, and the attention of other models."""
 
     def __init__(
         self,
@@ -40,24 +45,46 @@ class LayerLoop:
         dtype: torch.dtype,
         device: torch.device,
         tick: Callable[[], None],
+        team: Team | None = None,
     ) -> None:
         self._model = model
+        self._team = team
         self._pool = pool
         self._dtype = dtype
         self._device = device
         self._tick = tick
         self._workspace = AttentionWorkspace(pool, dtype, device)
         self._windows = model.config.layer_windows
+        self._fused: list[FusedLayer] | None = None
+        self.batch_invariant = False
+        """Whether a row's bits do not depend on the rows beside it."""
+        parts = None if isinstance(model, WholeModel) else model.parts()
+        if team is not None and parts is not None and isinstance(pool, CpuKvMemory):
+            step_bytes = pool.layout.layer_bytes
+            self._fused = [
+                FusedLayer(team, part, index, self._windows[index], step_bytes)
+                for index, part in enumerate(parts)
+            ]
+            self.batch_invariant = all(part.feed_forward is None for part in parts)
 
     def run(
         self, spans: Sequence[Span], token_ids: Sequence[int], hooks: Sequence[LayerHook]
     ) -> torch.Tensor:
         """The last layer's output [rows, hidden] of the rows of `spans`, whose tokens are
         `token_ids`, one a row; their keys and values are in the pool then."""
-        size = self._pool.layout.block_size
         positions = [p for span in spans for p in range(span.start, span.end)]
-        attention = PagedAttention(
-            self._pool,
+        places = self._index(token_ids), self._index(positions)
+        if self._fused is not None:
+            return self._through_fused(self._fused, spans, *places, hooks)
+        return self._through_layers(*places, self._attention(spans), hooks)
+
+    def _attention(self, spans: Sequence[Span]) -> Attention:
+        pool = self._pool
+        if self._team is not None and isinstance(pool, CpuKvMemory):
+            return KernelAttention(self._team, pool, spans, self._windows, self._tick)
+        size = pool.layout.block_size
+        return PagedAttention(
+            pool,
             self._workspace,
             self._index(write_slots(spans, size)),
             {
@@ -67,9 +94,28 @@ class LayerLoop:
             self._windows,
             self._tick,
         )
-        return self._through_layers(
-            self._index(token_ids), self._index(positions), attention, hooks
-        )
+
+    def _through_fused(
+        self,
+        layers: Sequence[FusedLayer],
+        spans: Sequence[Span],
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hooks: Sequence[LayerHook],
+    ) -> torch.Tensor:
+        model, pool = self._model, self._pool
+        assert not isinstance(model, WholeModel)
+        assert isinstance(pool, CpuKvMemory)
+        hidden = model.embed(token_ids).float()
+        arrays = StepArrays(spans, pool)
+        arrays.set_angles(*model.angles(positions))
+        for index, layer in enumerate(layers):
+            for hook in hooks:
+                hook.before_layer(index)
+            layer(hidden, arrays)
+            for hook in hooks:
+                hook.after_layer(index, hidden)
+        return hidden
 
     def _through_layers(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 from xllm.config.settings import Settings
 from xllm.errors import DependencyError
+from xllm.worker.kernels.selection import select_team
+from xllm.worker.kernels.team import Team
 from xllm.worker.loader.checkpoint import Checkpoint, open_checkpoint
 from xllm.worker.loader.config import ModelConfig, RawConfig, read_config
 from xllm.worker.loader.weights import WeightTable, load_weights
@@ -29,6 +32,8 @@ class LoadedModel:
     dtype: torch.dtype
     revision: str
     num_bytes: int
+    team: Team | None
+    """Who computes it; None: torch alone."""
 
 
 def load_model(
@@ -37,9 +42,12 @@ def load_model(
     platform: Platform,
     progress: Callable[[int, int], None],
     implementation: str = "auto",
+    *,
+    num_threads: int = 0,
+    kernels: str = "auto",
 ) -> LoadedModel:
-    """Read configuration and weights of a directory onto a platform's device. `implementation`:
-    see ModelSettings.
+    """Set the platform up for a model and read its configuration and weights onto the device.
+    `implementation`: see ModelSettings; `num_threads` and `kernels`: see WorkerSettings.
 
     Raises ConfigError or DependencyError naming the file, key or tensor that stands in the way,
     or the memory that is lacking.
@@ -48,21 +56,35 @@ def load_model(
     if implementation == "transformers" or (
         implementation == "auto" and not is_native(raw.architecture())
     ):
-        return _load_from_library(directory, raw, asked_dtype, platform, progress)
+        prepare = functools.partial(_prepare, platform, num_threads, kernels)
+        return _load_from_library(directory, raw, asked_dtype, platform, progress, prepare)
     family = find_family(raw.architecture())
     checkpoint = open_checkpoint(directory)
     config = family.read(raw)
-    dtype = resolve_dtype(asked_dtype, config.dtype or checkpoint.dtype())
+    dtype = resolve_dtype(asked_dtype, config.dtype or checkpoint.dtype(), platform.name == "cpu")
     config, unused = _settle_tie(config, checkpoint)
     _check_room(checkpoint, dtype, platform)
-    table = WeightTable(dtype, platform.device)
+    team = _prepare(platform, num_threads, kernels, checkpoint, dtype)
+    table = WeightTable(dtype, platform.device, team)
     model = family.build(config, table)
     if config.tie_word_embeddings and _EMBEDDING not in checkpoint.entries:
         # Some tied checkpoints name the one matrix after the head.
         table.targets[_HEAD] = table.targets.pop(_EMBEDDING)
     load_weights(checkpoint, table, progress, unused)
     model.finish()
-    return LoadedModel(model, dtype, checkpoint.revision(directory), table.num_bytes)
+    return LoadedModel(model, dtype, checkpoint.revision(directory), table.num_bytes, team)
+
+
+def _prepare(
+    platform: Platform,
+    num_threads: int,
+    kernels: str,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+) -> Team | None:
+    """Set the platform up, choose who computes."""
+    platform.prepare(num_threads, checkpoint.num_elements * dtype.itemsize)
+    return select_team(kernels, platform.device, dtype, torch.get_num_threads())
 
 
 def _load_from_library(
@@ -71,17 +93,19 @@ def _load_from_library(
     asked_dtype: str,
     platform: Platform,
     progress: Callable[[int, int], None],
+    prepare: Callable[[Checkpoint, torch.dtype], Team | None],
 ) -> LoadedModel:
     # It takes seconds to import and most models do without.
     from xllm.worker.models.transformers_loading import load_transformers_model
 
     checkpoint = open_checkpoint(directory)
-    dtype = resolve_dtype(asked_dtype, raw.dtype() or checkpoint.dtype())
+    dtype = resolve_dtype(asked_dtype, raw.dtype() or checkpoint.dtype(), platform.name == "cpu")
     _check_room(checkpoint, dtype, platform)
+    team = prepare(checkpoint, dtype)
     progress(0, checkpoint.total_bytes)
     model, num_bytes = load_transformers_model(raw, checkpoint, dtype, platform.device)
     progress(checkpoint.total_bytes, checkpoint.total_bytes)
-    return LoadedModel(model, dtype, checkpoint.revision(directory), num_bytes)
+    return LoadedModel(model, dtype, checkpoint.revision(directory), num_bytes, team)
 
 
 def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, platform: Platform) -> None:

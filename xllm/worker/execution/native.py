@@ -22,7 +22,7 @@ from xllm.worker.context import fit_context
 from xllm.worker.execution.batch import StepBatch, build_batch
 from xllm.worker.execution.drawing import TokenDrawer
 from xllm.worker.execution.layer_loop import LayerHook, LayerLoop
-from xllm.worker.execution.loading import load_model, resolve_model_len
+from xllm.worker.execution.loading import LoadedModel, load_model, resolve_model_len
 from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.progress import ProgressCounter
 from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
@@ -37,7 +37,7 @@ from xllm.worker.memory.virtual import available_mappings
 from xllm.worker.platform.platform import Platform, select_platform
 from xllm.worker.rank_board import RankBoard
 
-_KERNELS = "torch-sdpa-1"
+_TORCH_KERNELS = "torch-sdpa-1"
 _WARM_UP_ROWS = (1, 32)
 
 
@@ -182,22 +182,19 @@ class NativeExecutor:
             raise ConfigError("model.path is empty: no model directory", param="model.path")
         directory = Path(settings.model.path)
         platform = select_platform(worker.device, worker.rank)
-        loaded = load_model(
-            directory, settings.model.dtype, platform, progress, settings.model.implementation
-        )
-        model, dtype = loaded.model, loaded.dtype
-        platform.prepare(worker.num_threads, loaded.num_bytes)
+        loaded = self._load_model(directory, platform, progress)
+        model, dtype, team = loaded.model, loaded.dtype, loaded.team
         self._progress.follow(platform.mark)
+        if team is not None:
+            self._progress.add_counter(lambda: team.progress)
         model_len = resolve_model_len(settings, model.config)
         pool = make_memory(settings, model.config, dtype, platform, model_len)
         layout, tick = pool.layout, self._progress.tick
         model_len = fit_context(model_len, layout.num_blocks, layout.block_size)
         slots = make_slots(settings, pool, model_len)
-        loop = LayerLoop(model, pool, dtype, platform.device, tick)
+        loop = LayerLoop(model, pool, dtype, platform.device, tick, team)
         for num_rows in _WARM_UP_ROWS:
             loop.warm_up(num_rows)
-        type_name = str(dtype).removeprefix("torch.")
-        mode = "deterministic" if worker.deterministic else "default"
         ready = WorkerReady(
             rank=worker.rank,
             model=settings.model.name or directory.resolve().name,
@@ -207,10 +204,10 @@ class NativeExecutor:
             vocab_size=model.config.vocab_size,
             eos_ids=model.config.eos_ids,
             revision=loaded.revision,
-            fingerprint="/".join((*platform.fingerprint(), type_name, "tp-1", _KERNELS, mode)),
+            fingerprint=self._fingerprint(platform, loaded),
             kv_groups=describe_groups(model.kv_groups, dtype.itemsize),
             device=platform.describe(),
-            dtype=type_name,
+            dtype=_type_name(dtype),
             load_s=time.monotonic() - began,
             num_slots=0 if slots is None else slots.num_slots,
             max_mappings=0 if slots is None else available_mappings(),
@@ -221,25 +218,57 @@ class NativeExecutor:
             None if slots is None else PageMapper(slots),
             SequenceTable(layout.num_blocks, ready.vocab_size),
             loop,
-            TokenDrawer(model, platform.device, tick, 1 if worker.deterministic else 0),
+            TokenDrawer(
+                model,
+                platform.device,
+                tick,
+                alone=worker.deterministic,
+                head_invariant=loop.batch_invariant,
+            ),
             ready,
             loaded.num_bytes,
             model.experts,
         )
 
+    def _load_model(
+        self, directory: Path, platform: Platform, progress: Callable[[int, int], None]
+    ) -> LoadedModel:
+        model, worker = self._settings.model, self._settings.worker
+        return load_model(
+            directory,
+            model.dtype,
+            platform,
+            progress,
+            model.implementation,
+            num_threads=worker.num_threads,
+            kernels=worker.kernels,
+        )
+
+    def _fingerprint(self, platform: Platform, loaded: LoadedModel) -> str:
+        """What decides the bits of a result beside its inputs."""
+        mode = "deterministic" if self._settings.worker.deterministic else "default"
+        kernels = _TORCH_KERNELS if loaded.team is None else loaded.team.library.fingerprint()
+        parts = (*platform.fingerprint(), _type_name(loaded.dtype), "tp-1", kernels, mode)
+        return "/".join(parts)
+
     def _run(self, engine: _Engine, batch: StepBatch, outputs: StepOutputs) -> None:
         if engine.pool.may_hold_nan:
             engine.pool.clear_slots(_tails(batch.spans, engine.pool.layout.block_size))
         num_failed = len(outputs.failed)
-        deterministic = self._settings.worker.deterministic
-        run = engine.loop.run_single_rows if deterministic else engine.loop.run
-        spans = batch.single_rows() if deterministic else batch.spans
-        hidden = run(spans, batch.token_ids, self._hooks)
+        loop = engine.loop
+        if self._settings.worker.deterministic and not loop.batch_invariant:
+            hidden = loop.run_single_rows(batch.single_rows(), batch.token_ids, self._hooks)
+        else:
+            hidden = loop.run(batch.spans, batch.token_ids, self._hooks)
         engine.drawer.draw(batch, hidden, outputs)
         engine.platform.synchronize()
         self._progress.settle()
         if len(outputs.failed) > num_failed:
             engine.pool.may_hold_nan = True
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tails(spans: Sequence[Span], block_size: int) -> list[int]:

@@ -27,6 +27,7 @@ class ProgressCounter:
         self._launched = 0
         self._settled = 0  # written by the ticking thread
         self._reached = 0  # written by the reading thread
+        self._elsewhere: Callable[[], int] = int  # pieces that others count
         self._mark: Callable[[], DeviceMark | None] | None = None  # None: launched is done
         self._pending: deque[tuple[int, DeviceMark]] = deque()
 
@@ -34,13 +35,17 @@ class ProgressCounter:
         """Count what the device has done; `mark` is the platform's."""
         self._mark = mark if mark() is not None else None
 
+    def add_counter(self, count: Callable[[], int]) -> None:
+        """Count the pieces that `count` gives, too; it never falls, and any thread may call it."""
+        self._elsewhere = count
+
     @property
     def value(self) -> int:
         """Pieces done. Any one thread beside the ticking one may read it."""
         pending = self._pending
         while pending and pending[0][1]():
             self._reached = pending.popleft()[0]
-        return max(self._reached, self._settled)
+        return max(self._reached, self._settled) + self._elsewhere()
 
     def tick(self) -> None:
         """A piece is done, or launched on a device that says itself when it is done."""

@@ -115,6 +115,11 @@ class Library:
         weakref.finalize(buffer, self.c.xk_free, address, size).atexit = False
         return torch.frombuffer(buffer, dtype=torch.uint8)[:num_bytes]
 
+    def fingerprint(self) -> str:
+        """What decides the bits of a result beside its inputs."""
+        names = "+".join(variant.name for variant in self.variants if variant.usable)
+        return f"kernels-{_ABI}-{names}"
+
     def describe(self) -> str:
         """Which variants run: for the log."""
         usable = {variant.name for variant in self.variants if variant.usable}

@@ -10,7 +10,8 @@ from typing import Protocol
 
 import torch
 
-from xllm.worker.layers.linear import Linear
+from xllm.worker.kernels.fused import LayerParts
+from xllm.worker.kernels.linear import PackedLinear
 from xllm.worker.layers.mlp import GatedMlp
 from xllm.worker.layers.norm import RmsNorm
 from xllm.worker.layers.rotary import RotaryTables
@@ -73,10 +74,10 @@ class DecoderLayer:
         heads, kv_heads = config.num_heads, config.num_kv_heads
         rows = [heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim]
         attention = f"{prefix}.self_attn"
-        self._qkv = _linear(
-            table, [f"{attention}.{x}_proj" for x in "qkv"], rows, hidden, config.qkv_bias
+        self._qkv = table.linear(
+            [f"{attention}.{x}_proj" for x in "qkv"], rows, hidden, bias=config.qkv_bias
         )
-        self._out = _linear(table, [f"{attention}.o_proj"], [hidden], rows[0], config.out_bias)
+        self._out = table.linear([f"{attention}.o_proj"], [hidden], rows[0], bias=config.out_bias)
         self._qk_norm: RmsNorm | None = None
         self._qk_norm_parts: tuple[torch.Tensor, torch.Tensor] | None = None
         if config.qk_norm:
@@ -95,7 +96,34 @@ class DecoderLayer:
             self._qk_norm.weight = torch.cat(
                 (q.expand(self._num_heads, -1), k.expand(self._num_kv_heads, -1))
             )
-            self._qk_norm_parts = None
+
+    def parts(self) -> LayerParts | None:
+        """The weights as the kernels take them; None: they are not packed."""
+        qkv, out, mlp = self._qkv, self._out, self._mlp
+        if not isinstance(qkv, PackedLinear) or not isinstance(out, PackedLinear):
+            return None
+        q_norm, k_norm = self._qk_norm_parts or (None, None)
+        gate_up: PackedLinear | None = None
+        down: PackedLinear | None = None
+        if isinstance(mlp, GatedMlp):
+            assert isinstance(mlp.gate_up, PackedLinear)
+            assert isinstance(mlp.down, PackedLinear)
+            gate_up, down = mlp.gate_up, mlp.down
+        return LayerParts(
+            qkv,
+            out,
+            gate_up,
+            down,
+            self._input_norm.weight,
+            self._output_norm.weight,
+            q_norm,
+            k_norm,
+            self._input_norm.eps,
+            self._num_heads,
+            self._num_kv_heads,
+            self._head_dim,
+            None if isinstance(mlp, GatedMlp) else mlp,
+        )
 
     def __call__(
         self, hidden: torch.Tensor, tables: RotaryTables, attention: Attention
@@ -126,8 +154,8 @@ def gated_mlp(config: ModelConfig, prefix: str, table: WeightTable) -> GatedMlp:
     hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
     gate_up = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
     return GatedMlp(
-        _linear(table, gate_up, [inner, inner], hidden, bias),
-        _linear(table, [f"{prefix}.down_proj"], [hidden], inner, bias),
+        table.linear(gate_up, [inner, inner], hidden, bias=bias, gated=True),
+        table.linear([f"{prefix}.down_proj"], [hidden], inner, bias=bias),
     )
 
 
@@ -145,12 +173,3 @@ def _in_slices(
         parts.append(work(*rows))
         tick()
     return torch.cat(parts)
-
-
-def _linear(
-    table: WeightTable, names: list[str], rows: list[int], columns: int, bias: bool
-) -> Linear:
-    weight = table.stacked([f"{name}.weight" for name in names], rows, columns)
-    if not bias:
-        return Linear(weight)
-    return Linear(weight, table.stacked([f"{name}.bias" for name in names], rows))

@@ -57,7 +57,8 @@ class SparseMlp:
         self._normalise = normalise
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] to [rows, hidden]; adds to the counts."""
+        """[rows, hidden] of any type to [rows, hidden] of the weights'; adds to the counts."""
+        x = x.to(self._router.dtype)
         probabilities = F.linear(x, self._router).softmax(dim=-1, dtype=torch.float32)
         weights, chosen = probabilities.topk(self._top_k, dim=-1)
         if self._normalise:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from xllm.worker.kernels.linear import Epilogue, PackedLinear
 from xllm.worker.layers.linear import Linear
 
 
 class GatedMlp:
-    """`gate_up` gives [rows, 2 * intermediate], the gate's half first."""
+    """`gate_up` gives [rows, 2 * intermediate], the gate's half first; packed, it is gated and
+    gives silu(gate) * up."""
 
     __slots__ = ("down", "gate_up")
 
-    def __init__(self, gate_up: Linear, down: Linear) -> None:
+    def __init__(self, gate_up: Linear | PackedLinear, down: Linear | PackedLinear) -> None:
         self.gate_up = gate_up
         self.down = down
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] to [rows, hidden]."""
+        if isinstance(self.gate_up, PackedLinear):
+            return self.down(self.gate_up(x, Epilogue.SILU_MUL))
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)

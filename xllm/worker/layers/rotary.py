@@ -38,12 +38,16 @@ class Rotary:
 
     def tables(self, positions: torch.Tensor, dtype: torch.dtype) -> RotaryTables:
         """The tables of `positions` [rows] (int64), in `dtype`."""
-        angles = positions.to(torch.float32)[:, None] * self._frequencies
-        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
+        cos, sin = self.angles(positions)
         return RotaryTables(
             torch.cat((cos, cos), dim=-1).to(dtype)[:, None, :],
             torch.cat((-sin, sin), dim=-1).to(dtype)[:, None, :],
         )
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of `positions` [rows] (int64), each fp32 [rows, head_dim / 2]."""
+        angles = positions.to(torch.float32)[:, None] * self._frequencies
+        return angles.cos() * self._scale, angles.sin() * self._scale
 
 
 def rotary_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Where a model's weights go, and filling them from a checkpoint.
 
-A model allocates its (fused) weights and binds each checkpoint name to the view that it fills.
+A model allocates its (fused) weights and binds each checkpoint name to the targets that it fills.
 Names and shapes are checked for all tensors before the first byte is read; each source tensor is
-dropped as soon as it is copied.
+dropped as soon as it is copied or packed.
 """
 
 from __future__ import annotations
@@ -13,19 +13,36 @@ from collections.abc import Callable, Sequence
 import torch
 
 from xllm.errors import ConfigError
+from xllm.worker.kernels.linear import PackedLinear
+from xllm.worker.kernels.packing import BLOCK, Kind, num_blocks
+from xllm.worker.kernels.team import Team
+from xllm.worker.layers.embedding import Embedding
+from xllm.worker.layers.linear import Linear
 from xllm.worker.loader.checkpoint import Checkpoint
+from xllm.worker.loader.targets import (
+    BiasTarget,
+    CopyTarget,
+    JoinedTargets,
+    KeepTarget,
+    PackTarget,
+    WeightTarget,
+)
 
 _SHOWN = 5
 
 
 class WeightTable:
     """The weights of a model under construction: allocates them, and knows which tensor of the
-    checkpoint fills which part."""
+    checkpoint fills which part. With a `team` linear maps are packed for the kernels as their
+    tensors come, and embeddings stay in their file."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, team: Team | None = None) -> None:
         self.dtype = dtype
         self.device = device
-        self.targets: dict[str, torch.Tensor] = {}
+        self.team = team
+        self.targets: dict[str, list[WeightTarget]] = {}
+        self.num_bytes = 0
+        """Of all weights, but for what stays in its file."""
 
     def one(self, name: str, *shape: int) -> torch.Tensor:
         """A weight that one tensor fills."""
@@ -33,9 +50,9 @@ class WeightTable:
 
     def stacked(self, names: Sequence[str], rows: Sequence[int], *rest: int) -> torch.Tensor:
         """A weight [sum(rows), *rest] that several tensors fill, one below the other."""
-        weight = torch.empty((sum(rows), *rest), dtype=self.dtype, device=self.device)
+        weight = self._allocate((sum(rows), *rest))
         for name, part in zip(names, torch.split(weight, list(rows)), strict=True):
-            self.targets[name] = part
+            self.bind(name, CopyTarget(part))
         return weight
 
     def grouped(
@@ -43,17 +60,68 @@ class WeightTable:
     ) -> torch.Tensor:
         """A weight [groups + num_spare, names * rows, columns]: each group's part is filled by
         the tensors `group.name`, one below the other; the spare parts are left as they are."""
-        shape = (len(groups) + num_spare, len(names) * rows, columns)
-        weight = torch.empty(shape, dtype=self.dtype, device=self.device)
+        weight = self._allocate((len(groups) + num_spare, len(names) * rows, columns))
         for group, whole in zip(groups, weight, strict=False):
             for name, part in zip(names, whole.split(rows), strict=True):
-                self.targets[f"{group}.{name}"] = part
+                self.bind(f"{group}.{name}", CopyTarget(part))
         return weight
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(part.numel() * part.element_size() for part in self.targets.values())
+    def linear(
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        columns: int,
+        *,
+        bias: bool = False,
+        gated: bool = False,
+    ) -> Linear | PackedLinear:
+        """A linear map of `columns` inputs whose outputs the maps `names` give, rows[i] each, one
+        below the other. `gated`: they are gate and up, of the same size, and the packed form
+        gives silu(gate) * up."""
+        weights, biases = [f"{n}.weight" for n in names], [f"{n}.bias" for n in names]
+        if self.team is None:
+            weight = self.stacked(weights, rows, columns)
+            return Linear(weight, self.stacked(biases, rows) if bias else None)
+        kind = Kind.BF16 if self.dtype == torch.bfloat16 else Kind.FP32
+        linear = PackedLinear(kind, sum(rows), columns, self.team, gated=gated)
+        self._bind_packed(linear, weights, list(rows), bias=False)
+        if bias:
+            self._bind_packed(linear, biases, list(rows), bias=True)
+        self.num_bytes += linear.num_bytes
+        return linear
+
+    def embedding(self, name: str, rows: int, columns: int) -> Embedding:
+        """A table of `rows` vectors."""
+        if self.team is None:
+            return Embedding(self.one(name, rows, columns), self.dtype)
+        embedding = Embedding(torch.empty((0, columns)), self.dtype)
+        self.bind(name, KeepTarget((rows, columns), embedding.read_from))
+        return embedding
+
+    def bind(self, name: str, target: WeightTarget) -> None:
+        """Have the checkpoint's tensor `name` fill a target; it may fill several."""
+        self.targets.setdefault(name, []).append(target)
+
+    def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
+        weight = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.num_bytes += weight.numel() * weight.element_size()
+        return weight
+
+    def _bind_packed(
+        self, linear: PackedLinear, names: list[str], rows: list[int], *, bias: bool
+    ) -> None:
+        kind = BiasTarget if bias else PackTarget
+        if linear.gated or not any(count % BLOCK for count in rows[:-1]):
+            stride = len(rows) if linear.gated else 1
+            first = 0
+            for number, (name, count) in enumerate(zip(names, rows, strict=True)):
+                self.bind(name, kind(linear, count, number if linear.gated else first, stride))
+                first += num_blocks(count)
+            return
+        whole = kind(linear, sum(rows), 0, 1)
+        joined = JoinedTargets(rows, whole.shape[1:], self.dtype, whole.fill)
+        for name, target in zip(names, joined.targets(), strict=True):
+            self.bind(name, target)
 
 
 def load_weights(
@@ -71,9 +139,8 @@ def load_weights(
     total, loaded = checkpoint.total_bytes, 0
     progress(0, total)
     for entry, source in checkpoint.tensors():
-        target = table.targets.get(entry.name)
-        if target is not None:
-            target.copy_(source)
+        for target in table.targets.get(entry.name, ()):
+            target.fill(source)
         loaded += entry.num_bytes
         progress(loaded, total)
 
@@ -94,8 +161,8 @@ def _check_names(checkpoint: Checkpoint, table: WeightTable, unused: Sequence[st
             f"{_listed(unexpected)}",
             param="model.path",
         )
-    for name, target in targets.items():
-        shape, wanted = entries[name].shape, tuple(target.shape)
+    for name, wanted in ((n, target.shape) for n, found in targets.items() for target in found):
+        shape = entries[name].shape
         if shape != wanted:
             raise ConfigError(
                 f"{name} has shape {list(shape)} ({math.prod(shape)} numbers), "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from xllm.errors import ConfigError
 from xllm.protocol.step import KvGroup
-from xllm.worker.models.model import KvGroupSpec
+from xllm.worker.loader.kv_groups import KvGroupSpec
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from xllm.errors import ConfigError
+from xllm.worker.kernels.fused import FusedHead, LayerParts
+from xllm.worker.kernels.linear import PackedLinear
 from xllm.worker.layers.decoder import Attention, DecoderLayer, FeedForward
 from xllm.worker.layers.experts import ExpertTables
 from xllm.worker.layers.linear import Linear
 from xllm.worker.layers.norm import RmsNorm
 from xllm.worker.layers.rotary import Rotary, RotaryTables
 from xllm.worker.loader.config import ModelConfig, RawConfig
+from xllm.worker.loader.kv_groups import kv_groups
 from xllm.worker.loader.rope import read_rope
 from xllm.worker.loader.weights import WeightTable
-from xllm.worker.models.model import kv_groups
 
 
 class DenseDecoder:
@@ -28,7 +29,7 @@ class DenseDecoder:
         self.kv_groups = kv_groups(config)
         vocab, hidden = config.vocab_size, config.hidden_size
         self._dtype = table.dtype
-        self._embedding = table.one("model.embed_tokens.weight", vocab, hidden)
+        self._embedding = table.embedding("model.embed_tokens.weight", vocab, hidden)
         self._layers = [
             DecoderLayer(
                 config,
@@ -40,8 +41,13 @@ class DenseDecoder:
             for index in range(config.num_layers)
         ]
         self._norm = RmsNorm(table.one("model.norm.weight", hidden), config.rms_norm_eps)
-        tied = config.tie_word_embeddings
-        self._head = Linear(self._embedding if tied else table.one("lm_head.weight", vocab, hidden))
+        self._head: Linear | PackedLinear
+        if config.tie_word_embeddings and table.team is None:
+            self._head = Linear(self._embedding.weight)
+        else:
+            name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+            self._head = table.linear([name], [vocab], hidden)
+        self._fused_head: FusedHead | None = None
         self._rotary = Rotary(config.rope, config.head_dim, table.device)
 
     def feed_forward(self, index: int, prefix: str, table: WeightTable) -> FeedForward | None:
@@ -51,11 +57,15 @@ class DenseDecoder:
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[rows] to [rows, hidden]."""
-        return F.embedding(token_ids, self._embedding)
+        return self._embedding(token_ids)
 
     def tables(self, positions: torch.Tensor) -> RotaryTables:
         """Cosines and sines of the rows' positions."""
         return self._rotary.tables(positions, self._dtype)
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the rows' positions, fp32 [rows, head_dim / 2]."""
+        return self._rotary.angles(positions)
 
     def layer(
         self, index: int, hidden: torch.Tensor, tables: RotaryTables, attention: Attention
@@ -65,6 +75,8 @@ class DenseDecoder:
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Norm and head: fp32 logits [rows, vocab]."""
+        if self._fused_head is not None:
+            return self._fused_head(hidden.float())
         return self._head(self._norm(hidden)).float()
 
     def normalised(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -75,6 +87,16 @@ class DenseDecoder:
         """Fuse what can only be fused once it is loaded."""
         for layer in self._layers:
             layer.finish()
+        if isinstance(self._head, PackedLinear):
+            assert self._head.team is not None
+            norm = self._norm
+            self._fused_head = FusedHead(self._head.team, norm.weight, norm.eps, self._head)
+
+    def parts(self) -> list[LayerParts] | None:
+        """Each layer's weights as the kernels take them; None: they are not packed."""
+        found = [layer.parts() for layer in self._layers]
+        packed = [parts for parts in found if parts is not None]
+        return packed if len(packed) == len(found) else None
 
 
 def read_dense(

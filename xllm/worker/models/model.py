@@ -12,23 +12,13 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from xllm.worker.kernels.fused import LayerParts
 from xllm.worker.layers.decoder import Attention
 from xllm.worker.layers.experts import ExpertTables
 from xllm.worker.layers.rotary import RotaryTables
 from xllm.worker.loader.config import ModelConfig, RawConfig
+from xllm.worker.loader.kv_groups import KvGroupSpec
 from xllm.worker.loader.weights import WeightTable
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class KvGroupSpec:
-    """Layers whose KV has one form: per token num_kv_heads x head_dim keys and values, of which
-    a token sees the last `window` (0: all)."""
-
-    name: str
-    window: int
-    layers: tuple[int, ...]
-    num_kv_heads: int
-    head_dim: int
 
 
 class DecoderModel(Protocol):
@@ -62,6 +52,12 @@ class NativeModel(DecoderModel, Protocol):
     def tables(self, positions: torch.Tensor) -> RotaryTables:
         """What the layers need of the rows' positions [rows] int64; once a step."""
 
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for the kernels: cosines and sines, fp32 [rows, head_dim / 2]."""
+
+    def parts(self) -> list[LayerParts] | None:
+        """Each layer's weights as the kernels take them; None: they are not packed."""
+
     def layer(
         self, index: int, hidden: torch.Tensor, tables: RotaryTables, attention: Attention
     ) -> torch.Tensor:
@@ -85,16 +81,6 @@ class WholeModel(DecoderModel, Protocol):
     ) -> torch.Tensor:
         """Rows [rows] int64 at `positions` [rows] int64 through all layers: [rows, hidden].
         Each layer is told of before and after, the latter with its output."""
-
-
-def kv_groups(config: ModelConfig) -> tuple[KvGroupSpec, ...]:
-    """One group a distinct window, the full one first."""
-    groups = []
-    for window in sorted(set(config.layer_windows)):
-        layers = tuple(i for i, found in enumerate(config.layer_windows) if found == window)
-        name = "full" if window == 0 else f"window-{window}"
-        groups.append(KvGroupSpec(name, window, layers, config.num_kv_heads, config.head_dim))
-    return tuple(groups)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

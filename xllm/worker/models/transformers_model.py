@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from xllm.worker.layers.decoder import Attention
 from xllm.worker.layers.experts import ExpertTables
 from xllm.worker.loader.config import ModelConfig
-from xllm.worker.models.model import KvGroupSpec, kv_groups
+from xllm.worker.loader.kv_groups import KvGroupSpec, kv_groups
 from xllm.worker.models.transformers_bridge import Bridge, window_marker
 
 
