@@ -24,7 +24,7 @@ ROUNDS_INPUT = {"avx512-bf16", "amx"}  # with bfloat16 weights
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=load().reason)
 
 per_variant = pytest.mark.parametrize("variant", VARIANTS, ids=[v.name for v in VARIANTS])
-per_kind = pytest.mark.parametrize("kind", list(Kind))
+per_kind = pytest.mark.parametrize("kind", [Kind.BF16, Kind.FP32])
 
 
 @pytest.fixture(scope="module", params=[1, 3])

@@ -34,6 +34,14 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "xk_free": (None, [_POINTER, _I64]),
     "xk_packed_bytes": (_I64, [_I32, _I64, _I32]),
     "xk_pack": (None, [_POINTER, _I32, _POINTER, _I32, _I64, _I32, _I64, _POINTER, _I64, _I64]),
+    "xk_pack_integers": (
+        None,
+        [
+            *(_POINTER, _I32, _I32, _POINTER, _I32, _I64, _I32, _I64),
+            *(_POINTER, _POINTER, _I64, _I64),
+        ],
+    ),
+    "xk_integer_variant": (ctypes.c_char_p, []),
     "xk_gemm_scratch_bytes": (_I64, [_I32, _I32, _I32]),
     "xk_gemm": (
         None,
@@ -127,6 +135,7 @@ class Library:
         if "amx" in usable:
             text += ", amx from 16 rows"
         wrong = [variant.name for variant in self.variants if variant.wrong]
+        text += f"; quantized weights by {self.c.xk_integer_variant().decode()}"
         if wrong:
             text += f"; not used, for wrong results: {', '.join(wrong)}"
         return text

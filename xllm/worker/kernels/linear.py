@@ -13,6 +13,13 @@ from enum import IntEnum
 import torch
 import torch.nn.functional as F
 
+from xllm.worker.kernels.integers import (
+    GROUPS,
+    integer_shape,
+    make_scales,
+    multiply_integers,
+    pack_integers,
+)
 from xllm.worker.kernels.library import CWeight
 from xllm.worker.kernels.packing import (
     BLOCK,
@@ -64,15 +71,22 @@ class PackedLinear:
         self.kind, self.team, self.gated = kind, team, gated
         self.num_outputs, self.num_inputs = num_outputs, num_inputs
         blocks = 2 * num_blocks(num_outputs // 2) if gated else num_blocks(num_outputs)
-        shape, dtype = packed_shape(kind, blocks, num_inputs), packed_dtype(kind)
+        self.scales = make_scales(kind, blocks, num_inputs) if kind in GROUPS else None
+        if self.scales is None:
+            shape, dtype = packed_shape(kind, blocks, num_inputs), packed_dtype(kind)
+        else:
+            shape, dtype = integer_shape(kind, blocks, num_inputs), torch.uint8
         if team is None:
             self.packed = torch.zeros(shape, dtype=dtype)
         else:
             size = team.library.c.xk_packed_bytes(kind, blocks * BLOCK, num_inputs)
             self.packed = team.library.allocate(size).view(dtype).view(shape)
         self.bias: torch.Tensor | None = None
-        self._weight = CWeight(kind, num_outputs, num_inputs, 0, self.packed.data_ptr())
+        group = GROUPS.get(kind, 0)
+        self._weight = CWeight(kind, num_outputs, num_inputs, group, self.packed.data_ptr())
         self._weight.variant = variant
+        if self.scales is not None:
+            self._weight.scales = self.scales.data_ptr()
 
     @property
     def c_weight(self) -> CWeight:
@@ -81,9 +95,9 @@ class PackedLinear:
 
     @property
     def num_bytes(self) -> int:
-        """Of the packed weights and the bias."""
-        bias = 0 if self.bias is None else self.bias.numel() * 4
-        return self.packed.numel() * self.packed.element_size() + bias
+        """Of the packed weights, their scales and the bias."""
+        parts = (self.packed, self.scales, self.bias)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     def place(self, part: Part) -> None:
         """Pack rows of a source (bfloat16, float16 or float32; each row contiguous) to their
@@ -97,20 +111,20 @@ class PackedLinear:
                 f" {self.num_inputs} inputs from block {part.first_block} on"
             )
         if self.team is None or source.dtype not in _SOURCES or source.stride(1) != 1:
-            self.packed[part.first_block : last + 1 : part.stride] = pack(self.kind, source)
+            taken = slice(part.first_block, last + 1, part.stride)
+            if self.scales is None:
+                self.packed[taken] = pack(self.kind, source)
+            else:
+                self.packed[taken], self.scales[taken] = pack_integers(self.kind, source)
             return
-        self.team.library.c.xk_pack(
-            self.team.handle,
-            self.kind,
-            source.data_ptr(),
-            _SOURCES[source.dtype],
-            source.shape[0],
-            self.num_inputs,
-            source.stride(0),
-            self.packed.data_ptr(),
-            part.first_block,
-            part.stride,
-        )
+        c, team = self.team.library.c, self.team.handle
+        rows = (source.data_ptr(), _SOURCES[source.dtype], source.shape[0], self.num_inputs)
+        to, where = self.packed.data_ptr(), (part.first_block, part.stride)
+        if self.scales is None:
+            c.xk_pack(team, self.kind, *rows, source.stride(0), to, *where)
+        else:
+            scales, group = self.scales.data_ptr(), GROUPS[self.kind]
+            c.xk_pack_integers(team, self.kind, group, *rows, source.stride(0), to, scales, *where)
 
     def place_bias(self, bias: torch.Tensor, first_block: int = 0, stride: int = 1) -> None:
         """Add rows of a bias [rows] to the blocks that `place` gave to its weights."""
@@ -147,7 +161,11 @@ class PackedLinear:
 
     def twin(self, x: torch.Tensor) -> torch.Tensor:
         """The same in torch, without the sum of ADD."""
-        y = F.linear(x, unpack(self.kind, self.packed, self.num_inputs), self.bias)
+        if self.scales is None:
+            y = F.linear(x, unpack(self.kind, self.packed, self.num_inputs), self.bias)
+        else:
+            y = multiply_integers(self.kind, x, self.packed, self.scales)
+            y = y if self.bias is None else y + self.bias
         if not self.gated:
             return y[:, : self.num_outputs]
         gate, up = y.view(x.shape[0], -1, 2, BLOCK).unbind(2)

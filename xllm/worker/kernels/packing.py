@@ -18,6 +18,9 @@ class Kind(IntEnum):
 
     BF16 = 0
     FP32 = 1
+    INT8 = 2  # these three: integers.py
+    INT4 = 3
+    W8A8 = 4
 
 
 def num_blocks(num_outputs: int) -> int:

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "gemm.h"
+#include "gemm_int.h"
 #include "pack.h"
 #include "probe.h"
 #include "team.h"
@@ -40,6 +40,10 @@ struct PackCall {
   int64_t ld;
   char* packed;
   int64_t stride;
+  // Of quantized kinds:
+  int32_t group = 0;
+  void* scales = nullptr;
+  int64_t first_block = 0;
 };
 
 void run_product(void* argument, int thread) {
@@ -50,8 +54,13 @@ void run_product(void* argument, int thread) {
 void run_pack(void* argument, int) {
   const PackCall& c = *static_cast<PackCall*>(argument);
   const int64_t blocks = (c.rows + 15) / 16;
-  for (int64_t b = c.team->claim(); b < blocks; b = c.team->claim())
-    xk::pack_rows(c.kind, c.source, c.type, c.rows, c.k, c.ld, c.packed, b, b + 1, c.stride);
+  for (int64_t b = c.team->claim(); b < blocks; b = c.team->claim()) {
+    if (c.scales != nullptr)
+      xk::pack_int_rows(c.kind, c.group, c.source, c.type, c.rows, c.k, c.ld, c.packed, c.scales, b,
+                        b + 1, c.first_block, c.stride);
+    else
+      xk::pack_rows(c.kind, c.source, c.type, c.rows, c.k, c.ld, c.packed, b, b + 1, c.stride);
+  }
 }
 
 }  // namespace
@@ -103,6 +112,17 @@ XK_API void xk_pack(void* team, int32_t kind, const void* source, int32_t type, 
   PackCall call{&t, kind, source, static_cast<xk::SourceType>(type), rows, k, ld, to, stride};
   t.run(run_pack, &call);
 }
+
+// As xk_pack, to integers of `group` and their scales; see gemm_int.h.
+XK_API void xk_pack_integers(void* team, int32_t kind, int32_t group, const void* source,
+                             int32_t type, int64_t rows, int32_t k, int64_t ld, void* packed,
+                             void* scales, int64_t first_block, int64_t stride) {
+  xk::Team& t = *static_cast<xk::Team*>(team);
+  PackCall call{&t,     kind,  source,      static_cast<xk::SourceType>(type), rows, k, ld,
+                static_cast<char*>(packed), stride, group, scales, first_block};
+  t.run(run_pack, &call);
+}
+XK_API const char* xk_integer_variant() { return xk::int_variant_name(); }
 
 XK_API int64_t xk_gemm_scratch_bytes(int32_t kind, int32_t rows, int32_t k) {
   return xk::gemm_scratch_bytes(kind, rows, k);

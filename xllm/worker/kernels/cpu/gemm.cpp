@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "gemm_int.h"
 #include "gemm_variants.h"
 #include "pack.h"
 #include "variant.h"
@@ -174,6 +175,10 @@ int64_t gemm_scratch_bytes(int32_t, int32_t rows, int32_t k) {
 
 void gemm(Team& team, int thread, const Weight& weight, const float* x, int64_t ldx, int32_t rows,
           float* y, int64_t ldy, Epilogue epilogue, void* scratch) {
+  if (is_integer(weight.kind)) {
+    gemm_int(team, thread, weight, x, ldx, rows, y, ldy, epilogue, scratch);
+    return;
+  }
   gemm_of(weight, rows)(team, thread, weight, x, ldx, rows, y, ldy, epilogue, scratch);
 }
 

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "gemm.h"
+#include "gemm_int.h"
 
 namespace xk {
 namespace {
@@ -89,7 +89,21 @@ void turn_floats(const Rows<float>& run, int32_t count, float* to) {
 
 }  // namespace
 
+void read_numbers(const void* source, SourceType type, int64_t first, int64_t count, float* to) {
+  if (type == kFromFp32) {
+    std::memcpy(to, static_cast<const float*>(source) + first, static_cast<size_t>(count) * 4);
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(source) + first;
+  for (int64_t i = 0; type == kFromBf16 && i < count; ++i) {
+    const uint32_t wide = static_cast<uint32_t>(from[i]) << 16;
+    std::memcpy(to + i, &wide, 4);
+  }
+  for (int64_t i = 0; type == kFromFp16 && i < count; ++i) to[i] = from_half(from[i]);
+}
+
 int64_t packed_bytes(int32_t kind, int64_t n, int32_t k) {
+  if (is_integer(kind)) return int_packed_bytes(kind, n, k);
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   if (kind == kFp32) return blocks * k * kBlock * 4;
   return blocks * ((k + 1) / 2) * kBlock * 4;

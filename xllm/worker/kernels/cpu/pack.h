@@ -7,6 +7,9 @@ namespace xk {
 
 enum SourceType : int32_t { kFromBf16 = 0, kFromFp16 = 1, kFromFp32 = 2 };
 
+// `count` numbers of a source from `first` on, to floats.
+void read_numbers(const void* source, SourceType type, int64_t first, int64_t count, float* to);
+
 // Bytes of n outputs of k inputs, padded to whole blocks.
 int64_t packed_bytes(int32_t kind, int64_t n, int32_t k);
 
