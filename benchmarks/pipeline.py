@@ -1,13 +1,15 @@
 """What the asynchronous pipeline gains: output tokens a second with it over without it.
 
-    python -m benchmarks.pipeline [--model DIR | --toy-ms MS] [--repetitions 7] [--json]
+    python -m benchmarks.pipeline [--shapes demo,50m,0.6b | --model DIR | --toy-ms MS]
+        [--repetitions 7] [--json]
 
 A master in this process and its worker in another, once with the pipeline and once without, both
 up for the whole run; they take turns, so that a change of the machine's speed meets both. The load
 is that of W2: 16 requests at once, 128 tokens in and 64 out, greedy. Prints medians of tokens a
 second, the ratio, and the share of the time between first and last step in which the worker was
 idle while there was work. Then requests of one token each come at random times into 15 that
-decode: how long such a newcomer waits for its token, with and without.
+decode: how long such a newcomer waits for its token, with and without. Shapes other than the demo
+model's are models of random weights (`benchmarks.random_model`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import pathlib
 import random
 import statistics
+import tempfile
 import time
 from typing import Any
 
@@ -26,6 +29,7 @@ import msgspec
 import uvloop
 
 from benchmarks.peer_hosts import Clocks, EngineHost, Requests
+from benchmarks.random_model import SHAPES, write_random_model
 from xllm.cli.model_source import demo_model_path
 from xllm.config.environment import prepare_environment
 from xllm.config.load import load
@@ -34,7 +38,13 @@ from xllm.protocol.instance import AdmitRequest, InstanceReply, TokenBatch
 from xllm.protocol.sampling import SamplingParams
 
 NUM_REQUESTS, PROMPT, OUTPUT = 16, 128, 64
+DEMO = "demo"
 NUM_NEWCOMERS = 24
+NEWCOMER_OUTPUT = 4 * OUTPUT
+"""How long the others decode: steps enough for the newcomers."""
+KV_BYTES = 1 << 30
+WORST_IDLE = 0.02
+"""The share of the time that the worker may be idle with the pipeline."""
 
 
 def engine_settings(options: argparse.Namespace, pipelined: bool) -> dict[str, str]:
@@ -43,7 +53,7 @@ def engine_settings(options: argparse.Namespace, pipelined: bool) -> dict[str, s
         "model.dtype": options.dtype,
         "model.max_model_len": "2048",
         "worker.num_threads": str(options.threads),
-        "worker.kv_cache_bytes": str(256 << 20),
+        "worker.kv_cache_bytes": str(KV_BYTES),
         "scheduler.async_scheduling": str(pipelined).lower(),
         "cluster.log_level": "warning",
     }
@@ -120,7 +130,7 @@ async def newcomers(host: PipelineHost, rng: random.Random, vocab_size: int) -> 
     prompts = w2_like(rng, vocab_size)[1:]
     waits = []
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(host.run([(ids, 16 * OUTPUT) for ids, _ in prompts]))
+        running = group.create_task(host.run([(ids, NEWCOMER_OUTPUT) for ids, _ in prompts]))
         await asyncio.sleep(0.2)
         for _ in range(NUM_NEWCOMERS):
             await asyncio.sleep(rng.uniform(0.005, 0.03))
@@ -163,28 +173,60 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def main() -> None:
-    prepare_environment()
+def measure_shapes(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Reports by shape, one after the other; of `--model` or `--toy-ms` just that one."""
+    if options.model or options.toy_ms is not None:
+        return {pathlib.Path(options.model).name or "toy": _run(options)}
+    reports = {}
+    with tempfile.TemporaryDirectory(prefix="xllm-pipeline-") as directory:
+        for shape in options.shapes.split(","):
+            path = ""
+            if shape != DEMO:
+                path = str(write_random_model(SHAPES[shape], pathlib.Path(directory) / shape))
+            reports[shape] = _run(argparse.Namespace(**{**vars(options), "model": path}))
+    return reports
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(measure(options))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default=DEMO, help=f"of {DEMO}, {', '.join(SHAPES)}")
     parser.add_argument("--model", default="")
     parser.add_argument("--toy-ms", type=float, default=None)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        report = runner.run(measure(options))
+    options = parser.parse_args(arguments)
+    unknown = set(options.shapes.split(",")) - {DEMO, *SHAPES}
+    if unknown:
+        parser.error(f"--shapes: {', '.join(sorted(unknown))} is none of {DEMO}, {list(SHAPES)}")
+    return options
+
+
+def main() -> None:
+    """Measure and print."""
+    prepare_environment()
+    options = parse()
+    reports = measure_shapes(options)
     if options.json:
-        print(json.dumps(report))
+        print(json.dumps(reports))
         return
-    for name in ("off", "on"):
-        row = report[name]
-        print(
-            f"pipeline {name:<4} {row['tok_s']:9.1f} tok/s   idle {100 * row['idle']:5.2f}%   "
-            f"TTFT {row['ttft_ms']:7.1f} ms   newcomer {row['newcomer_ms'] or 0:7.1f} ms"
-        )
-    print(f"ratio on/off  {report['ratio']:.3f}")
+    for shape, report in reports.items():
+        for name in ("off", "on"):
+            row = report[name]
+            print(
+                f"{shape:<5} pipeline {name:<4} {row['tok_s']:9.1f} tok/s   "
+                f"idle {100 * row['idle']:5.2f}%   TTFT {row['ttft_ms']:7.1f} ms   "
+                f"newcomer {row['newcomer_ms'] or 0:7.1f} ms"
+            )
+        within = "within" if report["on"]["idle"] <= WORST_IDLE else "above"
+        print(f"{shape:<5} ratio on/off  {report['ratio']:.3f}, idle {within} {WORST_IDLE:.0%}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """The master's small pure parts: routes, restarts, latency, metrics."""
 
+import dataclasses
+
 from xllm.master.latency import LatencyMeter
+from xllm.master.limits import InstanceLimits
 from xllm.master.metrics import MasterMetrics
 from xllm.master.outcome import StepOutcome
 from xllm.master.restarts import WorkerRestarts
 from xllm.master.routes import RequestRoutes
+from xllm.master.scheduler import Scheduler
 from xllm.protocol.instance import PromptScores, RequestEnded, TokenItem
 
 
@@ -89,3 +93,11 @@ def test_metrics_are_prometheus_text():
     assert "xllm_master_tokens_total 2.0" in text
     assert "xllm_master_ended_total 1.0" in text
     assert "waiting_sequences" not in text
+
+
+def test_every_figure_of_the_scheduler_is_exported():
+    stats = Scheduler(InstanceLimits("m", 8, 4, 32, 100)).statistics()
+    shown = dataclasses.replace(stats, num_paused=3, num_pauses=7)
+    text = MasterMetrics().text(shown).decode()
+    assert "xllm_master_paused_sequences 3.0" in text
+    assert "xllm_master_pauses 7.0" in text

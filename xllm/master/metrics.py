@@ -65,11 +65,13 @@ class MasterMetrics:
         gauges: tuple[tuple[str, str, float], ...] = (
             ("waiting_sequences", "Sequences that wait.", stats.num_waiting),
             ("running_sequences", "Sequences that run.", stats.num_running),
+            ("paused_sequences", "Sequences that keep their KV off the steps.", stats.num_paused),
             ("blocks", "KV blocks.", stats.num_blocks),
             ("available_blocks", "KV blocks free or reusable.", stats.num_available_blocks),
             ("cached_blocks", "KV blocks in the prefix cache.", stats.num_cached_blocks),
             ("waiting_tokens", "Tokens still to be computed.", stats.waiting_tokens),
             ("preemptions", "Preemptions of this worker's life.", stats.num_preemptions),
+            ("pauses", "Pauses of this worker's life.", stats.num_pauses),
             ("evictions", "Evicted blocks of this worker's life.", stats.num_evictions),
             ("worker_busy_seconds", "Time in steps of this worker's life.", stats.worker_busy_s),
             (
