@@ -19,13 +19,16 @@ typedef uint32_t Words __attribute__((vector_size(32), may_alias));
 struct Lanes {
   using Part = __m256;
   static constexpr int kParts = 2, kRows1 = 6, kRows2 = 3, kRows4 = 1;
+  static constexpr int kHeldBlocks = 0;
   static XK_INLINE Part zero() { return _mm256_setzero_ps(); }
   static XK_INLINE Part load(const float* from) { return _mm256_loadu_ps(from); }
   static XK_INLINE void store(float* to, Part part) { _mm256_storeu_ps(to, part); }
   static XK_INLINE Part spread(const uint32_t* x) {
     return _mm256_broadcast_ss(reinterpret_cast<const float*>(x));
   }
-  static XK_INLINE Part mac(Part acc, Part w, Part x) { return _mm256_fmadd_ps(w, x, acc); }
+  static XK_INLINE void mac(Part& acc, Part w, Part x) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
+  }
 };
 
 struct Fp32 : Lanes {

@@ -16,8 +16,8 @@ namespace {
 
 struct Bf16Pairs {
   using Part = __m512;
-  static constexpr int kParts = 1, kRows1 = 0, kRows2 = 14, kRows4 = 6;
-  static constexpr int kUnits = 1;
+  static constexpr int kParts = 1, kRows1 = 14, kRows2 = 14, kRows4 = 6;
+  static constexpr int kUnits = 1, kHeldBlocks = 0;
   static XK_INLINE Part zero() { return _mm512_setzero_ps(); }
   static XK_INLINE Part load(const float* from) { return _mm512_loadu_ps(from); }
   static XK_INLINE void store(float* to, Part part) { _mm512_storeu_ps(to, part); }
@@ -25,8 +25,8 @@ struct Bf16Pairs {
   static XK_INLINE Part spread(const uint32_t* x) {
     return _mm512_set1_ps(*reinterpret_cast<const float*>(x));
   }
-  static XK_INLINE Part mac(Part acc, Part w, Part x) {
-    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+  static XK_INLINE void mac(Part& acc, Part w, Part x) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
   }
 };
 

@@ -3,7 +3,7 @@
 //
 // A few rows (one tile) read the weights straight through. More rows take the weights in panels
 // that stay in the cache while all tiles of a stretch of rows pass over them; a source Few that is
-// dear to expand is widened once a panel, to the form that Many reads. Both give the same bits: a
+// dear to expand may be widened once a panel, to the form that Many reads. Both give the same bits: a
 // further panel of k continues from the stored fp32 sums. <type_traits> and <utility> stand before
 // the pragma.
 #pragma once
@@ -59,13 +59,13 @@ struct Job {
 
 template <class S>
 void few_rows(const Job& job, int rows) {
-  const int per_tile = tile_blocks<S>(rows, kMaxBlocks);
+  const int per_tile = tile_blocks<S>(rows);
   const int per_group = per_tile < 2 ? 2 : per_tile;
   const int64_t fair = job.blocks / (job.team.size() * 4);
   int64_t per_claim = kClaimBytes / (static_cast<int64_t>(job.steps) * kStepBytes) + 1;
   per_claim = per_claim < fair ? per_claim : fair;
   per_claim = per_claim < per_group ? per_group : (per_claim + per_group - 1) / per_group * per_group;
-  const Tile run = tile_of<S>(rows, per_tile);
+  const Tile run = tile_of<S>(rows);
 
   TileArguments a;
   a.x = job.x;
@@ -74,7 +74,6 @@ void few_rows(const Job& job, int rows) {
   a.ahead = kAhead;
   a.switch_step = job.steps - kAhead / kStepBytes;
   a.switch_step = a.switch_step < 0 ? 0 : a.switch_step / kLine * kLine;
-  a.next_stride = kStepBytes;
   a.resume = false;
   float* sums = own_buffers().sums;
 
@@ -105,7 +104,6 @@ void few_rows(const Job& job, int rows) {
 struct Panel {
   const char* at[kPanelBlocks];
   const char* next[kPanelBlocks];
-  int32_t next_stride;
   int32_t step, steps;  // in steps of Many
 };
 
@@ -117,13 +115,12 @@ void walk_tiles(const Job& job, const Tiling& tiling, int64_t first, int64_t las
   a.c_stride = kPanelBlocks * kBlock;
   a.steps = panel.steps;
   a.ahead = 512;
-  a.next_stride = panel.next_stride;
   a.resume = panel.step > 0;
   for (int64_t t = first; t < last; ++t) {
     const int64_t start = tiling.start(t);
     const int rows = static_cast<int>(tiling.start(t + 1) - start);
-    const int per_tile = tile_blocks<S>(rows, kPanelBlocks);
-    const Tile run = tile_of<S>(rows, per_tile);
+    const int per_tile = tile_blocks<S>(rows);
+    const Tile run = tile_of<S>(rows);
     const int64_t line = panel.step * S::kUnits / kLine;
     a.x = job.x + (start * job.lines + line * rows) * kLine;
     a.switch_step = t == first ? 0 : panel.steps;  // the first tile fetches the next panel
@@ -158,7 +155,6 @@ void many_rows(const Job& job, const Tiling& tiling) {
       Panel panel;
       panel.step = step * kGrow;
       panel.steps = steps * kGrow;
-      panel.next_stride = kStepBytes / kGrow;
       for (int b = 0; b < kPanelBlocks; ++b) {
         const char* from = job.block(block + b) + static_cast<int64_t>(step) * kStepBytes;
         const char* after = from + static_cast<int64_t>(steps) * kStepBytes;
@@ -250,7 +246,7 @@ void product(const Call& call) {
   constexpr int kInputs = X::kInputs / kLine;  // of a unit
   const int32_t k = call.weight.k, rows = call.rows;
   const int32_t units = (k + kInputs - 1) / kInputs;
-  const Tiling tiling(rows, rows <= tile_rows<Few>() ? tile_rows<Few>() : tile_rows<Many>());
+  const Tiling tiling(rows, rows <= Few::kRows1 ? Few::kRows1 : Many::kRows1);
   Job job{call.team,
           call.weight,
           call.epilogue,

@@ -13,6 +13,7 @@ typedef uint32_t Words __attribute__((vector_size(16), may_alias));
 struct Lanes {
   using Part = Floats;
   static constexpr int kParts = 4, kRows1 = 3, kRows2 = 1, kRows4 = 0;
+  static constexpr int kHeldBlocks = 0;
   static XK_INLINE Part zero() { return Part{}; }
   static XK_INLINE Part load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
   static XK_INLINE void store(float* to, Part part) { *reinterpret_cast<Floats*>(to) = part; }
@@ -21,7 +22,7 @@ struct Lanes {
     __builtin_memcpy(&value, x, 4);
     return Part{value, value, value, value};
   }
-  static XK_INLINE Part mac(Part acc, Part w, Part x) { return acc + w * x; }
+  static XK_INLINE void mac(Part& acc, Part w, Part x) { acc = acc + w * x; }
 };
 
 struct Fp32 : Lanes {

@@ -69,32 +69,38 @@ void read_pieces(void* argument, int) {
   r.seen.fetch_xor(seen, std::memory_order_relaxed);
 }
 
-// Rounds of kChains multiply-adds; the sums are kept opaque so that nothing is computed away.
-#define XK_PEAK(NAME, TARGET, PART, ZERO, STEP, FLOPS)                      \
-  TARGET double NAME(int rounds) {                                          \
-    PART sums[kChains];                                                     \
-    for (int c = 0; c < kChains; ++c) sums[c] = ZERO;                       \
-    PART w = ZERO, x = ZERO;                                                \
-    for (int i = 0; i < rounds; ++i) {                                      \
-      _Pragma("GCC unroll 12") for (int c = 0; c < kChains; ++c) {          \
-        asm("" : "+" XK_REGISTER(sums[c]));                                 \
-        sums[c] = STEP;                                                     \
-      }                                                                     \
-    }                                                                       \
-    for (int c = 0; c < kChains; ++c) asm volatile("" : : XK_REGISTER(sums[c])); \
-    asm volatile("" : : XK_REGISTER(w), XK_REGISTER(x));                    \
-    return static_cast<double>(rounds) * kChains * (FLOPS);                 \
+// Rounds of kChains multiply-adds; what they take is kept opaque so that nothing is computed away.
+// Each sum is a variable of its own: GCC leaves an array in memory here, and would measure that.
+#define XK_EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+#define XK_DECLARE(c) auto sum##c = zero;
+#define XK_STEP(c) asm("" : "+" XK_REGISTER(sum##c), "+" XK_REGISTER(w)); sum##c = XK_MAC(sum##c);
+#define XK_USE(c) asm volatile("" : : XK_REGISTER(sum##c));
+#define XK_PEAK(NAME, TARGET, PART, ZERO, FLOPS)             \
+  TARGET double NAME(int rounds) {                           \
+    const PART zero = ZERO;                                  \
+    PART w = zero, x = zero;                                 \
+    asm volatile("" : "+" XK_REGISTER(w), "+" XK_REGISTER(x)); \
+    XK_EACH(XK_DECLARE)                                      \
+    for (int i = 0; i < rounds; ++i) {                       \
+      XK_EACH(XK_STEP)                                       \
+    }                                                        \
+    XK_EACH(XK_USE)                                          \
+    return static_cast<double>(rounds) * kChains * (FLOPS);  \
   }
 #if defined(__x86_64__)
 #define XK_REGISTER(value) "v"(value)
-XK_PEAK(peak_avx512, __attribute__((target("avx512f"))), __m512, _mm512_setzero_ps(),
-        _mm512_fmadd_ps(w, x, sums[c]), 32)
-XK_PEAK(peak_bf16, __attribute__((target("avx512f,avx512bf16"))), __m512, _mm512_setzero_ps(),
-        _mm512_dpbf16_ps(sums[c], reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x)), 64)
+#define XK_MAC(sum) _mm512_fmadd_ps(w, x, sum)
+XK_PEAK(peak_avx512, __attribute__((target("avx512f"))), __m512, _mm512_setzero_ps(), 32)
+#undef XK_MAC
+#define XK_MAC(sum) \
+  _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x))
+XK_PEAK(peak_bf16, __attribute__((target("avx512f,avx512bf16"))), __m512, _mm512_setzero_ps(), 64)
+#undef XK_MAC
 #undef XK_REGISTER
 #define XK_REGISTER(value) "x"(value)
-XK_PEAK(peak_avx2, __attribute__((target("avx2,fma"))), __m256, _mm256_setzero_ps(),
-        _mm256_fmadd_ps(w, x, sums[c]), 16)
+#define XK_MAC(sum) _mm256_fmadd_ps(w, x, sum)
+XK_PEAK(peak_avx2, __attribute__((target("avx2,fma"))), __m256, _mm256_setzero_ps(), 16)
+#undef XK_MAC
 #undef XK_REGISTER
 #endif
 
@@ -104,7 +110,9 @@ typedef float Floats __attribute__((vector_size(16)));
 #else
 #define XK_REGISTER(value) "m"(value)
 #endif
-XK_PEAK(peak_portable, , Floats, Floats{}, sums[c] + w * x, 8)
+#define XK_MAC(sum) sum + w * x
+XK_PEAK(peak_portable, , Floats, Floats{}, 8)
+#undef XK_MAC
 #undef XK_REGISTER
 
 using Peak = double (*)(int);
