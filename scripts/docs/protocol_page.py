@@ -132,7 +132,11 @@ def _golden_lines(name: str) -> list[str]:
     for entry in read_golden():
         if entry["message"] != name or not entry["conversation"].startswith("client."):
             continue
-        shown = json.dumps(msgspec.msgpack.decode(bytes.fromhex(entry["hex"])), ensure_ascii=False)
+        shown = json.dumps(
+            msgspec.msgpack.decode(bytes.fromhex(entry["hex"])),
+            ensure_ascii=False,
+            default=lambda binary: {"bytes": binary.hex()},
+        )
         lines += [f"{label[entry['shape']]}:", "", "```", *textwrap.wrap(shown, 96), ""]
         lines += [*_wrapped(entry["hex"]), "```", ""]
     return lines

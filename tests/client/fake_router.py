@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from array import array
 
 from xllm.protocol.client import (
     AbortRequest,
@@ -80,6 +81,9 @@ class FakeRouter:
         prompt = submit.prompt
         if submit.messages is not None:
             prompt = submit.messages[-1].content
+        if submit.embed:
+            yield self._embed(submit)
+            return
         assert isinstance(prompt, str)
         verb, *words = prompt.split()
         if verb == "fail":
@@ -102,6 +106,19 @@ class FakeRouter:
                 for index, word in enumerate(words):
                     yield self._delta(submit, index, word)
             yield self._end(submit, words)
+
+    def _embed(self, submit: SubmitRequest) -> RequestFinished | RequestFailed:
+        """Its length is its vector; a prompt of `fail CODE PARAM` fails."""
+        prompt = submit.prompt
+        assert prompt is not None
+        if isinstance(prompt, str) and prompt.startswith("fail"):
+            _, code, param = prompt.split()
+            return RequestFailed(id=submit.id, code=code, message="as asked", param=param)
+        vector = array("f", [len(prompt), submit.dimensions]).tobytes()
+        usage = Usage(prompt_tokens=len(prompt), completion_tokens=0, cached_tokens=1)
+        return RequestFinished(
+            id=submit.id, request_id="r", choices=(), usage=usage, embedding=vector
+        )
 
     def _delta(self, submit: SubmitRequest, index: int, word: str) -> TokenDelta:
         return TokenDelta(id=submit.id, first_index=index, token_ids=(index,), text=word)

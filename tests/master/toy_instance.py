@@ -18,6 +18,7 @@ from xllm.master.scheduler import Scheduler
 from xllm.master.strategies.policy import build_policy
 from xllm.protocol.instance import AdmitRequest, PrefillDone, RequestEnded
 from xllm.protocol.sampling import SamplingParams
+from xllm.worker.loader.pooling import ModelTask
 from xllm.worker.toy.executor import ToyExecutor
 from xllm.worker.toy.faults import NO_FAULTS, ToyFaults
 from xllm.worker.toy.stream import predict
@@ -59,13 +60,17 @@ class ToyInstance:
         self.limits = InstanceLimits(model="toy", vocab_size=VOCAB, **{**bounds, **limits})
         self.scheduler = Scheduler(self.limits, build_policy(SchedulerSettings(**scheduling)))
         self.toy = ToyExecutor(
-            num_blocks=self.limits.num_blocks, block_size=self.limits.block_size, faults=faults
+            num_blocks=self.limits.num_blocks,
+            block_size=self.limits.block_size,
+            faults=faults,
+            task=ModelTask(self.limits.task, self.limits.pooling),
         )
         self.requests: dict[tuple[str, int], AdmitRequest] = {}
         self.streams: dict[tuple[str, int, int], Stream] = {}
         self.ended: dict[tuple[str, int], RequestEnded] = {}
         self.scores: dict[str, dict[int, object]] = {}
         self.prefilled: list[PrefillDone] = []
+        self.vectors: dict[tuple[str, int], bytes] = {}
         self.plans = []
         self.in_flight = deque()
         self.now = 100.0
@@ -83,6 +88,7 @@ class ToyInstance:
             "tenant",
             "ttft_ms",
             "tpot_ms",
+            "embed",
         ):
             if name in options:
                 fields[name] = options.pop(name)
@@ -117,6 +123,10 @@ class ToyInstance:
             assert key not in self.ended, f"{key} ended twice"
             self.ended[key] = ended
         self.prefilled.extend(outcome.prefilled)
+        for word in outcome.vectors:
+            key = (word.request_id, word.attempt)
+            assert key not in self.vectors
+            self.vectors[key] = word.vector
         for scores in outcome.prompt_scores:
             found = self.scores.setdefault(scores.request_id, {})
             for position, row in enumerate(scores.logprobs, scores.first_position):

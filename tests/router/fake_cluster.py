@@ -20,6 +20,7 @@ from xllm.protocol.client import (
 from xllm.protocol.instance import (
     AdmitRequest,
     CancelRequest,
+    PooledVector,
     ProbeAnswer,
     ProbeInstance,
     RequestEnded,
@@ -48,6 +49,8 @@ def in_loop(test: Callable[..., Any]) -> Callable[..., None]:
 
 
 CONTEXT = 512
+WIDTH = 4
+"""Numbers of a vector, where the fake instances embed."""
 
 
 @functools.cache
@@ -118,8 +121,13 @@ class FakeCluster:
     """A service with `names` as ready instances."""
 
     def __init__(
-        self, *names: str, clock: Callable[[], float] | None = None, **router: Any
+        self,
+        *names: str,
+        clock: Callable[[], float] | None = None,
+        task: str = "generate",
+        **router: Any,
     ) -> None:
+        self.task = task
         self.clock = FakeClock()
         self.links = FakeLinks()
         self.settings = Settings(router=RouterSettings(**router))
@@ -146,6 +154,8 @@ class FakeCluster:
                 num_blocks=64,
                 eos_ids=(0,),
                 revision="r1",
+                task=self.task,
+                embedding_size=WIDTH if self.task == "embed" else 0,
             )
         )
         self.change(registered)
@@ -178,6 +188,8 @@ class FakeCluster:
             "traceparent",
             "ttft_ms",
             "tpot_ms",
+            "embed",
+            "dimensions",
         )
         fields = {key: more.pop(key) for key in keys if key in more}
         if "messages" not in fields:
@@ -199,6 +211,12 @@ class FakeCluster:
         item = TokenItem(request_id, choice, attempt, first, ids, reason, stop_id)
         self.service.instance_says("a", TokenBatch((item,)))
         return len(ids)
+
+    def pool(self, request_id: str, vector: bytes, attempt: int = 1) -> None:
+        """The vector of a request, and that its one choice has no tokens."""
+        item = TokenItem(request_id, 0, attempt, 0, (), "length")
+        word = PooledVector(request_id, attempt, vector)
+        self.service.instance_says("a", TokenBatch((item,), vectors=(word,)))
 
     def end(self, request_id: str, attempt: int = 1, code: str = "", cached: int = 0) -> None:
         ended = RequestEnded(request_id, attempt, code, "as told" if code else "", "", cached)

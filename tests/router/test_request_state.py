@@ -456,9 +456,9 @@ def test_prompt_logprobs_come_in_pieces():
     state = make(False, prompt_logprobs=0)
     start(state)
     one, two = (TokenLogprobs(token_id=k, logprob=-1.0) for k in (2, 3))
-    state.prompt_scores(PromptScores("r", 1, 1, (one,)))
-    state.prompt_scores(PromptScores("r", 1, 2, (two,)))
-    state.prompt_scores(PromptScores("r", 1, 3, (two,)))  # beyond the prompt: dropped
+    state.prompt_word(PromptScores("r", 1, 1, (one,)))
+    state.prompt_word(PromptScores("r", 1, 2, (two,)))
+    state.prompt_word(PromptScores("r", 1, 3, (two,)))  # beyond the prompt: dropped
     state.tokens(TokenItem("r", 0, 1, 0, stream(0)[:1], "length"))
     [end] = state.engine_ended(RequestEnded("r", 1))
     assert end.prompt_logprobs == (None, one, two)

@@ -121,7 +121,7 @@ class OfflineEngine:
     def _tell(self, state: RequestLife, outcome: StepOutcome) -> list[Instruction]:
         said: list[Instruction] = []
         for scores in outcome.prompt_scores:
-            said += state.prompt_scores(scores)
+            said += state.prompt_word(scores)
         for item in outcome.items:
             said += state.tokens(item)
         for word in outcome.ended:
@@ -143,4 +143,6 @@ def _record(settings: Settings, ready: WorkerReady) -> InstanceRecord:
         num_blocks=ready.num_blocks,
         eos_ids=ready.eos_ids,
         revision=ready.revision,
+        task=ready.task,
+        embedding_size=ready.embedding_size,
     )

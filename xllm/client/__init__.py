@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from xllm.client.asynchronous import AsyncClient, TokenStream
-from xllm.client.results import Choice, Completion, StreamDelta, Timing
+from xllm.client.asynchronous import AsyncClient
+from xllm.client.results import Choice, Completion, Embeddings, StreamDelta, Timing
+from xllm.client.stream import TokenStream
 from xllm.client.synchronous import Client, SyncStream
 from xllm.protocol.client import HealthReport, ModelInfo, ProcessStatus, Usage
 from xllm.protocol.sampling import TokenLogprobs
@@ -13,6 +14,7 @@ __all__ = [
     "Choice",
     "Client",
     "Completion",
+    "Embeddings",
     "HealthReport",
     "ModelInfo",
     "ProcessStatus",

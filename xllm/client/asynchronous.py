@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from xllm.client.answers import AnswerWaiter, StreamBuffer, StreamItem
+from xllm.client.answers import AnswerWaiter, StreamBuffer
 from xllm.client.connection import DEFAULT_MAX_REQUEST_BYTES, ClientConnection
-from xllm.client.requests import Messages, Prompt, build_submit, build_tokenize
-from xllm.client.results import AnswerBuilder, Completion, StreamDelta
+from xllm.client.embedding import Inputs, embed_all, split_inputs
+from xllm.client.requests import Messages, Prompt, build_embed, build_submit, build_tokenize
+from xllm.client.results import AnswerBuilder, Completion, Embeddings
 from xllm.client.session import EndMessage
+from xllm.client.stream import TokenStream
 from xllm.errors import BadMessageError, ClosedError, InvalidRequestError
 from xllm.protocol.client import (
     ClientMessage,
@@ -36,6 +38,7 @@ from xllm.protocol.client import (
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:8011"
 DEFAULT_TIMEOUT_S = 600.0
+MIN_WAIT_S = 0.001
 
 M = TypeVar("M")
 
@@ -117,6 +120,29 @@ class AsyncClient:
         buffer = StreamBuffer(asyncio.get_running_loop())
         connection.ask(message, buffer, wait_s)
         return TokenStream(connection, request_id, buffer)
+
+    async def embed(
+        self,
+        inputs: Inputs,
+        *,
+        dimensions: int = 0,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Embeddings:
+        """The vectors of a text, of token ids, or of a list of either, in its order. `dimensions`:
+        the first so many numbers only, made to length one again. Options: `model`, `priority`,
+        `offline`, `cache_salt`, `ttft_ms`. An error of one input names its index."""
+        wait_s = self._resolve_timeout(timeout_s)
+        end = time.monotonic() + wait_s
+
+        async def ask(prompt: Prompt) -> RequestFinished:
+            left_s = max(end - time.monotonic(), MIN_WAIT_S)
+            message = build_embed(
+                self.connection.next_id(), options, left_s, prompt=prompt, dimensions=dimensions
+            )
+            return await self._ask(message, RequestFinished, left_s)
+
+        return await embed_all(split_inputs(inputs), ask)
 
     async def models(self, *, timeout_s: float | None = None) -> tuple[ModelInfo, ...]:
         """The models served."""
@@ -213,81 +239,6 @@ class AsyncClient:
 
     def _resolve_timeout(self, timeout_s: float | None) -> float:
         return self._timeout_s if timeout_s is None else check_timeout(timeout_s)
-
-
-class TokenStream:
-    """One streamed answer. `async for` gives its StreamDeltas, once; `completion` is there after
-    the last. `async with` (or `aclose`) stops it for sure, whatever becomes of the loop."""
-
-    def __init__(self, connection: ClientConnection, request_id: int, buffer: StreamBuffer) -> None:
-        self._connection = connection
-        self._request_id = request_id
-        self._buffer = buffer
-
-    @property
-    def completion(self) -> Completion | None:
-        """The whole answer with usage and timing, once it ended well; None before."""
-        return self._buffer.completion
-
-    def __aiter__(self) -> AsyncIterator[StreamDelta]:
-        return StreamCursor(self)
-
-    async def read(self) -> StreamDelta | None:
-        """The next delta; None at the end. Raises what ended the stream instead."""
-        try:
-            return await self._buffer.read()
-        except asyncio.CancelledError:
-            self.drop()
-            raise
-
-    def forward(self, put: Callable[[StreamItem], None]) -> None:
-        """Hand what came and what comes to `put`, called on the client's loop."""
-        self._buffer.forward(put)
-
-    def abort(self) -> None:
-        """Ask the service to stop; the stream goes on to its end, with reason `abort`."""
-        self._connection.abort(self._request_id)
-
-    def drop(self) -> None:
-        """Stop the request and hear nothing more of it; a reader gets ClosedError."""
-        if not self._buffer.ended:
-            self._connection.drop(self._request_id)
-            self._buffer.on_error(ClosedError("this stream was closed"))
-
-    async def aclose(self) -> None:
-        """The same as `drop`."""
-        self.drop()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.drop()
-
-
-class StreamCursor:
-    """One pass over a stream. It dies with the loop over it, and a request that has not ended by
-    then is dropped: that is how `break` aborts."""
-
-    def __init__(self, stream: TokenStream) -> None:
-        self._stream = stream
-
-    def __aiter__(self) -> StreamCursor:
-        return self
-
-    async def __anext__(self) -> StreamDelta:
-        delta = await self._stream.read()
-        if delta is None:
-            raise StopAsyncIteration
-        return delta
-
-    def __del__(self) -> None:
-        self._stream.drop()
 
 
 def check_timeout(timeout_s: float) -> float:

@@ -21,8 +21,9 @@ Messages = Sequence[Mapping[str, Any] | ChatMessage]
 """A conversation: mappings with `role` and `content`, as in the OpenAI API."""
 
 _REQUEST_FIELDS = frozenset(SubmitRequest.__struct_fields__) - {
-    "id", "prompt", "messages", "sampling", "stream", "timeout_ms", "resume",
+    "id", "prompt", "messages", "sampling", "stream", "timeout_ms", "resume", "embed", "dimensions",
 }  # fmt: skip
+_EMBED_FIELDS = frozenset(("model", "priority", "offline", "cache_salt", "traceparent", "ttft_ms"))
 
 
 def build_submit(
@@ -60,6 +61,26 @@ def build_submit(
     fields["stream"] = stream
     fields["timeout_ms"] = max(1, int(timeout_s * 1000))
     fields["sampling"] = sampling
+    return _convert(fields, SubmitRequest)
+
+
+def build_embed(
+    request_id: int,
+    options: Mapping[str, Any],
+    timeout_s: float,
+    *,
+    prompt: Prompt,
+    dimensions: int,
+) -> SubmitRequest:
+    """A submit that asks for the vector of a prompt. `options` are fields of SubmitRequest."""
+    for name in options:
+        if name not in _EMBED_FIELDS:
+            raise InvalidRequestError(f"unknown option {name}", param=name)
+    fields = {
+        **options, "type": "submit", "id": request_id, "stream": False, "embed": True,
+        "prompt": prompt if isinstance(prompt, str) else _token_ids(prompt),
+        "timeout_ms": max(1, int(timeout_s * 1000)), "dimensions": dimensions,
+    }  # fmt: skip
     return _convert(fields, SubmitRequest)
 
 

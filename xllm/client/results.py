@@ -7,6 +7,7 @@ or `stream` on.
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from typing import NamedTuple
 
 from xllm.protocol.client import ChoiceResult, RequestFinished, TokenDelta, Usage
@@ -83,6 +84,15 @@ class Completion:
     def finish_reason(self) -> str:
         """Why the first choice ended: stop, length or abort."""
         return self.choices[0].finish_reason
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Embeddings:
+    """The vectors of one call, float32 and of length one each, in the order of its inputs (numpy
+    takes them as they are); `usage` is that of all."""
+
+    vectors: tuple[array[float], ...]
+    usage: Usage
 
 
 class AnswerBuilder:

@@ -14,10 +14,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from xllm.client.answers import StreamItem
-from xllm.client.asynchronous import DEFAULT_ENDPOINT, DEFAULT_TIMEOUT_S, AsyncClient, TokenStream
+from xllm.client.asynchronous import DEFAULT_ENDPOINT, DEFAULT_TIMEOUT_S, AsyncClient
 from xllm.client.connection import DEFAULT_MAX_REQUEST_BYTES
+from xllm.client.embedding import Inputs
 from xllm.client.requests import Messages, Prompt
-from xllm.client.results import Completion, StreamDelta
+from xllm.client.results import Completion, Embeddings, StreamDelta
+from xllm.client.stream import TokenStream
 from xllm.errors import ClosedError
 from xllm.protocol.client import HealthReport, ModelInfo, ProcessStatus
 
@@ -87,6 +89,19 @@ class Client:
             # A Ctrl-C may come when the request is out and nobody holds its stream yet.
             self.call_soon(lambda: _drop_all(opened))
             raise
+
+    def embed(
+        self,
+        inputs: Inputs,
+        *,
+        dimensions: int = 0,
+        timeout_s: float | None = None,
+        **options: Any,
+    ) -> Embeddings:
+        """The vectors of a text, of token ids, or of a list of either."""
+        return self._call(
+            self._client.embed(inputs, dimensions=dimensions, timeout_s=timeout_s, **options)
+        )
 
     def models(self, *, timeout_s: float | None = None) -> tuple[ModelInfo, ...]:
         """The models served."""

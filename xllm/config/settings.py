@@ -65,6 +65,18 @@ class ModelSettings:
     dtype: str = setting(
         "auto", "Type of weights and KV.", choices=("auto", "float32", "bfloat16", "float16")
     )
+    task: str = setting(
+        "auto",
+        "generate: tokens; embed: vectors (/v1/embeddings); auto: embed where the directory is "
+        "that of an embedding model, or its checkpoint has no head.",
+        choices=("auto", "generate", "embed"),
+    )
+    pooling: str = setting(
+        "auto",
+        "How a text becomes one vector: its last token, or the mean of all; auto: what the "
+        "directory says, else last.",
+        choices=("auto", "last", "mean"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +95,7 @@ class RouterSettings:
     max_inflight: int = setting(4096, "Open requests at most; more are refused.", low=1)
     max_body_bytes: int = setting(4 << 20, "Largest HTTP body.", unit="bytes", low=1024)
     max_prompts: int = setting(64, "Prompts in one completion request at most.", low=1)
+    max_inputs: int = setting(2048, "Inputs of one embeddings request at most.", low=1)
     max_choices: int = setting(128, "n times prompts of one request at most.", low=1)
     max_logprobs: int = setting(20, "Alternatives a token at most.", low=0, high=1000)
     max_stop_strings: int = setting(16, "Stop strings of a request at most.", low=0)

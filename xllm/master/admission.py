@@ -65,6 +65,7 @@ class Admission:
             raise ModelNotFoundError(
                 f"this instance serves {limits.model!r}, not {message.model!r}", param="model"
             )
+        self._check_task(message)
         sampling = message.sampling
         # A prompt that cannot fit is refused with the numbers, before its ids are looked at.
         end = limits.sequence_end(len(message.prompt_ids), sampling.max_tokens)
@@ -90,6 +91,20 @@ class Admission:
             hashes,
             roles == {"prefill"},
         )
+
+    def _check_task(self, message: AdmitRequest) -> None:
+        limits = self._state.limits
+        if message.embed != (limits.task == "embed"):
+            raise InvalidRequestError(
+                f"{limits.model!r} is served for {limits.task} (model.task)", param="model"
+            )
+        sampling = message.sampling
+        if message.embed and (sampling.max_tokens != 0 or sampling.n != 1):
+            raise InvalidRequestError(
+                f"a vector is asked for with max_tokens {sampling.max_tokens} and n {sampling.n}, "
+                f"not 0 and 1",
+                param="max_tokens",
+            )
 
     def _check_tokens(self, message: AdmitRequest) -> None:
         limits = self._state.limits
@@ -151,12 +166,14 @@ class Admission:
         request.sequences = sequences
         scores = request.sampling.prompt_logprobs is not None
         for seq in tuple(sequences):
+            if request.embeds:
+                seq.pooling = self._state.limits.pooling
             reason = seq.finish_reason()
-            if reason and (seq.output or not scores):
+            if reason and (seq.output or not (scores or seq.pooling)):
                 self._finish_at_once(request, seq, reason)
                 continue
             if reason:
-                # max_tokens is 0: only the prompt's scores are wanted.
+                # max_tokens is 0: only the prompt's scores or its vector are wanted.
                 seq.num_samples = 0
             seq.scores_prompt = scores
             scores = False

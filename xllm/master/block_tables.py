@@ -32,10 +32,10 @@ class BlockTables:
     def match(self, seq: Sequence) -> MatchResult:
         """The longest cached prefix of a sequence that has no blocks. At least one position is
         left to compute: of a prompt that is cached whole the last block is given back.
-        Sequences that report prompt scores need every position and match nothing. A prefix that
+        Sequences that need every row match nothing. A prefix that
         a running sequence is still computing is not matched: its blocks have no hash until their
         step has succeeded (`prefix_sharing` says who waits for that)."""
-        if not self._is_caching or seq.scores_prompt:
+        if not self._is_caching or seq.needs_all_rows:
             return _NO_MATCH
         num_blocks = (seq.num_tokens - 1) // self._block_size
         if num_blocks == 0:

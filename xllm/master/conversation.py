@@ -27,6 +27,7 @@ from xllm.protocol.instance import (
     EpochRefused,
     FrameRefused,
     InstanceRequest,
+    PooledVector,
     ProbeAnswer,
     ProbeInstance,
     PromptScores,
@@ -116,8 +117,8 @@ class RouterConversation:
             self._master.later(VOID_PERIOD_S, self._tell_void, router)
         voids = self._voids[router]
         if isinstance(lost, TokenBatch):
-            parts: list[TokenItem | RequestEnded | PromptScores]
-            parts = [*lost.items, *lost.ended, *lost.prompt_scores]
+            parts: list[TokenItem | RequestEnded | PromptScores | PooledVector]
+            parts = [*lost.items, *lost.ended, *lost.prompt_scores, *lost.vectors]
             for part in parts:
                 voids[part.request_id] = max(part.attempt, voids.get(part.request_id, 0))
         voids.update(owned)

@@ -34,6 +34,12 @@ class InstanceLimits:
     """Let a sequence wait for a prefix that another one is computing."""
     max_in_flight: int = 2
     """Plans under way at a time: 2 is the asynchronous pipeline, 1 is one step after another."""
+    task: str = "generate"
+    """What the model is served for: generate or embed."""
+    pooling: str = ""
+    """How it makes one vector of a text: last or mean; empty: it does not."""
+    embedding_size: int = 0
+    """Numbers of a vector."""
     hold_s: float = 10.0
     """How long a prefilled request waits to be taken by the instance that decodes it."""
     num_slots: int = 0
@@ -63,6 +69,9 @@ class InstanceLimits:
             max_mappings=ready.max_mappings,
             share_prefixes=settings.share_prefixes,
             max_in_flight=2 if settings.async_scheduling else 1,
+            task=ready.task,
+            pooling=ready.pooling,
+            embedding_size=ready.embedding_size,
         )
 
     @property

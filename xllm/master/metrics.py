@@ -24,6 +24,7 @@ class MasterMetrics:
         self.num_failed = 0
         self.num_steps = 0
         self.num_tokens = 0
+        self.num_vectors = 0
         self.num_cached_tokens = 0
         self.num_worker_ends = 0
         self._statistics: SchedulerStatistics | None = None
@@ -33,6 +34,7 @@ class MasterMetrics:
     def note_outcome(self, outcome: StepOutcome) -> None:
         """Count what goes to the routers."""
         self.num_tokens += len(outcome.items)
+        self.num_vectors += len(outcome.vectors)
         for ended in outcome.ended:
             if ended.code:
                 self.num_failed += 1
@@ -54,6 +56,7 @@ class MasterMetrics:
             ("failed", "Requests that ended with an error.", self.num_failed),
             ("steps", "Steps settled.", self.num_steps),
             ("tokens", "Token items sent to routers.", self.num_tokens),
+            ("vectors", "Vectors sent to routers.", self.num_vectors),
             ("cached_prompt_tokens", "Prompt tokens found cached.", self.num_cached_tokens),
             ("worker_ends", "Workers lost.", self.num_worker_ends),
         )

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from xllm.protocol.instance import PrefillDone, PromptScores, RequestEnded, TokenItem
+from xllm.protocol.instance import PooledVector, PrefillDone, PromptScores, RequestEnded, TokenItem
 
 
 class StepOutcome:
     """Tokens first, then ends and prefills: the order in which a router must see them."""
 
-    __slots__ = ("ended", "items", "prefilled", "prompt_scores")
+    __slots__ = ("ended", "items", "prefilled", "prompt_scores", "vectors")
 
     def __init__(self) -> None:
         self.items: list[TokenItem] = []
         self.ended: list[RequestEnded] = []
         self.prompt_scores: list[PromptScores] = []
         self.prefilled: list[PrefillDone] = []
+        self.vectors: list[PooledVector] = []
+
+    def extend(self, other: StepOutcome) -> None:
+        """Take in what came after it."""
+        self.items += other.items
+        self.ended += other.ended
+        self.prompt_scores += other.prompt_scores
+        self.prefilled += other.prefilled
+        self.vectors += other.vectors
 
     def __bool__(self) -> bool:
         """Whether there is anything to send."""
-        return bool(self.items or self.ended or self.prompt_scores or self.prefilled)
+        return bool(
+            self.items or self.ended or self.prompt_scores or self.prefilled or self.vectors
+        )

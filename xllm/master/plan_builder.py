@@ -89,6 +89,7 @@ class PlanBuilder:
                 seq.request.message.model,
                 seq.request.message.adapter,
                 slot=seq.slot,
+                pooling=seq.pooling,
             )
         )
 

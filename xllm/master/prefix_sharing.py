@@ -49,7 +49,7 @@ class PrefixSharing:
 
     def is_held(self, seq: Sequence, match: MatchResult) -> bool:
         """Whether a waiting sequence, whose cached prefix is `match`, is to wait for a leader."""
-        if not self._pending or seq.scores_prompt:
+        if not self._pending or seq.needs_all_rows:
             return False
         index = len(match.block_ids)
         # The last position is computed in any case: a match never covers it.

@@ -24,6 +24,9 @@ def _identity(ready: WorkerReady) -> dict[str, object]:
         "revision": ready.revision,
         "fingerprint": ready.fingerprint,
         "dtype": ready.dtype,
+        "task": ready.task,
+        "pooling": ready.pooling,
+        "embedding_size": ready.embedding_size,
     }
 
 

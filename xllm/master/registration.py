@@ -117,4 +117,6 @@ def make_record(
         engine=settings.worker.engine,
         device=ready.device,
         public_key=public_key,
+        task=ready.task,
+        embedding_size=ready.embedding_size,
     )

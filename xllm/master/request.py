@@ -67,6 +67,11 @@ class RequestState:
         return sampling.logprobs is not None or sampling.prompt_logprobs is not None
 
     @property
+    def embeds(self) -> bool:
+        """Whether the prompt's vector is wanted and no token."""
+        return self.message.embed
+
+    @property
     def is_held(self) -> bool:
         """Whether it is prefilled, and all that is left of it waits to be taken elsewhere."""
         return all(seq.state is SequencePhase.HELD for seq in self.sequences)

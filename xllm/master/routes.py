@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from xllm.master.outcome import StepOutcome
-from xllm.protocol.instance import PromptScores, RequestEnded, TokenBatch, TokenItem
+from xllm.protocol.instance import PooledVector, PromptScores, RequestEnded, TokenBatch, TokenItem
 
-Part = TypeVar("Part", TokenItem, RequestEnded, PromptScores)
+Part = TypeVar("Part", TokenItem, RequestEnded, PromptScores, PooledVector)
 
 
 class RequestRoutes:
@@ -67,7 +67,10 @@ class RequestRoutes:
             # One router has everything open: no look at the items.
             router = next(iter(self._owned))
             batch = TokenBatch(
-                tuple(outcome.items), tuple(outcome.ended), tuple(outcome.prompt_scores)
+                tuple(outcome.items),
+                tuple(outcome.ended),
+                tuple(outcome.prompt_scores),
+                tuple(outcome.vectors),
             )
             batches = [(router, batch)]
         else:
@@ -81,7 +84,8 @@ class RequestRoutes:
         items = self._group(outcome.items)
         ended = self._group(outcome.ended)
         scores = self._group(outcome.prompt_scores)
-        routers = dict.fromkeys([*items, *scores, *ended])
+        vectors = self._group(outcome.vectors)
+        routers = dict.fromkeys([*items, *scores, *vectors, *ended])
         return [
             (
                 router,
@@ -89,6 +93,7 @@ class RequestRoutes:
                     tuple(items.get(router, ())),
                     tuple(ended.get(router, ())),
                     tuple(scores.get(router, ())),
+                    tuple(vectors.get(router, ())),
                 ),
             )
             for router in routers

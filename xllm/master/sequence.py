@@ -35,19 +35,19 @@ class Sequence:
 
     `number`: its name at the worker, -1 while the worker does not know it. `end`: num_tokens at
     which it ends by length. `num_samples`: what its prefill draws: 1, n before the fork of a
-    leader, 0 if only the prompt's scores are wanted. `hashes`: content hashes of its first
-    blocks, as far as they were needed. `num_sealed`: leading blocks cached as its own;
+    leader, 0 if only the prompt's scores or its vector are wanted. `hashes`: content hashes of
+    its first blocks, as far as they were needed. `num_sealed`: leading blocks cached as its own;
     `is_private`: the next one could not be, so that none is until it is released. `seal_at`:
     num_computed at which the next block is complete. `num_in_flight`: steps under way.
     `num_planned`: positions that are computed or in a step under way; of a decode it may be past
     the tokens that are known here. `num_passed`: others that started before it while it waited for
-    a prefix."""
+    a prefix. `pooling`: how its rows become a vector; empty: they do not."""
 
     __slots__ = (
         "attempt", "block_ids", "capacity", "choice", "end", "hashes", "is_prefilling",
         "is_private", "key", "min_tokens", "num_computed", "num_in_flight", "num_passed",
         "num_planned", "num_prompt", "num_samples", "num_sealed", "num_sent_blocks",
-        "num_tokens", "number", "output", "prompt_ids", "request", "request_id",
+        "num_tokens", "number", "output", "pooling", "prompt_ids", "request", "request_id",
         "scores_prompt", "seal_at", "slot", "state", "stop_ids",
     )  # fmt: skip
 
@@ -70,6 +70,7 @@ class Sequence:
         self.min_tokens = request.sampling.min_tokens
         self.num_samples = 1
         self.scores_prompt = False
+        self.pooling = ""
         self.hashes = hashes
         self.is_prefilling = True
         self.num_in_flight = 0
@@ -88,6 +89,11 @@ class Sequence:
         self.num_sent_blocks = 0
         self.is_private = False
         self.seal_at = NEVER
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether every position must be computed here, and none may be taken from the cache."""
+        return self.scores_prompt or self.pooling == "mean"
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...] | list[int]:
         """Token ids of positions [start, stop)."""

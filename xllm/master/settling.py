@@ -16,9 +16,10 @@ from xllm.master.holding import PrefillHolder
 from xllm.master.lifecycle import InstanceState, PendingFork, StepInFlight
 from xllm.master.logprobs import LogprobFrames
 from xllm.master.planning import StepPlanner
+from xllm.master.pooling import read_vectors
 from xllm.master.scoring import read_rows, report_scores
 from xllm.master.sequence import Sequence, SequencePhase
-from xllm.protocol.instance import TokenItem
+from xllm.protocol.instance import PooledVector, TokenItem
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.protocol.step import StepItem, StepResult
 
@@ -31,6 +32,7 @@ class StepSettler:
         self._planner = planner
         self._holder = PrefillHolder(state)
         self._now = 0.0
+        self._vectors: dict[int, bytes] = {}
 
     def settle(self, result: StepResult, frames: AbstractSequence[bytes], now: float) -> None:
         """Take a step's result in. One of a step that is not in flight is dropped (it failed
@@ -48,6 +50,8 @@ class StepSettler:
         rows = None
         if result.num_top >= 0 or state.num_with_logprobs:
             rows = read_rows(step, result, frames, failed)
+        if state.limits.pooling:
+            self._vectors = read_vectors(step, result, frames, failed, state.limits.embedding_size)
         del state.steps[result.step]
         # Before anything is sealed: a pinned block that its sequence seals and then releases
         # would be cached and held without its parent.
@@ -154,7 +158,7 @@ class StepSettler:
         elif seq.num_samples == 1:
             self._take_token(seq, drawn, self._read(seq, index, rows, 0, 1))
         elif seq.num_samples == 0:
-            self._finish_scored(seq)
+            self._finish_scored(seq, self._vectors.get(index))
         else:
             self._fork(seq, drawn, index, rows)
 
@@ -204,9 +208,12 @@ class StepSettler:
             state.finish_sequence(seq)
             state.close_choice(seq.request, seq.choice)
 
-    def _finish_scored(self, seq: Sequence) -> None:
-        """Nothing was to be drawn, only the prompt to be scored: all choices end."""
+    def _finish_scored(self, seq: Sequence, vector: bytes | None) -> None:
+        """Nothing was to be drawn, only the prompt to be scored or made a vector: all choices
+        end."""
         state, request = self._state, seq.request
+        if vector is not None:
+            state.outcome.vectors.append(PooledVector(seq.request_id, seq.attempt, vector))
         state.finish_sequence(seq)
         for choice in range(request.sampling.n):
             if request.is_open(choice):

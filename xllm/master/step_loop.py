@@ -172,7 +172,4 @@ class StepLoop:
         if not self._outcome:
             self._outcome = outcome
             return
-        self._outcome.items += outcome.items
-        self._outcome.ended += outcome.ended
-        self._outcome.prompt_scores += outcome.prompt_scores
-        self._outcome.prefilled += outcome.prefilled
+        self._outcome.extend(outcome)

@@ -67,6 +67,10 @@ class SubmitRequest(MapMessage, tag="submit", frozen=True):
     """Objective for the first token, for schedulers that go by urgency; 0: the service's own."""
     tpot_ms: int = 0
     """The same for each later token."""
+    embed: bool = False
+    """Ask for the vector of `prompt` instead of an answer to it. `sampling` is left as it is."""
+    dimensions: int = 0
+    """Of a vector: its first so many numbers, made to length one again; 0: all."""
 
 
 class AbortRequest(MapMessage, tag="abort", frozen=True):
@@ -167,6 +171,8 @@ class RequestFinished(MapMessage, tag="finished", frozen=True):
     usage: Usage
     seed: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    embedding: bytes | None = None
+    """The vector that was asked for: float32, little-endian, of length one. `choices` is empty."""
 
 
 class RequestFailed(MapMessage, tag="failed", frozen=True):
@@ -188,6 +194,10 @@ class ModelInfo(MapPart, frozen=True):
     vocab_size: int = 0
     revision: str = ""
     ready: bool = True
+    task: str = "generate"
+    """generate or embed: what it can be asked for."""
+    embedding_size: int = 0
+    """Numbers of a vector, where it embeds."""
 
 
 class ModelList(MapMessage, tag="models", frozen=True):

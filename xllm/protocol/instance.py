@@ -38,6 +38,8 @@ class AdmitRequest(ArrayMessage, frozen=True):
     ttft_ms: int = 0
     tpot_ms: int = 0
     """Objectives for the first token and for each later one; 0: the instance's own."""
+    embed: bool = False
+    """Asks for the prompt's vector and for no token: `sampling` has max_tokens 0 and n 1."""
 
 
 class CancelRequest(ArrayMessage, frozen=True):
@@ -120,6 +122,14 @@ class PromptScores(ArrayPart, frozen=True):
     logprobs: tuple[TokenLogprobs, ...]
 
 
+class PooledVector(ArrayPart, frozen=True):
+    """The vector of a request that embeds: float32, little-endian, of length one."""
+
+    request_id: str
+    attempt: int
+    vector: bytes
+
+
 class RequestEnded(ArrayPart, frozen=True):
     """The master's one terminal word on an attempt. `code` "" is success (every choice has its
     finish reason); else an error's wire code with its message."""
@@ -138,6 +148,7 @@ class TokenBatch(ArrayMessage, frozen=True):
     items: tuple[TokenItem, ...] = ()
     ended: tuple[RequestEnded, ...] = ()
     prompt_scores: tuple[PromptScores, ...] = ()
+    vectors: tuple[PooledVector, ...] = ()
 
 
 class PrefillDone(ArrayMessage, frozen=True):

@@ -28,6 +28,10 @@ class InstanceRecord(MapPart, frozen=True):
     engine: str = ""
     device: str = ""
     public_key: str = ""
+    task: str = "generate"
+    """generate or embed: what its model is served for."""
+    embedding_size: int = 0
+    """Numbers of a vector, where it embeds."""
 
 
 class DaemonRecord(MapPart, frozen=True):

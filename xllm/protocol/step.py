@@ -48,6 +48,8 @@ class NewSequence(ArrayPart, frozen=True):
     dp_rank: int = 0
     slot: int = -1
     """Where its KV is mapped, for the whole of its life; -1: nowhere, its block table says."""
+    pooling: str = ""
+    """What to make one vector of its rows: last or mean; empty: nothing."""
 
 
 class ItemOptions(ArrayPart, frozen=True):
@@ -151,7 +153,9 @@ class StepResult(ArrayMessage, frozen=True):
     `num_top` >= 0: int32 ids [rows, 1 + num_top], float32 logprobs [rows, 1 + num_top], both
     beginning with the token itself, and int32 ranks [rows]. `failed`: items that did not run,
     as (index, message): only those sequences end. `expert_frames`: further frames with int32
-    token counts [layers, experts]."""
+    token counts [layers, experts]. `pooled`: items that completed a sequence with `pooling`, in
+    the plan's order; one more frame, the last, has their vectors: float32, little-endian,
+    [items, width], of length one each."""
 
     step: int
     tokens: tuple[tuple[int, ...], ...] = ()
@@ -165,6 +169,7 @@ class StepResult(ArrayMessage, frozen=True):
     expert_frames: int = 0
     idle_ns: int = 0
     """Time between the end of the worker's step before this one and its begin; 0 for the first."""
+    pooled: tuple[int, ...] = ()
 
 
 class WorkerHello(ArrayMessage, frozen=True):
@@ -201,7 +206,9 @@ class WorkerReady(ArrayMessage, frozen=True):
     `max_model_len`: prompt and output together, no more than the KV memory holds.
     `group`: of the LoadModel that this answers. `num_slots`: ranges of addresses for max_model_len
     tokens each, 0: none; `max_mappings`: what may be mapped under them, in runs of pages that
-    follow each other, and one for the rest of a slot."""
+    follow each other, and one for the rest of a slot. `task`: generate or embed; with embed,
+    `pooling` (last or mean) is how the rows of a text become one vector of `embedding_size`
+    numbers."""
 
     rank: int
     model: str
@@ -219,6 +226,9 @@ class WorkerReady(ArrayMessage, frozen=True):
     group: str = ""
     num_slots: int = 0
     max_mappings: int = 0
+    task: str = "generate"
+    pooling: str = ""
+    embedding_size: int = 0
 
 
 class WorkerFailed(ArrayMessage, frozen=True):

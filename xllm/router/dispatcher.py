@@ -17,7 +17,6 @@ from xllm.errors import DeadlineError, InvariantError, UnavailableError, WorkerL
 from xllm.protocol.client import RequestFailed, RequestFinished, TokenDelta
 from xllm.protocol.instance import (
     CancelRequest,
-    PromptScores,
     RequestEnded,
     TokenBatch,
 )
@@ -28,6 +27,7 @@ from xllm.router.metrics import RouterMetrics
 from xllm.router.placement import Placement
 from xllm.router.state.endings import failed
 from xllm.router.state.instructions import Instruction, SendTo, Wish
+from xllm.router.state.prompt_words import PromptWord
 from xllm.router.state.request import RequestLife
 from xllm.router.view import ViewChange
 
@@ -105,6 +105,8 @@ class Dispatcher:
         table = self.open
         for scores in batch.prompt_scores:
             self._word(scores.request_id, scores)
+        for vector in batch.vectors:
+            self._word(vector.request_id, vector)
         for item in batch.items:
             request = table.get(item.request_id)
             if request is None or (state := request.state) is None:
@@ -119,7 +121,7 @@ class Dispatcher:
         for ended in batch.ended:
             self._word(ended.request_id, ended)
 
-    def _word(self, request_id: str, word: PromptScores | RequestEnded) -> None:
+    def _word(self, request_id: str, word: PromptWord | RequestEnded) -> None:
         request = self.open.get(request_id)
         if request is None or (state := request.state) is None:
             self._metrics.num_dropped += 1
@@ -129,7 +131,7 @@ class Dispatcher:
                 self._placement.refused(request)
             self._tell(request, RequestLife.engine_ended, word)
         else:
-            self._tell(request, RequestLife.prompt_scores, word)
+            self._tell(request, RequestLife.prompt_word, word)
 
     def _tell(
         self,

@@ -19,6 +19,7 @@ from xllm.kvcache.hashing import chain_hashes, root_hash
 from xllm.protocol.client import ChatMessage, ModelInfo, SubmitRequest, TokenizeText
 from xllm.protocol.records import InstanceRecord
 from xllm.protocol.sampling import SamplingParams
+from xllm.router.embedding import VECTOR_SAMPLING, check_task
 from xllm.router.front import Tenant
 from xllm.router.state.spec import RequestSpec
 from xllm.router.text.model import TextModel
@@ -46,7 +47,10 @@ class Intake:
         """An instance of this model registered: its facts bound requests from now on."""
         self._record = record
         self._facts = ModelFacts(
-            record.max_model_len, record.vocab_size, self.text.longest_token_bytes
+            record.max_model_len,
+            record.vocab_size,
+            self.text.longest_token_bytes,
+            record.embedding_size,
         )
 
     def info(self, ready: bool) -> ModelInfo:
@@ -60,11 +64,16 @@ class Intake:
             vocab_size=record.vocab_size,
             revision=record.revision,
             ready=ready,
+            task=record.task,
+            embedding_size=record.embedding_size,
         )
 
     def check(self, request: SubmitRequest) -> None:
         """RequestError for what is out of bounds; UnavailableError before any instance came."""
-        check_request(request, self._limits, self._known_facts())
+        facts = self._known_facts()
+        assert self._record is not None
+        check_task(request, self._record.task, self.name)
+        check_request(request, self._limits, facts)
 
     def encode(self, request: SubmitRequest, owner: bytes = b"") -> tuple[int, ...]:
         """The prompt's token ids. `owner`: the salt of the tenant that asks."""
@@ -92,7 +101,7 @@ class Intake:
         record = self._record
         assert record is not None
         prompt_ids = self.encode(request, tenant.salt)
-        asked = request.sampling
+        asked = VECTOR_SAMPLING if request.embed else request.sampling
         max_tokens = check_context(
             len(prompt_ids), asked.max_tokens, asked.min_tokens, record.max_model_len
         )
@@ -109,7 +118,7 @@ class Intake:
             prompt_ids,
             sampling,
             deadline,
-            request.stream,
+            request.stream and not request.embed,
             request.hold_ms / 1000,
             chain_hashes(root, prompt_ids, record.block_size),
             root,
@@ -120,6 +129,8 @@ class Intake:
             tenant.name,
             request.ttft_ms,
             request.tpot_ms,
+            request.embed,
+            request.dimensions,
         )
 
     def _root(self, revision: str, tenant_salt: bytes, cache_salt: str) -> bytes:

@@ -14,6 +14,7 @@ from xllm.config.settings import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError
 from xllm.protocol.client import ChatMessage, ResumePoint, SubmitRequest
 from xllm.protocol.sampling import SamplingParams
+from xllm.router.embedding import check_embedding
 from xllm.router.text.template import MAX_KWARG_CHARS, TEMPLATE_KWARGS
 
 MAX_SEED = (1 << 64) - 1
@@ -34,6 +35,7 @@ class ModelFacts:
     max_model_len: int
     vocab_size: int
     longest_token_bytes: int
+    embedding_size: int = 0
 
 
 def refuse(param: str, message: str) -> InvalidRequestError:
@@ -43,11 +45,12 @@ def refuse(param: str, message: str) -> InvalidRequestError:
 
 def check_request(request: SubmitRequest, limits: RouterSettings, facts: ModelFacts) -> None:
     """Raise RequestError for the first field out of its bound."""
+    check_embedding(request, facts.embedding_size)
     given = (request.prompt is not None) + (request.messages is not None)
     if given != 1:
         raise InvalidRequestError(f"give one of prompt and messages, not {given}", param="prompt")
     if request.prompt is not None:
-        check_prompt(request.prompt, facts)
+        check_prompt(request.prompt, facts, num_new=0 if request.embed else 1)
     elif request.messages is not None:
         check_messages(request.messages, facts)
         check_template_kwargs(request)
@@ -69,15 +72,16 @@ def check_request(request: SubmitRequest, limits: RouterSettings, facts: ModelFa
         check_resume(request.resume, request.sampling, facts)
 
 
-def check_prompt(prompt: str | tuple[int, ...], facts: ModelFacts) -> None:
-    """A prompt's size and ids; text by its bytes, before it is tokenized."""
+def check_prompt(prompt: str | tuple[int, ...], facts: ModelFacts, num_new: int = 1) -> None:
+    """A prompt's size and ids; text by its bytes, before it is tokenized. `num_new`: tokens that
+    must fit behind it."""
     if not prompt:
         raise refuse("prompt", "must not be empty")
     if isinstance(prompt, str):
         check_text_bytes("prompt", prompt, facts)
         return
-    if len(prompt) >= facts.max_model_len:
-        raise too_long(len(prompt), 1, facts.max_model_len)
+    if len(prompt) + num_new > facts.max_model_len:
+        raise too_long(len(prompt), num_new, facts.max_model_len)
     if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
         raise refuse("prompt", f"must hold ids from 0 to {facts.vocab_size - 1}")
 
@@ -181,8 +185,9 @@ def check_context(
     """The resolved max_tokens of a prompt that was tokenized; ContextLengthError with the
     numbers where prompt and output do not fit."""
     left = max_model_len - num_prompt_tokens
-    if left < 1 or (max_tokens is not None and max_tokens > left):
-        raise too_long(num_prompt_tokens, max_tokens or 1, max_model_len)
+    wanted = 1 if max_tokens is None else max_tokens
+    if wanted > left:
+        raise too_long(num_prompt_tokens, wanted, max_model_len)
     resolved = left if max_tokens is None else max_tokens
     if min_tokens > resolved:
         raise refuse("min_tokens", f"must be at most max_tokens, which is {resolved}")

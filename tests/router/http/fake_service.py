@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+from array import array
 
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -118,6 +119,9 @@ class FakeService(RouterService):
         """The end of a request."""
         one = self.open.pop(request_id)
         request = one.request
+        if request.embed:
+            self.embed(request_id, request, one.sink)
+            return
         choices = []
         for index in range(request.sampling.n):
             tokens = self.tokens_of(request, index)
@@ -145,6 +149,21 @@ class FakeService(RouterService):
                     cached_tokens=1,
                 ),
                 prompt_logprobs=prompt_logprobs,
+            )
+        )
+
+    def embed(self, request_id: str, request: SubmitRequest, sink: Sink) -> None:
+        """The vector of a request: how long its prompt is, and its index."""
+        prompt = request.prompt
+        assert prompt is not None
+        numbers = array("f", [len(prompt), request.id, 0.1])[: request.dimensions or 3]
+        sink.send(
+            RequestFinished(
+                id=request.id,
+                request_id=request_id,
+                choices=(),
+                usage=Usage(prompt_tokens=len(prompt), completion_tokens=0, cached_tokens=1),
+                embedding=numbers.tobytes(),
             )
         )
 

@@ -34,6 +34,7 @@ from xllm.router.http.describe import (
     TokenizeEndpoint,
     VersionEndpoint,
 )
+from xllm.router.http.embed import EmbeddingsEndpoint
 from xllm.router.http.figures import HttpFigures
 from xllm.router.http.generate import ChatEndpoint, CompletionEndpoint
 from xllm.router.http.problem import Problem, problem_of
@@ -114,6 +115,7 @@ def routes_of(context: FrontContext, figures: HttpFigures) -> list[Route]:
     table: list[tuple[str, Endpoint]] = [
         ("/v1/chat/completions", ChatEndpoint(context)),
         ("/v1/completions", CompletionEndpoint(context)),
+        ("/v1/embeddings", EmbeddingsEndpoint(context)),
         ("/v1/models", models),
         ("/v1/models/{name:path}", models),
         ("/tokenize", TokenizeEndpoint(context)),

@@ -115,18 +115,18 @@ def check_generation(body: GenerationBody) -> None:
         raise InvalidRequestError("response_format must be text", param="response_format")
 
 
-def prompts_of(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
-    """A prompt field as one prompt or several, each a text or token ids."""
+def prompts_of(prompt: str | list[str | int | list[int]], name: str = "prompt") -> list[Prompt]:
+    """A prompt field, called `name`, as one prompt or several, each a text or token ids."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise InvalidRequestError("prompt is empty", param="prompt")
+        raise InvalidRequestError(f"{name} is empty", param=name)
     if all(isinstance(item, int) for item in prompt):
         return [tuple(item for item in prompt if isinstance(item, int))]
     prompts: list[Prompt] = []
     for item in prompt:
         if isinstance(item, int) or isinstance(item, str) != isinstance(prompt[0], str):
-            raise InvalidRequestError("prompt mixes texts and token ids", param="prompt")
+            raise InvalidRequestError(f"{name} mixes texts and token ids", param=name)
         prompts.append(item if isinstance(item, str) else tuple(item))
     return prompts
 

@@ -57,6 +57,7 @@ class ModelsEndpoint:
             "owned_by": "xllm",
             "max_model_len": model.max_model_len,
             "ready": model.ready,
+            "task": model.task,
         }
 
 

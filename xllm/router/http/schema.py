@@ -8,7 +8,7 @@ here, are refused by name rather than silently dropped.
 from __future__ import annotations
 
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -168,6 +168,19 @@ class CompletionBody(GenerationBody, frozen=True, kw_only=True, gc=False):
     logprobs: Int | None = None
     best_of: Int | None = None
     suffix: str | None = None
+
+
+class EmbeddingBody(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """POST /v1/embeddings. An input is a text or a list of token ids. `user` is ignored."""
+
+    model: str
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Int | None = None
+    priority: Int | None = None
+    offline: bool | None = None
+    cache_salt: str | None = None
+    ttft_ms: Int | None = None
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True, gc=False):

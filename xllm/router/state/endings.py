@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xllm.protocol.client import RequestFailed, RequestFinished, Usage
-from xllm.protocol.sampling import TokenLogprobs
+from xllm.router.embedding import shorten
 from xllm.router.state.choice import ChoiceState
+from xllm.router.state.prompt_words import PromptWords
 from xllm.router.state.spec import RequestSpec
 
 
@@ -14,9 +15,17 @@ def finished(
     spec: RequestSpec,
     choices: Sequence[ChoiceState],
     cached_tokens: int,
-    prompt_scores: Sequence[TokenLogprobs | None] | None,
+    words: PromptWords,
 ) -> RequestFinished:
     """The end as asked. Tokens count that were drawn, whoever drew them, the stop's included."""
+    if words.vector is not None:
+        return RequestFinished(
+            id=spec.client_id,
+            request_id=spec.request_id,
+            choices=(),
+            usage=Usage(len(spec.prompt_ids), 0, cached_tokens),
+            embedding=shorten(words.vector, spec.dimensions),
+        )
     return RequestFinished(
         id=spec.client_id,
         request_id=spec.request_id,
@@ -27,7 +36,7 @@ def finished(
             cached_tokens=cached_tokens,
         ),
         seed=spec.sampling.seed or 0,
-        prompt_logprobs=None if prompt_scores is None else tuple(prompt_scores),
+        prompt_logprobs=None if words.scores is None else tuple(words.scores),
     )
 
 

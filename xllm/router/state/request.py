@@ -19,12 +19,13 @@ from xllm.errors import (
     WorkerLostError,
 )
 from xllm.protocol.client import ResumePoint
-from xllm.protocol.instance import CancelRequest, PromptScores, RequestEnded, TokenItem
+from xllm.protocol.instance import CancelRequest, RequestEnded, TokenItem
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.router.state.choice import ChoiceState
 from xllm.router.state.endings import failed, finished
 from xllm.router.state.instructions import Instruction, SendTo, Wish
 from xllm.router.state.moves import MoveRecord
+from xllm.router.state.prompt_words import PromptWord, PromptWords
 from xllm.router.state.spec import RequestSpec
 from xllm.router.text.output import TextOutput
 
@@ -40,7 +41,7 @@ class RequestLife:
     __slots__ = (
         "_flush_wished",
         "_heard",
-        "_prompt_scores",
+        "_prompt_words",
         "attempt",
         "cached_tokens",
         "choices",
@@ -69,7 +70,7 @@ class RequestLife:
         self._heard = False
         """Whether the present attempt was accepted: a word of it came."""
         num_scored = 0 if spec.sampling.prompt_logprobs is None else len(spec.prompt_ids)
-        self._prompt_scores: list[TokenLogprobs | None] | None = [None] * num_scored or None
+        self._prompt_words = PromptWords(num_scored, spec.embed)
 
     # -- starting and moving -----------------------------------------------------------------
 
@@ -162,15 +163,10 @@ class RequestLife:
         self._flush_wished = True
         return _FLUSH
 
-    def prompt_scores(self, scores: PromptScores) -> Sequence[Instruction]:
-        """Logprobs of a piece of the prompt."""
-        known = self._prompt_scores
-        if scores.attempt != self.attempt or known is None:
+    def prompt_word(self, word: PromptWord) -> Sequence[Instruction]:
+        """Scores of a piece of the prompt, or its vector."""
+        if word.attempt != self.attempt or self.ended or not self._prompt_words.add(word):
             self.num_dropped += 1
-            return _NOTHING
-        first = scores.first_position
-        if first >= 0 and first + len(scores.logprobs) <= len(known):
-            known[first : first + len(scores.logprobs)] = scores.logprobs
         return _NOTHING
 
     def engine_ended(self, word: RequestEnded) -> Sequence[Instruction]:
@@ -233,7 +229,8 @@ class RequestLife:
         return SendTo(self.instance, CancelRequest(self.spec.request_id, self.attempt, choice))
 
     def _all_finished(self) -> bool:
-        return all(choice.finish_reason for choice in self.choices)
+        words = self._prompt_words
+        return words.is_complete and all(choice.finish_reason for choice in self.choices)
 
     def _deltas(self) -> list[Instruction]:
         """All that was not said yet."""
@@ -250,7 +247,7 @@ class RequestLife:
         self.ended = True
         spec = self.spec
         said = self._deltas()
-        said.append(finished(spec, self.choices, self.cached_tokens, self._prompt_scores))
+        said.append(finished(spec, self.choices, self.cached_tokens, self._prompt_words))
         return said
 
     def _fail(

@@ -31,6 +31,9 @@ class RequestSpec:
     tenant: str = ""
     ttft_ms: int = 0
     tpot_ms: int = 0
+    embed: bool = False
+    """Its prompt's vector is wanted, and no choice."""
+    dimensions: int = 0
 
     def admit(
         self,
@@ -59,4 +62,5 @@ class RequestSpec:
             self.tenant,
             self.ttft_ms,
             self.tpot_ms,
+            self.embed,
         )

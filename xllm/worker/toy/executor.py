@@ -27,14 +27,21 @@ from xllm.protocol.step import (
 from xllm.worker.context import fit_context
 from xllm.worker.executor import LoadObserver, StepOutput
 from xllm.worker.item_options import check_options
+from xllm.worker.loader.pooling import GENERATES, ModelTask, resolve_task
 from xllm.worker.memory.virtual import available_mappings
 from xllm.worker.rank_board import RankBoard
 from xllm.worker.toy.faults import NO_FAULTS, ToyFaults
 from xllm.worker.toy.pages import PageArena, PageStatistics
-from xllm.worker.toy.scores import ScoreFrames
+from xllm.worker.toy.scores import wanted_scores
 from xllm.worker.toy.sequence import ToySequence
 from xllm.worker.toy.slots import ToySlots
-from xllm.worker.toy.stream import DIGEST_BYTES, ENTRY_BYTES, draw_cheap, draw_token
+from xllm.worker.toy.stream import (
+    DIGEST_BYTES,
+    ENTRY_BYTES,
+    draw_cheap,
+    draw_token,
+)
+from xllm.worker.toy.vectors import WIDTH, VectorFrame
 from xllm.worker.toy.vocabulary import toy_vocabulary
 
 DEFAULT_MODEL_LEN = 8192
@@ -68,8 +75,10 @@ class ToyExecutor:
         rank: int = 0,
         num_slots: int = 0,
         faults: ToyFaults = NO_FAULTS,
+        task: ModelTask = GENERATES,
     ) -> None:
         self.counter = 0
+        self._task = task
         self._model = model
         self._model_dir = model_dir
         self._max_model_len = max_model_len
@@ -111,6 +120,9 @@ class ToyExecutor:
             dtype="none",
             num_slots=self._slots.num_slots,
             max_mappings=available_mappings() if self._slots.num_slots else 0,
+            task=self._task.task,
+            pooling=self._task.pooling,
+            embedding_size=WIDTH if self._task.pooling else 0,
         )
 
     def execute(self, plan: StepPlan) -> StepOutput:
@@ -123,7 +135,8 @@ class ToyExecutor:
             self._arena.copy(source, destination)
         if plan.maps:
             self._slots.carry_out(plan.maps)
-        scores = self._score_frames(plan)
+        scores = wanted_scores(plan.items, self._sequences, self._ids)
+        vectors = VectorFrame()
         tokens: list[tuple[int, ...]] = []
         failed: list[tuple[int, str]] = []
         run_item = self._run_item
@@ -141,7 +154,10 @@ class ToyExecutor:
                 raise
             else:
                 if scores is not None and item.kind <= _LAST_KIND:
-                    self._add_scores(scores, index, item, tokens[-1])
+                    scores.add_item(index, item, self._sequences[item.seq], tokens[-1])
+                if self._task.pooling:
+                    tail = self._arena.read_tail if self._memory else None
+                    vectors.add_item(index, item, self._sequences.get(item.seq), tail)
         self._rest(started)
         self.counter += 1
         self._num_steps += 1
@@ -152,8 +168,11 @@ class ToyExecutor:
             logprob_rows=tuple(scores.rows) if scores is not None else (),
             num_top=scores.num_top if scores is not None else -1,
             failed=tuple(failed),
+            pooled=tuple(vectors.items),
         )
-        return StepOutput(result, scores.frames() if scores is not None else ())
+        return StepOutput(
+            result, (*(scores.frames() if scores is not None else ()), *vectors.frames())
+        )
 
     def close(self) -> None:
         """Forget all sequences."""
@@ -205,7 +224,7 @@ class ToyExecutor:
                 f"sequence {item.seq} has {len(history)} tokens, not those of [{start}, {end})"
             )
         if self._has_faults:
-            self._harm(history[start:end])
+            self._faults.harm(history[start:end])
         if self._memory:
             self._write(sequence, start, end)
         if item.num_samples == 0:
@@ -242,40 +261,6 @@ class ToyExecutor:
             sequence.broken = True
         return draw_token(page, sequence.seed, choice, position, self._ids, sequence.broken)
 
-    def _score_frames(self, plan: StepPlan) -> ScoreFrames | None:
-        num_top = -1
-        for item in plan.items:
-            sequence = self._sequences.get(item.seq)
-            if sequence is None:
-                continue
-            sampling = sequence.sampling
-            if item.num_samples and sampling.logprobs is not None:
-                num_top = max(num_top, sampling.logprobs)
-            if item.score_prompt:
-                num_top = max(num_top, sampling.prompt_logprobs or 0)
-        return ScoreFrames(num_top, len(plan.items), self._ids) if num_top >= 0 else None
-
-    def _add_scores(
-        self, scores: ScoreFrames, index: int, item: StepItem, drawn: tuple[int, ...]
-    ) -> None:
-        sequence = self._sequences[item.seq]
-        if item.score_prompt:
-            end = min(item.start + item.num_tokens + 1, sequence.prompt_len)
-            for token in sequence.tokens[item.start + 1 : end]:
-                scores.add(index, token)
-        if sequence.sampling.logprobs is not None:
-            for token in drawn:
-                scores.add(index, token)
-
-    def _harm(self, tokens: list[int]) -> None:
-        faults = self._faults
-        if faults.hang in tokens:
-            faults.released.wait()
-        if faults.fail_step in tokens:
-            raise RuntimeError("toy fault: the step fails")
-        if faults.fail_item in tokens:
-            raise EngineError("toy fault: the item fails")
-
     def _rest(self, started_ns: int) -> None:
         if self._step_s <= 0:
             return
@@ -299,4 +284,5 @@ def make_toy_executor(settings: Settings, faults: ToyFaults = NO_FAULTS) -> ToyE
         rank=worker.rank,
         num_slots=2 * settings.scheduler.max_num_seqs if worker.kv_memory == "xtensor" else 0,
         faults=faults,
+        task=resolve_task(model, Path(model.path)),
     )

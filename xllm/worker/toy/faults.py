@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import threading
 
+from xllm.errors import EngineError
+
 
 @dataclasses.dataclass(frozen=True)
 class ToyFaults:
@@ -17,6 +19,15 @@ class ToyFaults:
     fail_step: int = -1
     hang: int = -1
     released: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def harm(self, tokens: list[int]) -> None:
+        """Do what these tokens of an item ask for."""
+        if self.hang in tokens:
+            self.released.wait()
+        if self.fail_step in tokens:
+            raise RuntimeError("toy fault: the step fails")
+        if self.fail_item in tokens:
+            raise EngineError("toy fault: the item fails")
 
 
 NO_FAULTS = ToyFaults()

@@ -18,12 +18,12 @@ from xllm.worker.toy.stream import cheap_key, effective_seed
 class ToySequence:
     """One sequence, from the plan that names it as new to the one that ends it."""
 
-    __slots__ = ("admitted", "broken", "cheap_key", "choice", "prompt_len", "sampling", "seed",
-                 "slot", "table", "tokens")  # fmt: skip
+    __slots__ = ("admitted", "broken", "cheap_key", "choice", "pooling", "prompt_len", "sampling",
+                 "seed", "slot", "table", "tokens", "total")  # fmt: skip
 
     def __init__(
         self, tokens: list[int], prompt_len: int, table: list[int], sampling: SamplingParams,
-        choice: int, slot: int = -1,
+        choice: int, slot: int = -1, pooling: str = "",
     ) -> None:  # fmt: skip
         self.tokens = tokens
         self.prompt_len = prompt_len
@@ -35,6 +35,8 @@ class ToySequence:
         self.cheap_key: int | None = None
         self.admitted = False  # its first item ran: a cached prefix was read back
         self.broken = False  # a page of its prefix did not read back right
+        self.pooling = pooling
+        self.total = 0  # of the entries that were written here, for pooling by the mean
 
     @classmethod
     def learn(cls, new: NewSequence, known: Mapping[int, ToySequence]) -> Self:
@@ -49,7 +51,8 @@ class ToySequence:
                 raise EngineError(f"sequence {new.seq} forks unknown sequence {new.parent}")
             prompt = parent.tokens[: parent.prompt_len]
         tokens, table = [*prompt, *new.output_ids], list(new.block_ids)
-        return cls(tokens, len(prompt), table, new.sampling, new.choice, new.slot)
+        sampling, choice, slot = new.sampling, new.choice, new.slot
+        return cls(tokens, len(prompt), table, sampling, choice, slot, new.pooling)
 
     def key(self, choice: int) -> int:
         """The key of a choice's stream in the mode without memory."""
