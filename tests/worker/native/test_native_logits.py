@@ -10,19 +10,11 @@ import pytest
 import torch
 
 from tests.fixtures.models import ABSENT, FAMILIES, make_model
+from tests.worker.native.model_runner import Runner
 from tests.worker.native.plan_driver import KERNELS, random_prompts
 from tests.worker.native.reference import LOGIT_BOUND, load_reference, reference_logits
 from xllm.worker.attention.plan import Span
-from xllm.worker.execution.layer_loop import LayerLoop
-from xllm.worker.execution.loading import load_model
-from xllm.worker.memory.block_layout import BlockLayout
-from xllm.worker.memory.cpu_memory import CpuKvMemory
-from xllm.worker.memory.layout import KvLayout
-from xllm.worker.memory.pool import KvPool, allocate_memory
-from xllm.worker.platform.platform import select_platform
 
-CPU = torch.device("cpu")
-BLOCK_SIZE = 16
 LENGTH = 90
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -87,50 +79,6 @@ VARIANTS = {
         },
     ),
 }
-
-
-class Runner:
-    """A loaded model over a pool of its own."""
-
-    def __init__(
-        self,
-        directory: Path,
-        implementation: str = "auto",
-        *,
-        dtype: str = "auto",
-        kernels: str = "auto",
-    ) -> None:
-        self.loaded = load_model(
-            directory,
-            dtype,
-            select_platform("cpu"),
-            lambda loaded, total: None,
-            implementation,
-            num_threads=1,
-            kernels=kernels,
-        )
-        config, found = self.loaded.model.config, self.loaded.dtype
-        kind = KvLayout if self.loaded.team is None else BlockLayout
-        layout = kind(
-            96,
-            BLOCK_SIZE,
-            config.num_layers,
-            config.num_kv_heads,
-            config.head_dim,
-            found.itemsize,
-        )
-        if isinstance(layout, BlockLayout):
-            self.pool = CpuKvMemory(layout, found)
-        else:
-            self.pool = KvPool(layout, allocate_memory(layout, found, CPU))
-        self.loop = LayerLoop(
-            self.loaded.model, self.pool, found, CPU, lambda: None, self.loaded.team
-        )
-
-    def logits(self, spans: list[Span], token_ids: list[int], single: bool = False) -> torch.Tensor:
-        run = self.loop.run_single_rows if single else self.loop.run
-        with torch.inference_mode():
-            return self.loaded.model.head(run(spans, token_ids, ()))
 
 
 def blocks(first: int) -> array[int]:
