@@ -52,6 +52,8 @@ class NativeStatistics:
     """A native executor at a glance."""
 
     num_steps: int
+    weight_bytes: int
+    """As they are kept: packed, without what stays in the files."""
     sequences: SequenceTableStatistics
     pool: KvPoolStatistics
     mapper: MapperStatistics | None = None
@@ -132,6 +134,7 @@ class NativeExecutor:
         engine = self._loaded()
         return NativeStatistics(
             self._num_steps,
+            engine.num_bytes,
             engine.table.statistics(),
             engine.pool.statistics(),
             None if engine.mapper is None else engine.mapper.statistics(),
