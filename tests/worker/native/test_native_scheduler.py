@@ -36,14 +36,26 @@ MODES = {
 class Instance:
     """One scheduler over one executor; `streams` by (request, choice)."""
 
-    def __init__(self, directory: Path, strategy: str = "chunked", **limits: Any) -> None:
-        self.driver = PlanDriver(directory)
+    def __init__(
+        self,
+        directory: Path,
+        strategy: str = "chunked",
+        kv_memory: str = "xtensor",
+        **limits: Any,
+    ) -> None:
+        self.driver = PlanDriver(directory, kv_memory=kv_memory)
         ready = self.driver.ready
-        bounds = {"num_blocks": ready.num_blocks, "max_num_batched_tokens": 256, **limits}
+        bounds = {
+            "num_blocks": ready.num_blocks,
+            "max_model_len": ready.max_model_len,
+            "max_num_batched_tokens": 256,
+            "num_slots": ready.num_slots,
+            "max_mappings": ready.max_mappings,
+            **limits,
+        }
         self.limits = InstanceLimits(
             ready.model,
             block_size=ready.block_size,
-            max_model_len=ready.max_model_len,
             vocab_size=ready.vocab_size,
             eos_ids=ready.eos_ids,
             revision=ready.revision,

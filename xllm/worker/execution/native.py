@@ -104,6 +104,8 @@ class NativeExecutor:
             # Sequence numbers may begin anew: nothing of the old ones may be found.
             engine.table = SequenceTable(engine.pool.layout.num_blocks, engine.ready.vocab_size)
             engine.pool.forget()
+            if engine.mapper is not None:
+                engine.mapper.forget()
             progress(engine.num_bytes, engine.num_bytes)
         return engine.ready
 

@@ -99,6 +99,14 @@ class PageMapper:
         reason = self._failed.get(slot)
         return reason or f"slot {slot}: {num_pages} pages are needed and not mapped"
 
+    def forget(self) -> None:
+        """Unmap everything: no sequence is left."""
+        with self._lock:
+            self._lock.wait_for(lambda: not any(self._queued))
+        self._space.forget()
+        self._ready = [0] * self._space.num_slots
+        self._failed.clear()
+
     def close(self) -> None:
         """End the thread, after what is queued, and give the slots up."""
         if self._thread is not None:
