@@ -4,6 +4,8 @@ import pytest
 
 from tests.master.toy_instance import ToyInstance
 from xllm.errors import InvariantError
+from xllm.kvcache.slots import SlotTableStatistics
+from xllm.master.metrics import MasterMetrics
 from xllm.protocol.step import MapPages
 from xllm.worker.toy.faults import ToyFaults
 from xllm.worker.toy.slots import ToySlots
@@ -11,10 +13,10 @@ from xllm.worker.toy.slots import ToySlots
 PROMPT = [7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
 
 
-def slots_of(one: ToyInstance):
-    table = one.scheduler._state.tables.slots.table
-    assert table is not None
-    return table.statistics()
+def slots_of(one: ToyInstance) -> SlotTableStatistics:
+    found = one.scheduler.statistics().slots
+    assert found is not None
+    return found
 
 
 def test_a_returning_prompt_finds_its_pages_mapped() -> None:
@@ -160,6 +162,18 @@ def test_a_failed_step_ends_its_requests_and_slots_are_mapped_anew() -> None:
     one.admit("c", PROMPT, max_tokens=2)
     one.run()
     one.verify("c")
+
+
+def test_metrics_tell_of_slots_where_there_are_any() -> None:
+    one = ToyInstance()
+    one.admit("a", PROMPT, max_tokens=2)
+    one.run()
+    text = MasterMetrics().text(one.scheduler.statistics()).decode()
+    assert "xllm_master_mappings 2.0" in text
+    assert "xllm_master_slot_pages 3.0" in text
+    text = MasterMetrics().text(ToyInstance(num_slots=0).scheduler.statistics()).decode()
+    assert "xllm_master_running_sequences" in text
+    assert "mappings" not in text
 
 
 def test_the_toy_sees_a_map_that_is_lost() -> None:

@@ -83,5 +83,14 @@ class MasterMetrics:
                 stats.worker_idle_s,
             ),
         )
+        if stats.slots is not None:
+            slots = stats.slots
+            gauges += (
+                ("slots_used", "Slots with a sequence.", slots.num_used),
+                ("mappings", "Mappings of KV pages under slots.", slots.num_mappings),
+                ("max_mappings", "Mappings that the worker may have.", slots.max_mappings),
+                ("slot_pages", "Pages given to slots, this worker's life.", slots.num_pages),
+                ("slot_pages_found", "Of these, mapped there already.", slots.num_pages_found),
+            )
         for name, text, value in gauges:
             yield GaugeMetricFamily(f"xllm_master_{name}", text, value=value)

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Sequence as AbstractSequence
 
 from xllm.errors import DeadlineError
+from xllm.kvcache.slots import SlotTableStatistics
 from xllm.master.admission import Admission
 from xllm.master.audit import check_state
 from xllm.master.holding import end_holds
@@ -35,7 +36,7 @@ class SchedulerStatistics:
     computed, `running_tokens` are held by running sequences; `num_held` counts sequences that are
     prefilled for another instance, `num_paused` those that keep their KV without running,
     `num_pauses` how often that began. `worker_busy_s` is the time of all steps, `worker_idle_s`
-    that between steps while there was work."""
+    that between steps while there was work. `slots`: None at a worker that has none."""
 
     num_requests: int
     num_waiting: int
@@ -54,6 +55,7 @@ class SchedulerStatistics:
     worker_idle_s: float = 0.0
     num_paused: int = 0
     num_pauses: int = 0
+    slots: SlotTableStatistics | None = None
 
 
 class Scheduler:
@@ -199,6 +201,7 @@ class Scheduler:
             state.sweep()
         waiting = list(state.waiting)
         cache = state.tables.cache.statistics()
+        table = state.tables.slots.table
         running: list[Sequence] = [*state.decoding, *state.prefilling]
         waiting_tokens = sum(seq.num_tokens for seq in waiting)
         waiting_tokens += sum(seq.num_tokens - seq.num_computed for seq in state.prefilling)
@@ -221,6 +224,7 @@ class Scheduler:
             worker_idle_s=state.idleness.idle_ns / 1e9,
             num_paused=len(state.paused),
             num_pauses=state.num_pauses,
+            slots=None if table is None else table.statistics(),
         )
 
     def check(self) -> None:

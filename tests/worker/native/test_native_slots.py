@@ -108,11 +108,11 @@ def test_slots_give_the_tokens_of_block_tables(
     assert statistics.num_available_blocks == statistics.num_blocks
     if mode == "few blocks":
         assert statistics.num_preemptions > 0
-    table = instance.scheduler._state.tables.slots.table
-    assert table is not None
-    assert table.statistics().num_mappings <= table.max_mappings
+    slots = statistics.slots
+    assert slots is not None
+    assert slots.num_mappings <= slots.max_mappings
     if mode == "few mappings":
-        assert table.statistics().num_reclaimed > 0
+        assert slots.num_reclaimed > 0
     if instance.limits.prefix_cache:
         assert any(ended.cached_tokens for ended in instance.ended.values())
     mapper = instance.driver.executor.statistics().mapper
