@@ -1,0 +1,141 @@
+"""The attention kernel alone, over slots and over block tables, for one model's heads.
+
+The same keys and values, in blocks that lie anywhere in the memory, once as the table of each
+sequence names them and once mapped side by side under a slot. Both run in turns, layer by layer as
+in a step, so that what one layer reads is not what the last one left in the processor's caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import statistics
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xllm.worker.attention.plan import Span
+from xllm.worker.kernels.attention import KernelAttention
+from xllm.worker.kernels.library import load
+from xllm.worker.kernels.team import Team
+from xllm.worker.loader.config import ModelConfig, read_config
+from xllm.worker.memory.block_layout import BlockLayout
+from xllm.worker.memory.cpu_memory import CpuKvMemory
+from xllm.worker.memory.slots import SlotSpace
+from xllm.worker.memory.virtual import CpuVirtualMemory
+from xllm.worker.models.registry import find_family
+
+_BLOCK_SIZE = 16
+_PASSES = 9
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """Sequences with `context` tokens each that compute `rows` more."""
+
+    name: str
+    sequences: int
+    context: int
+    rows: int
+
+
+CASES = (
+    Case("decode", 1, 2048, 1),
+    Case("decode", 16, 128, 1),
+    Case("decode", 16, 1024, 1),
+    Case("prefill", 1, 0, 512),
+    Case("prefill", 1, 1024, 256),
+)
+
+
+class KernelBench:
+    """Memory with the case's sequences in it, and both ways to reach them."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, team: Team, case: Case) -> None:
+        self._config = config
+        self._team = team
+        tokens = case.context + case.rows
+        width = -(-tokens // _BLOCK_SIZE)
+        layout = BlockLayout(
+            width * case.sequences,
+            _BLOCK_SIZE,
+            config.num_layers,
+            config.num_kv_heads,
+            config.head_dim,
+            dtype.itemsize,
+        )
+        self._memory = CpuKvMemory(layout, dtype)
+        self._memory.pool_tensor(dtype).normal_()
+        self._slots = SlotSpace(
+            CpuVirtualMemory(self._memory.fd),
+            num_slots=case.sequences,
+            pages_per_slot=width,
+            page_bytes=layout.block_bytes,
+            num_pages=layout.num_blocks,
+        )
+        blocks = list(range(layout.num_blocks))
+        random.Random(1).shuffle(blocks)
+        self.spans: dict[str, list[Span]] = {"paged": [], "xtensor": []}
+        for index in range(case.sequences):
+            table = array("q", blocks[index * width : (index + 1) * width])
+            self._slots.map(index, 0, table)
+            address = self._slots.address(index)
+            self.spans["paged"].append(Span(case.context, case.rows, table))
+            self.spans["xtensor"].append(Span(case.context, case.rows, table, address))
+        rows = case.sequences * case.rows
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self._inputs = [torch.randn(rows, count, dim) for count in (heads, kv_heads, kv_heads)]
+
+    def run(self, arm: str) -> float:
+        """Milliseconds of all layers' attention, writing of keys and values included."""
+        config = self._config
+        windows = config.layer_windows
+        attention = KernelAttention(
+            self._team, self._memory, self.spans[arm], windows, lambda: None
+        )
+        began = time.perf_counter()
+        for layer in range(config.num_layers):
+            attention.attend(layer, *self._inputs)
+        return 1e3 * (time.perf_counter() - began)
+
+    def close(self) -> None:
+        """Give the slots up."""
+        self._slots.close()
+
+
+def attention_report(path: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds by case and arm, medians; empty where the kernels were not built."""
+    library = load().library
+    if library is None:
+        return []
+    raw = read_config(Path(path))
+    config = find_family(raw.architecture()).read(raw)
+    team = Team(library, options.threads)
+    found = []
+    for case in CASES:
+        bench = KernelBench(config, getattr(torch, options.dtype), team, case)
+        times: dict[str, list[float]] = {arm: [] for arm in bench.spans}
+        for number in range(_PASSES + 1):
+            order = list(times) if number % 2 else list(reversed(times))
+            for arm in order:
+                took = bench.run(arm)
+                if number:
+                    times[arm].append(took)
+        bench.close()
+        pairs = zip(times["xtensor"], times["paged"], strict=True)
+        ratio = statistics.median(slot / table for slot, table in pairs)
+        medians = {f"{arm}_ms": statistics.median(all_) for arm, all_ in times.items()}
+        found.append(dataclasses.asdict(case) | medians | {"ratio": ratio})
+    return found
+
+
+def print_attention(rows: list[dict[str, Any]]) -> None:
+    """A line a case."""
+    print(f"\n{'attention of all layers, ms':<34}{'block tables':>26}{'xTensor':>12}{'ratio':>8}")
+    for row in rows:
+        title = f"{row['name']}, {row['sequences']} x {row['rows']} after {row['context']}"
+        print(f"{title:<46}{row['paged_ms']:>14.3f}{row['xtensor_ms']:>12.3f}{row['ratio']:>8.3f}")
