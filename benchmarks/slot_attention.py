@@ -7,12 +7,12 @@ in a step, so that what one layer reads is not what the last one left in the pro
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import random
 import statistics
 import time
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +107,19 @@ class KernelBench:
         self._slots.close()
 
 
-def attention_report(path: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def attention_report(
+    path: str, dtype: str, num_threads: int, cases: Sequence[Case]
+) -> list[dict[str, Any]]:
     """Milliseconds by case and arm, medians; empty where the kernels were not built."""
     library = load().library
     if library is None:
         return []
     raw = read_config(Path(path))
     config = find_family(raw.architecture()).read(raw)
-    team = Team(library, options.threads)
+    team = Team(library, num_threads)
     found = []
-    for case in CASES:
-        bench = KernelBench(config, getattr(torch, options.dtype), team, case)
+    for case in cases:
+        bench = KernelBench(config, getattr(torch, dtype), team, case)
         times: dict[str, list[float]] = {arm: [] for arm in bench.spans}
         for number in range(_PASSES + 1):
             order = list(times) if number % 2 else list(reversed(times))

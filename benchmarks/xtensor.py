@@ -17,13 +17,14 @@ import contextlib
 import json
 import mmap
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import workloads
-from benchmarks.slot_attention import attention_report, print_attention
+from benchmarks.slot_attention import CASES, Case, attention_report, print_attention
 from xllm.cli.bench.local_engine import LocalEngine, LocalRequest
 from xllm.cli.bench.measures import RequestRecord
 from xllm.cli.model_source import demo_model_path
@@ -76,7 +77,7 @@ class Arm:
         self._executor = NativeExecutor(self._settings, phase_ns=self._phase_ns)
         self.engine = WatchedEngine(self._settings, self._executor, lambda done, total: None)
         memory = self._executor.statistics().pool
-        self.block_bytes = memory.num_bytes // memory.num_blocks
+        self.block_bytes = memory.total_bytes // memory.num_blocks
         self.runs: dict[str, list[dict[str, float]]] = {}
 
     def run(self, workload: str, repetition: int) -> None:
@@ -108,7 +109,7 @@ class Arm:
             row[f"{name}_attention_ms"] = spent_ms / steps if steps else 0.0
         row |= {f"peak_{name}": peak for name, peak in peaks.items()}
         row |= {name: after[name] - before[name] for name in after}
-        row["mappings"] = self._mappings()
+        row |= self._mapped()
         self.runs.setdefault(workload, []).append(row)
 
     def _requests(self, workload: str, repetition: int) -> list[LocalRequest]:
@@ -145,9 +146,12 @@ class Arm:
             "pages_found": slots.num_pages_found,
         }
 
-    def _mappings(self) -> float:
-        slots = self.engine.statistics.slots
-        return 0.0 if slots is None else slots.num_mappings
+    def _mapped(self) -> dict[str, float]:
+        """What is mapped now; under idle slots too."""
+        mapper, slots = self._executor.statistics().mapper, self.engine.statistics.slots
+        if mapper is None or slots is None:
+            return {}
+        return {"mappings": slots.num_mappings, "mapped_pages": mapper.slots.num_mapped_pages}
 
 
 def summarize(arm: Arm, workload: str, max_model_len: int) -> dict[str, float]:
@@ -164,13 +168,13 @@ def summarize(arm: Arm, workload: str, max_model_len: int) -> dict[str, float]:
         row["share_waited"] = row["steps_waited"] / steps
         row["share_found"] = row["pages_found"] / max(row["pages_given"], 1)
         entries = arm.block_bytes // mmap.PAGESIZE * _ENTRY_BYTES
-        row["page_tables_mib"] = row["peak_blocks"] * entries / 2**20
+        row["page_tables_mib"] = row["mapped_pages"] * entries / 2**20
         row["max_mappings"] = ready.max_mappings
     return row
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All repetitions of all loads, the arms in turns."""
+def measure(options: argparse.Namespace, cases: Sequence[Case] = CASES) -> dict[str, Any]:
+    """All repetitions of all loads, the arms in turns, then the attention of `cases` alone."""
     names = options.workloads.split(",")
     with contextlib.ExitStack() as stack:
         arms = {}
@@ -189,7 +193,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 name: summarize(arm, workload, options.max_model_len) for name, arm in arms.items()
             }
     settings = arm_settings(options, "xtensor")
-    report["attention"] = attention_report(settings.model.path, options)
+    report["attention"] = attention_report(
+        settings.model.path, options.dtype, options.threads, cases
+    )
     return report
 
 

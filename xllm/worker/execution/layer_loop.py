@@ -36,7 +36,8 @@ class LayerHook(Protocol):
 class LayerLoop:
     """Runs rows through all layers of a model over one pool. `tick` is called after each
     bounded piece of work inside a layer. With a `team` the compiled kernels do all of a native
-    model's layers, and the attention of other models."""
+    model's layers, and the attention of other models; what each phase of a layer takes is added
+    to `phase_ns` then, if given (int64, as kernels.structures.PHASES)."""
 
     def __init__(
         self,
@@ -46,8 +47,10 @@ class LayerLoop:
         device: torch.device,
         tick: Callable[[], None],
         team: Team | None = None,
+        phase_ns: torch.Tensor | None = None,
     ) -> None:
         self._model = model
+        self._phase_ns = phase_ns
         self._team = team
         self._pool = pool
         self._dtype = dtype
@@ -107,7 +110,7 @@ class LayerLoop:
         assert not isinstance(model, WholeModel)
         assert isinstance(pool, CpuKvMemory)
         hidden = model.embed(token_ids).float()
-        arrays = StepArrays(spans, pool)
+        arrays = StepArrays(spans, pool, self._phase_ns)
         arrays.set_angles(*model.angles(positions))
         for index, layer in enumerate(layers):
             for hook in hooks:

@@ -78,7 +78,14 @@ class _Engine:
 class NativeExecutor:
     """Implements Executor with the models of `xllm.worker.models`."""
 
-    def __init__(self, settings: Settings, hooks: Sequence[LayerHook] = ()) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        hooks: Sequence[LayerHook] = (),
+        phase_ns: torch.Tensor | None = None,
+    ) -> None:
+        """`phase_ns`: see LayerLoop."""
+        self._phase_ns = phase_ns
         self._settings = settings
         self._progress = ProgressCounter()
         self._hooks: tuple[LayerHook, ...] = (self._progress, *hooks)
@@ -197,7 +204,7 @@ class NativeExecutor:
         layout, tick = pool.layout, self._progress.tick
         model_len = fit_context(model_len, layout.num_blocks, layout.block_size)
         slots = make_slots(settings, pool, model_len)
-        loop = LayerLoop(model, pool, dtype, platform.device, tick, team)
+        loop = LayerLoop(model, pool, dtype, platform.device, tick, team, self._phase_ns)
         for num_rows in _WARM_UP_ROWS:
             loop.warm_up(num_rows)
         ready = WorkerReady(
