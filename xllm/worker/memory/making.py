@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
-
+import structlog
 import torch
 
 from xllm.config.settings import Settings
@@ -17,6 +16,8 @@ from xllm.worker.memory.pool import KvPool, allocate_memory
 from xllm.worker.memory.slots import SlotSpace
 from xllm.worker.memory.virtual import CpuVirtualMemory, available_mappings
 from xllm.worker.platform.platform import Platform
+
+log = structlog.get_logger(__name__)
 
 _SLOTS_A_SEQUENCE = 2
 """Idle slots keep what was mapped for others: as many of them as run."""
@@ -66,27 +67,49 @@ def make_memory(
 
 def make_slots(settings: Settings, memory: KvMemory, max_model_len: int) -> SlotSpace | None:
     """Slots over a memory; None where the settings or the device want block tables, or where not
-    even the longest sequence could be mapped."""
+    even the longest sequence could be mapped, which a line in the log then says."""
     if settings.worker.kv_memory != "xtensor" or not isinstance(memory, CpuKvMemory):
         return None
     layout = memory.layout
     pages_per_slot = -(-max_model_len // layout.block_size)
     fitting = _MAX_RESERVED_BYTES // (pages_per_slot * layout.block_bytes)
     num_slots = min(_SLOTS_A_SEQUENCE * settings.scheduler.max_num_seqs, fitting)
-    if num_slots < 1 or available_mappings() < pages_per_slot + 2:
-        return None
-    virtual = CpuVirtualMemory(memory.fd)
-    assert layout.block_bytes % mmap.PAGESIZE == 0
-    try:
-        return SlotSpace(
-            virtual,
-            num_slots=num_slots,
-            pages_per_slot=pages_per_slot,
-            page_bytes=layout.block_bytes,
-            num_pages=layout.num_blocks,
+    reason = _obstacle(num_slots, pages_per_slot)
+    if not reason:
+        try:
+            space = SlotSpace(
+                CpuVirtualMemory(memory.fd),
+                num_slots=num_slots,
+                pages_per_slot=pages_per_slot,
+                page_bytes=layout.block_bytes,
+                num_pages=layout.num_blocks,
+            )
+        except EngineError as error:
+            reason = error.message  # the system limits addresses (ulimit -v)
+        else:
+            log.info(
+                "kv_slots",
+                num_slots=num_slots,
+                pages_per_slot=pages_per_slot,
+                page_bytes=layout.block_bytes,
+                wasted_bytes_a_page=layout.wasted_bytes,
+            )
+            return space
+    log.warning("kv_slots_not_used", reason=reason)
+    return None
+
+
+def _obstacle(num_slots: int, pages_per_slot: int) -> str:
+    """Why there can be no slots of so many pages; empty if there can."""
+    if num_slots < 1:
+        return f"the longest sequence takes more than {_MAX_RESERVED_BYTES} bytes of addresses"
+    num_left = available_mappings()
+    if num_left < pages_per_slot + 2:
+        return (
+            f"the longest sequence may take {pages_per_slot + 2} mappings, the system allows "
+            f"{num_left} more (vm.max_map_count)"
         )
-    except EngineError:
-        return None  # the system limits addresses (ulimit -v)
+    return ""
 
 
 def _check_block_size(size: int, on_cpu: bool) -> None:
