@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from xllm.master.block_tables import BlockTables
 from xllm.master.sequence import Sequence
@@ -22,15 +22,26 @@ class Foresight:
         shared: list[int],
         num_unheld: int,
         decoding: Iterable[Sequence],
-        prefilling: Iterable[Sequence],
+        prefilling: Collection[Sequence],
     ) -> bool:
         """Whether `seq` may run to its end. It shares the blocks `shared` with the cache or its
         leader; `num_unheld` of them nobody holds yet."""
         size = self._size
-        cache = self._tables.cache
+        cache, tables = self._tables.cache, self._tables
+        running = [*decoding, *prefilling]
+        last = max(blocks_at_end(seq.end, size), -(-seq.num_tokens // size))
+        lengths = [-(-(one.end - 1) // size) for one in running]  # as blocks_at_end has it
+        if not tables.has_slot(seq) or not tables.slots.fit_to_end([*lengths, last]):
+            return False
+        num_free, reserved = cache.num_available - num_unheld, last - len(shared)
+        pairs = zip(lengths, [len(one.block_ids) for one in running], strict=True)
+        growths = [length - held if length > held else 0 for length, held in pairs]
+        if sum(growths) + reserved <= num_free:
+            return True  # whoever ends when: nearly always, and much cheaper to know
+        num_decoding = len(running) - len(prefilling)
+        reserved += sum(growths[num_decoding:])
         held = frozenset(shared)
-        prefilling = list(prefilling)
-        going = sorted(decoding, key=lambda one: one.end - one.num_planned)
+        going = sorted(running[:num_decoding], key=lambda one: one.end - one.num_planned)
         released = count_released(
             [one.block_ids for one in going],
             lambda block_id: cache.pool.refs(block_id) + (block_id in held),
@@ -40,12 +51,4 @@ class Foresight:
             for one, count in zip(going, released, strict=True)
             if one.num_planned + 1 < one.end
         ]
-        last = max(blocks_at_end(seq.end, size), -(-seq.num_tokens // size))
-        lengths = [blocks_at_end(one.end, size) for one in (*going, *prefilling)]
-        tables = self._tables
-        if not tables.has_slot(seq) or not tables.slots.fit_to_end([*lengths, last]):
-            return False
-        reserved = last - len(shared)
-        for one in prefilling:
-            reserved += max(0, blocks_at_end(one.end, size) - len(one.block_ids))
-        return will_fit(cache.num_available - num_unheld, reserved, timetables, size)
+        return will_fit(num_free, reserved, timetables, size)
