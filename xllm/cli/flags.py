@@ -22,6 +22,7 @@ ALIASES: dict[str, str] = {
     "model.name": "--served-model-name",
     "model.max_model_len": "--max-model-len",
     "model.dtype": "--dtype",
+    "model.quantization": "--quantization",
     "router.host": "--host",
     "router.port": "--port",
     "router.zmq_host": "--zmq-host",

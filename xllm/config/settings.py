@@ -77,6 +77,12 @@ class ModelSettings:
         "directory says, else last.",
         choices=("auto", "last", "mean"),
     )
+    quantization: str = setting(
+        "none",
+        "Round the weights when they are read (docs/quantization.md); w8a8: rows of activations "
+        "too. Needs the compiled kernels.",
+        choices=("none", "int8", "int4", "w8a8"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,13 @@ KERNELS = ("compiled", "torch") if load().library else ("torch",)
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, seed=0)
 
 
-def native_settings(directory: Path, **worker: object) -> Settings:
+def native_settings(
+    directory: Path, quantization: str = "none", dtype: str = "auto", **worker: object
+) -> Settings:
     """Settings of a small engine on one CPU thread."""
     fields: dict = {"device": "cpu", "num_threads": 1, "kv_cache_bytes": 8 << 20, **worker}
     return Settings(
-        model=ModelSettings(path=str(directory)),
+        model=ModelSettings(path=str(directory), quantization=quantization, dtype=dtype),
         scheduler=SchedulerSettings(max_num_seqs=32),
         worker=WorkerSettings(**fields),
     )
@@ -63,8 +66,8 @@ class Scores:
 class PlanDriver:
     """Drives one executor; sequences and blocks are numbered on, blocks come back at `release`."""
 
-    def __init__(self, directory: Path, **worker: object) -> None:
-        self.executor = NativeExecutor(native_settings(directory, **worker))
+    def __init__(self, directory: Path, quantization: str = "none", **worker: Any) -> None:
+        self.executor = NativeExecutor(native_settings(directory, quantization, **worker))
         self.ready = self.executor.load(lambda loaded, total: None)
         self.free = list(range(self.ready.num_blocks))
         self.next_seq = 0

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from xllm.worker.model_costs import ModelCosts
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_QUANTIZED_BYTES = {"int8": 1.0, "w8a8": 1.0, "int4": 0.53}
 _DECODE_STEPS = 16
 _REPEATS = 3
 _SHORT = 32
@@ -72,7 +73,7 @@ class PhaseMeter:
         engine: LocalEngine,
         clock: LayerClock,
         costs: ModelCosts,
-        item_bytes: int,
+        item_bytes: float,
         budget: int,
     ) -> None:
         self._engine = engine
@@ -110,7 +111,7 @@ class PhaseMeter:
         num_bytes += step.num_context * self._kv_bytes
         flops = costs.layer_flops(num_rows) + costs.score_flops * step.num_context
         layers = Phase("decode, layers", num_rows, step.layers_s, num_bytes, flops)
-        head_bytes = costs.head_weights * self._item_bytes
+        head_bytes = costs.head_weights * max(self._item_bytes, 1)  # no less than 8 bits
         head_s = step.whole_s - step.layers_s
         head = Phase("head and sampling", num_rows, head_s, head_bytes, costs.head_flops(num_rows))
         return layers, head, step
@@ -185,9 +186,11 @@ def roofline(prefill: str, rows: str, json_path: str, settings: Settings) -> Non
     costs = read_costs(Path(settings.model.path))
     with open_engine(settings, executor) as engine:
         ready = engine.ready
-        limits = measure_limits(ready.dtype)
+        dtype, quantization = ready.dtype.split("+")[0], settings.model.quantization
+        limits = measure_limits(dtype)
         budget = settings.scheduler.max_num_batched_tokens
-        meter = PhaseMeter(engine, clock, costs, _ITEM_BYTES[ready.dtype], budget)
+        item_bytes = _QUANTIZED_BYTES.get(quantization, _ITEM_BYTES[dtype])
+        meter = PhaseMeter(engine, clock, costs, item_bytes, budget)
         phases: list[Phase] = []
         with BenchProgress("phases", len(prompts) + len(row_counts)) as progress:
             for count in prompts:

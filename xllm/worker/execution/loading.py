@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from xllm.config.settings import Settings
-from xllm.errors import DependencyError
-from xllm.worker.kernels.selection import select_team
+from xllm.errors import ConfigError, DependencyError
+from xllm.worker.kernels.selection import require_team, select_team
 from xllm.worker.kernels.team import Team
 from xllm.worker.loader.checkpoint import Checkpoint, open_checkpoint
 from xllm.worker.loader.config import ModelConfig, RawConfig, read_config
@@ -45,9 +45,11 @@ def load_model(
     *,
     num_threads: int = 0,
     kernels: str = "auto",
+    quantization: str = "none",
 ) -> LoadedModel:
     """Set the platform up for a model and read its configuration and weights onto the device.
-    `implementation`: see ModelSettings; `num_threads` and `kernels`: see WorkerSettings.
+    `implementation` and `quantization`: see ModelSettings; `num_threads` and `kernels`: see
+    WorkerSettings.
 
     Raises ConfigError or DependencyError naming the file, key or tensor that stands in the way,
     or the memory that is lacking.
@@ -56,6 +58,12 @@ def load_model(
     if implementation == "transformers" or (
         implementation == "auto" and not is_native(raw.architecture())
     ):
+        if quantization != "none":
+            raise ConfigError(
+                f"model.quantization: {quantization} is for native models, and "
+                f"{raw.architecture()} runs through transformers here",
+                param="model.quantization",
+            )
         prepare = functools.partial(_prepare, platform, num_threads, kernels)
         return _load_from_library(directory, raw, asked_dtype, platform, progress, prepare)
     family = find_family(raw.architecture())
@@ -63,9 +71,12 @@ def load_model(
     config = family.read(raw)
     dtype = resolve_dtype(asked_dtype, config.dtype or checkpoint.dtype(), platform.name == "cpu")
     config, unused = _settle_tie(config, checkpoint)
-    _check_room(checkpoint, dtype, platform)
+    item_bytes = dtype.itemsize if quantization == "none" else 1
+    _check_room(checkpoint, item_bytes, platform)
     team = _prepare(platform, num_threads, kernels, checkpoint, dtype)
-    table = WeightTable(dtype, platform.device, team)
+    if quantization != "none":
+        require_team(team, "model.quantization", quantization)
+    table = WeightTable(dtype, platform.device, team, quantization)
     model = family.build(config, table)
     if config.tie_word_embeddings and _EMBEDDING not in checkpoint.entries:
         # Some tied checkpoints name the one matrix after the head.
@@ -100,7 +111,7 @@ def _load_from_library(
 
     checkpoint = open_checkpoint(directory)
     dtype = resolve_dtype(asked_dtype, raw.dtype() or checkpoint.dtype(), platform.name == "cpu")
-    _check_room(checkpoint, dtype, platform)
+    _check_room(checkpoint, dtype.itemsize, platform)
     team = prepare(checkpoint, dtype)
     progress(0, checkpoint.total_bytes)
     model, num_bytes = load_transformers_model(raw, checkpoint, dtype, platform.device)
@@ -108,15 +119,15 @@ def _load_from_library(
     return LoadedModel(model, dtype, checkpoint.revision(directory), num_bytes, team)
 
 
-def _check_room(checkpoint: Checkpoint, dtype: torch.dtype, platform: Platform) -> None:
+def _check_room(checkpoint: Checkpoint, item_bytes: int, platform: Platform) -> None:
     """Raise DependencyError where the weights do not fit what memory is free: on a CPU the
     kernel would end the process half-way."""
-    needed = checkpoint.num_elements * dtype.itemsize
+    needed = checkpoint.num_elements * item_bytes
     free = platform.memory().free_bytes
     if needed > free:
         raise DependencyError(
-            f"model.path: the weights take {needed} bytes as {dtype}, {free} are free on "
-            f"{platform.describe()}",
+            f"model.path: the weights take {needed} bytes at {item_bytes} each, {free} are free "
+            f"on {platform.describe()}",
             param="model.path",
         )
 

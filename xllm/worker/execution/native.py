@@ -219,7 +219,7 @@ class NativeExecutor:
             fingerprint=self._fingerprint(platform, loaded),
             kv_groups=describe_groups(model.kv_groups, dtype.itemsize),
             device=platform.describe(),
-            dtype=_type_name(dtype),
+            dtype=self._type_name(dtype),
             load_s=time.monotonic() - began,
             num_slots=0 if slots is None else slots.num_slots,
             max_mappings=0 if slots is None else available_mappings(),
@@ -254,14 +254,21 @@ class NativeExecutor:
             model.implementation,
             num_threads=worker.num_threads,
             kernels=worker.kernels,
+            quantization=model.quantization,
         )
 
     def _fingerprint(self, platform: Platform, loaded: LoadedModel) -> str:
         """What decides the bits of a result beside its inputs."""
         mode = "deterministic" if self._settings.worker.deterministic else "default"
         kernels = _TORCH_KERNELS if loaded.team is None else loaded.team.library.fingerprint()
-        parts = (*platform.fingerprint(), _type_name(loaded.dtype), "tp-1", kernels, mode)
+        parts = (*platform.fingerprint(), self._type_name(loaded.dtype), "tp-1", kernels, mode)
         return "/".join(parts)
+
+    def _type_name(self, dtype: torch.dtype) -> str:
+        """Of what is computed, and of what is rounded: bfloat16+int8."""
+        name = str(dtype).removeprefix("torch.")
+        quantization = self._settings.model.quantization
+        return name if quantization == "none" else f"{name}+{quantization}"
 
     def _run(self, engine: _Engine, batch: StepBatch, outputs: StepOutputs) -> None:
         if engine.pool.may_hold_nan:
@@ -277,10 +284,6 @@ class NativeExecutor:
         self._progress.settle()
         if len(outputs.failed) > num_failed:
             engine.pool.may_hold_nan = True
-
-
-def _type_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _tails(spans: Sequence[Span], block_size: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Whether the compiled kernels compute, and a team for them."""
+"""Whether the compiled kernels compute, a team for them, and the form of its weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import torch
 
 from xllm.errors import ConfigError
 from xllm.worker.kernels.library import load
+from xllm.worker.kernels.packing import Kind
 from xllm.worker.kernels.team import Team
 
 _TYPES = (torch.bfloat16, torch.float32)
+
+_QUANTIZED = {"int8": Kind.INT8, "int4": Kind.INT4, "w8a8": Kind.W8A8}
 
 log = structlog.get_logger(__name__)
 
@@ -39,3 +42,21 @@ def select_team(
     if device.type == "cpu":
         log.warning("compiled_kernels_not_used", reason=reason)
     return None
+
+
+def require_team(team: Team | None, setting: str, value: str) -> None:
+    """ConfigError where there is no team for what `setting` asks."""
+    if team is None:
+        raise ConfigError(
+            f"{setting}: {value} needs the compiled kernels, which are not used here (the log says "
+            f"why, or worker.kernels asks for torch)",
+            param=setting,
+        )
+
+
+def choose_kind(quantization: str, dtype: torch.dtype, *, is_head: bool) -> Kind:
+    """The packed form of a linear map. The head, on whose rounding the choice of each token
+    hangs, keeps 8 bits and exact inputs."""
+    if quantization == "none":
+        return Kind.BF16 if dtype == torch.bfloat16 else Kind.FP32
+    return Kind.INT8 if is_head else _QUANTIZED[quantization]

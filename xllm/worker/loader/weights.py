@@ -14,7 +14,8 @@ import torch
 
 from xllm.errors import ConfigError
 from xllm.worker.kernels.linear import PackedLinear
-from xllm.worker.kernels.packing import BLOCK, Kind, num_blocks
+from xllm.worker.kernels.packing import BLOCK, num_blocks
+from xllm.worker.kernels.selection import choose_kind
 from xllm.worker.kernels.team import Team
 from xllm.worker.layers.embedding import Embedding
 from xllm.worker.layers.linear import Linear
@@ -34,12 +35,20 @@ _SHOWN = 5
 class WeightTable:
     """The weights of a model under construction: allocates them, and knows which tensor of the
     checkpoint fills which part. With a `team` linear maps are packed for the kernels as their
-    tensors come, and embeddings stay in their file."""
+    tensors come, and embeddings stay in their file. `quantization`: see ModelSettings; it needs
+    a team."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, team: Team | None = None) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        team: Team | None = None,
+        quantization: str = "none",
+    ) -> None:
         self.dtype = dtype
         self.device = device
         self.team = team
+        self.quantization = quantization
         self.targets: dict[str, list[WeightTarget]] = {}
         self.num_bytes = 0
         """Of all weights, but for what stays in its file."""
@@ -74,15 +83,16 @@ class WeightTable:
         *,
         bias: bool = False,
         gated: bool = False,
+        is_head: bool = False,
     ) -> Linear | PackedLinear:
         """A linear map of `columns` inputs whose outputs the maps `names` give, rows[i] each, one
         below the other. `gated`: they are gate and up, of the same size, and the packed form
-        gives silu(gate) * up."""
+        gives silu(gate) * up. `is_head`: the outputs are logits."""
         weights, biases = [f"{n}.weight" for n in names], [f"{n}.bias" for n in names]
         if self.team is None:
             weight = self.stacked(weights, rows, columns)
             return Linear(weight, self.stacked(biases, rows) if bias else None)
-        kind = Kind.BF16 if self.dtype == torch.bfloat16 else Kind.FP32
+        kind = choose_kind(self.quantization, self.dtype, is_head=is_head)
         linear = PackedLinear(kind, sum(rows), columns, self.team, gated=gated)
         self._bind_packed(linear, weights, list(rows), bias=False)
         if bias:

@@ -46,7 +46,7 @@ class DenseDecoder:
             self._head = Linear(self._embedding.weight)
         else:
             name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-            self._head = table.linear([name], [vocab], hidden)
+            self._head = table.linear([name], [vocab], hidden, is_head=True)
         self._fused_head: FusedHead | None = None
         self._rotary = Rotary(config.rope, config.head_dim, table.device)
 
