@@ -29,6 +29,7 @@ ALIASES: dict[str, str] = {
     "router.zmq_port": "--zmq-port",
     "router.api_key_file": "--api-key-file",
     "worker.device": "--device",
+    "worker.kv_dtype": "--kv-dtype",
     "worker.engine": "--engine",
     "worker.deterministic": "--deterministic",
     "serve.instances": "--instances",

@@ -214,6 +214,12 @@ class WorkerSettings:
         "by block tables.",
         choices=("xtensor", "paged"),
     )
+    kv_dtype: str = setting(
+        "auto",
+        "What keys and values are kept as on a CPU: auto, the model's type; int8, rounded, with a "
+        "scale for each token and head (docs/quantization.md).",
+        choices=("auto", "int8"),
+    )
     num_threads: int = setting(
         0,
         "Threads of the engine on a CPU; 0: all cores, or one for a model under 64 MiB.",

@@ -17,6 +17,7 @@ from xllm.worker.kernels.library import load
 from xllm.worker.kernels.team import Team
 from xllm.worker.memory.block_layout import BlockLayout
 from xllm.worker.memory.cpu_memory import CpuKvMemory
+from xllm.worker.memory.rounded import SCALE_BYTES, round_heads
 from xllm.worker.memory.slots import SlotSpace
 from xllm.worker.memory.virtual import CpuVirtualMemory
 
@@ -49,6 +50,14 @@ class Shape:
     softcap: float
 
 
+def as_kept(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers [rows, heads, dim] as the memory keeps them, in float64."""
+    if dtype != torch.int8:
+        return x.to(dtype).double()
+    numbers, scales = round_heads(x)
+    return numbers.double() * scales[..., None].double()
+
+
 class Histories:
     """Random queries, keys and values of sequences, by position."""
 
@@ -69,7 +78,7 @@ class Histories:
         shape = self.shape
         q = self.q[index].double()
         k, v = (
-            x[index].to(shape.dtype).double().repeat_interleave(shape.group, 1)
+            as_kept(x[index], shape.dtype).repeat_interleave(shape.group, 1)
             for x in (self.k, self.v)
         )
         scores = torch.einsum("nhd,thd->hnt", q, k) * shape.dim**-0.5
@@ -96,11 +105,13 @@ class Histories:
         shape = self.shape
         size = shape.block_size
         counts = [-(-len(q) // size) for q in self.q]
+        rounded = shape.dtype == torch.int8
         layout = BlockLayout(
-            sum(counts) + 1, size, 2, shape.kv_heads, shape.dim, shape.dtype.itemsize
+            *(sum(counts) + 1, size, 2, shape.kv_heads, shape.dim, shape.dtype.itemsize),
+            scale_bytes=SCALE_BYTES if rounded else 0,
         )
         memory = CpuKvMemory(layout, shape.dtype)
-        memory.pool_tensor(shape.dtype).fill_(float("nan"))
+        memory.pool_tensor(torch.float32 if rounded else shape.dtype).fill_(float("nan"))
         order = torch.randperm(layout.num_blocks, generator=torch.Generator().manual_seed(seed))
         free = order.tolist()
         tables = [array("q", [free.pop() for _ in range(count)]) for count in counts]
@@ -141,7 +152,7 @@ shapes = st.builds(
     group=st.sampled_from([1, 2, 3, 7, 16, 20]),
     dim=st.sampled_from([8, 16, 24, 40, 64, 80, 128, 256]),
     block_size=st.sampled_from([16, 32, 64]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
     window=st.sampled_from([0, 0, 1, 16, 24, 300]),
     softcap=st.sampled_from([0.0, 0.0, 5.0]),
 )

@@ -27,6 +27,7 @@ from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.progress import ProgressCounter
 from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
 from xllm.worker.executor import Executor, StepOutput
+from xllm.worker.kernels.selection import require_team
 from xllm.worker.layers.experts import ExpertTables
 from xllm.worker.memory.kv_memory import KvMemory
 from xllm.worker.memory.layout import describe_groups
@@ -217,7 +218,7 @@ class NativeExecutor:
             eos_ids=model.config.eos_ids,
             revision=loaded.revision,
             fingerprint=self._fingerprint(platform, loaded),
-            kv_groups=describe_groups(model.kv_groups, dtype.itemsize),
+            kv_groups=describe_groups(model.kv_groups, layout.item_bytes, layout.scale_bytes),
             device=platform.describe(),
             dtype=self._type_name(dtype),
             load_s=time.monotonic() - began,
@@ -246,7 +247,7 @@ class NativeExecutor:
         self, directory: Path, platform: Platform, progress: Callable[[int, int], None]
     ) -> LoadedModel:
         model, worker = self._settings.model, self._settings.worker
-        return load_model(
+        loaded = load_model(
             directory,
             model.dtype,
             platform,
@@ -256,6 +257,9 @@ class NativeExecutor:
             kernels=worker.kernels,
             quantization=model.quantization,
         )
+        if worker.kv_dtype != "auto":
+            require_team(loaded.team, "worker.kv_dtype", worker.kv_dtype)
+        return loaded
 
     def _fingerprint(self, platform: Platform, loaded: LoadedModel) -> str:
         """What decides the bits of a result beside its inputs."""
@@ -265,10 +269,11 @@ class NativeExecutor:
         return "/".join(parts)
 
     def _type_name(self, dtype: torch.dtype) -> str:
-        """Of what is computed, and of what is rounded: bfloat16+int8."""
+        """Of what is computed, and of what is rounded: bfloat16+int8+kv-int8."""
+        quantization, kv = self._settings.model.quantization, self._settings.worker.kv_dtype
         name = str(dtype).removeprefix("torch.")
-        quantization = self._settings.model.quantization
-        return name if quantization == "none" else f"{name}+{quantization}"
+        name += "" if quantization == "none" else f"+{quantization}"
+        return name if kv == "auto" else f"{name}+kv-{kv}"
 
     def _run(self, engine: _Engine, batch: StepBatch, outputs: StepOutputs) -> None:
         if engine.pool.may_hold_nan:

@@ -12,6 +12,7 @@ from xllm.worker.attention.plan import Span
 from xllm.worker.kernels.structures import (
     KV_BF16,
     KV_FP32,
+    KV_INT8,
     PHASES,
     CAttentionShape,
     CKvLayout,
@@ -21,7 +22,7 @@ from xllm.worker.kernels.structures import (
 from xllm.worker.kernels.team import Team
 from xllm.worker.memory.cpu_memory import CpuKvMemory
 
-_KINDS = {torch.bfloat16: KV_BF16, torch.float32: KV_FP32}
+_KINDS = {torch.bfloat16: KV_BF16, torch.float32: KV_FP32, torch.int8: KV_INT8}
 
 _SEQUENCE = np.dtype(
     [

@@ -48,8 +48,8 @@ def require_team(team: Team | None, setting: str, value: str) -> None:
     """ConfigError where there is no team for what `setting` asks."""
     if team is None:
         raise ConfigError(
-            f"{setting}: {value} needs the compiled kernels, which are not used here (the log says "
-            f"why, or worker.kernels asks for torch)",
+            f"{setting}: {value} needs the compiled kernels, which do not run here: they are for "
+            f"CPUs, must have been built, and worker.kernels must not ask for torch",
             param=setting,
         )
 

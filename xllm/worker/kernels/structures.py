@@ -10,7 +10,7 @@ from xllm.worker.kernels.library import CWeight
 
 I32, I64, F32, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
-KV_BF16, KV_FP32 = 0, 1
+KV_BF16, KV_FP32, KV_INT8 = 0, 1, 2
 ATTENTION_HALF, MLP_HALF, BOTH_HALVES = 1, 2, 3  # layer.h, Halves
 PHASES = ("norm", "qkv", "rope", "attention", "out", "gate_up", "down", "head")
 

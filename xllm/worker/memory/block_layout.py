@@ -1,8 +1,9 @@
 """How a block of KV lies in memory on a CPU: all layers of a block side by side.
 
-    block = [layer][keys | values], rounded up to whole pages of the machine
+    block = [layer][keys | values | scales], rounded up to whole pages of the machine
     keys    [kv_head][block_size / 16][head_dim][16]: runs of 16 tokens, transposed
     values  [kv_head][block_size][head_dim]
+    scales  where numbers are rounded to 8 bits: [keys | values][kv_head][block_size] float32
 
 A block is the unit of mapping: in a slot the address of a token is affine in its position. Runs
 are transposed so that a product of one query with 16 keys reads whole vectors. Numbers only.
@@ -30,6 +31,8 @@ class BlockLayout:
     num_kv_heads: int
     head_dim: int
     item_bytes: int
+    scale_bytes: int = 0
+    """Of the scale that a token's keys, or values, have in a head; 0: there is none."""
 
     def __post_init__(self) -> None:
         size = self.block_size
@@ -47,8 +50,8 @@ class BlockLayout:
 
     @property
     def layer_bytes(self) -> int:
-        """Keys and values of a block in one layer."""
-        return 2 * self.key_bytes
+        """Keys and values of a block in one layer, and their scales."""
+        return 2 * (self.key_bytes + self.num_kv_heads * self.block_size * self.scale_bytes)
 
     @property
     def token_bytes(self) -> int:

@@ -21,11 +21,13 @@ import torch
 from xllm.errors import InvariantError
 from xllm.worker.memory.block_layout import RUN_TOKENS, BlockLayout
 from xllm.worker.memory.pool import KvPoolStatistics
+from xllm.worker.memory.rounded import round_heads, scale_views
 
 
 class CpuKvMemory:
     """All blocks of a layout as numbers of one type, addressed by block id or by token place
-    (block * size + offset). Zeroed where nothing was written."""
+    (block * size + offset). Zeroed where nothing was written. Where the layout has
+    scales they are int8 multiples of a scale for each token and head."""
 
     def __init__(
         self, layout: BlockLayout, dtype: torch.dtype, *, fd: int = -1, origin: str = "private"
@@ -47,6 +49,7 @@ class CpuKvMemory:
         self._flat = torch.frombuffer(self._map, dtype=dtype)
         self._blocks = self._flat.view(layout.num_blocks, -1)
         self._keys, self._values = _views(self._flat, layout)
+        self._scales = scale_views(self._flat, layout) if layout.scale_bytes else None
 
     def __del__(self) -> None:
         # The mapping goes with the last tensor over it.
@@ -73,6 +76,10 @@ class CpuKvMemory:
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Put k and v [rows, kv_heads, head_dim] at places `slots` [rows] (int64, distinct)."""
         blocks, run, lane, offset = self._split(slots)
+        if self._scales is not None:
+            (k, k_scales), (v, v_scales) = round_heads(k), round_heads(v)
+            self._scales[layer][blocks, 0, :, offset] = k_scales
+            self._scales[layer][blocks, 1, :, offset] = v_scales
         self._keys[layer][blocks, :, run, :, lane] = k
         self._values[layer][blocks, :, offset] = v
 
@@ -86,6 +93,10 @@ class CpuKvMemory:
         runs = (-1, layout.block_size // RUN_TOKENS, RUN_TOKENS, *shape[2:])
         keys.view(runs).copy_(self._keys[layer][block_ids].permute(0, 2, 4, 1, 3))
         values.view(shape).copy_(self._values[layer][block_ids].transpose(1, 2))
+        if self._scales is not None:
+            scales = self._scales[layer][block_ids].transpose(2, 3)[..., None]
+            keys.view(shape).mul_(scales[:, 0])
+            values.view(shape).mul_(scales[:, 1])
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination) in all layers, one after the other where a
@@ -102,6 +113,8 @@ class CpuKvMemory:
         for keys, values in zip(self._keys, self._values, strict=True):
             keys[blocks, :, run, :, lane] = 0
             values[blocks, :, offset] = 0
+        for scales in self._scales or ():
+            scales[blocks, :, :, offset] = 0
 
     def forget(self) -> None:
         """Nothing of what it holds matters any more: numbers that are not finite become zeros,
@@ -146,9 +159,10 @@ class CpuKvMemory:
         return places // size, offset // RUN_TOKENS, offset % RUN_TOKENS, offset
 
     def _touched(self) -> Iterator[torch.Tensor]:
-        """The parts of the memory that are real, flat. A look at the others would make them so:
-        a read of a hole in a memfd fills it."""
-        end, size = 0, self.layout.item_bytes
+        """What may be no finite number in the parts of the memory that are real: all of it, flat,
+        or of rounded numbers their scales. A look at the others would make them so: a read of a
+        hole in a memfd fills it."""
+        end, size, block = 0, self.layout.item_bytes, self.layout.block_bytes
         while True:
             try:
                 start = os.lseek(self.fd, end, os.SEEK_DATA)
@@ -159,7 +173,10 @@ class CpuKvMemory:
             if start >= self.layout.total_bytes:
                 return
             end = min(os.lseek(self.fd, start, os.SEEK_HOLE), self.layout.total_bytes)
-            yield self._flat[start // size : end // size]
+            if self._scales is None:
+                yield self._flat[start // size : end // size]
+            for scales in self._scales or ():
+                yield scales[start // block : -(-end // block)]
 
 
 def _open(num_bytes: int) -> int:
@@ -184,6 +201,7 @@ def _views(flat: torch.Tensor, layout: BlockLayout) -> tuple[list[torch.Tensor],
     heads, size, dim = layout.num_kv_heads, layout.block_size, layout.head_dim
     block = layout.block_bytes // layout.item_bytes
     layer = layout.layer_bytes // layout.item_bytes
+    values = layout.key_bytes // layout.item_bytes
     head = size * dim
     key_shape = (layout.num_blocks, heads, size // RUN_TOKENS, dim, RUN_TOKENS)
     key_strides = (block, head, dim * RUN_TOKENS, RUN_TOKENS, 1)
@@ -192,5 +210,5 @@ def _views(flat: torch.Tensor, layout: BlockLayout) -> tuple[list[torch.Tensor],
     starts = range(0, layer * layout.num_layers, layer)
     return (
         [flat.as_strided(key_shape, key_strides, start) for start in starts],
-        [flat.as_strided(value_shape, value_strides, start + layer // 2) for start in starts],
+        [flat.as_strided(value_shape, value_strides, start + values) for start in starts],
     )

@@ -33,6 +33,14 @@ class KvShape(Protocol):
     def block_bytes(self) -> int:
         """A block of all layers."""
 
+    @property
+    def item_bytes(self) -> int:
+        """Of a number."""
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of the scale that a token's keys, or values, have in a head; 0: there is none."""
+
 
 class KvMemory(Protocol):
     """Blocks of keys and values in all layers; see `pool` and `cpu_memory`."""

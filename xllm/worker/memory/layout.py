@@ -22,6 +22,11 @@ class KvLayout:
     item_bytes: int
 
     @property
+    def scale_bytes(self) -> int:
+        """Numbers have no scales here."""
+        return 0
+
+    @property
     def token_bytes(self) -> int:
         """Keys and values of one token in one layer."""
         return 2 * self.num_kv_heads * self.head_dim * self.item_bytes
@@ -67,13 +72,21 @@ def choose_num_blocks(
     return num_blocks
 
 
-def describe_groups(groups: Sequence[KvGroupSpec], item_bytes: int) -> tuple[KvGroup, ...]:
-    """The groups as the master is told of them."""
+def describe_groups(
+    groups: Sequence[KvGroupSpec], item_bytes: int, scale_bytes: int = 0
+) -> tuple[KvGroup, ...]:
+    """The groups as the master is told of them. `scale_bytes`: see BlockLayout."""
     return tuple(
-        KvGroup(group.name, _token_bytes(group, item_bytes), group.window, len(group.layers))
+        KvGroup(
+            group.name,
+            _token_bytes(group, item_bytes, scale_bytes),
+            group.window,
+            len(group.layers),
+        )
         for group in groups
     )
 
 
-def _token_bytes(group: KvGroupSpec, item_bytes: int) -> int:
-    return 2 * group.num_kv_heads * group.head_dim * item_bytes * len(group.layers)
+def _token_bytes(group: KvGroupSpec, item_bytes: int, scale_bytes: int = 0) -> int:
+    head_bytes = group.head_dim * item_bytes + scale_bytes
+    return 2 * group.num_kv_heads * head_bytes * len(group.layers)

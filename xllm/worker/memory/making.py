@@ -13,6 +13,7 @@ from xllm.worker.memory.cpu_memory import CpuKvMemory
 from xllm.worker.memory.kv_memory import KvMemory
 from xllm.worker.memory.layout import KvLayout, choose_num_blocks
 from xllm.worker.memory.pool import KvPool, allocate_memory
+from xllm.worker.memory.rounded import SCALE_BYTES
 from xllm.worker.memory.slots import SlotSpace
 from xllm.worker.memory.virtual import CpuVirtualMemory, available_mappings
 from xllm.worker.platform.platform import Platform
@@ -33,11 +34,13 @@ def make_memory(
     platform: Platform,
     max_model_len: int,
 ) -> KvMemory:
-    """The blocks of a loaded model. ConfigError where the settings cannot be met."""
+    """The blocks of a loaded model that computes in `dtype`. ConfigError where the settings cannot
+    be met."""
     size = settings.worker.block_size
     on_cpu = platform.device.type == "cpu"
-    kind = BlockLayout if on_cpu else KvLayout
     _check_block_size(size, on_cpu)
+    if settings.worker.kv_dtype == "int8":
+        dtype = torch.int8
     asked, total = settings.worker.kv_cache_bytes, platform.memory().total_bytes
     if asked > total:
         raise ConfigError(
@@ -45,15 +48,22 @@ def make_memory(
             param="worker.kv_cache_bytes",
         )
     shape = (size, config.num_layers, config.num_kv_heads, config.head_dim, dtype.itemsize)
+    scale_bytes = SCALE_BYTES if dtype == torch.int8 else 0
+
+    def lay_out(num_blocks: int) -> BlockLayout | KvLayout:
+        if on_cpu:
+            return BlockLayout(num_blocks, *shape, scale_bytes)
+        return KvLayout(num_blocks, *shape)
+
     num_blocks = choose_num_blocks(
         asked_bytes=asked,
         budget_bytes=platform.kv_budget(),
-        bytes_per_block=kind(1, *shape).block_bytes,
+        bytes_per_block=lay_out(1).block_bytes,
         block_size=size,
         max_num_seqs=settings.scheduler.max_num_seqs,
         max_model_len=max_model_len,
     )
-    layout = kind(num_blocks, *shape)
+    layout = lay_out(num_blocks)
     try:
         if isinstance(layout, BlockLayout):
             return CpuKvMemory(layout, dtype)

@@ -188,10 +188,11 @@ class Worker {
     const int32_t size = layout_.block_size, dim = layout_.head_dim;
     const int32_t begin = std::max(tile.low[0] / kRun * kRun, part * kPartition);
     const int32_t end = std::min(tile.high[item.count - 1], (part + 1) * kPartition);
-    const int64_t item_bytes = layout_.kind == kKvBf16 ? 2 : 4;
+    const int64_t item_bytes = layout_.kind == kKvBf16 ? 2 : layout_.kind == kKvInt8 ? 1 : 4;
     const int64_t head_bytes = static_cast<int64_t>(size) * dim * item_bytes;
     const int64_t keys = layer_offset_ + item.kv_head * head_bytes;
     const int64_t values = keys + layout_.num_kv_heads * head_bytes;
+    const int64_t scales = layer_offset_ + 2 * layout_.num_kv_heads * head_bytes;
     for (int32_t token = begin; token < end; token += kRun) {
       const int32_t number = token / size;
       const int64_t block = item.sequence->table ? item.sequence->table[number] : number;
@@ -199,6 +200,11 @@ class Worker {
       const char* at = item.sequence->base + block * layout_.block_bytes + inside;
       runs.keys[token % kPartition / kRun] = at + keys;
       runs.values[token % kPartition / kRun] = at + values;
+      if (layout_.kind != kKvInt8) continue;
+      const auto* own = reinterpret_cast<const float*>(at - inside + scales);
+      own += int64_t{item.kv_head} * size + token % size;
+      runs.key_scales[token % kPartition / kRun] = own;
+      runs.value_scales[token % kPartition / kRun] = own + int64_t{layout_.num_kv_heads} * size;
     }
     return runs;
   }

@@ -22,10 +22,12 @@ constexpr int kScoreStride = kPartition + kRun;  // of the scores: a power of tw
 constexpr int kTileRows = 16;     // queries of one work item at most
 constexpr int kMaxHeadDim = 512;
 
-enum KvKind : int32_t { kKvBf16 = 0, kKvFp32 = 1 };
+enum KvKind : int32_t { kKvBf16 = 0, kKvFp32 = 1, kKvInt8 = 2 };
+constexpr int kNumKvKinds = 3;
 
 // Where the KV of a step lies. A block holds all layers; in a layer its keys come first, per KV
-// head [block_size / 16][head_dim][16], then its values, per KV head [block_size][head_dim].
+// head [block_size / 16][head_dim][16], then its values, per KV head [block_size][head_dim]. Of
+// kKvInt8 then floats: what each token's keys are multiplied by, [kv_head][block_size], and values.
 struct KvLayout {
   int32_t kind;
   int32_t block_size;  // a power of two, at least 16
@@ -74,6 +76,8 @@ struct Partial {
 struct Runs {
   const char* keys[kPartitionRuns];
   const char* values[kPartitionRuns];
+  const float* key_scales[kPartitionRuns];    // of kKvInt8
+  const float* value_scales[kPartitionRuns];
 };
 
 struct PartitionScratch {
@@ -83,7 +87,7 @@ struct PartitionScratch {
 struct AttentionKernels {
   // Attends the tokens from `first` on, whose memory is `runs`, where a query of the tile sees
   // any; `partial` is overwritten.
-  void (*partition[2])(const Tile& tile, const Runs& runs, int32_t first, int32_t value_stride,
+  void (*partition[kNumKvKinds])(const Tile& tile, const Runs& runs, int32_t first, int32_t value_stride,
                        PartitionScratch& scratch, Partial& partial);
   // Takes the next partition's result into `state`.
   void (*merge)(const Tile& tile, const Partial& partial, Partial& state);

@@ -34,14 +34,17 @@ inline void score(const Tile& tile, const Runs& runs, int first, int last, int b
 }
 
 // Scores of one query to weights: [low, high) are the tokens that it sees, of the partition. Gives
-// back the largest score and the sum of the weights.
-inline void weigh(float* scores, int first_run, int last_run, int low, int high, float softcap,
+// back the largest score and the sum of the weights. kScaled: keys and values of a token have
+// scales, and the weights get those of their values.
+template <bool kScaled>
+inline void weigh(float* scores, const Runs& runs, int first_run, int last_run, int low, int high, float softcap,
                   float& top, float& sum) {
   const Vec hidden = set1(-INFINITY);
   Vec best = hidden;
   for (int r = first_run; r < last_run; ++r) {
     float* at = scores + r * kRun;
     Vec x = load(at);
+    if (kScaled) x = mul(x, load(runs.key_scales[r]));
     if (softcap > 0.0f)
       x = mul(set1(softcap), hyperbolic_tangent(div(x, set1(softcap))));
     const int from = std::clamp(low - r * kRun, 0, kRun), to = std::clamp(high - r * kRun, 0, kRun);
@@ -54,7 +57,7 @@ inline void weigh(float* scores, int first_run, int last_run, int low, int high,
   Vec total = set1(0.0f);
   for (int r = first_run; r < last_run; ++r) {
     const Vec weight = exponential(sub(load(scores + r * kRun), base));
-    store(scores + r * kRun, weight);
+    store(scores + r * kRun, kScaled ? mul(weight, load(runs.value_scales[r])) : weight);
     total = add(total, weight);
   }
   sum = sum_lanes(total);
@@ -106,10 +109,10 @@ inline void attend_rows(const Tile& tile, const Runs& runs, const T* const* toke
   score<T, kQueries>(tile, runs, first_run, last_run, begin, scratch.scores);
   for (int m = begin; m < begin + kQueries; ++m) {
     const int known = std::min(m, tile.num_rows - 1);
-    weigh(scratch.scores + m * kScoreStride, first_run, last_run,
-          std::clamp(tile.low[known] - first, 0, kPartition),
-          std::clamp(tile.high[known] - first, 0, kPartition), tile.softcap, partial.top[m],
-          partial.sum[m]);
+    weigh<sizeof(T) == 1>(scratch.scores + m * kScoreStride, runs, first_run, last_run,
+                          std::clamp(tile.low[known] - first, 0, kPartition),
+                          std::clamp(tile.high[known] - first, 0, kPartition), tile.softcap,
+                          partial.top[m], partial.sum[m]);
   }
   collect<T, kQueries>(tile, tokens, low, high, begin, scratch.scores, partial.values);
 }

@@ -14,7 +14,8 @@ namespace {
 }  // namespace
 
 extern const Kernels kernels = {
-    {{attend_partition<Bf16>, attend_partition<float>}, merge_partial, finish_query},
+    {{attend_partition<Bf16>, attend_partition<float>,
+      attend_partition<int8_t>}, merge_partial, finish_query},
     {rms_norm, split_row, write_row, arg_max},
 };
 

@@ -44,9 +44,46 @@ inline void write_numbers(const KvLayout& layout, const float* k, const float* v
   }
 }
 
+// `dim` numbers to bytes `stride` apart, times what is given back; NaN where one is not finite.
+inline float round_head(const float* x, int64_t dim, int64_t stride, int8_t* to) {
+  uint32_t most = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    uint32_t bits;
+    std::memcpy(&bits, x + d, 4);
+    bits &= 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  float top;
+  std::memcpy(&top, &most, 4);
+  const bool usual = top >= 1e-30f && top < INFINITY;
+  const float factor = usual ? 127.0f / top : 0.0f;
+  for (int64_t d = 0; d < dim; ++d) {
+    const float shifted = (usual ? x[d] * factor : 0.0f) + 12582912.0f;  // 1.5 * 2^23: rounds
+    int32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    to[d * stride] = static_cast<int8_t>(bits - 0x4b400000);
+  }
+  return usual ? top / 127.0f : top < 1e-30f ? 0.0f : NAN;
+}
+
+inline void write_rounded(const KvLayout& layout, const float* k, const float* v, char* layer,
+                          int32_t offset) {
+  const int64_t dim = layout.head_dim, block = layout.block_size, heads = layout.num_kv_heads;
+  auto* keys = reinterpret_cast<int8_t*>(layer) + offset / kRun * dim * kRun + offset % kRun;
+  auto* values = reinterpret_cast<int8_t*>(layer) + heads * block * dim + offset * dim;
+  auto* scales = reinterpret_cast<float*>(layer + 2 * heads * block * dim) + offset;
+  for (int64_t head = 0; head < heads; ++head) {
+    scales[head * block] = round_head(k, dim, kRun, keys);
+    scales[(heads + head) * block] = round_head(v, dim, 1, values);
+    k += dim, v += dim, keys += block * dim, values += block * dim;
+  }
+}
+
 void write_row(const KvLayout& layout, const float* k, const float* v, char* layer,
                int32_t offset) {
-  if (layout.kind == kKvBf16)
+  if (layout.kind == kKvInt8)
+    write_rounded(layout, k, v, layer, offset);
+  else if (layout.kind == kKvBf16)
     write_numbers<Bf16>(layout, k, v, layer, offset);
   else
     write_numbers<float>(layout, k, v, layer, offset);
