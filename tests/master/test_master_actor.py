@@ -304,7 +304,7 @@ def test_a_frozen_worker_that_is_not_ours_is_asked_to_stop(run_dir):
         async with stage(run_dir, toy_step_ms=5.0) as one:
             one.router.admit("warm", range(20, 30))
             await one.router.ends("warm")
-            one.master.workers.links[0].vigil.verdict = lambda now: "a step has not moved"
+            one.master.workers.links[0].vigil.verdict = lambda now, denied_s: "a step has not moved"
             one.router.admit("a", range(20, 30), max_tokens=200)
             assert (await one.router.ends("a")).code in ("worker_lost", "unavailable")
             await one.router.until(lambda: one.worker.stopping)
