@@ -161,6 +161,13 @@ class SchedulerSettings:
         low=1,
         high=3600000,
     )
+    profile_ms: float = setting(
+        1000.0,
+        "Time at the start for measuring what steps take; 0: it is learnt from requests alone.",
+        unit="ms",
+        low=0,
+        high=60000,
+    )
     prefix_cache: bool = setting(True, "Reuse the KV of prompts that begin alike.")
     share_prefixes: bool = setting(
         True, "Let a prompt wait for a beginning that another one is just computing."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import uuid
 
 import structlog
@@ -19,6 +20,7 @@ from xllm.master.conversation import RouterConversation
 from xllm.master.heartbeat import HeartbeatMaker
 from xllm.master.limits import InstanceLimits
 from xllm.master.metrics import MasterMetrics
+from xllm.master.profiling import StartProfile
 from xllm.master.rank_processes import WorkerTarget
 from xllm.master.registration import InstanceRegistration, make_record
 from xllm.master.scheduler import Scheduler
@@ -71,6 +73,7 @@ class MasterActor(Actor):
         self._conversation: RouterConversation | None = None
         self._workers: WorkerGroup | None = None
         self._registration: InstanceRegistration | None = None
+        self._profile: StartProfile | None = None
         self._reporter: LaunchReporter | None = None
         self._heartbeats = HeartbeatMaker(self.name, self.incarnation, self.metrics)
 
@@ -203,6 +206,22 @@ class MasterActor(Actor):
         settings = self._settings.scheduler
         limits = InstanceLimits.from_ready(ready, settings, self.name)
         scheduler = Scheduler(limits, build_policy(settings))
+        # A toy's steps take what its settings say, and vectors need no decodes to be kept short.
+        is_measured = self._settings.worker.engine != "toy" and limits.task != "embed"
+        if self._ready is not None or not settings.profile_ms or not is_measured:
+            self._serve(scheduler, ready)
+            return
+        self._profile = StartProfile(
+            scheduler,
+            settings.profile_ms / 1000,
+            self.workers.send_plan,
+            lambda: self._serve(scheduler, ready),
+        )
+        self._profile.begin(time.monotonic())
+
+    def _serve(self, scheduler: Scheduler, ready: WorkerReady) -> None:
+        """Requests may come from now on."""
+        self._profile = None
         if self._draining:
             scheduler.drain()
         self.steps.begin(scheduler)
@@ -247,6 +266,7 @@ class MasterActor(Actor):
     def worker_lost(self, reason: str) -> None:
         """All requests end, and routers resubmit them elsewhere, or here again. Those in the step
         under way are told apart: one of them may be the reason."""
+        self._profile = None
         if self.scheduler is None:
             return
         self.metrics.num_worker_ends += 1
@@ -258,10 +278,16 @@ class MasterActor(Actor):
 
     def worker_result(self, result: StepResult, frames: list[bytes]) -> None:
         """Settle the step; the next one is planned after what else has come in."""
+        if self._profile is not None:
+            self._profile.settle(result, frames, time.monotonic())
+            return
         self.steps.settle(result, frames)
 
     def worker_failed_step(self, message: WorkerFailed) -> None:
         """The step's requests end; others go on."""
+        if self._profile is not None:
+            self._profile.fail(message.step, message.code, message.message, time.monotonic())
+            return
         self.steps.fail_step(message.step, message.code, message.message)
 
     def worker_pong(self, nonce: int) -> None:
