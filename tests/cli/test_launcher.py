@@ -19,6 +19,7 @@ from xllm.cli.startup import ServiceAddresses
 from xllm.config.load import load
 from xllm.errors import BrokenError
 from xllm.protocol.actor.children import ChildSpec
+from xllm.protocol.client import ModelInfo
 
 pytestmark = pytest.mark.process
 
@@ -196,6 +197,9 @@ class SlowService:
             raise BrokenError("no router answers")
         return self
 
+    async def models(self, *, timeout_s):
+        return (ModelInfo("m", 100, task="embed"),)
+
     @property
     def ready(self) -> bool:
         return self.num_left <= 0
@@ -207,7 +211,7 @@ def test_waiting_for_a_service_is_quiet_and_ends_with_its_readiness(tmp_path, mo
     service = Launch(tmp_path).service
     client = SlowService(20)
     began = time.monotonic()
-    asyncio.run(service._wait_healthy(client))
+    assert asyncio.run(service._wait_healthy(client)) == "embed"
     assert client.num_left == 0
     complaints = capfd.readouterr().err.splitlines()
     assert 1 <= len(complaints) <= (time.monotonic() - began) / 0.1

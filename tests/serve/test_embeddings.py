@@ -76,6 +76,11 @@ def test_the_official_client_gets_the_vectors(client, model):
     assert len(short.data[0].embedding) == 4
 
 
+def test_the_launcher_shows_how_to_ask(served):
+    assert f"curl {served.http}/embeddings" in served.text
+    assert "chat/completions" not in served.text
+
+
 def test_bad_requests_get_their_reason(client, served):
     for body in ({"dimensions": WIDTH + 1}, {"dimensions": 0}):
         with pytest.raises(openai.BadRequestError) as caught:

@@ -83,25 +83,37 @@ def share_cores(settings: Settings) -> WorkerSettings:
     return dataclasses.replace(worker, num_threads=max(1, cores // settings.serve.instances))
 
 
+_QUESTION = "What is xLLM?"
+
+
 def announcement(
-    model: str, addresses: ServiceAddresses, took_s: float, *, has_keys: bool = False
+    model: str,
+    addresses: ServiceAddresses,
+    took_s: float,
+    *,
+    has_keys: bool = False,
+    task: str = "generate",
 ) -> list[str]:
-    """The lines that tell a user how to ask. `has_keys`: clients need one of the API keys."""
+    """The lines that tell a user how to ask. `has_keys`: clients need one of the API keys.
+    `task`: what the model is served for."""
     lines = [f"ready in {took_s:.1f} s: {model}"]
     if addresses.http:
         lines.append(f"  HTTP    {addresses.http}/v1")
     if addresses.zmq:
         lines.append(f"  ZeroMQ  {addresses.zmq}")
     if addresses.http:
-        body = {"model": model, "messages": [{"role": "user", "content": "What is xLLM?"}]}
+        path = "chat/completions"
+        what: dict[str, object] = {"messages": [{"role": "user", "content": _QUESTION}]}
+        if task == "embed":
+            path, what = "embeddings", {"input": [_QUESTION]}
         lines += [
             "try",
-            f"  curl {addresses.http}/v1/chat/completions -H 'Content-Type: application/json' \\",
+            f"  curl {addresses.http}/v1/{path} -H 'Content-Type: application/json' \\",
         ]
         if has_keys:
             # Never a key of the file: this goes to terminals and logs.
             lines.append('    -H "Authorization: Bearer $KEY" \\')
-        lines.append(f"    -d '{json.dumps(body)}'")
+        lines.append(f"    -d '{json.dumps({'model': model, **what})}'")
     lines.append("Ctrl-C stops")
     return lines
 

@@ -161,6 +161,7 @@ class LaunchedService(Actor):
 
     async def _announce(self, addresses: ServiceAddresses) -> None:
         """Ask the service itself until it is ready, then say so."""
+        task = "generate"
         if addresses.zmq:
             security = self.security
             client = AsyncClient(
@@ -169,21 +170,24 @@ class LaunchedService(Actor):
                 server_key=security.public_key if security else "",
             )
             async with client:
-                await self._wait_healthy(client)
+                task = await self._wait_healthy(client)
         took_s = time.monotonic() - self._began
         has_keys = bool(self._settings.router.api_key_file)
-        for line in announcement(self._settings.model.name, addresses, took_s, has_keys=has_keys):
+        name = self._settings.model.name
+        for line in announcement(name, addresses, took_s, has_keys=has_keys, task=task):
             self._screen.line(line)
 
-    async def _wait_healthy(self, client: AsyncClient) -> None:
-        """Until a token has come through; says now and then that none has yet, and why."""
+    async def _wait_healthy(self, client: AsyncClient) -> str:
+        """Until the data path works, and the task that the model is served for; says now and then
+        that it does not yet, and why."""
         began = complained = time.monotonic()
         pause_s = _PROBE_AGAIN_S
         while True:
             why = ""
             try:
                 if (await client.health(probe=True, timeout_s=_PROBE_S)).ready:
-                    return
+                    (model,) = await client.models(timeout_s=_PROBE_S)
+                    return model.task
             except XllmError as error:
                 why = f": {error.message}"
             now = time.monotonic()

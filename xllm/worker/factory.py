@@ -6,7 +6,6 @@ The implementations are imported when they are chosen: a worker with the toy eng
 from __future__ import annotations
 
 from xllm.config.settings import Settings
-from xllm.errors import ConfigError
 from xllm.worker.executor import Executor
 
 
@@ -16,8 +15,6 @@ def make_executor(settings: Settings) -> Executor:
         from xllm.worker.toy.executor import make_toy_executor
 
         return make_toy_executor(settings)
-    if settings.model.task == "embed":
-        raise ConfigError("model.task: embed needs worker.engine toy", param="model.task")
     from xllm.worker.execution.native import make_native_executor
 
     return make_native_executor(settings)

@@ -163,7 +163,11 @@ class LayerLoop:
         num_rows = min(num_rows, self._pool.layout.num_blocks * size)
         span = Span(0, num_rows, array("q", range(-(-num_rows // size))))
         with torch.inference_mode():
-            self._model.head(self.run([span], [0] * num_rows, ())[-1:])
+            hidden = self.run([span], [0] * num_rows, ())[-1:]
+            if self._model.config.has_head:
+                self._model.head(hidden)
+            else:
+                self._model.normalised(hidden)
         self._pool.clear_slots(range(num_rows))
 
     def _index(self, numbers: Sequence[int]) -> torch.Tensor:

@@ -9,17 +9,19 @@ from pathlib import Path
 
 import torch
 
-from xllm.config.settings import Settings
+from xllm.config.settings import ModelSettings, Settings
 from xllm.errors import ConfigError, DependencyError
 from xllm.worker.kernels.selection import require_team, select_team
 from xllm.worker.kernels.team import Team
 from xllm.worker.loader.checkpoint import Checkpoint, open_checkpoint
 from xllm.worker.loader.config import ModelConfig, RawConfig, read_config
+from xllm.worker.loader.pooling import GENERATES, ModelTask, resolve_task
 from xllm.worker.loader.weights import WeightTable, load_weights
 from xllm.worker.models.model import NativeModel, WholeModel
-from xllm.worker.models.registry import find_family, is_native
+from xllm.worker.models.registry import find_family, is_headless, is_native
 from xllm.worker.platform.platform import Platform, resolve_dtype
 
+_PREFIX = "model."
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
@@ -34,6 +36,7 @@ class LoadedModel:
     num_bytes: int
     team: Team | None
     """Who computes it; None: torch alone."""
+    task: ModelTask = GENERATES
 
 
 def load_model(
@@ -46,15 +49,20 @@ def load_model(
     num_threads: int = 0,
     kernels: str = "auto",
     quantization: str = "none",
+    asked: ModelSettings | None = None,
 ) -> LoadedModel:
     """Set the platform up for a model and read its configuration and weights onto the device.
     `implementation` and `quantization`: see ModelSettings; `num_threads` and `kernels`: see
-    WorkerSettings.
+    WorkerSettings. `asked` says which task the model is for: one that embeds is loaded without its
+    head.
 
     Raises ConfigError or DependencyError naming the file, key or tensor that stands in the way,
     or the memory that is lacking.
     """
     raw: RawConfig = read_config(directory)
+    task = resolve_task(
+        asked or ModelSettings(), directory, headless=is_headless(raw.architecture())
+    )
     if implementation == "transformers" or (
         implementation == "auto" and not is_native(raw.architecture())
     ):
@@ -65,12 +73,17 @@ def load_model(
                 param="model.quantization",
             )
         prepare = functools.partial(_prepare, platform, num_threads, kernels)
-        return _load_from_library(directory, raw, asked_dtype, platform, progress, prepare)
+        loaded = _load_from_library(directory, raw, asked_dtype, platform, progress, prepare)
+        return dataclasses.replace(loaded, task=task)
     family = find_family(raw.architecture())
     checkpoint = open_checkpoint(directory)
     config = family.read(raw)
     dtype = resolve_dtype(asked_dtype, config.dtype or checkpoint.dtype(), platform.name == "cpu")
-    config, unused = _settle_tie(config, checkpoint)
+    unused: tuple[str, ...] = (_HEAD,)
+    if task.pooling:
+        config = dataclasses.replace(config, has_head=False)
+    else:
+        config, unused = _settle_tie(config, checkpoint)
     item_bytes = dtype.itemsize if quantization == "none" else 1
     _check_room(checkpoint, item_bytes, platform)
     team = _prepare(platform, num_threads, kernels, checkpoint, dtype)
@@ -78,12 +91,10 @@ def load_model(
         require_team(team, "model.quantization", quantization)
     table = WeightTable(dtype, platform.device, team, quantization)
     model = family.build(config, table)
-    if config.tie_word_embeddings and _EMBEDDING not in checkpoint.entries:
-        # Some tied checkpoints name the one matrix after the head.
-        table.targets[_HEAD] = table.targets.pop(_EMBEDDING)
+    _settle_names(table, checkpoint, config.tie_word_embeddings)
     load_weights(checkpoint, table, progress, unused)
     model.finish()
-    return LoadedModel(model, dtype, checkpoint.revision(directory), table.num_bytes, team)
+    return LoadedModel(model, dtype, checkpoint.revision(directory), table.num_bytes, team, task)
 
 
 def _prepare(
@@ -141,6 +152,20 @@ def _settle_tie(config: ModelConfig, checkpoint: Checkpoint) -> tuple[ModelConfi
     if checkpoint.equal(_EMBEDDING, _HEAD):
         return config, (_HEAD,)
     return dataclasses.replace(config, tie_word_embeddings=False), ()
+
+
+def _settle_names(table: WeightTable, checkpoint: Checkpoint, is_tied: bool) -> None:
+    """Call the targets as the checkpoint does: some tied ones name their one matrix after the head,
+    and those of a model without a head have its inner names."""
+    entries = checkpoint.entries
+    if _EMBEDDING in entries:
+        return
+    if _EMBEDDING.removeprefix(_PREFIX) in entries:
+        table.targets = {
+            name.removeprefix(_PREFIX): targets for name, targets in table.targets.items()
+        }
+    elif is_tied and _HEAD in entries:
+        table.targets[_HEAD] = table.targets.pop(_EMBEDDING)
 
 
 def resolve_model_len(settings: Settings, config: ModelConfig) -> int:

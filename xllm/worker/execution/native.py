@@ -24,6 +24,7 @@ from xllm.worker.execution.drawing import TokenDrawer
 from xllm.worker.execution.layer_loop import LayerHook, LayerLoop
 from xllm.worker.execution.loading import LoadedModel, load_model, resolve_model_len
 from xllm.worker.execution.outputs import StepOutputs
+from xllm.worker.execution.pooling import Pooler
 from xllm.worker.execution.progress import ProgressCounter
 from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
 from xllm.worker.executor import Executor, StepOutput
@@ -35,6 +36,7 @@ from xllm.worker.memory.making import make_memory, make_slots
 from xllm.worker.memory.mapper import MapperStatistics, PageMapper
 from xllm.worker.memory.pool import KvPoolStatistics
 from xllm.worker.memory.virtual import available_mappings
+from xllm.worker.models.model import DecoderModel
 from xllm.worker.platform.platform import Platform, select_platform
 from xllm.worker.rank_board import RankBoard
 
@@ -74,6 +76,8 @@ class _Engine:
     ready: WorkerReady
     num_bytes: int
     experts: ExpertTables | None
+    pooler: Pooler | None
+    """Of a model that is served for vectors."""
 
 
 class NativeExecutor:
@@ -114,6 +118,8 @@ class NativeExecutor:
             engine.pool.forget()
             if engine.mapper is not None:
                 engine.mapper.forget()
+            if engine.pooler is not None:
+                engine.pooler.forget()
             progress(engine.num_bytes, engine.num_bytes)
         return engine.ready
 
@@ -160,6 +166,8 @@ class NativeExecutor:
 
     def _compute(self, engine: _Engine, plan: StepPlan) -> StepOutputs:
         engine.table.begin(plan)
+        if engine.pooler is not None:
+            engine.pooler.begin(plan)
         size = engine.pool.layout.block_size
         if engine.mapper is not None:
             engine.mapper.begin_step(plan.maps, engine.table.slot_needs(plan.items, size))
@@ -224,6 +232,9 @@ class NativeExecutor:
             load_s=time.monotonic() - began,
             num_slots=0 if slots is None else slots.num_slots,
             max_mappings=0 if slots is None else available_mappings(),
+            task=loaded.task.task,
+            pooling=loaded.task.pooling,
+            embedding_size=model.config.hidden_size if loaded.task.pooling else 0,
         )
         return _Engine(
             platform,
@@ -231,16 +242,20 @@ class NativeExecutor:
             None if slots is None else PageMapper(slots),
             SequenceTable(layout.num_blocks, ready.vocab_size),
             loop,
-            TokenDrawer(
-                model,
-                platform.device,
-                tick,
-                alone=worker.deterministic,
-                head_invariant=loop.batch_invariant,
-            ),
+            self._make_drawer(model, platform, loop),
             ready,
             loaded.num_bytes,
             model.experts,
+            Pooler(model, tick) if loaded.task.pooling else None,
+        )
+
+    def _make_drawer(self, model: DecoderModel, platform: Platform, loop: LayerLoop) -> TokenDrawer:
+        return TokenDrawer(
+            model,
+            platform.device,
+            self._progress.tick,
+            alone=self._settings.worker.deterministic,
+            head_invariant=loop.batch_invariant,
         )
 
     def _load_model(
@@ -256,6 +271,7 @@ class NativeExecutor:
             num_threads=worker.num_threads,
             kernels=worker.kernels,
             quantization=model.quantization,
+            asked=model,
         )
         if worker.kv_dtype != "auto":
             require_team(loaded.team, "worker.kv_dtype", worker.kv_dtype)
@@ -285,6 +301,8 @@ class NativeExecutor:
         else:
             hidden = loop.run(batch.spans, batch.token_ids, self._hooks)
         engine.drawer.draw(batch, hidden, outputs)
+        if engine.pooler is not None:
+            engine.pooler.pool(batch, hidden, outputs)
         engine.platform.synchronize()
         self._progress.settle()
         if len(outputs.failed) > num_failed:

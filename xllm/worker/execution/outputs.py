@@ -21,6 +21,8 @@ class StepOutputs:
         self.failed = dict(failed)
         self.expert_counts: torch.Tensor | None = None
         """int32 [layers, experts], of a model that has experts."""
+        self.vectors: dict[int, bytes] = {}
+        """By item: the vectors of texts that are complete, float32 of one size."""
         self._tables: dict[int, list[LogprobTable]] = {}
 
     def fail(self, index: int, reason: str) -> None:
@@ -28,18 +30,22 @@ class StepOutputs:
         self.failed[index] = reason
         self.tokens[index] = ()
         self._tables.pop(index, None)
+        self.vectors.pop(index, None)
 
     def add_logprobs(self, index: int, table: LogprobTable) -> None:
         """Rows of item `index`: prompt scores first, drawn tokens after them."""
         self._tables.setdefault(index, []).append(table)
 
     def pack(self, step: int, duration_ns: int) -> StepOutput:
-        """The result of the step and its frames: logprobs, then expert counts."""
+        """The result of the step and its frames: logprobs, expert counts, vectors."""
         tables = [self._tables.get(index, ()) for index in range(len(self.tokens))]
         logprob_rows, num_top, frames = pack_logprobs(tables) if self._tables else ((), -1, ())
         counts = self.expert_counts
         if counts is not None:
             frames = (*frames, counts.cpu().numpy().astype("<i4", copy=False).tobytes())
+        pooled = tuple(sorted(self.vectors))
+        if pooled:
+            frames = (*frames, b"".join([self.vectors[index] for index in pooled]))
         result = StepResult(
             step,
             tuple(self.tokens),
@@ -48,5 +54,6 @@ class StepOutputs:
             num_top=num_top,
             failed=tuple(sorted(self.failed.items())),
             expert_frames=int(counts is not None),
+            pooled=pooled,
         )
         return StepOutput(result, frames)

@@ -71,6 +71,8 @@ class ModelConfig:
     dtype: str = ""
     eos_ids: tuple[int, ...] = ()
     experts: ExpertConfig | None = None
+    has_head: bool = True
+    """Whether logits can be had; a model that only embeds has none."""
 
 
 class RawConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xllm.errors import ConfigError
+from xllm.errors import ConfigError, EngineError
 from xllm.worker.kernels.fused import FusedHead, LayerParts
 from xllm.worker.kernels.linear import PackedLinear
 from xllm.worker.layers.decoder import Attention, DecoderLayer, FeedForward
@@ -41,14 +41,17 @@ class DenseDecoder:
             for index in range(config.num_layers)
         ]
         self._norm = RmsNorm(table.one("model.norm.weight", hidden), config.rms_norm_eps)
-        self._head: Linear | PackedLinear
-        if config.tie_word_embeddings and table.team is None:
-            self._head = Linear(self._embedding.weight)
-        else:
-            name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-            self._head = table.linear([name], [vocab], hidden, is_head=True)
+        self._head = self._make_head(table) if config.has_head else None
         self._fused_head: FusedHead | None = None
         self._rotary = Rotary(config.rope, config.head_dim, table.device)
+
+    def _make_head(self, table: WeightTable) -> Linear | PackedLinear:
+        tied = self.config.tie_word_embeddings
+        if tied and table.team is None:
+            return Linear(self._embedding.weight)
+        name = "model.embed_tokens" if tied else "lm_head"
+        vocab, hidden = self.config.vocab_size, self.config.hidden_size
+        return table.linear([name], [vocab], hidden, is_head=True)
 
     def feed_forward(self, index: int, prefix: str, table: WeightTable) -> FeedForward | None:
         """The feed-forward half of layer `index`, whose weights begin with `prefix`; None: the
@@ -77,6 +80,8 @@ class DenseDecoder:
         """Norm and head: fp32 logits [rows, vocab]."""
         if self._fused_head is not None:
             return self._fused_head(hidden.float())
+        if self._head is None:
+            raise EngineError("the model is served for task embed: it was loaded without a head")
         return self._head(self._norm(hidden)).float()
 
     def normalised(self, hidden: torch.Tensor) -> torch.Tensor:
