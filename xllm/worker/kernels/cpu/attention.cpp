@@ -158,7 +158,7 @@ class Worker {
     return q_ + (at + item.kv_head * cut_.group + head) * layout_.head_dim;
   }
 
-  // Takes the queries of an item into the tile, transposed and scaled.
+  // Takes the queries of an item into the tile, scaled.
   void prepare(const Item& item) {
     Tile& tile = own_.tile;
     tile.num_rows = item.count;
@@ -166,15 +166,15 @@ class Worker {
     while (tile.padded_rows < item.count) tile.padded_rows *= 2;
     tile.head_dim = layout_.head_dim;
     tile.softcap = shape_.softcap;
-    if (tile.padded_rows > item.count)
-      std::memset(tile.query, 0, sizeof(float) * kTileRows * layout_.head_dim);
+    for (int32_t m = item.count; m < tile.padded_rows; ++m)
+      std::fill_n(tile.query + m * kQueryStride, layout_.head_dim, 0.0f);
     for (int32_t m = 0; m < item.count; ++m) {
       const int32_t position = item.sequence->start + (item.first + m) / cut_.group;
       tile.low[m] = lowest_token(shape_, position);
       tile.high[m] = position + 1;
       const float* query = query_of(item, m);
       for (int32_t d = 0; d < layout_.head_dim; ++d)
-        tile.query[d * kTileRows + m] = query[d] * shape_.scale;
+        tile.query[m * kQueryStride + d] = query[d] * shape_.scale;
     }
     std::fill(own_.state.top, own_.state.top + kTileRows, -INFINITY);
     std::fill(own_.state.sum, own_.state.sum + kTileRows, 0.0f);

@@ -21,6 +21,7 @@ constexpr int kPartitionRuns = kPartition / kRun;
 constexpr int kScoreStride = kPartition + kRun;  // of the scores: a power of two would share cache sets
 constexpr int kTileRows = 16;     // queries of one work item at most
 constexpr int kMaxHeadDim = 512;
+constexpr int kQueryStride = kMaxHeadDim + 16;  // as kScoreStride
 
 enum KvKind : int32_t { kKvBf16 = 0, kKvFp32 = 1, kKvInt8 = 2 };
 constexpr int kNumKvKinds = 3;
@@ -63,7 +64,7 @@ struct Tile {
   float softcap;
   int32_t low[kTileRows];       // tokens [low, high) are seen
   int32_t high[kTileRows];
-  alignas(64) float query[kMaxHeadDim * kTileRows];  // [head_dim][16], scaled
+  alignas(64) float query[kTileRows * kQueryStride];  // [query][head_dim], scaled
 };
 
 // What attending one partition gives: sums of exponentials below `top`, and of values under them.

@@ -4,19 +4,27 @@
 template <class T, int kQueries, int kRuns>
 inline void score_runs(const float* query, int dim, const char* const* keys, float* scores) {
   Vec sums[kQueries][kRuns];
-  for (auto& row : sums)
-    for (Vec& sum : row) sum = set1(0.0f);
+#pragma GCC unroll 8
+  for (int m = 0; m < kQueries; ++m)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRuns; ++r) sums[m][r] = set1(0.0f);
   const T* run[kRuns];
+#pragma GCC unroll 8
   for (int r = 0; r < kRuns; ++r) run[r] = reinterpret_cast<const T*>(keys[r]);
   for (int d = 0; d < dim; ++d) {
     Vec key[kRuns];
+#pragma GCC unroll 8
     for (int r = 0; r < kRuns; ++r) key[r] = load(run[r] + d * kRun);
+#pragma GCC unroll 8
     for (int m = 0; m < kQueries; ++m) {
-      const Vec factor = set1(query[d * kTileRows + m]);
-      for (int r = 0; r < kRuns; ++r) sums[m][r] = fma(factor, key[r], sums[m][r]);
+      const Vec factor = set1(query[m * kQueryStride + d]);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRuns; ++r) sums[m][r] = accumulate(sums[m][r], factor, key[r]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < kQueries; ++m)
+#pragma GCC unroll 8
     for (int r = 0; r < kRuns; ++r) store(scores + m * kScoreStride + r * kRun, sums[m][r]);
 }
 
@@ -24,11 +32,14 @@ template <class T, int kQueries>
 inline void score(const Tile& tile, const Runs& runs, int first, int last, int begin,
                   float* scores) {
   constexpr int wide = std::clamp(kAccumulators / kQueries, 1, 4);
-  const float* query = tile.query + begin;
+  const float* query = tile.query + begin * kQueryStride;
   float* rows = scores + begin * kScoreStride;
   int r = first;
   for (; r + wide <= last; r += wide)
     score_runs<T, kQueries, wide>(query, tile.head_dim, runs.keys + r, rows + r * kRun);
+  if constexpr (wide > 2)
+    for (; r + 2 <= last; r += 2)
+      score_runs<T, kQueries, 2>(query, tile.head_dim, runs.keys + r, rows + r * kRun);
   for (; r < last; ++r)
     score_runs<T, kQueries, 1>(query, tile.head_dim, runs.keys + r, rows + r * kRun);
 }
@@ -69,20 +80,27 @@ template <class T, int kQueries, int kColumns>
 inline void collect_columns(const float* weights, const T* const* tokens, int low, int high, int at,
                             int num_last, float* out, int64_t out_stride) {
   Vec sums[kQueries][kColumns];
-  for (auto& row : sums)
-    for (Vec& sum : row) sum = set1(0.0f);
+#pragma GCC unroll 8
+  for (int m = 0; m < kQueries; ++m)
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) sums[m][c] = set1(0.0f);
   for (int t = low; t < high; ++t) {
     const T* value = tokens[t] + at;
     Vec part[kColumns];
+#pragma GCC unroll 8
     for (int c = 0; c + 1 < kColumns; ++c) part[c] = load(value + c * 16);
     const T* tail = value + (kColumns - 1) * 16;
     part[kColumns - 1] = num_last == 16 ? load(tail) : load_part(tail, num_last);
+#pragma GCC unroll 8
     for (int m = 0; m < kQueries; ++m) {
       const Vec weight = set1(weights[m * kScoreStride + t]);
-      for (int c = 0; c < kColumns; ++c) sums[m][c] = fma(weight, part[c], sums[m][c]);
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) sums[m][c] = accumulate(sums[m][c], weight, part[c]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < kQueries; ++m)
+#pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) store(out + m * out_stride + c * 16, sums[m][c]);
 }
 
@@ -97,8 +115,12 @@ inline void collect(const Tile& tile, const T* const* tokens, int low, int high,
   int at = 0;
   for (; at + wide * 16 <= dim; at += wide * 16)
     collect_columns<T, kQueries, wide>(rows, tokens, low, high, at, 16, to + at, out_stride);
+  if constexpr (wide > 2)
+    for (; at + 32 <= dim; at += 32)
+      collect_columns<T, kQueries, 2>(rows, tokens, low, high, at, 16, to + at, out_stride);
   for (; at < dim; at += 16)
-    collect_columns<T, kQueries, 1>(rows, tokens, low, high, at, std::min(16, dim - at), to + at, out_stride);
+    collect_columns<T, kQueries, 1>(rows, tokens, low, high, at, std::min(16, dim - at), to + at,
+                                    out_stride);
 }
 
 template <class T, int kQueries>

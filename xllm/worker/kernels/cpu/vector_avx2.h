@@ -63,6 +63,7 @@ inline __m256 lanes_between(int low, int high, int first) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_cmpgt_epi32(lane, _mm256_set1_epi32(low - 1)),
                                               _mm256_cmpgt_epi32(_mm256_set1_epi32(high), lane)));
 }
+inline Vec accumulate(const Vec& c, const Vec& a, const Vec& b) { return fma(a, b, c); }
 inline Vec keep(const Vec& a, int low, int high, const Vec& b) {
   return {_mm256_blendv_ps(b.low, a.low, lanes_between(low, high, 0)),
           _mm256_blendv_ps(b.high, a.high, lanes_between(low, high, 8))};

@@ -1,7 +1,7 @@
 // Sixteen floats as one AVX-512 register; see vector_portable.h.
 
 constexpr int kMaxQueries = 8;
-constexpr int kAccumulators = 16;
+constexpr int kAccumulators = 24;
 
 struct Vec {
   __m512 all;
@@ -50,6 +50,12 @@ inline Vec max(const Vec& a, const Vec& b) { return {_mm512_max_ps(a.all, b.all)
 inline Vec min(const Vec& a, const Vec& b) { return {_mm512_min_ps(a.all, b.all)}; }
 inline Vec fma(const Vec& a, const Vec& b, const Vec& c) {
   return {_mm512_fmadd_ps(a.all, b.all, c.all)};
+}
+// c + a b: as assembly, or GCC copies a block of sums among registers and spills them.
+inline Vec accumulate(const Vec& c, const Vec& a, const Vec& b) {
+  __m512 sum = c.all;
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a.all), "v"(b.all));
+  return {sum};
 }
 inline Vec keep(const Vec& a, int low, int high, const Vec& b) {
   const __mmask16 kept = static_cast<__mmask16>(((1u << high) - 1u) & ~((1u << low) - 1u));

@@ -62,6 +62,9 @@ inline Vec fma(const Vec& a, const Vec& b, const Vec& c) {
   return v;
 }
 
+// c + a b, for sums of many.
+inline Vec accumulate(const Vec& c, const Vec& a, const Vec& b) { return fma(a, b, c); }
+
 // Lanes [low, high) of a, the others of b.
 inline Vec keep(const Vec& a, int low, int high, const Vec& b) {
   Vec v;
