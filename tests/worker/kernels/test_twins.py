@@ -1,12 +1,20 @@
 """Without the library: why there is none is said, and torch computes over the same packed data."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from xllm.worker.kernels.library import load_from
+from xllm.worker.kernels.library import load, load_from
 from xllm.worker.kernels.linear import Epilogue, pack_gate_up, pack_linear
 from xllm.worker.kernels.packing import Kind
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler: torch computes")
+def test_where_there_is_a_compiler_the_kernels_are_built():
+    """Their extension is optional: an installation that could not build them says nothing."""
+    assert load().library is not None, load().reason
 
 
 def test_a_missing_library_has_a_reason(tmp_path):
