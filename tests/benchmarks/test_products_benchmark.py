@@ -10,9 +10,11 @@ from xllm.worker.kernels.library import load
 pytestmark = pytest.mark.skipif(load().library is None, reason=load().reason)
 
 
-def test_a_line_for_each_shape_and_row_count(tmp_path, capsys):
+@pytest.mark.parametrize("best", [False, True])
+def test_a_line_for_each_shape_and_row_count(tmp_path, capsys, best):
     path = tmp_path / "products.json"
     arguments = ["--shapes", "a=48x64,b=32x20", "--rows", "1,3", "--reps", "2", "--cold-mib", "0"]
+    arguments += ["--best"] if best else []
     main([*arguments, "--threads", "1", "--json", str(path)])
     lines = json.loads(path.read_text())
     assert [(line["shape"], line["rows"]) for line in lines] == [
