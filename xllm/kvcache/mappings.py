@@ -101,3 +101,24 @@ def _breaks(pages: Sequence[int], start: int, stop: int) -> int:
 def _count(pages: Sequence[int]) -> int:
     """Mappings of a slot with these pages."""
     return _breaks(pages, 1, len(pages)) + 2 if pages else 0
+
+
+def differing(mapped: Sequence[int], page_ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges [begin, stop) of `page_ids` that are not in their place in `mapped`, which may be
+    shorter."""
+    if not mapped:
+        return [(0, len(page_ids))] if page_ids else []
+    runs: list[tuple[int, int]] = []
+    begin = -1
+    for index, (have, page) in enumerate(zip(mapped, page_ids, strict=False)):
+        if have == page:
+            if begin >= 0:
+                runs.append((begin, index))
+                begin = -1
+        elif begin < 0:
+            begin = index
+    if begin < 0 and len(mapped) < len(page_ids):
+        begin = len(mapped)
+    if begin >= 0:
+        runs.append((begin, len(page_ids)))
+    return runs

@@ -237,11 +237,11 @@ class PrefixCache:
                 raise InvariantError(f"unheld leaf {block_id} can never be evicted")
 
     def _take_wanted(self, count: int, wanted: Sequence[int], after: int) -> list[int]:
-        pool = self.pool
+        pool, owner = self.pool, self.pool.pages.owner
         blocks = [-1] * count
         # First those that are wanted: no other may get them by the way.
         for index, block_id in enumerate(wanted[:count]):
-            if block_id >= 0 and pool.is_free(block_id):
+            if block_id >= 0 and owner(block_id) < 0:
                 blocks[index] = pool.take(block_id)
         for index, block_id in enumerate(blocks):
             if block_id < 0:

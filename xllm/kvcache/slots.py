@@ -14,22 +14,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from xllm.errors import InvariantError
-from xllm.kvcache.mappings import MappedPages
+from xllm.kvcache.mappings import MappedPages, differing
 from xllm.kvcache.pages import PageState
+from xllm.kvcache.slot_choice import MAX_CANDIDATES, SlotChoice, score
 from xllm.protocol.step import MapPages
-
-_MAX_CANDIDATES = 8
-_MAX_COMPARED = 64
-"""Bounds of the search for a slot: a scheduler has no time for all of them."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SlotChoice:
-    """An idle slot, and for the pages behind the given prefix what it has mapped there: wanted
-    rather than others, as far as they are free."""
-
-    slot: int
-    wanted: list[int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,9 +79,9 @@ class SlotTable:
         the others go. Mutates nothing. There must be an idle slot."""
         best, best_score = -1, (0, 0)
         for slot in self._candidates(prefix):
-            score = self._score(slot, prefix, num_pages, is_free)
-            if score > best_score:
-                best, best_score = slot, score
+            found = score(self._mapped.under(slot), prefix, num_pages, is_free)
+            if found > best_score:
+                best, best_score = slot, found
         if best < 0:
             best = self._empty[-1] if self._empty else next(iter(self._idle))
         return SlotChoice(best, self._mapped.under(best)[len(prefix) : num_pages])
@@ -218,45 +206,20 @@ class SlotTable:
         else those that are idle for the longest, whose pages are the likeliest to be free."""
         alike = self._by_first.get(prefix[0]) if prefix else None
         if alike:
-            return [slot for slot, _ in zip(reversed(alike), range(_MAX_CANDIDATES), strict=False)]
-        return [slot for slot, _ in zip(self._idle, range(_MAX_CANDIDATES), strict=False)]
-
-    def _score(
-        self,
-        slot: int,
-        prefix: Sequence[int],
-        num_pages: int,
-        is_free: Callable[[int], bool],
-    ) -> tuple[int, int]:
-        mapped = self._mapped.under(slot)
-        num_alike = 0
-        for have, want in zip(mapped, prefix, strict=False):
-            if have != want:
-                break
-            num_alike += 1
-        first = len(prefix)
-        behind = mapped[first : min(num_pages, first + _MAX_COMPARED)]
-        return num_alike, sum([is_free(page) for page in behind])
+            return [slot for slot, _ in zip(reversed(alike), range(MAX_CANDIDATES), strict=False)]
+        return [slot for slot, _ in zip(self._idle, range(MAX_CANDIDATES), strict=False)]
 
     def _map(self, slot: int, first: int, page_ids: Sequence[int]) -> bool:
         """Map pages from `first` on, all that the sequence uses so far, and use them."""
         mapped = self._mapped.under(slot)
         end = first + len(page_ids)
         assert end <= self.pages_per_slot
-        runs: list[tuple[int, int]] = []
-        num_fresh = 0
-        for index, page in enumerate(page_ids, first):
-            if index < len(mapped) and mapped[index] == page:
-                continue
-            num_fresh += 1
-            if runs and runs[-1][1] == index:
-                runs[-1] = (runs[-1][0], index + 1)
-            else:
-                runs.append((index, index + 1))
+        runs = differing(mapped[first:end], page_ids)
+        num_fresh = sum([stop - begin for begin, stop in runs])
         if runs and not self._make_room(slot, first, page_ids):
             return False
         for begin, stop in runs:
-            self._change(slot, begin, page_ids[begin - first : stop - first])
+            self._change(slot, first + begin, page_ids[begin:stop])
         self._length[slot] = end
         self._num_pages += len(page_ids)
         self._num_found += len(page_ids) - num_fresh
