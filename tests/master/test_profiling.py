@@ -1,11 +1,12 @@
 """The steps before serving: what they teach, how long they may take, that they leave nothing."""
 
+import msgspec
 import pytest
 
 from tests.master.toy_instance import ToyInstance
 from xllm.master.profiling import StartProfile, profile_load
 from xllm.master.strategies.step_model import StepShape
-from xllm.protocol.step import StepResult
+from xllm.worker.toy.vectors import WIDTH
 
 TOKEN_S, PAIR_S, CONSTANT_S = 2e-4, 1e-7, 5e-3
 
@@ -41,7 +42,7 @@ class Profiled(ToyInstance):
             if plan.step == fail_at:
                 self.profile.fail(plan.step, "engine_error", "no", self.now)
                 continue
-            result = StepResult(plan.step, output.result.tokens, round(1e9 * seconds))
+            result = msgspec.structs.replace(output.result, duration_ns=round(1e9 * seconds))
             self.profile.settle(result, output.frames, self.now)
             self.scheduler.check()
         assert self.num_finished
@@ -62,6 +63,18 @@ def test_step_times_are_known_before_the_first_request(depth, strategy):
         shape.add_prefill(start, num)
         want = CONSTANT_S + TOKEN_S * num + PAIR_S * shape.pairs
         assert model.predict(shape) == pytest.approx(want, rel=0.15)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_an_instance_that_embeds_is_profiled_by_vectors(pooling):
+    one = Profiled(task="embed", pooling=pooling, embedding_size=WIDTH)
+    one.run_profile()
+    items = [item for plan in one.plans for item in plan.items]
+    assert len(items) >= 8
+    assert all(item.num_samples == 0 for item in items)
+    assert one.admit("a", range(10, 40), embed=True, max_tokens=0) is None
+    one.run()
+    assert one.ended["a", 1].code == ""
 
 
 def test_some_prompts_are_computed_behind_a_prefix():

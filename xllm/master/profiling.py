@@ -32,7 +32,8 @@ _SALT = root_hash("step times")
 def profile_load(limits: InstanceLimits) -> Iterator[list[AdmitRequest]]:
     """Waves of requests, each for when the one before it is done. The first one warms up; then
     prompts of growing length, each once alone and once more with a tail, so that it is computed
-    behind its own beginning, and sequences that decode, alone and side by side."""
+    behind its own beginning, and sequences that decode, alone and side by side. Where the model
+    embeds nothing decodes, and prompts become vectors."""
     most = min(limits.max_num_batched_tokens, limits.max_model_len - _TAIL - 2)
     most = min(most, limits.num_blocks * limits.block_size // 2 - _TAIL)
     if most < _LENGTHS[0]:
@@ -42,7 +43,7 @@ def profile_load(limits: InstanceLimits) -> Iterator[list[AdmitRequest]]:
         if length <= most:
             yield [_request(limits, f"prompt-{length}", length, 1)]
             yield [_request(limits, f"prompt-{length}", length + _TAIL, 1)]
-        if length == _LENGTHS[0]:
+        if length == _LENGTHS[0] and limits.task != "embed":
             yield from _decodes(limits)
 
 
@@ -58,9 +59,11 @@ def _request(limits: InstanceLimits, name: str, num_prompt: int, num_output: int
     """Prompts of equal names begin alike, and those of others differ from the first id on."""
     start = sum(name.encode())
     ids = tuple((start + 7 * index) % limits.vocab_size for index in range(num_prompt))
-    sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True, seed=0)
+    embeds = limits.task == "embed"
+    max_tokens = 0 if embeds else num_output
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, seed=0)
     request_id = f"profile-{name}-{num_prompt}"
-    return AdmitRequest(request_id, 1, limits.model, ids, sampling, salt=_SALT)
+    return AdmitRequest(request_id, 1, limits.model, ids, sampling, salt=_SALT, embed=embeds)
 
 
 class StartProfile:
