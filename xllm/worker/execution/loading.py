@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from xllm.worker.platform.platform import Platform, resolve_dtype
 _PREFIX = "model."
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
+_EXPERTS = ".experts."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,8 +86,7 @@ def load_model(
         config = dataclasses.replace(config, has_head=False)
     else:
         config, unused = _settle_tie(config, checkpoint)
-    item_bytes = dtype.itemsize if quantization == "none" else 1
-    _check_room(checkpoint, item_bytes, platform)
+    _check_room(checkpoint, dtype, platform, quantized=quantization != "none")
     team = _prepare(platform, num_threads, kernels, checkpoint, dtype)
     if quantization != "none":
         require_team(team, "model.quantization", quantization)
@@ -122,7 +123,7 @@ def _load_from_library(
 
     checkpoint = open_checkpoint(directory)
     dtype = resolve_dtype(asked_dtype, raw.dtype() or checkpoint.dtype(), platform.name == "cpu")
-    _check_room(checkpoint, dtype.itemsize, platform)
+    _check_room(checkpoint, dtype, platform)
     team = prepare(checkpoint, dtype)
     progress(0, checkpoint.total_bytes)
     model, num_bytes = load_transformers_model(raw, checkpoint, dtype, platform.device)
@@ -130,15 +131,21 @@ def _load_from_library(
     return LoadedModel(model, dtype, checkpoint.revision(directory), num_bytes, team)
 
 
-def _check_room(checkpoint: Checkpoint, item_bytes: int, platform: Platform) -> None:
+def _check_room(
+    checkpoint: Checkpoint, dtype: torch.dtype, platform: Platform, *, quantized: bool = False
+) -> None:
     """Raise DependencyError where the weights do not fit what memory is free: on a CPU the
-    kernel would end the process half-way."""
-    needed = checkpoint.num_elements * item_bytes
+    kernel would end the process half-way. Quantized ones are taken for bytes, but for experts."""
+    needed = checkpoint.num_elements * dtype.itemsize
+    if quantized:
+        names = [name for name in checkpoint.entries if _EXPERTS not in name]
+        smaller = sum(math.prod(checkpoint.entries[name].shape) for name in names)
+        needed -= smaller * (dtype.itemsize - 1)
     free = platform.memory().free_bytes
     if needed > free:
         raise DependencyError(
-            f"model.path: the weights take {needed} bytes at {item_bytes} each, {free} are free "
-            f"on {platform.describe()}",
+            f"model.path: the weights take {needed} bytes as {dtype}{', rounded' * quantized}, "
+            f"{free} are free on {platform.describe()}",
             param="model.path",
         )
 

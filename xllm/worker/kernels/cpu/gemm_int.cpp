@@ -1,5 +1,5 @@
-// Chooses the variant of a quantized product, and checks each against the portable one: they must
-// give the same bits.
+// Chooses the variant of a quantized product, and checks each against the plain one: they must give
+// the same bits.
 #include "gemm_int.h"
 
 #include <cstdlib>
@@ -31,9 +31,12 @@ bool has_avx512() {
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
+constexpr int32_t kPlain = -1;  // what the others are held to
+
 constexpr Entry kEntries[] = {
-    {"portable", kPortable, gemm_int_portable, always},
+    {"plain", kPlain, gemm_int_portable, always},
 #if defined(__x86_64__)
+    {"portable", kPortable, gemm_int_sse2, always},
     {"avx2", kAvx2, gemm_int_avx2, has_avx2},
     {"avx512", kAvx512, gemm_int_avx512, has_avx512},
     {"avx512-vnni", kAuto, gemm_int_vnni, has_vnni},
@@ -67,7 +70,7 @@ Memory take(int64_t bytes) {
   return memory;
 }
 
-// One product by a variant and by the portable one; true where they agree in every bit.
+// One product by a variant and by the plain one; true where they agree in every bit.
 bool agrees(Team& team, Gemm gemm, int32_t kind, int32_t group, int32_t rows, int32_t n,
             int32_t k) {
   uint32_t state = 1;
