@@ -34,8 +34,8 @@ from xllm.config.settings import Settings
 from xllm.config.table import near_matches
 from xllm.errors import ConfigError
 
-ROLES = ("registry", "kvcache", "master", "worker", "router")
-"""In the order in which they are started."""
+ROLES = ("registry", "kvcache", "worker", "master", "router")
+"""In the order in which they are started: a master is ready once its workers are."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SECTIONS = tuple(field.name for field in dataclasses.fields(Settings))
 

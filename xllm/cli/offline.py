@@ -6,6 +6,7 @@ Decides nothing of its own. One request at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from collections import deque
@@ -38,7 +39,9 @@ class OfflineEngine:
         text = load_text_model(settings.model.path)
         self._timeout_s = settings.router.timeout_s
         self._intake = Intake(settings.model.name, text, settings.router)
-        self._executor = make_executor(settings)
+        # Here is one process, whatever the settings say of an instance's.
+        alone = dataclasses.replace(settings.master, num_workers=1)
+        self._executor = make_executor(dataclasses.replace(settings, master=alone))
         try:
             ready = self._executor.load(progress)
         except BaseException:

@@ -187,7 +187,11 @@ class MasterSettings:
     bus_endpoint: str = setting(
         "", "Where heartbeats are published; empty: ipc in the run directory."
     )
-    worker_endpoint: str = setting("", "Where workers connect; empty: ipc in the run directory.")
+    worker_endpoint: str = setting(
+        "",
+        "Where workers connect; empty: ipc in the run directory. A worker of another node adds "
+        ";key= and the master's public key.",
+    )
     num_workers: int = setting(
         1, "Ranks of this instance: each holds a share of every layer.", low=1, high=64
     )
@@ -240,6 +244,20 @@ class WorkerSettings:
     )
     deterministic: bool = setting(False, "Bit-identical logits for a token in any batch.")
     rank: int = setting(0, "Rank of this worker in its instance.", low=0)
+    collective_host: str = setting(
+        "127.0.0.1",
+        "Address of this host at which the other ranks of the instance reach this one; what they "
+        "exchange is neither authenticated nor encrypted (docs/parallel.md).",
+    )
+    collective_timeout_s: float = setting(
+        30.0, "Time that the other ranks get for their part of a sum.", unit="s", low=0.1, high=3600
+    )
+    micro_batch_rows: int = setting(
+        0,
+        "Several ranks take turns at two halves of a step that has this many rows for each: one "
+        "is computed while the other's sums are under way; 0: never.",
+        low=0,
+    )
     toy_step_ms: float = setting(0.0, "Time of a toy step.", unit="ms", low=0, high=60000)
     toy_memory: bool = setting(
         True, "The toy engine writes and reads its KV pages; off: a cheaper hash without memory."

@@ -38,6 +38,7 @@ from xllm.protocol.step import (
 )
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
+from xllm.protocol.transport.endpoint import split_key
 from xllm.protocol.transport.security import Security
 from xllm.worker.engine import Engine, EngineAnswer, InlineEngine, JobRunner, ThreadEngine
 from xllm.worker.executor import Executor
@@ -97,15 +98,17 @@ class WorkerActor(Actor):
         self._reporter.started(f"{settings.worker.engine} engine")
         self._engine.start()
         security = self.transport.security
+        endpoint, server_key = split_key(settings.master.worker_endpoint, "master.worker_endpoint")
+        if not server_key and security is not None:
+            server_key = security.public_key  # the master of the same node
         self._socket: DealerSocket[MasterMessage] = DealerSocket(
             self.transport,
-            settings.master.worker_endpoint,
+            endpoint,
             Decoder(MasterMessage),
             self._on_message,
             on_connected=self._greet,
             on_gone=self._master_gone,
-            # Master and workers of a node share the node's keys.
-            server_key=security.public_key if security is not None else "",
+            server_key=server_key,
             name="master",
         )
         self._closers.append(self._socket.close)

@@ -141,10 +141,11 @@ def test_a_meeting_that_is_replaced_ends_at_once():
     timer.join()
 
 
-def test_an_address_that_is_not_ours_is_refused():
+@pytest.mark.parametrize("host", ["192.0.2.1", "0.0.0.0", "::", ""])
+def test_an_address_that_is_not_ours_or_is_every_one_is_refused(host):
     board = RankBoard("g")
     with pytest.raises(ConfigError, match="collective_host"):
-        GlooRanks(0, 2, "192.0.2.1", 1.0, lambda: None).join(board)
+        GlooRanks(0, 2, host, 1.0, lambda: None).join(board)
 
 
 def test_only_the_address_that_was_asked_for_listens():

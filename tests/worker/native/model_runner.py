@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ class Runner:
         dtype: str = "auto",
         kernels: str = "auto",
         num_threads: int = 1,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         self.loaded = load_model(
             directory,
@@ -39,7 +42,10 @@ class Runner:
             implementation,
             num_threads=num_threads,
             kernels=kernels,
+            rank=rank,
+            num_ranks=num_ranks,
         )
+        self.head: Callable[[torch.Tensor], torch.Tensor] = self.loaded.model.head
         config, found = self.loaded.model.config, self.loaded.dtype
         kind = KvLayout if self.loaded.team is None else BlockLayout
         layout = kind(
@@ -61,4 +67,4 @@ class Runner:
     def logits(self, spans: list[Span], token_ids: list[int], single: bool = False) -> torch.Tensor:
         run = self.loop.run_single_rows if single else self.loop.run
         with torch.inference_mode():
-            return self.loaded.model.head(run(spans, token_ids, ()))
+            return self.head(run(spans, token_ids, ()))

@@ -14,7 +14,7 @@ from xllm.config.settings import ModelSettings, SchedulerSettings, Settings, Wor
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import ItemKind, NewSequence, StepItem, StepPlan
 from xllm.worker.execution.native import NativeExecutor
-from xllm.worker.executor import StepOutput
+from xllm.worker.executor import Executor, StepOutput
 from xllm.worker.kernels.library import load
 
 KERNELS = ("compiled", "torch") if load().library else ("torch",)
@@ -66,8 +66,18 @@ class Scores:
 class PlanDriver:
     """Drives one executor; sequences and blocks are numbered on, blocks come back at `release`."""
 
-    def __init__(self, directory: Path, quantization: str = "none", **worker: Any) -> None:
-        self.executor = NativeExecutor(native_settings(directory, quantization, **worker))
+    def __init__(
+        self,
+        directory: Path,
+        quantization: str = "none",
+        *,
+        executor: Executor | None = None,
+        **worker: Any,
+    ) -> None:
+        """`executor`: one that is not loaded; None: a native one."""
+        self.executor = executor or NativeExecutor(
+            native_settings(directory, quantization, **worker)
+        )
         self.ready = self.executor.load(lambda loaded, total: None)
         self.free = list(range(self.ready.num_blocks))
         self.next_seq = 0

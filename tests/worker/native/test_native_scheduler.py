@@ -41,9 +41,10 @@ class Instance:
         directory: Path,
         strategy: str = "chunked",
         kv_memory: str = "xtensor",
+        driver: PlanDriver | None = None,
         **limits: Any,
     ) -> None:
-        self.driver = PlanDriver(directory, kv_memory=kv_memory)
+        self.driver = driver or PlanDriver(directory, kv_memory=kv_memory)
         ready = self.driver.ready
         bounds = {
             "num_blocks": ready.num_blocks,

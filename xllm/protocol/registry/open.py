@@ -6,23 +6,16 @@ from xllm.errors import ConfigError, DependencyError
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.remote import RemoteRegistry
 from xllm.protocol.transport.context import Transport
-
-_KEY_MARK = ";key="
-_KEY_CHARS = 40
+from xllm.protocol.transport.endpoint import split_key
 
 
 def split_address(address: str) -> tuple[str, str]:
     """(endpoint, public key or "") of an address; ConfigError where it is malformed."""
-    endpoint, mark, server_key = address.partition(_KEY_MARK)
+    endpoint, server_key = split_key(address, "cluster.registry")
     scheme, separator, rest = endpoint.partition("://")
     if scheme not in ("ipc", "inproc", "tcp", "etcd") or not separator or not rest:
         raise ConfigError(
             f"registry address {address!r}: ipc://, inproc:// or tcp:// is expected",
-            param="cluster.registry",
-        )
-    if mark and len(server_key) != _KEY_CHARS:
-        raise ConfigError(
-            f"registry address: a public key has {_KEY_CHARS} characters, not {len(server_key)}",
             param="cluster.registry",
         )
     return endpoint, server_key

@@ -14,6 +14,20 @@ from xllm.config.exposure import is_loopback
 from xllm.errors import ConfigError, ListenError
 
 MAX_IPC_PATH_BYTES = 107
+_KEY_MARK = ";key="
+_KEY_CHARS = 40
+
+
+def split_key(address: str, param: str) -> tuple[str, str]:
+    """(endpoint, public key or "") of an address as settings have it; ConfigError, which names
+    the setting, for what is no key."""
+    endpoint, mark, server_key = address.partition(_KEY_MARK)
+    if mark and len(server_key) != _KEY_CHARS:
+        raise ConfigError(
+            f"{param}: a public key has {_KEY_CHARS} characters, not {len(server_key)}",
+            param=param,
+        )
+    return endpoint, server_key
 
 
 def is_local(endpoint: str) -> bool:

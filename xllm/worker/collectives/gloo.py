@@ -20,6 +20,7 @@ from xllm.worker.collectives.board_store import BoardStore
 from xllm.worker.collectives.ranks import PendingSum
 from xllm.worker.rank_board import RankBoard
 
+_NO_ADDRESS = ("", "*", "0.0.0.0", "::")
 _LOOK = datetime.timedelta(seconds=0.1)
 """A rank that waits for others says so often: it is not frozen."""
 
@@ -49,6 +50,11 @@ class GlooRanks:
         """Leave the group there was and make a new one by way of a board. EngineError where the
         other ranks do not come, ConfigError where the host's address cannot be bound."""
         self.leave()
+        if self._host in _NO_ADDRESS:
+            raise ConfigError(
+                f"worker.collective_host must be one address of this host, not {self._host!r}",
+                param="worker.collective_host",
+            )
         try:
             device = dist.ProcessGroupGloo.create_device(hostname=self._host)
         except RuntimeError as error:

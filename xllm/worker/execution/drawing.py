@@ -27,7 +27,8 @@ _NOT_FINITE = "the model's output is not a number (an overflow of its type?)"
 class TokenDrawer:
     """Draws the tokens of steps with one model. `tick` is called after each bounded piece of
     work. `alone`: the head and the draws see one row at a time, so that a row's numbers are
-    independent of the rows beside it; the head need not where `head_invariant`."""
+    independent of the rows beside it; the head need not where `head_invariant`. `head`: gives
+    the logits; None: the model's."""
 
     def __init__(
         self,
@@ -37,9 +38,10 @@ class TokenDrawer:
         *,
         alone: bool = False,
         head_invariant: bool = False,
+        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         vocab_size = model.config.vocab_size
-        self._model = model
+        self._head = head or model.head
         self._device = device
         self._tick = tick
         self._sampler = Sampler(vocab_size, device, tick)
@@ -81,7 +83,7 @@ class TokenDrawer:
         for at in range(first, last, self._slice):
             ids = state.tokens(at, min(at + self._slice, last))
             row = entry.first_row + at - first
-            logits = self._model.head(hidden[row : row + len(ids)])
+            logits = self._head(hidden[row : row + len(ids)])
             self._tick()
             table = score_rows(logits, self._index(ids), num_top, tick=self._tick)
             outputs.add_logprobs(entry.index, table)
@@ -90,7 +92,7 @@ class TokenDrawer:
         self, entries: Sequence[BatchEntry], hidden: torch.Tensor, outputs: StepOutputs
     ) -> None:
         rows = self._index([entry.last_row for entry in entries])
-        logits = self._model.head(hidden.index_select(0, rows))
+        logits = self._head(hidden.index_select(0, rows))
         self._tick()
         for at in range(0, len(entries), self._draws):
             part = slice(at, at + self._draws)

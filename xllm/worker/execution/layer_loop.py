@@ -14,6 +14,14 @@ import torch
 
 from xllm.worker.attention.paged import AttentionWorkspace, PagedAttention
 from xllm.worker.attention.plan import Span, plan_window, write_slots
+from xllm.worker.collectives.ranks import OneRank, Ranks
+from xllm.worker.execution.rank_loop import (
+    FusedBatch,
+    MicroBatch,
+    TorchBatch,
+    run_halves,
+    split_spans,
+)
 from xllm.worker.kernels.attention import KernelAttention, StepArrays
 from xllm.worker.kernels.fused import FusedLayer
 from xllm.worker.kernels.team import Team
@@ -49,6 +57,8 @@ class LayerLoop:
         team: Team | None = None,
         phase_ns: torch.Tensor | None = None,
     ) -> None:
+        self._ranks: Ranks = OneRank()
+        self._micro_batch_rows = 0
         self._model = model
         self._phase_ns = phase_ns
         self._team = team
@@ -70,6 +80,12 @@ class LayerLoop:
             ]
             self.batch_invariant = all(part.feed_forward is None for part in parts)
 
+    def share(self, ranks: Ranks, micro_batch_rows: int) -> None:
+        """From now on the layers are computed with other ranks, which sum their parts; see
+        `WorkerSettings.micro_batch_rows`."""
+        self._ranks = ranks
+        self._micro_batch_rows = micro_batch_rows
+
     def run(
         self, spans: Sequence[Span], token_ids: Sequence[int], hooks: Sequence[LayerHook]
     ) -> torch.Tensor:
@@ -77,9 +93,56 @@ class LayerLoop:
         `token_ids`, one a row; their keys and values are in the pool then."""
         positions = [p for span in spans for p in range(span.start, span.end)]
         places = self._index(token_ids), self._index(positions)
+        if self._ranks.size > 1:
+            return self._by_ranks(self._ranks, spans, *places, hooks)
         if self._fused is not None:
             return self._through_fused(self._fused, spans, *places, hooks)
         return self._through_layers(*places, self._attention(spans), hooks)
+
+    def _by_ranks(
+        self,
+        ranks: Ranks,
+        spans: Sequence[Span],
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hooks: Sequence[LayerHook],
+    ) -> torch.Tensor:
+        model = self._model
+        assert not isinstance(model, WholeModel)
+        hidden = model.embed(token_ids)
+        if self._fused is not None:
+            hidden = hidden.float()
+        batches: list[MicroBatch] = []
+        row = 0
+        for part in split_spans(spans, self._micro_batch_rows):
+            rows = slice(row, row + sum(span.num_rows for span in part))
+            batches.append(self._micro_batch(model, part, hidden[rows], positions[rows]))
+            row = rows.stop
+
+        def before(index: int) -> None:
+            for hook in hooks:
+                hook.before_layer(index)
+
+        def after(index: int) -> None:
+            for hook in hooks:
+                hook.after_layer(index, hidden)
+
+        run_halves(batches, model.config.num_layers, ranks, before, after)
+        return hidden
+
+    def _micro_batch(
+        self,
+        model: NativeModel,
+        spans: Sequence[Span],
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> MicroBatch:
+        if self._fused is None:
+            return TorchBatch(model, hidden, model.tables(positions), self._attention(spans))
+        assert isinstance(self._pool, CpuKvMemory)
+        arrays = StepArrays(spans, self._pool, self._phase_ns)
+        arrays.set_angles(*model.angles(positions))
+        return FusedBatch(self._fused, hidden, arrays)
 
     def _attention(self, spans: Sequence[Span]) -> Attention:
         pool = self._pool

@@ -17,6 +17,7 @@ from xllm.worker.kernels.team import Team
 from xllm.worker.loader.checkpoint import Checkpoint, open_checkpoint
 from xllm.worker.loader.config import ModelConfig, RawConfig, read_config
 from xllm.worker.loader.pooling import GENERATES, ModelTask, resolve_task
+from xllm.worker.loader.shards import ShardPlan
 from xllm.worker.loader.weights import WeightTable, load_weights
 from xllm.worker.models.model import NativeModel, WholeModel
 from xllm.worker.models.registry import find_family, is_headless, is_native
@@ -39,6 +40,8 @@ class LoadedModel:
     team: Team | None
     """Who computes it; None: torch alone."""
     task: ModelTask = GENERATES
+    head_rows: int = 0
+    """Logits that each of several ranks gives, the last one perhaps fewer; 0: there is one rank."""
 
 
 def load_model(
@@ -52,11 +55,13 @@ def load_model(
     kernels: str = "auto",
     quantization: str = "none",
     asked: ModelSettings | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> LoadedModel:
     """Set the platform up for a model and read its configuration and weights onto the device.
     `implementation` and `quantization`: see ModelSettings; `num_threads` and `kernels`: see
     WorkerSettings. `asked` says which task the model is for: one that embeds is loaded without its
-    head.
+    head. Of several ranks, the part of rank `rank` is read.
 
     Raises ConfigError or DependencyError naming the file, key or tensor that stands in the way,
     or the memory that is lacking.
@@ -68,12 +73,7 @@ def load_model(
     if implementation == "transformers" or (
         implementation == "auto" and not is_native(raw.architecture())
     ):
-        if quantization != "none":
-            raise ConfigError(
-                f"model.quantization: {quantization} is for native models, and "
-                f"{raw.architecture()} runs through transformers here",
-                param="model.quantization",
-            )
+        _check_library(raw, quantization, num_ranks)
         prepare = functools.partial(_prepare, platform, num_threads, kernels)
         loaded = _load_from_library(directory, raw, asked_dtype, platform, progress, prepare)
         return dataclasses.replace(loaded, task=task)
@@ -86,16 +86,36 @@ def load_model(
         config = dataclasses.replace(config, has_head=False)
     else:
         config, unused = _settle_tie(config, checkpoint)
-    _check_room(checkpoint, dtype, platform, quantized=quantization != "none")
+    shards = ShardPlan(config, rank, num_ranks) if num_ranks > 1 else None
+    quantized = quantization != "none"
+    _check_room(checkpoint, dtype, platform, quantized=quantized, num_ranks=num_ranks)
     team = _prepare(platform, num_threads, kernels, checkpoint, dtype)
     if quantization != "none":
         require_team(team, "model.quantization", quantization)
-    table = WeightTable(dtype, platform.device, team, quantization)
-    model = family.build(config, table)
+    table = WeightTable(dtype, platform.device, team, quantization, shards)
+    model = family.build(config if shards is None else shards.local, table)
     _settle_names(table, checkpoint, config.tie_word_embeddings)
     load_weights(checkpoint, table, progress, unused)
     model.finish()
-    return LoadedModel(model, dtype, checkpoint.revision(directory), table.num_bytes, team, task)
+    rows = 0 if shards is None else shards.head_rows
+    revision = checkpoint.revision(directory)
+    return LoadedModel(model, dtype, revision, table.num_bytes, team, task, rows)
+
+
+def _check_library(raw: RawConfig, quantization: str, num_ranks: int) -> None:
+    """ConfigError for what models by way of the library cannot do."""
+    if quantization != "none":
+        raise ConfigError(
+            f"model.quantization: {quantization} is for native models, and "
+            f"{raw.architecture()} runs through transformers here",
+            param="model.quantization",
+        )
+    if num_ranks > 1:
+        raise ConfigError(
+            f"master.num_workers: {raw.architecture()} by way of transformers runs on 1 rank, "
+            f"not {num_ranks}",
+            param="master.num_workers",
+        )
 
 
 def _prepare(
@@ -132,7 +152,12 @@ def _load_from_library(
 
 
 def _check_room(
-    checkpoint: Checkpoint, dtype: torch.dtype, platform: Platform, *, quantized: bool = False
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    platform: Platform,
+    *,
+    quantized: bool = False,
+    num_ranks: int = 1,
 ) -> None:
     """Raise DependencyError where the weights do not fit what memory is free: on a CPU the
     kernel would end the process half-way. Quantized ones are taken for bytes, but for experts."""
@@ -141,6 +166,7 @@ def _check_room(
         names = [name for name in checkpoint.entries if _EXPERTS not in name]
         smaller = sum(math.prod(checkpoint.entries[name].shape) for name in names)
         needed -= smaller * (dtype.itemsize - 1)
+    needed //= num_ranks
     free = platform.memory().free_bytes
     if needed > free:
         raise DependencyError(

@@ -18,6 +18,7 @@ from xllm.config.settings import Settings
 from xllm.errors import ConfigError, EngineError
 from xllm.protocol.step import StepPlan, WorkerReady
 from xllm.worker.attention.plan import Span
+from xllm.worker.collectives.making import check_platform, make_ranks, num_threads_each
 from xllm.worker.context import fit_context
 from xllm.worker.execution.batch import StepBatch, build_batch
 from xllm.worker.execution.drawing import TokenDrawer
@@ -26,6 +27,7 @@ from xllm.worker.execution.loading import LoadedModel, load_model, resolve_model
 from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.pooling import Pooler
 from xllm.worker.execution.progress import ProgressCounter
+from xllm.worker.execution.rank_head import RankHead
 from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
 from xllm.worker.executor import Executor, StepOutput
 from xllm.worker.kernels.selection import require_team
@@ -36,7 +38,6 @@ from xllm.worker.memory.making import make_memory, make_slots
 from xllm.worker.memory.mapper import MapperStatistics, PageMapper
 from xllm.worker.memory.pool import KvPoolStatistics
 from xllm.worker.memory.virtual import available_mappings
-from xllm.worker.models.model import DecoderModel
 from xllm.worker.platform.platform import Platform, select_platform
 from xllm.worker.rank_board import RankBoard
 
@@ -96,6 +97,7 @@ class NativeExecutor:
         self._hooks: tuple[LayerHook, ...] = (self._progress, *hooks)
         self._engine: _Engine | None = None
         self._num_steps = 0
+        self._ranks = make_ranks(settings, self._progress.tick)
 
     @property
     def counter(self) -> int:
@@ -103,8 +105,10 @@ class NativeExecutor:
         return self._progress.value
 
     def join(self, board: RankBoard) -> None:
-        """Ranks of a native model: see `load`."""
-        raise EngineError("native models run on one rank")
+        """Meet the other ranks, anew where they had met before. See Executor."""
+        if self._ranks is None:
+            raise EngineError("master.num_workers is 1: there are no other ranks")
+        self._ranks.join(board)
 
     def load(self, progress: Callable[[int, int], None]) -> WorkerReady:
         """Read the model, allocate its KV; again: forget the sequences. Raises ConfigError or
@@ -131,6 +135,8 @@ class NativeExecutor:
         try:
             outputs = self._compute(engine, plan)
         except Exception:
+            if self._ranks is not None:
+                self._ranks.leave()  # the others may wait for this one in the middle of a layer
             for item in plan.items:
                 engine.table.refuse(item.seq, "a step of it failed")
             raise
@@ -140,7 +146,9 @@ class NativeExecutor:
         return outputs.pack(plan.step, time.perf_counter_ns() - began)
 
     def close(self) -> None:
-        """Drop the model and its KV."""
+        """Drop the model and its KV, leave the other ranks."""
+        if self._ranks is not None:
+            self._ranks.leave()
         if self._engine is not None and self._engine.mapper is not None:
             self._engine.mapper.close()
         self._engine = None
@@ -176,6 +184,8 @@ class NativeExecutor:
             plan.items, engine.table, size, engine.ready.max_model_len, engine.mapper
         )
         outputs = StepOutputs(len(plan.items), batch.failed)
+        if self._ranks is not None and plan.items:
+            self._ranks.agree((plan.step, len(batch.token_ids), len(batch.failed)))
         if engine.experts is not None:
             engine.experts.take_counts()  # of a warm-up, or of a step that broke off
         if batch.entries:
@@ -193,16 +203,11 @@ class NativeExecutor:
     def _load(self, progress: Callable[[int, int], None]) -> _Engine:
         began = time.monotonic()
         settings, worker = self._settings, self._settings.worker
-        if settings.master.num_workers > 1:
-            raise ConfigError(
-                f"master.num_workers: native models run on 1 rank, not "
-                f"{settings.master.num_workers}",
-                param="master.num_workers",
-            )
         if not settings.model.path:
             raise ConfigError("model.path is empty: no model directory", param="model.path")
         directory = Path(settings.model.path)
         platform = select_platform(worker.device, worker.rank)
+        check_platform(settings, platform.name)
         loaded = self._load_model(directory, platform, progress)
         model, dtype, team = loaded.model, loaded.dtype, loaded.team
         self._progress.follow(platform.mark)
@@ -242,21 +247,31 @@ class NativeExecutor:
             None if slots is None else PageMapper(slots),
             SequenceTable(layout.num_blocks, ready.vocab_size),
             loop,
-            self._make_drawer(model, platform, loop),
+            self._make_drawer(loaded, platform, loop),
             ready,
             loaded.num_bytes,
             model.experts,
             Pooler(model, tick) if loaded.task.pooling else None,
         )
 
-    def _make_drawer(self, model: DecoderModel, platform: Platform, loop: LayerLoop) -> TokenDrawer:
+    def _make_drawer(self, loaded: LoadedModel, platform: Platform, loop: LayerLoop) -> TokenDrawer:
         return TokenDrawer(
-            model,
+            loaded.model,
             platform.device,
             self._progress.tick,
             alone=self._settings.worker.deterministic,
             head_invariant=loop.batch_invariant,
+            head=self._share(loop, loaded),
         )
+
+    def _share(self, loop: LayerLoop, loaded: LoadedModel) -> Callable[..., torch.Tensor] | None:
+        """Compute with the other ranks from now on, not before: nobody was there to warm up with.
+        Gives the head that they have together."""
+        if self._ranks is None:
+            return None
+        loop.share(self._ranks, self._settings.worker.micro_batch_rows)
+        vocab_size = loaded.model.config.vocab_size
+        return RankHead(loaded.model.head, self._ranks, loaded.head_rows, vocab_size)
 
     def _load_model(
         self, directory: Path, platform: Platform, progress: Callable[[int, int], None]
@@ -268,10 +283,12 @@ class NativeExecutor:
             platform,
             progress,
             model.implementation,
-            num_threads=worker.num_threads,
+            num_threads=num_threads_each(self._settings),
             kernels=worker.kernels,
             quantization=model.quantization,
             asked=model,
+            rank=worker.rank,
+            num_ranks=self._settings.master.num_workers,
         )
         if worker.kv_dtype != "auto":
             require_team(loaded.team, "worker.kv_dtype", worker.kv_dtype)
@@ -281,7 +298,8 @@ class NativeExecutor:
         """What decides the bits of a result beside its inputs."""
         mode = "deterministic" if self._settings.worker.deterministic else "default"
         kernels = _TORCH_KERNELS if loaded.team is None else loaded.team.library.fingerprint()
-        parts = (*platform.fingerprint(), self._type_name(loaded.dtype), "tp-1", kernels, mode)
+        ranks = f"tp-{self._settings.master.num_workers}"
+        parts = (*platform.fingerprint(), self._type_name(loaded.dtype), ranks, kernels, mode)
         return "/".join(parts)
 
     def _type_name(self, dtype: torch.dtype) -> str:

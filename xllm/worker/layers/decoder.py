@@ -129,8 +129,15 @@ class DecoderLayer:
         self, hidden: torch.Tensor, tables: RotaryTables, attention: Attention
     ) -> torch.Tensor:
         """[rows, hidden] to [rows, hidden]."""
+        hidden = hidden + self.attention_half(hidden, tables, attention)
+        return hidden + self.mlp_half(hidden, attention)
+
+    def attention_half(
+        self, hidden: torch.Tensor, tables: RotaryTables, attention: Attention
+    ) -> torch.Tensor:
+        """What attention adds to hidden [rows, hidden]."""
         rows = hidden.shape[0]
-        count = -(-rows // _SLICE_ROWS) if hidden.device.type == "cpu" else 1
+        count = _num_slices(hidden)
         qkv = _in_slices(self._before, count, attention.tick, hidden)
         qkv = qkv.view(rows, -1, self._head_dim)
         heads, kv_heads = self._num_heads, self._num_kv_heads
@@ -139,14 +146,17 @@ class DecoderLayer:
             qk = self._qk_norm(qk)
         qk = tables.rotate(qk)
         attended = attention.attend(self.index, qk[:, :heads], qk[:, heads:], v)
-        return _in_slices(self._after, count, attention.tick, hidden, attended)
+        return _in_slices(self._out, count, attention.tick, attended)
+
+    def mlp_half(self, hidden: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """What the feed-forward half adds to hidden [rows, hidden]."""
+        return _in_slices(self._behind, _num_slices(hidden), attention.tick, hidden)
 
     def _before(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._qkv(self._input_norm(hidden))
 
-    def _after(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        hidden = hidden + self._out(attended)
-        return hidden + self._mlp(self._output_norm(hidden))
+    def _behind(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._mlp(self._output_norm(hidden))
 
 
 def gated_mlp(config: ModelConfig, prefix: str, table: WeightTable) -> GatedMlp:
@@ -157,6 +167,10 @@ def gated_mlp(config: ModelConfig, prefix: str, table: WeightTable) -> GatedMlp:
         table.linear(gate_up, [inner, inner], hidden, bias=bias, gated=True),
         table.linear([f"{prefix}.down_proj"], [hidden], inner, bias=bias),
     )
+
+
+def _num_slices(hidden: torch.Tensor) -> int:
+    return -(-hidden.shape[0] // _SLICE_ROWS) if hidden.device.type == "cpu" else 1
 
 
 def _in_slices(

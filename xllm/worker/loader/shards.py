@@ -88,8 +88,7 @@ class ShardPlan:
         return Cut(_ROWS, first, min(self.head_rows, vocab - first), vocab)
 
     def cut(self, name: str) -> Cut | None:
-        """The part of a tensor that this rank holds; None: all of it. The head is `head`'s: its
-        tensor may be the embedding, which is whole."""
+        """The part of a tensor that this rank holds; None: all of it."""
         if self.size == 1:
             return None
         config, dim = self.config, self.config.head_dim
@@ -107,6 +106,8 @@ class ShardPlan:
                 return self._even(_ROWS, self._inner(name))
             case "o_proj" if not is_bias:
                 return self._even(_COLUMNS, config.num_heads * dim)
+            case "lm_head":
+                return self.head()
             case "down_proj" if not is_bias:
                 return self._even(_COLUMNS, self._inner(name))
         return None

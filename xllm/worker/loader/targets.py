@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from xllm.worker.kernels.linear import PackedLinear, Part
+from xllm.worker.loader.shards import Cut
 
 
 class WeightTarget(Protocol):
@@ -75,6 +76,31 @@ class BiasTarget:
     def fill(self, source: torch.Tensor) -> None:
         """Place it."""
         self._linear.place_bias(source, self._first_block, self._stride)
+
+
+class CutTarget:
+    """A target that takes a part of its tensor; the rest is not read."""
+
+    def __init__(self, target: WeightTarget, cut: Cut) -> None:
+        self._target = target
+        self._slices = cut.slices
+        self.shape = cut.whole_shape(target.shape)
+
+    def fill(self, source: torch.Tensor) -> None:
+        """Take the part."""
+        self._target.fill(source[self._slices])
+
+
+class ZeroTarget:
+    """A target that is filled with zeros in place of its tensor."""
+
+    def __init__(self, target: WeightTarget) -> None:
+        self._target = target
+        self.shape = target.shape
+
+    def fill(self, source: torch.Tensor) -> None:
+        """Fill it."""
+        self._target.fill(torch.zeros_like(source))
 
 
 class JoinedTargets:

@@ -20,13 +20,16 @@ from xllm.worker.kernels.team import Team
 from xllm.worker.layers.embedding import Embedding
 from xllm.worker.layers.linear import Linear
 from xllm.worker.loader.checkpoint import Checkpoint
+from xllm.worker.loader.shards import ShardPlan
 from xllm.worker.loader.targets import (
     BiasTarget,
     CopyTarget,
+    CutTarget,
     JoinedTargets,
     KeepTarget,
     PackTarget,
     WeightTarget,
+    ZeroTarget,
 )
 
 _SHOWN = 5
@@ -44,7 +47,11 @@ class WeightTable:
         device: torch.device,
         team: Team | None = None,
         quantization: str = "none",
+        shards: ShardPlan | None = None,
     ) -> None:
+        """`shards`: which rank of the model this is. What is asked for are then its parts, and
+        they are filled by parts of the checkpoint's tensors."""
+        self._shards = shards
         self.dtype = dtype
         self.device = device
         self.team = team
@@ -109,8 +116,27 @@ class WeightTable:
         return embedding
 
     def bind(self, name: str, target: WeightTarget) -> None:
-        """Have the checkpoint's tensor `name` fill a target; it may fill several."""
+        """Have the checkpoint's tensor `name`, or this rank's part of it, fill a target; it may
+        fill several."""
+        if self._shards is not None:
+            cut = self._shards.cut(name)
+            if cut is not None:
+                target = CutTarget(target, cut)
+            elif self._shards.is_left_out(name):
+                target = ZeroTarget(target)
         self.targets.setdefault(name, []).append(target)
+
+    def take_from(self, name: str, other: str) -> None:
+        """Have the tensor `other` fill what is bound to `name`, too."""
+        self.targets.setdefault(other, []).extend(self.targets.pop(name))
+
+    def num_head_rows(self, vocab_size: int) -> int:
+        """Rows of the head that are here."""
+        return vocab_size if self._shards is None else self._shards.head().count
+
+    def head_rows(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Those rows of a table that is head and embedding in one."""
+        return embedding if self._shards is None else embedding[self._shards.head().slices]
 
     def _allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
         weight = torch.empty(shape, dtype=self.dtype, device=self.device)

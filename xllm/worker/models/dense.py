@@ -48,10 +48,12 @@ class DenseDecoder:
     def _make_head(self, table: WeightTable) -> Linear | PackedLinear:
         tied = self.config.tie_word_embeddings
         if tied and table.team is None:
-            return Linear(self._embedding.weight)
-        name = "model.embed_tokens" if tied else "lm_head"
-        vocab, hidden = self.config.vocab_size, self.config.hidden_size
-        return table.linear([name], [vocab], hidden, is_head=True)
+            return Linear(table.head_rows(self._embedding.weight))
+        rows = [table.num_head_rows(self.config.vocab_size)]
+        head = table.linear(["lm_head"], rows, self.config.hidden_size, is_head=True)
+        if tied:
+            table.take_from("lm_head.weight", "model.embed_tokens.weight")
+        return head
 
     def feed_forward(self, index: int, prefix: str, table: WeightTable) -> FeedForward | None:
         """The feed-forward half of layer `index`, whose weights begin with `prefix`; None: the
@@ -76,8 +78,18 @@ class DenseDecoder:
         """One decoder layer."""
         return self._layers[index](hidden, tables, attention)
 
+    def attention_half(
+        self, index: int, hidden: torch.Tensor, tables: RotaryTables, attention: Attention
+    ) -> torch.Tensor:
+        """What a layer's attention adds to hidden."""
+        return self._layers[index].attention_half(hidden, tables, attention)
+
+    def mlp_half(self, index: int, hidden: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """What a layer's feed-forward half adds to hidden."""
+        return self._layers[index].mlp_half(hidden, attention)
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Norm and head: fp32 logits [rows, vocab]."""
+        """Norm and head: fp32 logits [rows, vocab]; of a rank, its part of the vocabulary."""
         if self._fused_head is not None:
             return self._fused_head(hidden.float())
         if self._head is None:

@@ -63,6 +63,14 @@ class NativeModel(DecoderModel, Protocol):
     ) -> torch.Tensor:
         """Layer `index` of all rows."""
 
+    def attention_half(
+        self, index: int, hidden: torch.Tensor, tables: RotaryTables, attention: Attention
+    ) -> torch.Tensor:
+        """What the attention of layer `index` adds to hidden: of a rank, its part of that."""
+
+    def mlp_half(self, index: int, hidden: torch.Tensor, attention: Attention) -> torch.Tensor:
+        """The same of its feed-forward half."""
+
     def finish(self) -> None:
         """Called once, after the weights are filled."""
 

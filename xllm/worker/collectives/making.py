@@ -1,0 +1,41 @@
+"""The ranks and threads that the settings ask for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from xllm.config.settings import Settings
+from xllm.errors import ConfigError
+from xllm.worker.collectives.gloo import GlooRanks
+
+
+def make_ranks(settings: Settings, tick: Callable[[], None]) -> GlooRanks | None:
+    """This rank's end of the others; None where it is alone. They have not met yet."""
+    size, worker = settings.master.num_workers, settings.worker
+    if size == 1:
+        return None
+    if worker.rank >= size:
+        raise ConfigError(
+            f"worker.rank {worker.rank} of master.num_workers {size}", param="worker.rank"
+        )
+    return GlooRanks(worker.rank, size, worker.collective_host, worker.collective_timeout_s, tick)
+
+
+def num_threads_each(settings: Settings) -> int:
+    """`worker.num_threads`; where it is open and a master starts several ranks, which share its
+    host, an even part of the cores. 0: the platform chooses."""
+    asked, size = settings.worker.num_threads, settings.master.num_workers
+    if asked or size == 1 or not settings.master.spawn_workers:
+        return asked
+    return max(len(os.sched_getaffinity(0)) // size, 1)
+
+
+def check_platform(settings: Settings, platform: str) -> None:
+    """ConfigError where several ranks are asked for on what they cannot run on."""
+    size = settings.master.num_workers
+    if size > 1 and platform != "cpu":
+        raise ConfigError(
+            f"master.num_workers: {size} ranks run on CPUs, not on {platform}",
+            param="master.num_workers",
+        )
