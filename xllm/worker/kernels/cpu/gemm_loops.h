@@ -3,9 +3,9 @@
 //
 // A few rows (one tile) read the weights straight through. More rows take the weights in panels
 // that stay in the cache while all tiles of a stretch of rows pass over them; a source Few that is
-// dear to expand may be widened once a panel, to the form that Many reads. Both give the same bits: a
-// further panel of k continues from the stored fp32 sums. <type_traits> and <utility> stand before
-// the pragma.
+// dear to expand may be widened once a panel, to the form that Many reads. Both give the same
+// bits: a further panel of k continues from the stored fp32 sums. <type_traits> and <utility> stand
+// before the pragma.
 #pragma once
 
 #include "gemm_epilogue.h"
@@ -16,14 +16,16 @@ namespace xk {
 namespace {
 
 constexpr int kPanelBlocks = 2;
-constexpr int kPanelUnits = 1024;      // units of k of a panel
+constexpr int kPanelUnits = 512;       // units of k of a panel
+constexpr int kClaimBlocks = 8;        // of a claim of several panels
+constexpr int kSumStride = kClaimBlocks * kBlock;
 constexpr int kStretchRows = 128;      // about the rows that share one panel
 constexpr int kMaxTileRows = 16;
 constexpr int kAhead = 4096;           // bytes of a block prefetched ahead
 constexpr int kClaimBytes = 96 << 10;  // least weight bytes of a claim at few rows
 
 struct Buffers {
-  alignas(64) float sums[(kStretchRows + kMaxTileRows) * kPanelBlocks * kBlock];
+  alignas(64) float sums[(kStretchRows + kMaxTileRows) * kSumStride];
   alignas(64) char panel[kPanelBlocks][kPanelUnits * kBlock * 4];
 };
 
@@ -112,7 +114,7 @@ template <class S>
 void walk_tiles(const Job& job, const Tiling& tiling, int64_t first, int64_t last,
                 const Panel& panel, float* sums) {
   TileArguments a;
-  a.c_stride = kPanelBlocks * kBlock;
+  a.c_stride = kSumStride;
   a.steps = panel.steps;
   a.ahead = 512;
   a.resume = panel.step > 0;
@@ -135,44 +137,67 @@ void walk_tiles(const Job& job, const Tiling& tiling, int64_t first, int64_t las
   }
 }
 
+// Rows of a stretch and blocks of a claim: where rows are many, a claim has several panels, so that
+// each piece of x is brought to the cache once for all of them.
+struct Share {
+  int64_t num_stretches, blocks, num_columns, num_claims;
+  Share(const Job& job, int64_t rows)
+      : num_stretches((rows + kStretchRows - 1) / kStretchRows),
+        blocks(num_stretches > 1 ? kClaimBlocks : kPanelBlocks),
+        num_columns((job.blocks + blocks - 1) / blocks),
+        num_claims(num_stretches * num_columns) {}
+};
+
+// The panel of `steps` steps from `step` on of two blocks, of the weights' form; `next_block` and
+// `next_step` are what comes behind it.
+template <class Few, class Many>
+Panel read_panel(const Job& job, int64_t block, int32_t step, int32_t steps, int64_t next_block,
+                 int32_t next_step) {
+  constexpr int kGrow = Few::kUnits / Many::kUnits;
+  Panel panel;
+  panel.step = step * kGrow;
+  panel.steps = steps * kGrow;
+  for (int b = 0; b < kPanelBlocks; ++b) {
+    panel.at[b] = job.block(block + b) + static_cast<int64_t>(step) * kStepBytes;
+    panel.next[b] = job.block(next_block + b) + static_cast<int64_t>(next_step) * kStepBytes;
+    if constexpr (!std::is_same_v<Few, Many>) {
+      char* wide = own_buffers().panel[b];
+      Few::widen(panel.at[b], steps, wide);
+      panel.at[b] = wide;
+    }
+  }
+  return panel;
+}
+
 template <class Few, class Many>
 void many_rows(const Job& job, const Tiling& tiling) {
   constexpr int kUnitSteps = kPanelUnits / Few::kUnits;  // steps of a panel, of the weights' form
-  constexpr int kGrow = Few::kUnits / Many::kUnits;
-  Buffers& own = own_buffers();
-  const int64_t num_stretches = (tiling.rows + kStretchRows - 1) / kStretchRows;
-  const int64_t num_panels = (job.blocks + kPanelBlocks - 1) / kPanelBlocks;
-  const int64_t num_claims = num_stretches * num_panels;
+  const Share share(job, tiling.rows);
+  float* sums = own_buffers().sums;
   int64_t claim = job.team.claim();
-  while (claim < num_claims) {
+  while (claim < share.num_claims) {
     const int64_t next_claim = job.team.claim();
-    const int64_t first = tiling.count * (claim / num_panels) / num_stretches;
-    const int64_t last = tiling.count * (claim / num_panels + 1) / num_stretches;
-    const int64_t block = claim % num_panels * kPanelBlocks;
-    const int64_t next_block = next_claim % num_panels * kPanelBlocks;
+    const int64_t stretch = claim / share.num_columns;
+    const int64_t first = tiling.count * stretch / share.num_stretches;
+    const int64_t last = tiling.count * (stretch + 1) / share.num_stretches;
+    const int64_t begin = claim % share.num_columns * share.blocks;
+    const int64_t end = begin + share.blocks < job.blocks ? begin + share.blocks : job.blocks;
+    const int64_t after = next_claim % share.num_columns * share.blocks;
     for (int32_t step = 0; step < job.steps; step += kUnitSteps) {
-      const int32_t steps = job.steps - step < kUnitSteps ? job.steps - step : kUnitSteps;
-      Panel panel;
-      panel.step = step * kGrow;
-      panel.steps = steps * kGrow;
-      for (int b = 0; b < kPanelBlocks; ++b) {
-        const char* from = job.block(block + b) + static_cast<int64_t>(step) * kStepBytes;
-        const char* after = from + static_cast<int64_t>(steps) * kStepBytes;
-        panel.next[b] = step + steps < job.steps ? after : job.block(next_block + b);
-        panel.at[b] = from;
-        if constexpr (!std::is_same_v<Few, Many>) {
-          Few::widen(from, steps, own.panel[b]);
-          panel.at[b] = own.panel[b];
-        }
+      const int32_t left = job.steps - step;
+      const int32_t steps = left < kUnitSteps ? left : kUnitSteps;
+      const bool more = steps < left;
+      for (int64_t block = begin; block < end; block += kPanelBlocks) {
+        const bool is_last = block + kPanelBlocks >= end;
+        const int64_t next = !is_last ? block + kPanelBlocks : more ? begin : after;
+        const int32_t next_step = !is_last ? step : more ? step + steps : 0;
+        const Panel panel = read_panel<Few, Many>(job, block, step, steps, next, next_step);
+        walk_tiles<Many>(job, tiling, first, last, panel, sums + (block - begin) * kBlock);
       }
-      walk_tiles<Many>(job, tiling, first, last, panel, own.sums);
     }
     const int64_t row = tiling.start(first);
-    const int64_t left = job.blocks - block;
-    store_sums(job.weight, job.epilogue, block,
-               static_cast<int>(left < kPanelBlocks ? left : kPanelBlocks), own.sums,
-               kPanelBlocks * kBlock, static_cast<int>(tiling.start(last) - row),
-               job.y + row * job.ldy, job.ldy);
+    store_sums(job.weight, job.epilogue, begin, static_cast<int>(end - begin), sums, kSumStride,
+               static_cast<int>(tiling.start(last) - row), job.y + row * job.ldy, job.ldy);
     job.team.tick();
     claim = next_claim;
   }
