@@ -118,6 +118,8 @@ void walk_tiles(const Job& job, const Tiling& tiling, int64_t first, int64_t las
   a.steps = panel.steps;
   a.ahead = 512;
   a.resume = panel.step > 0;
+  // The first tiles fetch the next panel, a block each: memory is to be busy as long as can be.
+  const int64_t fetching = last - first < kPanelBlocks ? last - first : kPanelBlocks;
   for (int64_t t = first; t < last; ++t) {
     const int64_t start = tiling.start(t);
     const int rows = static_cast<int>(tiling.start(t + 1) - start);
@@ -125,11 +127,13 @@ void walk_tiles(const Job& job, const Tiling& tiling, int64_t first, int64_t las
     const Tile run = tile_of<S>(rows);
     const int64_t line = panel.step * S::kUnits / kLine;
     a.x = job.x + (start * job.lines + line * rows) * kLine;
-    a.switch_step = t == first ? 0 : panel.steps;  // the first tile fetches the next panel
     for (int b = 0; b < kPanelBlocks; b += per_tile) {
+      a.switch_step = panel.steps;
       for (int i = 0; i < per_tile; ++i) {
+        const bool fetches = (b + i) % fetching == t - first;
         a.weights[i] = panel.at[b + i];
-        a.next[i] = panel.next[b + i];
+        a.next[i] = fetches ? panel.next[b + i] : panel.at[b + i];
+        if (fetches) a.switch_step = 0;
       }
       a.c = sums + (start - tiling.start(first)) * a.c_stride + b * kBlock;
       run(a);
