@@ -45,7 +45,8 @@ def test_a_fake_server(tmp_path, capsys, monkeypatch):
     assert summary["num_prompt_tokens"] == 7 * 12
     assert summary["peak_concurrency"] <= 3
     assert summary["met_share"] == 1
-    assert [len(one["token_s"]) for one in found["requests"]] == wanted
+    # Requests that go out together may arrive in another order.
+    assert sorted(len(one["token_s"]) for one in found["requests"]) == sorted(wanted)
     assert plot.read_text().lstrip().startswith("<?xml")
 
 
