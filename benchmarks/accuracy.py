@@ -32,7 +32,7 @@ from xllm.config.settings import ModelSettings, SchedulerSettings, Settings, Wor
 from xllm.worker.attention.plan import Span
 from xllm.worker.execution.layer_loop import LayerLoop
 from xllm.worker.execution.loading import load_model
-from xllm.worker.kernels.library import load
+from xllm.worker.kernels.compiled import load
 from xllm.worker.kernels.linear import Epilogue, PackedLinear, pack_gate_up, pack_linear
 from xllm.worker.kernels.packing import Kind
 from xllm.worker.kernels.team import Team
@@ -177,7 +177,7 @@ def measure_speed(
 ) -> list[dict[str, object]]:
     """Of each kind the median time of a layer's products by rows, and the median ratio of bf16's
     time to it within a round."""
-    library = load().library
+    library = load().compiled
     assert library is not None
     team = Team(library, num_threads)
     kinds = (Kind.BF16, Kind.INT8, Kind.INT4, Kind.W8A8)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from xllm.worker.kernels.library import load
+from xllm.worker.kernels.compiled import load
 from xllm.worker.kernels.linear import Epilogue, PackedLinear, pack_gate_up, pack_linear
 from xllm.worker.kernels.packing import Kind
 from xllm.worker.kernels.team import Team
@@ -91,7 +91,7 @@ def main() -> None:
     raw = read_config(Path(options.model))
     config = find_family(raw.architecture()).read(raw)
     loaded = load()
-    team = Team(loaded.library, options.threads) if loaded.library else None
+    team = Team(loaded.compiled, options.threads) if loaded.compiled else None
     products = BareProducts(config, getattr(torch, options.dtype), team)
     row_counts = [int(text) for text in options.rows.split(",")]
     meta = {"peer": "bare", "weight_bytes": products.weight_bytes}

@@ -64,10 +64,10 @@ def read_s(directory: Path, num_threads: int) -> tuple[int, float]:
     cache through a mapping: the second of two passes."""
     import torch
 
-    from xllm.worker.kernels.library import load
+    from xllm.worker.kernels.compiled import load
     from xllm.worker.kernels.team import Team
 
-    library = load().library
+    library = load().compiled
     team = None if library is None else Team(library, num_threads)
     total, seconds = 0, 0.0
     for path in sorted(directory.glob("*.safetensors")):
@@ -93,10 +93,10 @@ def copy_s(options: argparse.Namespace, out: Any) -> None:
     own: memory that was used before is faster."""
     import torch
 
-    from xllm.worker.kernels.library import load
+    from xllm.worker.kernels.compiled import load
 
     torch.set_num_threads(options.threads)
-    library = load().library
+    library = load().compiled
     seconds = 0.0
     for path in sorted(Path(options.model).glob("*.safetensors")):
         size = path.stat().st_size // 8

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from xllm.worker.kernels.library import load
+from xllm.worker.kernels.compiled import load
 from xllm.worker.kernels.linear import Epilogue, pack_linear
 from xllm.worker.kernels.packing import Kind
 from xllm.worker.kernels.team import Team
@@ -180,10 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     loaded = load()
-    if loaded.library is None:
+    if loaded.compiled is None:
         parser.exit(1, f"no kernels: {loaded.reason}\n")
     torch.set_num_threads(options.threads)
-    team = Team(loaded.library, options.threads)
+    team = Team(loaded.compiled, options.threads)
     lines = []
     with torch.inference_mode():
         for shape in parse_shapes(options.shapes):
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 samples = contest.measure(rows, options.reps, calls)
                 lines.append(contest.judge(rows, samples, options.best))
     team.close()
-    print(f"kernels: {loaded.library.describe()}; {options.threads} threads\n")
+    print(f"kernels: {loaded.compiled.describe()}; {options.threads} threads\n")
     print(table(lines))
     if options.json is not None:
         options.json.write_text(json.dumps(lines, indent=1) + "\n")

@@ -20,7 +20,7 @@ import torch
 
 from xllm.worker.attention.plan import Span
 from xllm.worker.kernels.attention import KernelAttention
-from xllm.worker.kernels.library import load
+from xllm.worker.kernels.compiled import load
 from xllm.worker.kernels.team import Team
 from xllm.worker.loader.config import ModelConfig, read_config
 from xllm.worker.memory.block_layout import BlockLayout
@@ -111,7 +111,7 @@ def attention_report(
     path: str, dtype: str, num_threads: int, cases: Sequence[Case]
 ) -> list[dict[str, Any]]:
     """Milliseconds by case and arm, medians; empty where the kernels were not built."""
-    library = load().library
+    library = load().compiled
     if library is None:
         return []
     raw = read_config(Path(path))

@@ -17,9 +17,9 @@ from benchmarks.accuracy import (
     read_model,
 )
 from tests.fixtures.models import make_model
-from xllm.worker.kernels.library import load
+from xllm.worker.kernels.compiled import load
 
-pytestmark = pytest.mark.skipif(load().library is None, reason=load().reason)
+pytestmark = pytest.mark.skipif(load().compiled is None, reason=load().reason)
 
 
 def test_answers_are_judged() -> None:

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from benchmarks.products import main, parse_shapes
-from xllm.worker.kernels.library import load
+from xllm.worker.kernels.compiled import load
 
-pytestmark = pytest.mark.skipif(load().library is None, reason=load().reason)
+pytestmark = pytest.mark.skipif(load().compiled is None, reason=load().reason)
 
 
 @pytest.mark.parametrize("best", [False, True])

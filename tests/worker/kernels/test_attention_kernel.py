@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from xllm.worker.attention.plan import Span
 from xllm.worker.kernels.attention import KernelAttention
-from xllm.worker.kernels.library import load
+from xllm.worker.kernels.compiled import load
 from xllm.worker.kernels.team import Team
 from xllm.worker.memory.block_layout import BlockLayout
 from xllm.worker.memory.cpu_memory import CpuKvMemory
@@ -21,7 +21,7 @@ from xllm.worker.memory.rounded import SCALE_BYTES, round_heads
 from xllm.worker.memory.slots import SlotSpace
 from xllm.worker.memory.virtual import CpuVirtualMemory
 
-LIBRARY = load().library
+LIBRARY = load().compiled
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the kernels were not built")
 VARIANTS = [v.number for v in LIBRARY.variants if v.usable and v.number] if LIBRARY else []
 LAYER = 1

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xllm.worker.kernels.compiled import load
 from xllm.worker.kernels.integers import (
     GROUPS,
     multiply_integers,
@@ -14,12 +15,11 @@ from xllm.worker.kernels.integers import (
     round_inputs,
     unpack_integers,
 )
-from xllm.worker.kernels.library import load
 from xllm.worker.kernels.linear import Epilogue, PackedLinear, Part, pack_gate_up, pack_linear
 from xllm.worker.kernels.packing import Kind
 from xllm.worker.kernels.team import Team
 
-LIBRARY = load().library
+LIBRARY = load().compiled
 USABLE = [v for v in LIBRARY.variants if v.usable and v.number < 4] if LIBRARY else []
 # The best one (0) may be one that no number names, AVX-512 VNNI; -1 is plain C++.
 VARIANTS = {"plain": -1} | {v.name: v.number for v in USABLE}

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from xllm.worker.attention.plan import Span
 from xllm.worker.kernels.attention import StepArrays
+from xllm.worker.kernels.compiled import load
 from xllm.worker.kernels.fused import FusedHead, FusedLayer, LayerParts, arg_max, rms_norm
-from xllm.worker.kernels.library import load
 from xllm.worker.kernels.linear import pack_gate_up, pack_linear
 from xllm.worker.kernels.packing import Kind
 from xllm.worker.kernels.structures import PHASES
@@ -20,7 +20,7 @@ from xllm.worker.kernels.team import Team
 from xllm.worker.memory.block_layout import BlockLayout
 from xllm.worker.memory.cpu_memory import CpuKvMemory
 
-LIBRARY = load().library
+LIBRARY = load().compiled
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the kernels were not built")
 VARIANTS = [v.number for v in LIBRARY.variants if v.usable and v.number] if LIBRARY else []
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, EPS = 72, 88, 6, 2, 16, 1e-6

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xllm.worker.kernels.library import load
+from xllm.worker.kernels.compiled import load
 from xllm.worker.kernels.linear import (
     Epilogue,
     PackedLinear,
@@ -18,7 +18,7 @@ from xllm.worker.kernels.linear import (
 from xllm.worker.kernels.packing import Kind, pack, unpack
 from xllm.worker.kernels.team import Team
 
-LIBRARY = load().library
+LIBRARY = load().compiled
 VARIANTS = [v for v in LIBRARY.variants if v.usable and v.number] if LIBRARY else []
 ROUNDS_INPUT = {"avx512-bf16", "amx"}  # with bfloat16 weights
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=load().reason)

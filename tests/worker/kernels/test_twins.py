@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xllm.worker.kernels.library import load, load_from
+from xllm.worker.kernels.compiled import load, load_from
 from xllm.worker.kernels.linear import Epilogue, pack_gate_up, pack_linear
 from xllm.worker.kernels.packing import Kind
 
@@ -14,19 +14,19 @@ from xllm.worker.kernels.packing import Kind
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler: torch computes")
 def test_where_there_is_a_compiler_the_kernels_are_built():
     """Their extension is optional: an installation that could not build them says nothing."""
-    assert load().library is not None, load().reason
+    assert load().compiled is not None, load().reason
 
 
 def test_a_missing_library_has_a_reason(tmp_path):
     loaded = load_from(tmp_path)
-    assert loaded.library is None
+    assert loaded.compiled is None
     assert "not built" in loaded.reason
 
 
 def test_a_broken_library_has_a_reason(tmp_path):
     (tmp_path / "_cpu.abi3.so").write_bytes(b"not a library")
     loaded = load_from(tmp_path)
-    assert loaded.library is None
+    assert loaded.compiled is None
     assert loaded.reason
 
 

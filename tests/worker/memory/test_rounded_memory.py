@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from xllm.errors import InvariantError
 from xllm.worker.attention.plan import Span
 from xllm.worker.kernels.attention import KernelAttention
-from xllm.worker.kernels.library import load
+from xllm.worker.kernels.compiled import load
 from xllm.worker.kernels.team import Team
 from xllm.worker.memory.block_layout import BlockLayout
 from xllm.worker.memory.cpu_memory import CpuKvMemory
 from xllm.worker.memory.rounded import SCALE_BYTES, round_heads
 
-LIBRARY = load().library
+LIBRARY = load().compiled
 VARIANTS = [v.number for v in LIBRARY.variants if v.usable and v.number] if LIBRARY else []
 HEADS, DIM, SIZE, LAYERS = 3, 20, 32, 2
 

@@ -15,9 +15,9 @@ from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import ItemKind, NewSequence, StepItem, StepPlan
 from xllm.worker.execution.native import NativeExecutor
 from xllm.worker.executor import Executor, StepOutput
-from xllm.worker.kernels.library import load
+from xllm.worker.kernels.compiled import load
 
-KERNELS = ("compiled", "torch") if load().library else ("torch",)
+KERNELS = ("compiled", "torch") if load().compiled else ("torch",)
 """Who can compute here: tests run under each."""
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, seed=0)

@@ -15,13 +15,13 @@ from tests.worker.native.plan_driver import PlanDriver, native_settings, random_
 from xllm.errors import ConfigError
 from xllm.worker.attention.plan import Span
 from xllm.worker.execution.native import NativeExecutor
-from xllm.worker.kernels.library import load
+from xllm.worker.kernels.compiled import load
 
 DEMO = Path(__file__).parents[3] / "xllm" / "demo" / "model"
 QUANTIZATIONS = ("int8", "int4", "w8a8")
 LENGTH = 90
 
-needs_library = pytest.mark.skipif(load().library is None, reason=load().reason)
+needs_library = pytest.mark.skipif(load().compiled is None, reason=load().reason)
 
 
 def logits_of(driver: PlanDriver, ids: list[int]) -> torch.Tensor:

@@ -297,7 +297,7 @@ class NativeExecutor:
     def _fingerprint(self, platform: Platform, loaded: LoadedModel) -> str:
         """What decides the bits of a result beside its inputs."""
         mode = "deterministic" if self._settings.worker.deterministic else "default"
-        kernels = _TORCH_KERNELS if loaded.team is None else loaded.team.library.fingerprint()
+        kernels = _TORCH_KERNELS if loaded.team is None else loaded.team.compiled.fingerprint()
         ranks = f"tp-{self._settings.master.num_workers}"
         parts = (*platform.fingerprint(), self._type_name(loaded.dtype), ranks, kernels, mode)
         return "/".join(parts)

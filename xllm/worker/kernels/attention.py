@@ -127,7 +127,7 @@ class KernelAttention:
         softcap: float = 0.0,
     ) -> torch.Tensor:
         """See layers.decoder.Attention; the result has the type of q."""
-        step, c = self._arrays.step, self._team.library.c
+        step, c = self._arrays.step, self._team.compiled.c
         rows, heads, dim = q.shape
         assert rows == self._arrays.num_rows
         shape = CAttentionShape(

@@ -114,7 +114,7 @@ class FusedLayer:
     def _run(
         self, hidden: torch.Tensor, arrays: StepArrays, halves: int, out: torch.Tensor | None
     ) -> None:
-        c, team, step = self._team.library.c, self._team, ctypes.byref(arrays.step)
+        c, team, step = self._team.compiled.c, self._team, ctypes.byref(arrays.step)
         layer = ctypes.byref(self._layer)
         wanted = c.xk_layer_scratch(team.handle, layer, step)
         arrays.set_scratch(team.scratch(wanted), wanted)
@@ -132,7 +132,7 @@ def rms_norm(
     size = x.shape[-1]
     for row in range(x.shape[0]):
         at = 4 * size * row
-        team.library.c.xk_rms_norm(
+        team.compiled.c.xk_rms_norm(
             variant, x.data_ptr() + at, weight.data_ptr(), eps, size, out.data_ptr() + at
         )
     return out
@@ -155,7 +155,7 @@ class FusedHead:
         hidden = hidden.contiguous()
         rows = torch.arange(hidden.shape[0], dtype=torch.int32)
         logits = torch.empty((hidden.shape[0], self._weight.num_outputs))
-        c, team, head = self._team.library.c, self._team, ctypes.byref(self._head)
+        c, team, head = self._team.compiled.c, self._team, ctypes.byref(self._head)
         scratch = team.scratch(c.xk_head_scratch(head, len(rows)))
         c.xk_head(
             team.handle,
@@ -178,7 +178,7 @@ def arg_max(
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     places = torch.empty(logits.shape[0], dtype=torch.int32)
     tops = torch.empty(logits.shape[0])
-    team.library.c.xk_arg_max(
+    team.compiled.c.xk_arg_max(
         team.handle,
         variant,
         logits.data_ptr(),

@@ -13,6 +13,7 @@ from enum import IntEnum
 import torch
 import torch.nn.functional as F
 
+from xllm.worker.kernels.compiled import CWeight
 from xllm.worker.kernels.integers import (
     GROUPS,
     integer_shape,
@@ -20,7 +21,6 @@ from xllm.worker.kernels.integers import (
     multiply_integers,
     pack_integers,
 )
-from xllm.worker.kernels.library import CWeight
 from xllm.worker.kernels.packing import (
     BLOCK,
     Kind,
@@ -79,8 +79,8 @@ class PackedLinear:
         if team is None:
             self.packed = torch.zeros(shape, dtype=dtype)
         else:
-            size = team.library.c.xk_packed_bytes(kind, blocks * BLOCK, num_inputs)
-            self.packed = team.library.allocate(size).view(dtype).view(shape)
+            size = team.compiled.c.xk_packed_bytes(kind, blocks * BLOCK, num_inputs)
+            self.packed = team.compiled.allocate(size).view(dtype).view(shape)
         self.bias: torch.Tensor | None = None
         group = GROUPS.get(kind, 0)
         self._weight = CWeight(kind, num_outputs, num_inputs, group, self.packed.data_ptr())
@@ -117,7 +117,7 @@ class PackedLinear:
             else:
                 self.packed[taken], self.scales[taken] = pack_integers(self.kind, source)
             return
-        c, team = self.team.library.c, self.team.handle
+        c, team = self.team.compiled.c, self.team.handle
         rows = (source.data_ptr(), _SOURCES[source.dtype], source.shape[0], self.num_inputs)
         to, where = self.packed.data_ptr(), (part.first_block, part.stride)
         if self.scales is None:

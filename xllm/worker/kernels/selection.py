@@ -6,7 +6,7 @@ import structlog
 import torch
 
 from xllm.errors import ConfigError
-from xllm.worker.kernels.library import load
+from xllm.worker.kernels.compiled import load
 from xllm.worker.kernels.packing import Kind
 from xllm.worker.kernels.team import Team
 
@@ -32,9 +32,9 @@ def select_team(
         reason = f"they are for CPUs, not {device.type}"
     elif dtype not in _TYPES:
         reason = f"they compute in bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
-    if loaded.library is not None and not reason:
-        log.info("compiled_kernels", variant=loaded.library.describe(), num_threads=num_threads)
-        return Team(loaded.library, num_threads)
+    if loaded.compiled is not None and not reason:
+        log.info("compiled_kernels", variant=loaded.compiled.describe(), num_threads=num_threads)
+        return Team(loaded.compiled, num_threads)
     if asked == "compiled":
         raise ConfigError(
             f"worker.kernels: the compiled kernels cannot run: {reason}", param="worker.kernels"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 
-from xllm.worker.kernels.library import CWeight
+from xllm.worker.kernels.compiled import CWeight
 
 I32, I64, F32, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 

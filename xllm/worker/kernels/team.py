@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from xllm.worker.kernels.library import CWeight, Library
+from xllm.worker.kernels.compiled import CWeight, Library
 
 
 class Team:
@@ -17,7 +17,7 @@ class Team:
     def __init__(self, library: Library, num_threads: int) -> None:
         if num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, not {num_threads}")
-        self.library = library
+        self.compiled = library
         self.num_threads = num_threads
         self.handle = library.c.xk_team_new(num_threads)
         self._end = weakref.finalize(self, library.c.xk_team_free, self.handle)
@@ -37,7 +37,7 @@ class Team:
 
     def product(self, weight: CWeight, x: torch.Tensor, y: torch.Tensor, epilogue: int) -> None:
         """y [rows, n] = x [rows, k] W^T, both float32 with their last dimension contiguous."""
-        c = self.library.c
+        c = self.compiled.c
         rows = x.shape[0]
         scratch = self.scratch(c.xk_gemm_scratch_bytes(weight.kind, rows, weight.k))
         c.xk_gemm(
@@ -55,12 +55,12 @@ class Team:
     def read_bandwidth(self, memory: torch.Tensor) -> float:
         """Bytes a second that the team reads from `memory`, measured now."""
         num_bytes = memory.numel() * memory.element_size()
-        return float(self.library.c.xk_read_bandwidth(self.handle, memory.data_ptr(), num_bytes))
+        return float(self.compiled.c.xk_read_bandwidth(self.handle, memory.data_ptr(), num_bytes))
 
     def product_peak(self, variant: int = 0, seconds: float = 0.1) -> float:
         """Floating-point operations a second that a variant (0: the best) could reach, measured
         now with everything in registers."""
-        return float(self.library.c.xk_product_peak(self.handle, variant, seconds))
+        return float(self.compiled.c.xk_product_peak(self.handle, variant, seconds))
 
     def close(self) -> None:
         """End the threads; nothing may be called afterwards."""

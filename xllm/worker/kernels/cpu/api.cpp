@@ -1,6 +1,6 @@
-// The C interface that library.py loads: plain pointers and integers, nothing thrown.
+// The C interface that compiled.py loads: plain pointers and integers, nothing thrown.
 //
-// Raise kAbi with every change of a signature or a structure; library.py refuses another number.
+// Raise kAbi with every change of a signature or a structure; compiled.py refuses another number.
 #include <sys/mman.h>
 
 #include <cstdint>

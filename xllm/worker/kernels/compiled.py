@@ -145,7 +145,7 @@ class Library:
 class Loaded:
     """The library, or why there is none."""
 
-    library: Library | None
+    compiled: Library | None
     reason: str = ""
 
 
