@@ -3,11 +3,12 @@
     python -m benchmarks.scheduling [--running 256] [--churn 0.02] [--steps 600] [--profile]
         [--strategies chunked,...]
 
-The real scheduler and codec, in one process; a stand-in for the worker makes results (untimed),
-whose times follow what a step computes, so that the model of step times is refitted as it would
-be. So many sequences run, and each step a share of them ends while as many arrive. Prints medians
-and 99th percentiles in microseconds, without and with the asynchronous pipeline, for each
-strategy, of processor time; `learn`, a part of `update`, is the model of step times.
+The real scheduler and codec, in one process, with slots as a CPU's worker has them; a stand-in for
+the worker makes results (untimed), whose times follow what a step computes, so that the model of
+step times is refitted as it would be. So many sequences run, and each step a share of them ends
+while as many arrive. Prints medians and 99th percentiles in microseconds, without and with the
+asynchronous pipeline, for each strategy, of processor time; `learn`, a part of `update`, is the
+model of step times.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from xllm.protocol.instance import AdmitRequest
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import StepPlan, StepResult, WorkerMessage
 
+MAX_MAPPINGS = 60_000  # what Linux leaves a worker by default
 PARTS = ("schedule", "encode", "decode", "update")
 LEARN = "learn"
 TARGET_US = 2000.0
@@ -87,6 +89,8 @@ class Load:
             max_num_seqs=2 * running,
             max_num_batched_tokens=8192,
             max_in_flight=max_in_flight,
+            num_slots=4 * running,
+            max_mappings=MAX_MAPPINGS,
         )
         self.policy = timed_policy(strategy)
         self.scheduler = Scheduler(self.limits, self.policy)
