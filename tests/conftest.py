@@ -6,6 +6,7 @@ import gc
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 import time
 import uuid
@@ -21,6 +22,10 @@ from tests.leaks import MARK, Leaks
 from xllm.config.environment import prepare_environment
 
 prepare_environment()
+
+# What a shell starts in the background ignores Ctrl-C, and so would every process of the tests.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine makes an example slow, never wrong: no deadline by the clock.
 _SLOW_IS_FINE = [HealthCheck.too_slow]
