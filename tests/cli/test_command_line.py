@@ -11,6 +11,8 @@ import pytest
 from xllm.cli.main import COMMANDS, root, run_command
 from xllm.config.table import setting_table
 
+MAX_MODULES_FOR_HELP = 120
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -22,21 +24,21 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_is_quick_and_light():
+def test_help_imports_little():
+    """Who asks for help waits for the imports: `benchmarks/startup.py` says how long."""
     code = (
-        "import sys; from xllm.cli.main import run_command; run_command(['--help'])\n"
-        "heavy = {'torch', 'transformers', 'zmq', 'rich', 'uvloop', 'starlette', 'numpy'}\n"
-        "sys.exit(','.join(heavy & set(sys.modules)) or None)"
+        "import sys; before = set(sys.modules)\n"
+        "from xllm.cli.main import run_command; run_command(['--help'])\n"
+        "print(*sorted(set(sys.modules) - before), file=sys.stderr)"
     )
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        times.append(time.perf_counter() - began)
-        assert done.returncode == 0, done.stderr
-        for name in COMMANDS:
-            assert name in done.stdout
-    assert min(times) < 0.3
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in COMMANDS:
+        assert name in done.stdout
+    modules = done.stderr.split()
+    packages = {module.split(".")[0] for module in modules if "." in module}
+    assert packages - sys.stdlib_module_names <= {"xllm", "click"}
+    assert len(modules) < MAX_MODULES_FOR_HELP
 
 
 @pytest.mark.parametrize("name", COMMANDS)

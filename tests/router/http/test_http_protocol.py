@@ -86,9 +86,7 @@ def status_of(data):
     ],
 )
 def test_refused(front, data, status):
-    begin = time.monotonic()
     assert status_of(front.raw(data)) == status
-    assert time.monotonic() - begin < 1.5
     assert front.get("/version").status_code == 200
 
 
@@ -137,11 +135,11 @@ def test_a_body_shorter_than_it_says(small):
     assert status_of(small.raw(data)) == 408
 
 
-def drip(front, data, pause_s, seconds):
-    """Send a byte now and then; the time until the other side has had enough."""
-    begin = time.monotonic()
+def drip(front, head, data):
+    """Send `head`, then a byte of `data` now and then; how many the other side waited for."""
     with front.socket() as sock:
-        sock.settimeout(pause_s)
+        sock.sendall(head)
+        sock.settimeout(0.05)
         for at in range(len(data)):
             try:
                 sock.sendall(data[at : at + 1])
@@ -151,28 +149,15 @@ def drip(front, data, pause_s, seconds):
                 pass
             except OSError:
                 break
-            assert time.monotonic() - begin < seconds
-    return time.monotonic() - begin
+    return at + 1
 
 
 def test_slow_heads_and_bodies_are_closed(small):
     request = raw_post(PATH, chat("x" * 1000))
-    assert drip(small, request, 0.05, 5) < 2
     head, _, body = request.partition(b"\r\n\r\n")
-    begin = time.monotonic()
-    with small.socket() as sock:
-        sock.sendall(head + b"\r\n\r\n")
-        sock.settimeout(0.05)
-        for at in range(len(body)):
-            try:
-                sock.sendall(body[at : at + 1])
-                if not sock.recv(65536):
-                    break
-            except TimeoutError:
-                pass
-            except OSError:
-                break
-    assert 0.2 < time.monotonic() - begin < 2
+    # Nearer to 6, which are 0.3 s, than to all of them.
+    assert 1 < drip(small, b"", request) < 100
+    assert 1 < drip(small, head + b"\r\n\r\n", body) < 100
 
 
 def test_silent_connections_are_closed(small):
@@ -180,17 +165,23 @@ def test_silent_connections_are_closed(small):
     wait_until(lambda: small.call(lambda: small.front.num_connections == 0))
 
 
-def test_many_slow_clients_do_not_delay_others(small):
+def test_many_slow_clients_do_not_delay_others(front):
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(front.socket()) for _ in range(200)]
+        for sock in slow:
+            sock.sendall(b"POST /tokenize HTTP/1.1\r\nhost:")
+        wait_until(lambda: front.call(lambda: front.front.num_connections >= 200))
+        assert front.post(PATH, chat(max_tokens=1)).status_code == 200
+        assert front.call(lambda: front.front.num_connections) >= 200  # it waited for none
+
+
+def test_many_slow_clients_are_closed(small):
     with contextlib.ExitStack() as stack:
         slow = [stack.enter_context(small.socket()) for _ in range(200)]
         for sock in slow:
             sock.sendall(b"POST /tokenize HTTP/1.1\r\nhost:")
-        begin = time.monotonic()
-        assert small.post(PATH, chat(max_tokens=1)).status_code == 200
-        assert time.monotonic() - begin < 1
         for sock in slow:
             assert status_of(read_all(sock)) == 408
-        assert time.monotonic() - begin < 5
     wait_until(lambda: small.call(lambda: small.front.num_connections == 0))
 
 

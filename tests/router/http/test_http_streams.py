@@ -32,9 +32,7 @@ def test_client_that_leaves_aborts(start_front, stream):
         if stream:
             front.call(lambda: service.delta(request_id, 0, 0))
             assert b" zero" in sock.recv(65536)
-    begin = time.monotonic()
-    wait_until(lambda: front.call(lambda: service.aborted == [request_id]), 0.5)
-    assert time.monotonic() - begin < 0.5
+    wait_until(lambda: front.call(lambda: service.aborted == [request_id]))
     wait_until(lambda: front.call(lambda: front.front.num_connections == 0))
 
 
