@@ -52,6 +52,24 @@ def test_a_request_that_cannot_run_has_an_error(model):
     assert short.num_output == 3
 
 
+@pytest.mark.parametrize("strategy", ["chunked", "prefill-first"])
+def test_steps_hold_what_the_strategy_says(model, strategy):
+    mixed = []
+    flags = {"scheduler.strategy": strategy, "scheduler.max_num_batched_tokens": 16}
+    with open_toy(model, **flags) as engine:
+        engine.run(
+            [(tuple(range(5 + k, 25 + k)), 6) for k in range(3)],
+            stepped=lambda plan, took_s: mixed.append(len({item.kind for item in plan.items}) > 1),
+        )
+    assert any(mixed) == (strategy == "chunked")
+
+
+def test_no_request_is_too_many(model):
+    with open_toy(model, **{"scheduler.max_waiting": 2}) as engine:
+        records = engine.run([((5 + k, 6, 7), 2) for k in range(9)])
+    assert [record.num_output for record in records] == [2] * 9
+
+
 def test_latency(model, tmp_path, capsys):
     path = tmp_path / "o.json"
     flags = ["--model", model, "--engine", "toy", "--batch-size", "3", "--iterations", "4"]

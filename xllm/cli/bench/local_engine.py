@@ -8,6 +8,7 @@ service plans a step while the one before it runs.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -20,6 +21,7 @@ from xllm.kvcache.hashing import chain_hashes, root_hash
 from xllm.master.limits import InstanceLimits
 from xllm.master.outcome import StepOutcome
 from xllm.master.scheduler import Scheduler
+from xllm.master.strategies.policy import build_policy
 from xllm.protocol.instance import AdmitRequest
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import StepPlan
@@ -44,9 +46,14 @@ class LocalEngine:
         except BaseException:
             executor.close()
             raise
-        # One step at a time: a plan's result is taken in before the next one is asked for.
-        scheduler = dataclasses.replace(settings.scheduler, async_scheduling=False)
-        self._scheduler = Scheduler(InstanceLimits.from_ready(self.ready, scheduler))
+        # One step at a time: a plan's result is taken in before the next one is asked for. And
+        # all requests come at once, however many a service would let wait.
+        scheduler = dataclasses.replace(
+            settings.scheduler, async_scheduling=False, max_waiting=sys.maxsize
+        )
+        self._scheduler = Scheduler(
+            InstanceLimits.from_ready(self.ready, scheduler), build_policy(scheduler)
+        )
         self._root = root_hash(self.ready.revision)
         self._serial = 0
         self._open: dict[str, RequestRecord] = {}
