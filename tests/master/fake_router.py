@@ -52,10 +52,16 @@ class FakeRouter:
         self.socket.send(message)
 
     def admit(self, request_id, prompt, attempt=1, **options) -> AdmitRequest:
-        timeout_ms = options.pop("timeout_ms", 0)
+        timeout_ms, embed = options.pop("timeout_ms", 0), options.pop("embed", False)
         sampling = SamplingParams(**{"max_tokens": 8, "seed": 7, **options})
         request = AdmitRequest(
-            request_id, attempt, "toy", tuple(prompt), sampling, timeout_ms=timeout_ms
+            request_id,
+            attempt,
+            "toy",
+            tuple(prompt),
+            sampling,
+            timeout_ms=timeout_ms,
+            embed=embed,
         )
         self.send(request)
         return request

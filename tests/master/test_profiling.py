@@ -1,9 +1,15 @@
 """The steps before serving: what they teach, how long they may take, that they leave nothing."""
 
+import asyncio
+import dataclasses
+
 import msgspec
 import pytest
 
+from tests.master.test_master_actor import Stage, make_settings
 from tests.master.toy_instance import ToyInstance
+from xllm.config.settings import ModelSettings
+from xllm.master.actor import MasterActor
 from xllm.master.profiling import StartProfile, profile_load
 from xllm.master.strategies.step_model import StepShape
 from xllm.worker.toy.vectors import WIDTH
@@ -100,6 +106,7 @@ def test_it_keeps_its_time(slowness):
         {"num_blocks": 8, "block_size": 16, "max_model_len": 128, "max_num_seqs": 1},
         {"max_num_batched_tokens": 16},
         {"prefix_cache": False},
+        {"max_waiting": 1},
     ],
 )
 def test_small_instances_are_profiled_as_far_as_they_go(limits):
@@ -126,3 +133,40 @@ def test_every_request_of_the_load_fits():
             for wave in profile_load(one.limits):
                 for request in wave:
                     assert one.scheduler.admit(request, 0.0) is None
+
+
+class MeasuredStage(Stage):
+    """The master takes the toy engine of its worker for a native one."""
+
+    def __init__(self, run_dir, task: str) -> None:
+        settings = make_settings(run_dir)
+        worker = dataclasses.replace(settings.worker, toy_num_blocks=1024)
+        model = ModelSettings(name="toy", task=task)
+        super().__init__(dataclasses.replace(settings, model=model, worker=worker))
+
+    async def start(self) -> None:
+        toy = self.settings
+        native = dataclasses.replace(toy.worker, engine="native")
+        self.settings = dataclasses.replace(toy, worker=native)
+        self.master = MasterActor(self.settings, transport=self.transport)
+        await self.master.open()
+        self.settings = toy
+        self.router = self.make_router()
+        await self.start_worker()
+
+
+@pytest.mark.parametrize("task", ["generate", "embed"])
+def test_a_master_measures_before_it_serves(run_dir, task):
+    async def scenario():
+        one = MeasuredStage(run_dir, task)
+        await one.start()
+        try:
+            assert one.master.scheduler._state.policy.model.is_ready
+            assert one.master.scheduler.is_idle
+            embeds = {"embed": True, "max_tokens": 0} if task == "embed" else {}
+            one.router.admit("a", range(20, 30), **embeds)
+            assert (await one.router.ends("a")).code == ""
+        finally:
+            await one.close()
+
+    asyncio.run(scenario())

@@ -206,9 +206,8 @@ class MasterActor(Actor):
         settings = self._settings.scheduler
         limits = InstanceLimits.from_ready(ready, settings, self.name)
         scheduler = Scheduler(limits, build_policy(settings))
-        # A toy's steps take what its settings say, and vectors need no decodes to be kept short.
-        is_measured = self._settings.worker.engine != "toy" and limits.task != "embed"
-        if self._ready is not None or not settings.profile_ms or not is_measured:
+        is_toy = self._settings.worker.engine == "toy"  # its steps take what its settings say
+        if self._ready is not None or not settings.profile_ms or is_toy:
             self._serve(scheduler, ready)
             return
         self._profile = StartProfile(

@@ -51,7 +51,7 @@ def _decodes(limits: InstanceLimits) -> Iterator[list[AdmitRequest]]:
     """One sequence, then as many as there is room for, up to eight."""
     num_blocks = -(-(_LENGTHS[0] + _OUTPUT) // limits.block_size)
     room = limits.num_blocks // (2 * num_blocks)
-    for num in (1, max(1, min(8, limits.max_num_seqs, room))):
+    for num in (1, max(1, min(8, limits.max_num_seqs, limits.max_waiting, room))):
         yield [_request(limits, f"decode-{num}-{i}", _LENGTHS[0], _OUTPUT) for i in range(num)]
 
 
