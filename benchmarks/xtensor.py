@@ -2,12 +2,13 @@
 
     python -m benchmarks.xtensor [--model DIR] [--repetitions 5] [--workloads W2,W3,W4] [--json]
 
-Scheduler and worker in this process, the same model twice: once reading a sequence's KV in its
-slot (xTensor), once by block tables. Both are loaded for the whole run and take turns, so that a
-change of the machine's speed meets both. The loads are the peers' (`benchmarks/workloads.py`): 16
-requests at once, 32 of mixed lengths, 24 with a common beginning. What contiguous allocation
-would take, the longest sequence reserved for everybody who runs, is computed, not measured. Then
-the attention kernel alone, over the model's heads (`benchmarks/slot_attention.py`).
+Scheduler and worker in this process, two plans under way as in a service; the same model twice:
+once reading a sequence's KV in its slot (xTensor), once by block tables. Both are loaded for the
+whole run and take turns, so that a change of the machine's speed meets both. The loads are the
+peers' (`benchmarks/workloads.py`): 16 requests at once, 32 of mixed lengths, 24 with a common
+beginning. What contiguous allocation would take, the longest sequence reserved for everybody who
+runs, is computed, not measured. Then the attention kernel alone, over the model's heads
+(`benchmarks/slot_attention.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import contextlib
 import json
 import mmap
 import statistics
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +29,17 @@ import torch
 
 from benchmarks import workloads
 from benchmarks.slot_attention import CASES, Case, attention_report, print_attention
-from xllm.cli.bench.local_engine import LocalEngine, LocalRequest
+from xllm.cli.bench.local_engine import LocalEngine, LocalRequest, StepObserver
 from xllm.cli.bench.measures import RequestRecord
 from xllm.cli.model_source import demo_model_path
 from xllm.config.environment import prepare_environment
 from xllm.config.load import load
 from xllm.config.settings import Settings
-from xllm.master.scheduler import SchedulerStatistics
+from xllm.master.limits import InstanceLimits
+from xllm.master.scheduler import Scheduler, SchedulerStatistics
 from xllm.protocol.step import ItemKind, StepPlan
 from xllm.worker.execution.native import NativeExecutor
+from xllm.worker.executor import Executor, StepOutput
 from xllm.worker.kernels.structures import PHASES
 
 ARMS = ("xtensor", "paged")
@@ -60,12 +66,63 @@ def arm_settings(options: argparse.Namespace, kv_memory: str) -> Settings:
 
 
 class WatchedEngine(LocalEngine):
-    """A LocalEngine whose scheduler can be looked at."""
+    """A LocalEngine whose scheduler can be looked at, with two plans under way as in a service:
+    a thread executes them, and the second one arrives while the first one runs."""
+
+    def __init__(
+        self, settings: Settings, executor: Executor, progress: Callable[[int, int], None]
+    ) -> None:
+        super().__init__(settings, executor, progress)
+        self._peaks: dict[str, float] = {"blocks": 0, "running": 0}
+        self._scheduler = Scheduler(InstanceLimits.from_ready(self.ready, settings.scheduler))
+
+    def run(
+        self,
+        requests: Sequence[LocalRequest],
+        ended: Callable[[RequestRecord], None] = lambda record: None,
+        stepped: StepObserver = lambda plan, took_s: None,
+    ) -> list[RequestRecord]:
+        """See LocalEngine. `stepped` is called on the thread that executes."""
+        self._start = time.perf_counter()
+        records = []
+        for index, (prompt, count) in enumerate(requests):
+            records.append(RequestRecord(index, 0.0, self._clock(), num_prompt=len(prompt)))
+            self._admit(prompt, count, records[-1], ended)
+
+        def execute(plan: StepPlan) -> StepOutput:
+            began = time.perf_counter()
+            output = self._executor.execute(plan)
+            stepped(plan, time.perf_counter() - began)
+            return output
+
+        under_way: deque[Future[StepOutput]] = deque()
+        with ThreadPoolExecutor(1) as thread:
+            while self._open or under_way:
+                self._take(self._scheduler.expire(time.monotonic()), ended)
+                while (plan := self._scheduler.schedule(time.monotonic())) is not None:
+                    self._executor.arrive(plan)
+                    under_way.append(thread.submit(execute, plan))
+                    self._note_peaks()
+                output = under_way.popleft().result()
+                outcome = self._scheduler.update(output.result, output.frames, time.monotonic())
+                self._take(outcome, ended)
+        return records
 
     @property
     def statistics(self) -> SchedulerStatistics:
         """Of its scheduler."""
         return self._scheduler.statistics()
+
+    def take_peaks(self) -> dict[str, float]:
+        """The most blocks that were held and sequences that ran since the last call."""
+        peaks, self._peaks = self._peaks, {"blocks": 0, "running": 0}
+        return peaks
+
+    def _note_peaks(self) -> None:
+        stats, peaks = self.statistics, self._peaks
+        held = stats.num_blocks - stats.num_available_blocks
+        peaks["blocks"] = max(peaks["blocks"], held)
+        peaks["running"] = max(peaks["running"], stats.num_running)
 
 
 class Arm:
@@ -82,14 +139,9 @@ class Arm:
 
     def run(self, workload: str, repetition: int) -> None:
         """One run of a load; repetition 0 warms up and is not kept."""
-        peaks = {"blocks": 0, "running": 0}
         phases = {"prefill": [0.0, 0], "decode": [0.0, 0]}
 
         def stepped(plan: StepPlan, took_s: float) -> None:
-            stats = self.engine.statistics
-            held = stats.num_blocks - stats.num_available_blocks
-            peaks["blocks"] = max(peaks["blocks"], held)
-            peaks["running"] = max(peaks["running"], stats.num_running)
             is_decode = all(item.kind == ItemKind.DECODE for item in plan.items)
             phase = phases["decode" if is_decode else "prefill"]
             phase[0] += int(self._phase_ns[_ATTENTION]) / 1e6
@@ -97,6 +149,7 @@ class Arm:
             self._phase_ns.zero_()
 
         self._phase_ns.zero_()
+        self.engine.take_peaks()
         before = self._counters()
         requests = self._requests(workload, repetition)
         records = self.engine.run(requests, stepped=stepped)
@@ -107,7 +160,7 @@ class Arm:
         for name, (spent_ms, steps) in phases.items():
             row[f"{name}_steps"] = steps
             row[f"{name}_attention_ms"] = spent_ms / steps if steps else 0.0
-        row |= {f"peak_{name}": peak for name, peak in peaks.items()}
+        row |= {f"peak_{name}": peak for name, peak in self.engine.take_peaks().items()}
         row |= {name: after[name] - before[name] for name in after}
         row |= self._mapped()
         self.runs.setdefault(workload, []).append(row)

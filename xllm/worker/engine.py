@@ -85,6 +85,11 @@ class JobRunner:
         """The executor's progress counter; 0 while there is none."""
         return 0 if self._executor is None else self._executor.counter
 
+    def arrive(self, job: EngineJob) -> None:
+        """A job waits for its turn. On another thread than `run`."""
+        if self._executor is not None and isinstance(job, StepPlan):
+            self._executor.arrive(job)
+
     def run(self, job: EngineJob, answer: Callable[[EngineAnswer], None]) -> None:
         """Run one job; whatever it raises becomes a WorkerFailed."""
         try:
@@ -217,6 +222,7 @@ class ThreadEngine:
     def submit(self, job: EngineJob) -> None:
         """Queue the job for the thread."""
         self._num_submitted += 1
+        self._runner.arrive(job)
         self._jobs.put(job)
 
     async def stop(self, timeout_s: float) -> bool:

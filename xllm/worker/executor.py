@@ -1,7 +1,7 @@
 """The seam between a worker process and what computes: the Executor protocol.
 
 It knows plans and results only: no sockets, no threads, no torch. One thread at a time calls an
-executor; `counter` alone may be read from one other thread.
+executor; `counter` and `arrive` alone are for one other thread.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class Executor(Protocol):
         """Meet the other ranks of the instance by way of a board, and leave where they met before.
         Called behind a load where there is more than one rank; returns when all are there.
         Raises EngineError where they do not come."""
+
+    def arrive(self, plan: StepPlan) -> None:
+        """A plan is here that will be executed behind those that came before it. The executor may
+        begin what does not disturb these. Another thread than the engine's calls it, before that
+        one can see the plan; who executes each plan as it comes need not. Cheap; never raises."""
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one plan. An item that cannot run is reported in `result.failed`; an exception

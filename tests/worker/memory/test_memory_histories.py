@@ -74,6 +74,7 @@ class Histories(RuleBasedStateMachine):
             )
             self.mappers[name] = PageMapper(self.spaces[name])
         self.living: list[Living] = []
+        self.num_steps = 0
 
     @rule(name=st.sampled_from(NAMES), text=TEXTS)
     def start(self, name: str, text: str) -> None:
@@ -197,7 +198,8 @@ class Histories(RuleBasedStateMachine):
 
     def _carry_out(self, name: str, owned: OwnedMemory) -> None:
         mapper = self.mappers[name]
-        mapper.begin_step(owned.slots.drain(), {})
+        self.num_steps += 1
+        mapper.begin_step(self.num_steps, owned.slots.drain(), {})
         for seq in self.living:
             if seq.model == name:
                 mapper.wait(seq.slot, len(seq.blocks))

@@ -103,10 +103,10 @@ def test_what_cannot_be_mapped_is_named(one: Setup) -> None:
 
 
 def test_a_step_maps_what_it_needs_and_later_pages_come_by_themselves(one: Setup) -> None:
-    one.mapper.begin_step([MapPages(0, 0, (1, 2)), MapPages(0, 2, (3,))], {0: 2})
+    one.mapper.begin_step(1, [MapPages(0, 0, (1, 2)), MapPages(0, 2, (3,))], {0: 2})
     assert one.seen(0, 2) == [1, 2]
     one.mapper.wait(0, 3)
-    one.mapper.begin_step([], {0: 3})
+    one.mapper.begin_step(2, [], {0: 3})
     assert one.seen(0, 3) == [1, 2, 3]
     statistics = one.mapper.statistics()
     assert (statistics.num_steps, statistics.num_steps_waited) == (2, 1)
@@ -115,14 +115,14 @@ def test_a_step_maps_what_it_needs_and_later_pages_come_by_themselves(one: Setup
 
 
 def test_a_step_waits_for_a_page_that_is_on_its_way(one: Setup) -> None:
-    one.mapper.begin_step([MapPages(2, 0, (1,))], {2: 1})
+    one.mapper.begin_step(1, [MapPages(2, 0, (1,))], {2: 1})
     one.memory.go_on.clear()
-    one.mapper.begin_step([MapPages(2, 1, (9,)), MapPages(2, 2, (11,))], {2: 1})
+    one.mapper.begin_step(2, [MapPages(2, 1, (9,)), MapPages(2, 2, (11,))], {2: 1})
     assert one.mapper.failure(2, 1) == ""
     assert one.mapper.failure(2, 2) != ""
     timer = threading.Timer(0.01, one.memory.go_on.set)
     timer.start()
-    one.mapper.begin_step([], {2: 2})
+    one.mapper.begin_step(3, [], {2: 2})
     timer.join()
     assert one.seen(2, 3) == [1, 9, 11]
     assert one.mapper.statistics().num_steps_waited == 2
@@ -134,21 +134,79 @@ def test_operations_on_a_slot_keep_their_order(one: Setup) -> None:
     timer = threading.Timer(0.01, one.memory.go_on.set)
     timer.start()
     # Nobody needs the first one yet; the second comes behind it although it is needed now.
-    one.mapper.begin_step([MapPages(1, 0, (5, 6)), MapPages(1, 0, (7,))], {0: 0})
-    one.mapper.begin_step([MapPages(1, 1, ()), MapPages(1, 1, (8,))], {1: 2})
+    one.mapper.begin_step(1, [MapPages(1, 0, (5, 6)), MapPages(1, 0, (7,))], {0: 0})
+    one.mapper.begin_step(2, [MapPages(1, 1, ()), MapPages(1, 1, (8,))], {1: 2})
     timer.join()
     assert one.seen(1, 2) == [7, 8]
     assert list(one.space.pages(1)) == [7, 8]
 
 
 def test_a_failure_is_its_slots_and_the_others_run(one: Setup) -> None:
-    one.mapper.begin_step([MapPages(0, 0, (1,))], {0: 1})
+    one.mapper.begin_step(1, [MapPages(0, 0, (1,))], {0: 1})
     one.memory.fails = True
-    one.mapper.begin_step([MapPages(1, 0, (2,))], {0: 1, 1: 1})
+    one.mapper.begin_step(2, [MapPages(1, 0, (2,))], {0: 1, 1: 1})
     assert one.mapper.failure(0, 1) == ""
     assert one.mapper.failure(1, 1) == "no mapping is left"
     one.memory.fails = False
-    one.mapper.begin_step([MapPages(1, 0, (2,)), MapPages(7, 0, (2,))], {1: 1})
+    one.mapper.begin_step(3, [MapPages(1, 0, (2,)), MapPages(7, 0, (2,))], {1: 1})
     assert one.mapper.failure(1, 1) == ""
     assert one.mapper.failure(1, 2) == "slot 1: 2 pages are needed and not mapped"
     assert one.mapper.failure(7, 1) != ""
+
+
+def test_a_plan_that_comes_early_is_mapped_while_the_step_before_it_runs(one: Setup) -> None:
+    one.mapper.arrive(1, [MapPages(0, 0, (1, 2))])
+    assert one.mapper.statistics().num_ahead == 0  # nothing runs: it is as well mapped by its step
+    one.mapper.begin_step(1, [MapPages(0, 0, (1, 2))], {0: 2})
+    maps = [MapPages(1, 0, (3, 4)), MapPages(0, 2, (5,)), MapPages(9, 0, (5,))]
+    one.mapper.arrive(2, maps)
+    one.mapper.wait(1, 2)
+    assert one.seen(1, 2) == [3, 4]
+    one.mapper.end_step()
+    one.memory.calls.clear()
+    one.mapper.wait(0, 3)
+    one.mapper.begin_step(2, maps, {0: 3, 1: 2})
+    assert one.memory.calls == []
+    assert one.seen(0, 3) == [1, 2, 5]
+    statistics = one.mapper.statistics()
+    assert (statistics.num_steps, statistics.num_steps_waited, statistics.num_ahead) == (2, 1, 3)
+
+
+def test_a_plan_that_came_before_its_forerunner_began_is_mapped_behind_it(one: Setup) -> None:
+    first, second = [MapPages(2, 0, (1,))], [MapPages(2, 0, (7,)), MapPages(1, 0, (8,))]
+    one.mapper.arrive(1, first)
+    one.mapper.arrive(2, second)
+    one.mapper.begin_step(1, first, {2: 1})
+    one.mapper.wait(1, 1)
+    assert (one.seen(2, 1), one.seen(1, 1)) == ([1], [8])
+    one.mapper.end_step()
+    one.mapper.begin_step(2, second, {2: 1})
+    assert one.seen(2, 1) == [7]
+
+
+def test_nothing_changes_under_pages_that_the_running_step_touches(one: Setup) -> None:
+    one.mapper.begin_step(1, [MapPages(0, 0, (1, 2, 3))], {0: 2})
+    maps = [MapPages(0, 2, (4,)), MapPages(0, 1, (5,)), MapPages(0, 2, (6,)), MapPages(1, 0, (7,))]
+    one.mapper.arrive(2, maps)
+    one.mapper.wait(0, 6)
+    one.mapper.wait(1, 1)
+    assert one.seen(0, 3) == [1, 2, 4]
+    assert one.mapper.failure(0, 2) == ""
+    assert one.seen(1, 1) == [7]
+    one.mapper.end_step()
+    one.mapper.begin_step(2, maps, {0: 3})
+    assert one.seen(0, 3) == [1, 5, 6]
+
+
+def test_a_plan_whose_step_never_began_is_skipped(one: Setup) -> None:
+    one.mapper.begin_step(1, [], {})
+    one.mapper.arrive(2, [MapPages(0, 0, (1,))])
+    one.mapper.arrive(3, [MapPages(1, 0, (2,))])
+    one.mapper.end_step()
+    one.mapper.begin_step(3, [MapPages(1, 0, (2,))], {1: 1})
+    assert one.seen(1, 1) == [2]
+    one.mapper.arrive(4, [MapPages(2, 0, (3,))])
+    one.mapper.wait(2, 1)
+    assert one.seen(2, 1) == [3]
+    one.mapper.forget()
+    assert one.mapper.failure(2, 1) != ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import random
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tests.worker.native.plan_driver import GREEDY, PlanDriver, random_prompts
 from tests.worker.native.test_native_scheduler import Instance
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import MapPages, NewSequence
+from xllm.worker.executor import StepOutput
 
 FEW_MAPPINGS = {"max_model_len": 200, "max_mappings": 20}
 MODES: dict[str, dict[str, Any]] = {
@@ -32,6 +35,24 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("qwen3", tmp_path_factory.mktemp("slots"))
+
+
+class OverlappedInstance(Instance):
+    """Plans arrive while those before them run on another thread, as in a worker."""
+
+    def __init__(self, directory: Path, **limits: Any) -> None:
+        super().__init__(directory, **limits)
+        self.engine = ThreadPoolExecutor(1)
+        self.running: deque[Future[StepOutput]] = deque()
+
+    def step(self) -> bool:
+        executor = self.driver.executor
+        while (plan := self.scheduler.schedule(self.now + 0.01)) is not None:
+            executor.arrive(plan)
+            self.running.append(self.engine.submit(executor.execute, plan))
+        if self.running:
+            self.in_flight.append(self.running.popleft().result())
+        return super().step()
 
 
 def check_slots(instance: Instance) -> None:
@@ -67,7 +88,7 @@ def run(instance: Instance, seed: int, aborts: bool) -> set[tuple[str, int]]:
         open_requests += [(f"r{number}", choice) for choice in range(n)]
         for _ in range(rng.randrange(4)):
             instance.step()
-            if instance.limits.num_slots:
+            if instance.limits.num_slots and not isinstance(instance, OverlappedInstance):
                 check_slots(instance)
         if aborts and rng.random() < 0.6:
             name, choice = rng.choice(open_requests)
@@ -119,6 +140,21 @@ def test_slots_give_the_tokens_of_block_tables(
     assert mapper is not None
     assert mapper.num_ahead > 0
     assert mapper.num_steps_waited < mapper.num_steps
+
+
+@pytest.mark.parametrize("mode", ["as is", "no pipeline", "few blocks", "few of all"])
+def test_maps_that_begin_early_change_no_token(
+    directory: Path, mode: str, by_tables: dict[int, dict[tuple[str, int], list[int]]]
+) -> None:
+    instance = OverlappedInstance(directory, **MODES[mode])
+    with instance.engine:
+        cancelled = run(instance, 1, aborts=True)
+    for key, stream in by_tables[1].items():
+        found = instance.streams.get(key, [])
+        assert found == (stream[: len(found)] if key in cancelled else stream)
+    mapper = instance.driver.executor.statistics().mapper
+    assert mapper is not None
+    assert mapper.num_ahead > 0
 
 
 def test_a_sequence_whose_pages_are_not_mapped_fails_alone(directory: Path) -> None:

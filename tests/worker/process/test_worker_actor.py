@@ -189,6 +189,9 @@ def test_a_broken_invariant_ends_the_process(run_dir, step_ms) -> None:
         def load(self, progress):
             return self.inner.load(progress)
 
+        def arrive(self, plan):
+            pass
+
         def execute(self, plan):
             raise InvariantError("two owners of block 3")
 

@@ -127,6 +127,12 @@ class NativeExecutor:
             progress(engine.num_bytes, engine.num_bytes)
         return engine.ready
 
+    def arrive(self, plan: StepPlan) -> None:
+        """Pages of new sequences are mapped while the step before theirs runs. See Executor."""
+        engine = self._engine
+        if engine is not None and engine.mapper is not None:
+            engine.mapper.arrive(plan.step, plan.maps)
+
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one plan; see Executor. An item that cannot run is reported alone. A sequence that
         failed, alone or with its step, fails from then on: later plans may be on their way."""
@@ -140,6 +146,9 @@ class NativeExecutor:
             for item in plan.items:
                 engine.table.refuse(item.seq, "a step of it failed")
             raise
+        finally:
+            if engine.mapper is not None:
+                engine.mapper.end_step()
         for index, reason in outputs.failed.items():
             engine.table.refuse(plan.items[index].seq, reason)
         self._num_steps += 1
@@ -178,7 +187,8 @@ class NativeExecutor:
             engine.pooler.begin(plan)
         size = engine.pool.layout.block_size
         if engine.mapper is not None:
-            engine.mapper.begin_step(plan.maps, engine.table.slot_needs(plan.items, size))
+            needs = engine.table.slot_needs(plan.items, size)
+            engine.mapper.begin_step(plan.step, plan.maps, needs)
         engine.pool.copy_blocks(plan.copies)
         batch = build_batch(
             plan.items, engine.table, size, engine.ready.max_model_len, engine.mapper

@@ -1,9 +1,10 @@
 """Carries out a step's map operations: what it needs now at once, the rest in the background.
 
-A plan brings the page of the next token one step ahead; it is mapped by a thread while the step
-computes, and the step after it finds it there. A step waits only for pages that its own rows
-need. Invariants: operations on one slot are carried out in the plans' order; `_ready` of a slot is
-at most the number of its leading pages that are mapped and have nothing queued.
+A plan that comes while the step before it runs is mapped by a thread meanwhile; so is the page of
+the next token, which a plan brings one step ahead. A step waits only for pages that its own rows
+need and that are not there yet. Invariants: operations on one slot are carried out in the plans'
+order; nothing changes under the leading pages that the running step was said to need; `_ready` of
+a slot is at most the number of its leading pages that are mapped and have nothing queued.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 
 from xllm.errors import EngineError
 from xllm.protocol.step import MapPages
@@ -33,7 +35,8 @@ class MapperStatistics:
 
 class PageMapper:
     """Maps pages for the engine's thread, with a thread of its own from the first page that may
-    wait on."""
+    wait on. Plans may `arrive` on another thread; each is then begun, in the order of arrival, or
+    skipped by a later one that is begun."""
 
     def __init__(self, space: SlotSpace) -> None:
         self._space = space
@@ -43,19 +46,32 @@ class PageMapper:
         self._failed: dict[int, str] = {}
         self._queue: queue.SimpleQueue[MapPages | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._arrived: deque[tuple[int, Sequence[MapPages]]] = (
+            deque()
+        )  # plans not begun: step, maps
+        self._left: list[MapPages] | None = None  # of the oldest of them, if the rest is under way
+        self._touched: Mapping[int, int] | None = None  # needs of the running step, if one runs
         self._num_steps = 0
         self._num_steps_waited = 0
         self._wait_ns = 0
         self._num_ahead = 0
 
-    def begin_step(self, maps: Iterable[MapPages], needs: Mapping[int, int]) -> None:
-        """Carry out a plan's operations. `needs`: how many leading pages of which slots the step
-        reads or writes; these are there when it returns, except where `failure` says why not."""
+    def arrive(self, step: int, maps: Sequence[MapPages]) -> None:
+        """The plan of a step came that runs behind those that came before it. Where the one just
+        before it runs, its operations begin now, but for those on pages which that one touches."""
+        with self._lock:
+            self._arrived.append((step, maps))
+            self._begin_next()
+
+    def begin_step(self, step: int, maps: Sequence[MapPages], needs: Mapping[int, int]) -> None:
+        """Carry out what is left of a plan's operations. `needs`: how many leading pages of which
+        slots the step reads or writes until `end_step`; these are there when it returns, except
+        where `failure` says why not."""
         self._num_steps += bool(needs)
         began = time.perf_counter_ns()
         waited = False
-        for one in maps:
-            if not 0 <= one.slot < self._space.num_slots:
+        for one in self._take(step, maps):
+            if not self._is_known(one):
                 continue  # Its sequence's items fail for want of pages.
             if one.page_ids and one.first_page >= needs.get(one.slot, 0):
                 self.premap(one)
@@ -69,17 +85,19 @@ class PageMapper:
         if waited:
             self._num_steps_waited += 1
             self._wait_ns += time.perf_counter_ns() - began
+        with self._lock:
+            self._touched = needs
+            self._begin_next()
+
+    def end_step(self) -> None:
+        """The step that was begun touches its pages no more."""
+        with self._lock:
+            self._touched = None
 
     def premap(self, one: MapPages) -> None:
         """Map pages of a slot in the background."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="page-mapper", daemon=True)
-            self._thread.start()
         with self._lock:
-            self._ready[one.slot] = min(self._ready[one.slot], one.first_page)
-            self._queued[one.slot] += 1
-            self._num_ahead += len(one.page_ids)
-        self._queue.put(one)
+            self._queue_up(one)
 
     def address(self, slot: int) -> int:
         """Where a slot begins."""
@@ -103,6 +121,8 @@ class PageMapper:
         """Unmap everything: no sequence is left."""
         with self._lock:
             self._lock.wait_for(lambda: not any(self._queued))
+            self._arrived.clear()
+            self._left = None
         self._space.forget()
         self._ready = [0] * self._space.num_slots
         self._failed.clear()
@@ -128,6 +148,45 @@ class PageMapper:
     def check(self) -> None:
         """Raise InvariantError where the books of the slots cannot be."""
         self._space.check()
+
+    def _is_known(self, one: MapPages) -> bool:
+        return 0 <= one.slot < self._space.num_slots
+
+    def _take(self, step: int, maps: Sequence[MapPages]) -> Sequence[MapPages]:
+        """What of a plan's operations is not under way. Plans that came before it are not begun
+        any more."""
+        with self._lock:
+            self._touched = None
+            while self._arrived:
+                number, _ = self._arrived.popleft()
+                left, self._left = self._left, None
+                if number == step:
+                    return maps if left is None else left
+        return maps
+
+    def _begin_next(self) -> None:
+        """With the lock: begin the operations of the plan behind the running step, unless they
+        are. Where one has to wait, those behind it on its slot do too."""
+        if self._touched is None or self._left is not None or not self._arrived:
+            return
+        self._left = []
+        held = set()
+        for one in self._arrived[0][1]:
+            if one.slot in held or one.first_page < self._touched.get(one.slot, 0):
+                held.add(one.slot)
+                self._left.append(one)
+            elif self._is_known(one):
+                self._queue_up(one)
+
+    def _queue_up(self, one: MapPages) -> None:
+        """With the lock: hand an operation to the thread."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="page-mapper", daemon=True)
+            self._thread.start()
+        self._ready[one.slot] = min(self._ready[one.slot], one.first_page)
+        self._queued[one.slot] += 1
+        self._num_ahead += len(one.page_ids)
+        self._queue.put(one)
 
     def _finish(self, slot: int) -> bool:
         """Wait for what is queued for a slot; whether there was anything."""

@@ -125,6 +125,9 @@ class ToyExecutor:
             embedding_size=WIDTH if self._task.pooling else 0,
         )
 
+    def arrive(self, plan: StepPlan) -> None:
+        """There is nothing to prepare."""
+
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one plan."""
         started = time.perf_counter_ns()
