@@ -128,7 +128,8 @@ class PlanDriver:
         count = min(length - job.computed, chunk)
         last = job.computed + count == length
         kind = ItemKind.DECODE if job.output else ItemKind.PREFILL
-        return StepItem(job.seq, kind, job.computed, count, (), int(last))
+        scored = not job.output and job.sampling.prompt_logprobs is not None
+        return StepItem(job.seq, kind, job.computed, count, (), int(last), scored)
 
     def step(self, jobs: Sequence[Job], chunk: int = 1 << 20) -> StepOutput:
         """One step of all jobs that are not done."""
@@ -154,9 +155,9 @@ class PlanDriver:
 
 
 def scores(output: StepOutput) -> Scores:
-    """Unpack a step's logprob frames."""
+    """Unpack a step's logprob frames, which come first."""
     width = output.result.num_top + 1
-    ids, logprobs, ranks = output.frames
+    ids, logprobs, ranks = output.frames[:3]
     return Scores(
         np.frombuffer(ids, "<i4").reshape(-1, width),
         np.frombuffer(logprobs, "<f4").reshape(-1, width),

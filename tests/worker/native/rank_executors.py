@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.worker.collectives.rank_threads import on_all, wired_boards
 from tests.worker.native.plan_driver import PlanDriver, native_settings
@@ -15,21 +16,22 @@ from xllm.worker.execution.native import NativeExecutor
 from xllm.worker.executor import StepOutput
 
 
-def rank_settings(directory: Path, size: int, rank: int, **worker: object) -> Settings:
-    """Settings of one of several ranks."""
-    settings = native_settings(directory, rank=rank, **worker)
-    return dataclasses.replace(settings, master=MasterSettings(num_workers=size))
+def rank_settings(settings: Settings, size: int, rank: int) -> Settings:
+    """Those of one worker for one of several ranks."""
+    return dataclasses.replace(
+        settings,
+        master=MasterSettings(num_workers=size),
+        worker=dataclasses.replace(settings.worker, rank=rank),
+    )
 
 
 class RankExecutors:
     """Each rank on a thread of its own; they meet at a load. Results are merged as the master
     merges them: it is an error where ranks disagree."""
 
-    def __init__(self, directory: Path, size: int, **worker: object) -> None:
+    def __init__(self, settings: Settings, size: int) -> None:
         self.size = size
-        self.ranks = [
-            NativeExecutor(rank_settings(directory, size, rank, **worker)) for rank in range(size)
-        ]
+        self.ranks = [NativeExecutor(rank_settings(settings, size, rank)) for rank in range(size)]
         self.num_meetings = 0
 
     def load(self, progress: Callable[[int, int], None]) -> WorkerReady:
@@ -61,6 +63,7 @@ class RankExecutors:
         on_all(self.size, lambda rank: self.ranks[rank].close())
 
 
-def rank_driver(directory: Path, size: int = 2, **worker: object) -> PlanDriver:
-    """A driver of several ranks."""
-    return PlanDriver(directory, executor=RankExecutors(directory, size, **worker))
+def rank_driver(directory: Path, size: int = 2, **asked: Any) -> PlanDriver:
+    """A driver of several ranks. `asked`: see native_settings."""
+    settings = native_settings(directory, **asked)
+    return PlanDriver(directory, executor=RankExecutors(settings, size))

@@ -28,6 +28,7 @@ from xllm.protocol.instance import AdmitRequest
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import ItemKind, NewSequence, StepItem, StepPlan, WorkerReady
 from xllm.worker.execution.native import NativeExecutor
+from xllm.worker.executor import Executor
 
 BOUND = 2e-5
 """Numbers of a vector agree within this in fp32."""
@@ -61,8 +62,8 @@ def reference_vectors(
 class Embedder:
     """A scheduler over an executor that embeds; `vectors` by request."""
 
-    def __init__(self, settings: Settings, **limits: Any) -> None:
-        self.executor = NativeExecutor(settings)
+    def __init__(self, settings: Settings, executor: Executor | None = None, **limits: Any) -> None:
+        self.executor: Any = executor or NativeExecutor(settings)
         self.ready: WorkerReady = self.executor.load(lambda loaded, total: None)
         found = InstanceLimits.from_ready(self.ready, SchedulerSettings(max_num_seqs=32))
         self.limits = dataclasses.replace(found, **limits)

@@ -10,7 +10,7 @@ import torch
 
 from tests.fixtures.models import make_model
 from tests.worker.collectives.rank_threads import on_all, wired_boards
-from tests.worker.native.plan_driver import PlanDriver, random_prompts
+from tests.worker.native.plan_driver import PlanDriver, native_settings, random_prompts
 from tests.worker.native.rank_executors import RankExecutors, rank_driver, rank_settings
 from tests.worker.native.reference import assert_greedy, load_reference
 from tests.worker.native.test_native_scheduler import Instance
@@ -163,7 +163,7 @@ def test_one_rank_has_nobody_to_meet(directory: Path) -> None:
 
 def test_a_rank_beyond_their_number_is_refused(directory: Path) -> None:
     with pytest.raises(ConfigError, match=r"worker\.rank 2 of master\.num_workers 2"):
-        NativeExecutor(rank_settings(directory, 2, 2))
+        NativeExecutor(rank_settings(native_settings(directory), 2, 2))
 
 
 def test_ranks_that_are_started_together_share_the_cores(monkeypatch) -> None:
