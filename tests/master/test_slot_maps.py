@@ -159,6 +159,18 @@ def test_after_a_failed_item_nothing_of_its_slot_is_trusted() -> None:
     assert len(one.plans[-2].maps[-1].page_ids) == 3
 
 
+def test_nor_is_it_where_the_request_was_cancelled_meanwhile() -> None:
+    one = ToyInstance(faults=ToyFaults(fail_item=666), num_slots=1)
+    one.admit("b", [*PROMPT[:8], 666], max_tokens=2)
+    assert one.plan()
+    one.scheduler.cancel("b", 1)
+    one.settle()
+    assert slots_of(one).num_mappings == 0
+    one.admit("c", PROMPT, max_tokens=2)
+    one.run()
+    one.verify("c")
+
+
 def test_a_failed_step_ends_its_requests_and_slots_are_mapped_anew() -> None:
     one = ToyInstance(faults=ToyFaults(fail_step=666), num_slots=2)
     one.admit("a", [*PROMPT, 666], max_tokens=2)

@@ -63,12 +63,14 @@ class StepSettler:
         for seq, item, drawn in zip(step.sequences, step.plan.items, result.tokens, strict=True):
             index += 1
             seq.num_in_flight -= 1
+            has_failed = failed is not None and index in failed
+            if has_failed:
+                state.tables.slots.distrust(seq)
             if seq.state is not running:
                 if not seq.num_in_flight:
                     state.bury(seq)
                 continue
-            if failed is not None and index in failed:
-                state.tables.slots.distrust(seq)
+            if failed is not None and has_failed:
                 state.end_request(seq.request, EngineError.code, failed[index])
                 continue
             if seq.is_prefilling or rows is not None or len(drawn) != 1:
