@@ -37,8 +37,8 @@ def _bounds(entry: SettingEntry) -> str:
         return ", ".join(f"`{choice}`" for choice in info.choices)
     if entry.type is bool:
         return "on, off"
-    low = "" if info.low is None else f"at least {info.low:g}"
-    high = "" if info.high is None else f"at most {info.high:g}"
+    low = "" if info.low is None else f"at least {info.low:.9g}"
+    high = "" if info.high is None else f"at most {info.high:.9g}"
     return ", ".join(part for part in (low, high) if part) or "any"
 
 

@@ -13,7 +13,7 @@ if typing.TYPE_CHECKING:
 
 FAIRNESS = ("none", "tenant")
 PREEMPTION = ("auto", "recompute", "pause")
-MAX_TENANT_WEIGHT = 1e6
+MIN_TENANT_WEIGHT, MAX_TENANT_WEIGHT = 1e-6, 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +63,11 @@ def tenant_weights(text: str) -> dict[str, float]:
             share = float(value)
         except ValueError:
             share = math.nan
-        if not sign or not name or name in weights or not 0 < share <= MAX_TENANT_WEIGHT:
+        is_share = MIN_TENANT_WEIGHT <= share <= MAX_TENANT_WEIGHT
+        if not sign or not name or name in weights or not is_share:
             raise ConfigError(
-                f"scheduler.tenant_weights: {part!r} is not a new name=share with a share above 0 "
-                f"and at most {MAX_TENANT_WEIGHT:.0f}",
+                f"scheduler.tenant_weights: {part!r} is not a new name=share with a share of at "
+                f"least {MIN_TENANT_WEIGHT:.6f} and at most {MAX_TENANT_WEIGHT:.0f}",
                 param="scheduler.tenant_weights",
             )
         weights[name] = share

@@ -8,7 +8,9 @@ import pytest
 
 from tests.cli.toy_model import make_toy_model
 from tests.fixtures.models import make_model
+from xllm.cli.bench.local import in_turn, resolve_settings
 from xllm.cli.bench.local_engine import LocalEngine
+from xllm.cli.bench.measures import RequestRecord
 from xllm.cli.bench.roofline import Phase
 from xllm.cli.main import run_command
 from xllm.config.load import load
@@ -70,10 +72,18 @@ def test_no_request_is_too_many(model):
     assert [record.num_output for record in records] == [2] * 9
 
 
+def test_a_model_on_this_machine_is_one_rank(model):
+    settings = load({"model.path": model, "master.num_workers": 2}, None, {})
+    assert resolve_settings(settings).master.num_workers == 1
+
+
 def test_latency(model, tmp_path, capsys):
     path = tmp_path / "o.json"
     flags = ["--model", model, "--engine", "toy", "--batch-size", "3", "--iterations", "4"]
-    assert run_command(["bench", "latency", *flags, "--json", str(path)]) == 0
+    picture = tmp_path / "o.svg"
+    outputs = ["--json", str(path), "--plot", str(picture)]
+    assert run_command(["bench", "latency", *flags, *outputs]) == 0
+    assert picture.read_bytes().startswith(b"<?xml")
     shown = capsys.readouterr()
     assert "3 x 128 in, 32 out, 4 iterations" in shown.out
     assert "iterations: 6 of 6" in shown.err
@@ -89,7 +99,10 @@ def test_throughput_of_a_trace(model, tmp_path, capsys):
     rows = [{"timestamp": 9e6 * k, "input_length": 20, "output_length": 4} for k in range(5)]
     trace.write_text("\n".join(json.dumps(row) for row in rows))
     flags = ["--model", model, "--engine", "toy", "--json", str(tmp_path / "o.json")]
-    assert run_command(["bench", "throughput", "--trace", str(trace), *flags]) == 0
+    picture = tmp_path / "o.png"
+    plot = ["--plot", str(picture)]
+    assert run_command(["bench", "throughput", "--trace", str(trace), *flags, *plot]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "o.json").read_text())["summary"]
     assert (summary["num_output_tokens"], summary["num_prompt_tokens"]) == (20, 100)
     assert summary["peak_concurrency"] == 5
@@ -97,6 +110,21 @@ def test_throughput_of_a_trace(model, tmp_path, capsys):
     limit = ["--max-model-len", "16"]
     assert run_command(["bench", "throughput", "--trace", str(trace), *flags, *limit]) == 70
     assert "0 / 5" in capsys.readouterr().out
+
+
+def test_rounds_are_drawn_one_behind_the_other():
+    first = [RequestRecord(0, 0.0, 0.0, [1.0], 2.0), RequestRecord(1, 0.0, 0.5, [1.0], 3.0)]
+    second = [RequestRecord(0, 0.0, 0.25, [1.0, 2.0], 2.5)]
+    drawn = in_turn([first, second])
+    assert drawn[:2] == first
+    assert drawn[2] == RequestRecord(0, 0.0, 3.25, [4.0, 5.0], 5.5)
+    assert drawn[2].ttft_s == second[0].ttft_s
+
+
+@pytest.mark.parametrize("command", ["latency", "throughput"])
+def test_a_plot_that_cannot_be_drawn_is_refused_first(command, capsys):
+    assert run_command(["bench", command, "--model", "/nowhere", "--plot", "load.gif"]) == 64
+    assert "--plot load.gif" in capsys.readouterr().err
 
 
 def test_the_share_of_the_bound():

@@ -49,7 +49,9 @@ def test_what_is_not_in_the_table_is_refused_by_name(axes):
         load(flags, environ={})
 
 
-@pytest.mark.parametrize("weights", ["a", "a=", "=1", "a=0", "a=-1", "a=nan", "a=1,a=2", "a=1e9"])
+@pytest.mark.parametrize(
+    "weights", ["a", "a=", "=1", "a=0", "a=-1", "a=nan", "a=1,a=2", "a=1e9", "a=1e-9"]
+)
 def test_weights_that_are_none_are_refused(weights):
     with pytest.raises(ConfigError, match="tenant_weights"):
         build_policy(SchedulerSettings(fairness="tenant", tenant_weights=weights))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -11,6 +12,7 @@ import click
 from xllm.cli.bench.dataset import Dataset, dataset_options
 from xllm.cli.bench.local_engine import LocalEngine
 from xllm.cli.bench.measures import Distribution, Objectives, RequestRecord, summarize
+from xllm.cli.bench.plot import check_plot, write_plot
 from xllm.cli.bench.progress import BenchProgress
 from xllm.cli.bench.prompts import PromptMaker
 from xllm.cli.bench.report import show_distributions, show_summary, write_json
@@ -25,10 +27,12 @@ DEFAULTS = {"cluster.log_level": "warning"}
 
 
 def resolve_settings(settings: Settings) -> Settings:
-    """With the model's directory and name."""
+    """With the model's directory and name; of one rank, whatever they say of an instance's."""
     path, name = resolve_model(settings.model)
     return dataclasses.replace(
-        settings, model=dataclasses.replace(settings.model, path=path, name=name)
+        settings,
+        model=dataclasses.replace(settings.model, path=path, name=name),
+        master=dataclasses.replace(settings.master, num_workers=1),
     )
 
 
@@ -56,6 +60,7 @@ def open_engine(settings: Settings, executor: Any = None) -> LocalEngine:
 @click.option("--warm-up", type=click.IntRange(min=0), default=2, show_default=True)
 @click.option("--seed", type=click.INT, default=0, show_default=True)
 @click.option("--json", "json_path", default="", metavar="FILE", help="All figures as JSON.")
+@click.option("--plot", default="", metavar="FILE", help="Picture (.png, .svg, .pdf).")
 @settings_options(*SECTIONS, defaults=DEFAULTS)
 def latency(
     batch_size: int,
@@ -65,10 +70,13 @@ def latency(
     warm_up: int,
     seed: int,
     json_path: str,
+    plot: str,
     settings: Settings,
 ) -> None:
     """One batch, again and again, on a model in this process: how long the whole takes, its first
     tokens and each further one. Prompts differ from one iteration to the next."""
+    if plot:
+        check_plot(plot)
     settings = resolve_settings(settings)
     shape = RequestShape(input_len, output_len)
     rounds: list[list[RequestRecord]] = []
@@ -92,15 +100,20 @@ def latency(
     if json_path:
         figures = {name.replace(" ms", "_s"): dataclasses.asdict(d) for name, d in distributions}
         write_json(json_path, {"settings": dataclasses.asdict(settings), "figures": figures})
+    if plot:
+        write_plot(plot, f"{settings.model.name}: {title}", in_turn(measured))
 
 
 @click.command(context_settings={"max_content_width": 100})
 @dataset_options
 @click.option("--json", "json_path", default="", metavar="FILE", help="All figures as JSON.")
+@click.option("--plot", default="", metavar="FILE", help="Picture (.png, .svg, .pdf).")
 @settings_options(*SECTIONS, defaults=DEFAULTS)
-def throughput(dataset: Dataset, json_path: str, settings: Settings) -> int:
+def throughput(dataset: Dataset, json_path: str, plot: str, settings: Settings) -> int:
     """All requests of a dataset or trace at once on a model in this process: tokens a second.
     A trace's times are left aside."""
+    if plot:
+        check_plot(plot)
     shapes = dataset.shapes()
     settings = resolve_settings(settings)
     with open_engine(settings) as engine:
@@ -117,7 +130,22 @@ def throughput(dataset: Dataset, json_path: str, settings: Settings) -> int:
     if json_path:
         content = {"settings": dataclasses.asdict(settings), "dataset": dataclasses.asdict(dataset)}
         write_json(json_path, {**content, "summary": dataclasses.asdict(summary)})
+    if plot:
+        write_plot(plot, f"{settings.model.name}: {len(records)} requests at once", records)
     return 0 if summary.num_completed else EngineError.exit_code
+
+
+def in_turn(rounds: Sequence[Sequence[RequestRecord]]) -> list[RequestRecord]:
+    """The records of rounds that each began at 0, one round behind the other."""
+    found: list[RequestRecord] = []
+    begin = 0.0
+    for records in rounds:
+        for one in records:
+            times = [begin + at for at in one.token_s]
+            sent, ended = begin + one.sent_s, begin + one.ended_s
+            found.append(dataclasses.replace(one, sent_s=sent, token_s=times, ended_s=ended))
+        begin = max((one.ended_s for one in found), default=begin)
+    return found
 
 
 def _check(records: list[RequestRecord]) -> None:
