@@ -44,6 +44,7 @@ class Runner:
             kernels=kernels,
             rank=rank,
             num_ranks=num_ranks,
+            invariant=True,
         )
         self.head: Callable[[torch.Tensor], torch.Tensor] = self.loaded.model.head
         config, found = self.loaded.model.config, self.loaded.dtype

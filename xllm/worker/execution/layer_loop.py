@@ -70,7 +70,8 @@ class LayerLoop:
         self._windows = model.config.layer_windows
         self._fused: list[FusedLayer] | None = None
         self.batch_invariant = False
-        """Whether a row's bits do not depend on the rows beside it."""
+        """Whether a row's bits do not depend on the rows beside it, nor on their count where the
+        team keeps to one variant."""
         parts = None if isinstance(model, WholeModel) else model.parts()
         if team is not None and parts is not None and isinstance(pool, CpuKvMemory):
             step_bytes = pool.layout.layer_bytes

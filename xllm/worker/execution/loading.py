@@ -57,11 +57,12 @@ def load_model(
     asked: ModelSettings | None = None,
     rank: int = 0,
     num_ranks: int = 1,
+    invariant: bool = False,
 ) -> LoadedModel:
     """Set the platform up for a model and read its configuration and weights onto the device.
     `implementation` and `quantization`: see ModelSettings; `num_threads` and `kernels`: see
     WorkerSettings. `asked` says which task the model is for: one that embeds is loaded without its
-    head. Of several ranks, the part of rank `rank` is read.
+    head. Of several ranks, the part of rank `rank` is read. `invariant`: see select_team.
 
     Raises ConfigError or DependencyError naming the file, key or tensor that stands in the way,
     or the memory that is lacking.
@@ -74,8 +75,10 @@ def load_model(
         implementation == "auto" and not is_native(raw.architecture())
     ):
         _check_library(raw, quantization, num_ranks)
-        prepare = functools.partial(_prepare, platform, num_threads, kernels)
-        loaded = _load_from_library(directory, raw, asked_dtype, platform, progress, prepare)
+        select = functools.partial(select_team, kernels, platform.device, invariant=invariant)
+        loaded = _load_from_library(
+            directory, raw, asked_dtype, platform, progress, num_threads, select
+        )
         return dataclasses.replace(loaded, task=task)
     family = find_family(raw.architecture())
     checkpoint = open_checkpoint(directory)
@@ -89,7 +92,15 @@ def load_model(
     shards = ShardPlan(config, rank, num_ranks) if num_ranks > 1 else None
     quantized = quantization != "none"
     _check_room(checkpoint, dtype, platform, quantized=quantized, num_ranks=num_ranks)
-    team = _prepare(platform, num_threads, kernels, checkpoint, dtype)
+    platform.prepare(num_threads, checkpoint.num_elements * dtype.itemsize)
+    team = select_team(
+        kernels,
+        platform.device,
+        dtype,
+        torch.get_num_threads(),
+        invariant=invariant,
+        head_dim=config.head_dim,
+    )
     if quantization != "none":
         require_team(team, "model.quantization", quantization)
     table = WeightTable(dtype, platform.device, team, quantization, shards)
@@ -118,25 +129,14 @@ def _check_library(raw: RawConfig, quantization: str, num_ranks: int) -> None:
         )
 
 
-def _prepare(
-    platform: Platform,
-    num_threads: int,
-    kernels: str,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-) -> Team | None:
-    """Set the platform up, choose who computes."""
-    platform.prepare(num_threads, checkpoint.num_elements * dtype.itemsize)
-    return select_team(kernels, platform.device, dtype, torch.get_num_threads())
-
-
 def _load_from_library(
     directory: Path,
     raw: RawConfig,
     asked_dtype: str,
     platform: Platform,
     progress: Callable[[int, int], None],
-    prepare: Callable[[Checkpoint, torch.dtype], Team | None],
+    num_threads: int,
+    select: Callable[..., Team | None],
 ) -> LoadedModel:
     # It takes seconds to import and most models do without.
     from xllm.worker.models.transformers_loading import load_transformers_model
@@ -144,9 +144,10 @@ def _load_from_library(
     checkpoint = open_checkpoint(directory)
     dtype = resolve_dtype(asked_dtype, raw.dtype() or checkpoint.dtype(), platform.name == "cpu")
     _check_room(checkpoint, dtype, platform)
-    team = prepare(checkpoint, dtype)
+    platform.prepare(num_threads, checkpoint.num_elements * dtype.itemsize)
     progress(0, checkpoint.total_bytes)
     model, num_bytes = load_transformers_model(raw, checkpoint, dtype, platform.device)
+    team = select(dtype, torch.get_num_threads(), head_dim=model.config.head_dim)
     progress(checkpoint.total_bytes, checkpoint.total_bytes)
     return LoadedModel(model, dtype, checkpoint.revision(directory), num_bytes, team)
 

@@ -299,6 +299,7 @@ class NativeExecutor:
             asked=model,
             rank=worker.rank,
             num_ranks=self._settings.master.num_workers,
+            invariant=worker.deterministic,
         )
         if worker.kv_dtype != "auto":
             require_team(loaded.team, "worker.kv_dtype", worker.kv_dtype)

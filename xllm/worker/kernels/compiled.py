@@ -128,11 +128,11 @@ class Library:
         names = "+".join(variant.name for variant in self.variants if variant.usable)
         return f"kernels-{_ABI}-{names}"
 
-    def describe(self) -> str:
-        """Which variants run: for the log."""
+    def describe(self, *, mixed: bool = True) -> str:
+        """Which variants run: for the log. `mixed`: whether row counts may differ in theirs."""
         usable = {variant.name for variant in self.variants if variant.usable}
         text: str = self.best.name
-        if "amx" in usable:
+        if "amx" in usable and mixed:
             text += ", amx from 16 rows"
         wrong = [variant.name for variant in self.variants if variant.wrong]
         text += f"; quantized weights by {self.c.xk_integer_variant().decode()}"

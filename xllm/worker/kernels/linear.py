@@ -67,7 +67,8 @@ class PackedLinear:
         variant: int = 0,
     ) -> None:
         """Zeros, for `place`. gated: gate and up alternate by blocks and num_outputs counts both.
-        variant: 0 for the best at each row count, or the number of one of the library's."""
+        variant: the number of one of the library's; 0: the team's choice (quantized products have
+        the same bits in all)."""
         self.kind, self.team, self.gated = kind, team, gated
         self.num_outputs, self.num_inputs = num_outputs, num_inputs
         blocks = 2 * num_blocks(num_outputs // 2) if gated else num_blocks(num_outputs)
@@ -84,6 +85,8 @@ class PackedLinear:
         self.bias: torch.Tensor | None = None
         group = GROUPS.get(kind, 0)
         self._weight = CWeight(kind, num_outputs, num_inputs, group, self.packed.data_ptr())
+        if not variant and team is not None and self.scales is None:
+            variant = team.variant
         self._weight.variant = variant
         if self.scales is not None:
             self._weight.scales = self.scales.data_ptr()

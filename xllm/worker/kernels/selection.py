@@ -10,6 +10,9 @@ from xllm.worker.kernels.compiled import load
 from xllm.worker.kernels.packing import Kind
 from xllm.worker.kernels.team import Team
 
+MAX_HEAD_DIM = 512
+"""kMaxHeadDim of attention.h."""
+
 _TYPES = (torch.bfloat16, torch.float32)
 
 _QUANTIZED = {"int8": Kind.INT8, "int4": Kind.INT4, "w8a8": Kind.W8A8}
@@ -18,12 +21,19 @@ log = structlog.get_logger(__name__)
 
 
 def select_team(
-    asked: str, device: torch.device, dtype: torch.dtype, num_threads: int
+    asked: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_threads: int,
+    *,
+    invariant: bool = False,
+    head_dim: int = 0,
 ) -> Team | None:
     """A team of the compiled kernels, or None where torch is to compute: on another device, with
-    numbers that the kernels do not know, or without the library, which a line in the log then
-    says. `asked`: auto, compiled or torch (WorkerSettings.kernels); ConfigError where the compiled
-    ones are asked for and cannot be had."""
+    numbers or heads that the kernels do not know, or without the library, which a line in the log
+    then says. `asked`: auto, compiled or torch (WorkerSettings.kernels); ConfigError where the
+    compiled ones are asked for and cannot be had. `invariant`: one variant computes the products
+    of all row counts, so that a row has the same bits in each."""
     if asked == "torch":
         return None
     loaded = load()
@@ -32,9 +42,13 @@ def select_team(
         reason = f"they are for CPUs, not {device.type}"
     elif dtype not in _TYPES:
         reason = f"they compute in bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+    elif head_dim > MAX_HEAD_DIM:
+        reason = f"they take heads of at most {MAX_HEAD_DIM} numbers, not {head_dim}"
     if loaded.compiled is not None and not reason:
-        log.info("compiled_kernels", variant=loaded.compiled.describe(), num_threads=num_threads)
-        return Team(loaded.compiled, num_threads)
+        variant = loaded.compiled.best.number if invariant else 0
+        described = loaded.compiled.describe(mixed=not invariant)
+        log.info("compiled_kernels", variant=described, num_threads=num_threads)
+        return Team(loaded.compiled, num_threads, variant)
     if asked == "compiled":
         raise ConfigError(
             f"worker.kernels: the compiled kernels cannot run: {reason}", param="worker.kernels"

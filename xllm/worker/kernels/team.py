@@ -7,20 +7,28 @@ import weakref
 
 import torch
 
+from xllm.errors import EngineError
 from xllm.worker.kernels.compiled import CWeight, Library
 
 
 class Team:
     """`num_threads` threads, the caller of each kernel among them; one caller at a time. Scratch
-    memory grows with use and is shared by all calls."""
+    memory grows with use and is shared by all calls. `variant`: that of the products; 0: the best
+    at each row count, whose bits may differ from one count to another."""
 
-    def __init__(self, library: Library, num_threads: int) -> None:
+    def __init__(self, library: Library, num_threads: int, variant: int = 0) -> None:
+        """EngineError where the system gives no more threads."""
         if num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, not {num_threads}")
         self.compiled = library
         self.num_threads = num_threads
+        self.variant = variant
         self.handle = library.c.xk_team_new(num_threads)
+        if not self.handle:
+            raise EngineError(f"the system does not give {num_threads - 1} more threads")
         self._end = weakref.finalize(self, library.c.xk_team_free, self.handle)
+        # A step may still be running as the process ends: its threads end with it.
+        self._end.atexit = False
         self._progress = ctypes.c_int64.from_address(library.c.xk_team_progress(self.handle))
         self._scratch = torch.empty(0, dtype=torch.uint8)
 

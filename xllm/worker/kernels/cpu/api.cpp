@@ -72,7 +72,14 @@ XK_API const char* xk_variant_name(int32_t variant) { return xk::variant_name(va
 XK_API int32_t xk_variant_state(int32_t variant) { return xk::variant_state(variant); }
 XK_API int32_t xk_best_variant() { return xk::best_variant(); }
 
-XK_API void* xk_team_new(int32_t num_threads) { return new xk::Team(num_threads); }
+// Null where the system gives no more threads.
+XK_API void* xk_team_new(int32_t num_threads) {
+  try {
+    return new xk::Team(num_threads);
+  } catch (...) {
+    return nullptr;
+  }
+}
 XK_API void xk_team_free(void* team) { delete static_cast<xk::Team*>(team); }
 XK_API int32_t xk_team_size(void* team) { return static_cast<xk::Team*>(team)->size(); }
 // The address of the counter of bounded pieces of work, an int64 that other threads may read.

@@ -1,16 +1,26 @@
 #include "team.h"
 
+#if defined(__x86_64__)
 #include <immintrin.h>
+#endif
 
 namespace xk {
 namespace {
 
 constexpr int kSpins = 4000;  // some 50 us: longer than the gap between two runs of a step
 
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");  // as long as a pause of x86; a yield is nothing on most cores
+#endif
+}
+
 void wait_while(const std::atomic<int32_t>& value, int32_t old) {
   for (int spin = 0; spin < kSpins; ++spin) {
     if (value.load(std::memory_order_acquire) != old) return;
-    _mm_pause();
+    pause();
   }
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
@@ -18,11 +28,18 @@ void wait_while(const std::atomic<int32_t>& value, int32_t old) {
 }  // namespace
 
 Team::Team(int num_threads) : num_threads_(num_threads < 1 ? 1 : num_threads) {
-  for (int thread = 1; thread < num_threads_; ++thread)
-    threads_.emplace_back([this, thread] { serve(thread); });
+  try {
+    for (int thread = 1; thread < num_threads_; ++thread)
+      threads_.emplace_back([this, thread] { serve(thread); });
+  } catch (...) {
+    end();
+    throw;
+  }
 }
 
-Team::~Team() {
+Team::~Team() { end(); }
+
+void Team::end() {
   run_.store(-1, std::memory_order_release);
   run_.notify_all();
   for (auto& thread : threads_) thread.join();

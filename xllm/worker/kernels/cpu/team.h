@@ -18,7 +18,7 @@ class Team {
  public:
   using Work = void (*)(void* argument, int thread);
 
-  explicit Team(int num_threads);
+  explicit Team(int num_threads);  // throws where the system gives no more threads
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -41,6 +41,7 @@ class Team {
 
  private:
   void serve(int thread);
+  void end();
 
   const int num_threads_;
   std::vector<std::thread> threads_;
