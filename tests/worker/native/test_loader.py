@@ -189,6 +189,21 @@ def garble(directory: Path) -> None:
     (directory / WEIGHTS).write_bytes(b"\xff" * 64)
 
 
+def lengthen(directory: Path) -> None:
+    """Bytes of no tensor behind the last one."""
+    with (directory / WEIGHTS).open("ab") as file:
+        file.write(bytes(100))
+
+
+def nest(directory: Path) -> None:
+    header = b"[" * 200_000
+    (directory / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def nest_config(directory: Path) -> None:
+    (directory / "config.json").write_text('{"a":' + "[" * 200_000)
+
+
 def pickle_weights(directory: Path) -> None:
     (directory / WEIGHTS).rename(directory / "pytorch_model.bin")
 
@@ -225,6 +240,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a layer too many": (configure(num_hidden_layers=4), r"lacks model.layers.3.* and \d+ more"),
     "a cut file": (cut, "does not lie in the file"),
     "a broken file": (garble, "broken safetensors file"),
+    "bytes of no tensor": (lengthen, "model.safetensors: broken safetensors file"),
+    "a header too deep": (nest, "broken safetensors header"),
+    "a configuration too deep": (nest_config, "config.json cannot be read"),
     "pickled weights": (pickle_weights, "pytorch_model.bin: pickled weights"),
     "a shard elsewhere": (point_outside, "is no safetensors file beside it"),
     "a wrong index": (misplace, "it is not there"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from xllm.errors import ConfigError, DependencyError
 
@@ -70,7 +70,7 @@ class Checkpoint:
         """Every tensor, file by file, mapped from its file. The consumer copies what it needs
         and drops the tensor; each file is unmapped when its last one was given."""
         for file in self.files:
-            with safe_open(file, framework="pt", device="cpu") as source:
+            with _mapped(file) as source:
                 for entry in self.entries.values():
                     if entry.file == file:
                         yield entry, source.get_tensor(entry.name)
@@ -82,9 +82,7 @@ class Checkpoint:
             return False
         with contextlib.ExitStack() as stack:
             values = [
-                stack.enter_context(safe_open(entry.file, framework="pt", device="cpu")).get_tensor(
-                    entry.name
-                )
+                stack.enter_context(_mapped(entry.file)).get_tensor(entry.name)
                 for entry in (one, two)
             ]
             return torch.equal(values[0], values[1])
@@ -128,11 +126,23 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     )
 
 
+@contextlib.contextmanager
+def _mapped(file: Path) -> Iterator[Any]:
+    """A file as the library has it; ConfigError where it sees what the headers do not tell, such
+    as bytes of no tensor or of two."""
+    try:
+        source = safe_open(file, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ConfigError(f"{file.name}: broken safetensors file: {error}") from error
+    with source:
+        yield source
+
+
 def _read_shards(directory: Path, index: Path) -> dict[str, TensorEntry]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         placed = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{_INDEX} has no readable weight_map: {error!r}") from error
     entries: dict[str, TensorEntry] = {}
     for file in sorted(set(placed.values())):
@@ -157,7 +167,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
             raise ConfigError(f"{path.name}: broken safetensors file (header of {length} bytes)")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path.name}: broken safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise ConfigError(f"{path.name}: broken safetensors header")

@@ -191,7 +191,7 @@ def read_config(directory: Path) -> RawConfig:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name} must hold a JSON object")
