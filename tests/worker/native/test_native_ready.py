@@ -34,6 +34,12 @@ def test_the_tighter_length_counts(tmp_path: Path) -> None:
     assert ready_of(with_model(settings, max_model_len=5000)).max_model_len == 1024
 
 
+def test_ids_beyond_the_vocabulary_end_no_text(tmp_path: Path) -> None:
+    """They are never drawn, and min_tokens has nothing to mask."""
+    directory = make_model("qwen3", tmp_path, eos_token_id=[7, 512, 151643])
+    assert ready_of(native_settings(directory)).eos_ids == (510, 508, 7)
+
+
 def test_the_name_is_the_settings_or_the_directorys(tmp_path: Path) -> None:
     settings = native_settings(make_model("qwen3", tmp_path / "little-model"))
     assert ready_of(settings).model == "little-model"

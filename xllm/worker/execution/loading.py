@@ -71,14 +71,13 @@ def load_model(
     task = resolve_task(
         asked or ModelSettings(), directory, headless=is_headless(raw.architecture())
     )
+    select = functools.partial(select_team, kernels, platform.device, invariant=invariant)
     if implementation == "transformers" or (
         implementation == "auto" and not is_native(raw.architecture())
     ):
         _check_library(raw, quantization, num_ranks)
-        select = functools.partial(select_team, kernels, platform.device, invariant=invariant)
-        loaded = _load_from_library(
-            directory, raw, asked_dtype, platform, progress, num_threads, select
-        )
+        prepare = functools.partial(platform.prepare, num_threads)
+        loaded = _load_library(directory, raw, asked_dtype, platform, progress, prepare, select)
         return dataclasses.replace(loaded, task=task)
     family = find_family(raw.architecture())
     checkpoint = open_checkpoint(directory)
@@ -93,14 +92,7 @@ def load_model(
     quantized = quantization != "none"
     _check_room(checkpoint, dtype, platform, quantized=quantized, num_ranks=num_ranks)
     platform.prepare(num_threads, checkpoint.num_elements * dtype.itemsize)
-    team = select_team(
-        kernels,
-        platform.device,
-        dtype,
-        torch.get_num_threads(),
-        invariant=invariant,
-        head_dim=config.head_dim,
-    )
+    team = select(dtype, torch.get_num_threads(), head_dim=config.head_dim)
     if quantization != "none":
         require_team(team, "model.quantization", quantization)
     table = WeightTable(dtype, platform.device, team, quantization, shards)
@@ -129,13 +121,13 @@ def _check_library(raw: RawConfig, quantization: str, num_ranks: int) -> None:
         )
 
 
-def _load_from_library(
+def _load_library(
     directory: Path,
     raw: RawConfig,
     asked_dtype: str,
     platform: Platform,
     progress: Callable[[int, int], None],
-    num_threads: int,
+    prepare: Callable[[int], None],
     select: Callable[..., Team | None],
 ) -> LoadedModel:
     # It takes seconds to import and most models do without.
@@ -144,7 +136,7 @@ def _load_from_library(
     checkpoint = open_checkpoint(directory)
     dtype = resolve_dtype(asked_dtype, raw.dtype() or checkpoint.dtype(), platform.name == "cpu")
     _check_room(checkpoint, dtype, platform)
-    platform.prepare(num_threads, checkpoint.num_elements * dtype.itemsize)
+    prepare(checkpoint.num_elements * dtype.itemsize)
     progress(0, checkpoint.total_bytes)
     model, num_bytes = load_transformers_model(raw, checkpoint, dtype, platform.device)
     team = select(dtype, torch.get_num_threads(), head_dim=model.config.head_dim)

@@ -238,7 +238,8 @@ class NativeExecutor:
             block_size=layout.block_size,
             max_model_len=model_len,
             vocab_size=model.config.vocab_size,
-            eos_ids=model.config.eos_ids,
+            # Ids beyond the vocabulary, which some configurations name, are never drawn.
+            eos_ids=tuple(i for i in model.config.eos_ids if i < model.config.vocab_size),
             revision=loaded.revision,
             fingerprint=self._fingerprint(platform, loaded),
             kv_groups=describe_groups(model.kv_groups, layout.item_bytes, layout.scale_bytes),

@@ -41,12 +41,16 @@ def make_memory(
     _check_block_size(size, on_cpu)
     if settings.worker.kv_dtype == "int8":
         dtype = torch.int8
-    asked, total = settings.worker.kv_cache_bytes, platform.memory().total_bytes
-    if asked > total:
+    asked, device = settings.worker.kv_cache_bytes, platform.memory()
+    # A CPU's memory is made real by use: what is not there would end the process in service.
+    there = device.free_bytes if on_cpu else device.total_bytes
+    if asked > there:
         raise ConfigError(
-            f"worker.kv_cache_bytes: {asked} bytes were asked for, the device has {total}",
+            f"worker.kv_cache_bytes: {asked} bytes were asked for, the device has {there}"
+            + (f" free of {device.total_bytes}" if on_cpu else ""),
             param="worker.kv_cache_bytes",
         )
+    shares_host = on_cpu and settings.master.spawn_workers
     shape = (size, config.num_layers, config.num_kv_heads, config.head_dim, dtype.itemsize)
     scale_bytes = SCALE_BYTES if dtype == torch.int8 else 0
 
@@ -57,7 +61,7 @@ def make_memory(
 
     num_blocks = choose_num_blocks(
         asked_bytes=asked,
-        budget_bytes=platform.kv_budget(),
+        budget_bytes=platform.kv_budget() // (settings.master.num_workers if shares_host else 1),
         bytes_per_block=lay_out(1).block_bytes,
         block_size=size,
         max_num_seqs=settings.scheduler.max_num_seqs,
