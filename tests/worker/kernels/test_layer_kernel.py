@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from xllm.errors import EngineError
 from xllm.worker.attention.plan import Span
 from xllm.worker.kernels.attention import StepArrays
 from xllm.worker.kernels.compiled import load
-from xllm.worker.kernels.fused import FusedHead, FusedLayer, LayerParts, arg_max, rms_norm
-from xllm.worker.kernels.linear import pack_gate_up, pack_linear
+from xllm.worker.kernels.experts import ExpertSizes, PackedExperts
+from xllm.worker.kernels.fused import FusedHead, FusedLayer, LayerParts, arg_max
+from xllm.worker.kernels.linear import Part, pack_gate_up, pack_linear
 from xllm.worker.kernels.packing import Kind
 from xllm.worker.kernels.structures import PHASES
 from xllm.worker.kernels.team import Team
@@ -57,7 +59,7 @@ class Case:
         if not norms:
             self.norms[2:] = [None, None]
         kind = Kind.FP32
-        parts = LayerParts(
+        self.parts = LayerParts(
             pack_linear(kind, self.qkv, self.bias, team, variant),
             pack_linear(kind, self.out, None, team, variant),
             None if sparse else pack_gate_up(kind, self.gate, self.up, team, variant),
@@ -67,11 +69,24 @@ class Case:
             HEADS,
             KV_HEADS,
             DIM,
-            self.feed_forward if sparse else None,
+            self.experts(variant) if sparse else None,
         )
         self.memory = CpuKvMemory(BlockLayout(80, 16, 2, KV_HEADS, DIM, 4), torch.float32)
         layer_bytes = self.memory.layout.layer_bytes
-        self.layer = FusedLayer(team, parts, 1, 0, layer_bytes, variant)
+        self.layer = FusedLayer(team, self.parts, 1, 0, layer_bytes, variant)
+
+    def experts(self, variant: int) -> PackedExperts:
+        """In each slot the MLP, so that their weighted sum is its result."""
+        sizes = ExpertSizes(3, 2, 2, True, HIDDEN, INNER)
+        slots, counts = torch.tensor([1, 0, 1]), torch.zeros(3, dtype=torch.int32)
+        experts = PackedExperts(Kind.FP32, Kind.FP32, sizes, slots, counts, self.team, variant)
+        experts.router.place(Part(torch.zeros(3, HIDDEN), 0))
+        for slot in (0, 1):
+            first = 2 * slot * experts.inner_blocks
+            experts.gate_up.place(Part(self.gate, first, 2))
+            experts.gate_up.place(Part(self.up, first + 1, 2))
+            experts.down.place(Part(self.down, slot * experts.hidden_blocks))
+        return experts
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         return (F.silu(x @ self.gate.T) * (x @ self.up.T)) @ self.down.T
@@ -110,11 +125,10 @@ def test_a_layer(team: Team, variant: int, norms: bool, sparse: bool) -> None:
     assert (whole - case.expected(x, cos, sin)).abs().max() < 2e-3
     assert (phases[:5] > 0).all()
     before = team.progress
-    if not sparse:  # torch's products promise no bits
-        borders = [0, 1, 17, 300, 599, 600]
-        parts = [run(a, b) for a, b in itertools.pairwise(borders)]
-        assert torch.equal(torch.cat(parts), whole)
-        assert team.progress > before
+    borders = [0, 1, 17, 300, 599, 600]
+    parts = [run(a, b) for a, b in itertools.pairwise(borders)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert team.progress > before
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -139,6 +153,16 @@ def test_the_halves_of_a_layer(team: Team, variant: int, sparse: bool) -> None:
     torch.testing.assert_close(hidden, whole, rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_refuses_a_slot_that_there_is_not(team: Team) -> None:
+    case = Case(team, 0, norms=True, sparse=True)
+    assert case.parts.experts is not None
+    case.parts.experts.slots[1] = 2
+    arrays = StepArrays([Span(0, 1, array("q", [0]))], case.memory)
+    arrays.set_angles(torch.ones(1, DIM // 2), torch.zeros(1, DIM // 2))
+    with pytest.raises(EngineError, match="slots outside of 0 to 1"):
+        case.layer(torch.randn(1, HIDDEN), arrays)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_head_and_norm(team: Team, variant: int) -> None:
     torch.manual_seed(2)
@@ -149,7 +173,8 @@ def test_head_and_norm(team: Team, variant: int) -> None:
     assert torch.equal(torch.cat([head(row[None]) for row in x]), logits)
     for size in (1, 7, 16, 33):
         part, scale = x[:, :size].contiguous(), norm[:size].contiguous()
-        found = rms_norm(team, part, scale, EPS, variant)
+        unit = pack_linear(Kind.FP32, torch.eye(size), None, team, variant)
+        found = FusedHead(team, scale, EPS, unit, variant)(part)
         assert (found - normed(part, scale)).abs().max() < 1e-5
 
 

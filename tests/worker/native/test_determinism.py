@@ -29,6 +29,8 @@ CASES = [
     ("qwen3", "bfloat16", 2),
     ("mistral-window", "float32", 2),
     ("qwen2", "bfloat16", 1),
+    ("qwen3-moe", "float32", 2),
+    ("qwen3-moe", "bfloat16", 1),
 ]
 
 pytestmark = pytest.mark.skipif("compiled" not in KERNELS, reason="the kernels were not built")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fixtures.models import make_model
-from tests.worker.native.plan_driver import PlanDriver, random_prompts
+from tests.worker.native.plan_driver import KERNELS, PlanDriver, random_prompts
 from tests.worker.native.reference import load_reference
 from xllm.errors import ConfigError
 from xllm.worker.layers.experts import (
@@ -94,10 +94,11 @@ def test_grouped_product_equals_products_by_group(dtype: torch.dtype, inner: int
             assert torch.allclose(product(x, weights, ends).float(), want, rtol=2e-2, atol=2e-2)
 
 
-def test_counts_come_with_each_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_counts_come_with_each_step(kernels: str, tmp_path: Path) -> None:
     """Against the reference's own choices; the dense layer counts nothing."""
     directory = make_model("qwen3-moe", tmp_path, mlp_only_layers=[1])
-    driver = PlanDriver(directory)
+    driver = PlanDriver(directory, kernels=kernels)
     prompts = random_prompts(3, 5, 40)
     (frame,) = driver.step([driver.job(prompt, 2) for prompt in prompts]).frames
     counts = np.frombuffer(frame, "<i4").reshape(3, 8)
@@ -119,9 +120,10 @@ def test_counts_come_with_each_step(tmp_path: Path) -> None:
     assert not np.frombuffer(output.frames[-1], "<i4").any()
 
 
-def test_moved_experts_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_moved_experts_change_nothing(kernels: str, tmp_path: Path) -> None:
     """One layer's weights permuted over its slots, and the table with them."""
-    driver = PlanDriver(make_model("qwen3-moe", tmp_path))
+    driver = PlanDriver(make_model("qwen3-moe", tmp_path), kernels=kernels)
     prompts = random_prompts(4, 5, 30)
 
     def outputs() -> list[list[int]]:
@@ -134,7 +136,12 @@ def test_moved_experts_change_nothing(tmp_path: Path) -> None:
     model = driver.executor._loaded().loop._model
     mlp = model._layers[1]._mlp
     order = torch.randperm(8, generator=torch.Generator().manual_seed(2))
-    mlp._gate_up[:], mlp._down[:] = mlp._gate_up[order], mlp._down[order]
+    if kernels == "torch":
+        weights = [mlp._gate_up, mlp._down]
+    else:
+        weights = [part.packed.view(8, -1) for part in (mlp.gate_up, mlp.down)]
+    for weight in weights:
+        weight[:] = weight[order]
     assert outputs() != before
     model.experts.slots[1] = order.argsort()
     assert outputs() == before

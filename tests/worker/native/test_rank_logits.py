@@ -123,9 +123,10 @@ def test_micro_batches_give_the_same_logits(family: str, kernels: str, tmp_path:
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-def test_a_rows_bits_do_not_depend_on_its_step(rows: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe"])
+def test_a_rows_bits_do_not_depend_on_its_step(family: str, rows: int, tmp_path: Path) -> None:
     """Where the kernels promise that, ranks keep the promise, micro-batches or not."""
-    directory = make_model("qwen3", tmp_path, dtype="bfloat16")
+    directory = make_model(family, tmp_path, dtype="bfloat16")
     (ids,) = random_prompts(1, LENGTH, LENGTH)
     with ranks_of(directory, 2, rows, dtype="bfloat16") as several:
         if not several.runners[0].loop.batch_invariant:

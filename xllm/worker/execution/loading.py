@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from xllm.worker.platform.platform import Platform, resolve_dtype
 _PREFIX = "model."
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
-_EXPERTS = ".experts."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -153,13 +151,8 @@ def _check_room(
     num_ranks: int = 1,
 ) -> None:
     """Raise DependencyError where the weights do not fit what memory is free: on a CPU the
-    kernel would end the process half-way. Quantized ones are taken for bytes, but for experts."""
-    needed = checkpoint.num_elements * dtype.itemsize
-    if quantized:
-        names = [name for name in checkpoint.entries if _EXPERTS not in name]
-        smaller = sum(math.prod(checkpoint.entries[name].shape) for name in names)
-        needed -= smaller * (dtype.itemsize - 1)
-    needed //= num_ranks
+    kernel would end the process half-way. Quantized ones are taken for bytes."""
+    needed = checkpoint.num_elements * (1 if quantized else dtype.itemsize) // num_ranks
     free = platform.memory().free_bytes
     if needed > free:
         raise DependencyError(

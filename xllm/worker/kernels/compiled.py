@@ -16,10 +16,10 @@ from types import SimpleNamespace
 
 import torch
 
-_ABI = 3
+_ABI = 4
 
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-_F32, _F64 = ctypes.c_float, ctypes.c_double
+_F64 = ctypes.c_double
 
 # name: (result, arguments); api.cpp says what they are.
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -56,13 +56,14 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         None,
         [_POINTER, _I32, _POINTER, _POINTER, _POINTER, _I32, _POINTER, _POINTER],
     ),
+    "xk_experts_scratch": (_I64, [_POINTER, _POINTER, _I32]),
+    "xk_experts": (_I32, [_POINTER, _POINTER, _POINTER, _I32, _POINTER, _POINTER]),
     "xk_attend_scratch": (_I64, [_POINTER, _POINTER, _POINTER]),
     "xk_attend": (
         _I32,
         [_POINTER, _I32, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _POINTER],
     ),
     "xk_arg_max": (None, [_POINTER, _I32, _POINTER, _I64, _I32, _I32, _POINTER, _POINTER]),
-    "xk_rms_norm": (None, [_I32, _POINTER, _POINTER, _F32, _I32, _POINTER]),
 }
 
 

@@ -1,18 +1,17 @@
 """Decoder layers and the head by the compiled kernels: one call a layer, whatever the step holds.
 
-The hidden state is fp32 [rows, hidden] and changed in place. A layer whose feed-forward half is
-not a gated MLP runs its attention's half here and the other in torch.
+The hidden state is fp32 [rows, hidden] and changed in place.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Callable
 
 import torch
 
 from xllm.worker.kernels.attention import StepArrays
+from xllm.worker.kernels.experts import PackedExperts
 from xllm.worker.kernels.linear import PackedLinear
 from xllm.worker.kernels.structures import (
     ATTENTION_HALF,
@@ -29,7 +28,7 @@ from xllm.worker.kernels.team import Team
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerParts:
     """The weights of a decoder layer as the kernels take them: norms of any type, products
-    packed. `gate_up` None: `feed_forward` [rows, hidden] to the same, fp32, is the other half."""
+    packed. The half behind attention is `gate_up` and `down`, or `experts`."""
 
     qkv: PackedLinear
     out: PackedLinear
@@ -43,7 +42,7 @@ class LayerParts:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    feed_forward: Callable[[torch.Tensor], torch.Tensor] | None = None
+    experts: PackedExperts | None = None
 
 
 class FusedLayer:
@@ -84,14 +83,16 @@ class FusedLayer:
             intermediate=0 if down is None else down.num_inputs,
             kv_offset=index * layer_bytes,
         )
-        if gate_up is not None and down is not None:
+        if parts.experts is not None:
+            self._layer.experts = parts.experts.address
+        else:
+            assert gate_up is not None
+            assert down is not None
             self._layer.gate_up, self._layer.down = gate_up.c_weight, down.c_weight
 
     def __call__(self, hidden: torch.Tensor, arrays: StepArrays) -> None:
         """One layer of all rows of a step."""
         self._run(hidden, arrays, BOTH_HALVES, None)
-        if self._parts.feed_forward is not None:
-            hidden += self._feed_forward(hidden)
 
     def attention_half(self, hidden: torch.Tensor, arrays: StepArrays, out: torch.Tensor) -> None:
         """What attention would add to hidden, into `out` (fp32 [rows, hidden], contiguous): ranks
@@ -100,16 +101,7 @@ class FusedLayer:
 
     def mlp_half(self, hidden: torch.Tensor, arrays: StepArrays, out: torch.Tensor) -> None:
         """What the feed-forward half would add to hidden, into `out` as above."""
-        if self._parts.feed_forward is not None:
-            out.copy_(self._feed_forward(hidden))
-        else:
-            self._run(hidden, arrays, MLP_HALF, out)
-
-    def _feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        norm, feed_forward = self._norms[1], self._parts.feed_forward
-        assert norm is not None
-        assert feed_forward is not None
-        return feed_forward(rms_norm(self._team, hidden, norm, self._parts.eps, self._variant))
+        self._run(hidden, arrays, MLP_HALF, out)
 
     def _run(
         self, hidden: torch.Tensor, arrays: StepArrays, halves: int, out: torch.Tensor | None
@@ -121,21 +113,9 @@ class FusedLayer:
         assert out is None or (out.is_contiguous() and out.shape == hidden.shape)
         to = None if out is None else out.data_ptr()
         failed = c.xk_layer(team.handle, self._variant, layer, step, hidden.data_ptr(), halves, to)
+        if self._parts.experts is not None:
+            self._parts.experts.refuse(failed)
         assert not failed
-
-
-def rms_norm(
-    team: Team, x: torch.Tensor, weight: torch.Tensor, eps: float, variant: int = 0
-) -> torch.Tensor:
-    """x / rms(x) * weight of each row of x, fp32 and contiguous."""
-    out = torch.empty_like(x)
-    size = x.shape[-1]
-    for row in range(x.shape[0]):
-        at = 4 * size * row
-        team.compiled.c.xk_rms_norm(
-            variant, x.data_ptr() + at, weight.data_ptr(), eps, size, out.data_ptr() + at
-        )
-    return out
 
 
 class FusedHead:

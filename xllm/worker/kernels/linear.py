@@ -162,13 +162,15 @@ class PackedLinear:
         self.team.product(self._weight, x, out, epilogue)
         return out
 
-    def twin(self, x: torch.Tensor) -> torch.Tensor:
-        """The same in torch, without the sum of ADD."""
+    def twin(self, x: torch.Tensor, blocks: slice = slice(None)) -> torch.Tensor:
+        """The same in torch, without the sum of ADD. `blocks`: of the outputs of these blocks."""
+        packed = self.packed[blocks]
         if self.scales is None:
-            y = F.linear(x, unpack(self.kind, self.packed, self.num_inputs), self.bias)
+            y = F.linear(x, unpack(self.kind, packed, self.num_inputs))
         else:
-            y = multiply_integers(self.kind, x, self.packed, self.scales)
-            y = y if self.bias is None else y + self.bias
+            y = multiply_integers(self.kind, x, packed, self.scales[blocks])
+        if self.bias is not None:
+            y = y + self.bias.view(-1, BLOCK)[blocks].flatten()
         if not self.gated:
             return y[:, : self.num_outputs]
         gate, up = y.view(x.shape[0], -1, 2, BLOCK).unbind(2)

@@ -1,5 +1,6 @@
-"""The structures that the C++ kernels take, field by field as cpu/gemm.h, attention.h, rows.h and
-layer.h have them. Addresses are plain integers: who fills one in keeps the memory alive.
+"""The structures that the C++ kernels take, field by field as cpu/gemm.h, attention.h, rows.h,
+experts.h and layer.h have them. Addresses are plain integers: who fills one in keeps the memory
+alive.
 """
 
 from __future__ import annotations
@@ -61,6 +62,24 @@ class CHeadShape(ctypes.Structure):
     )
 
 
+class CExperts(ctypes.Structure):
+    """experts.h, Experts."""
+
+    _fields_ = (
+        ("router", CWeight),
+        ("gate_up", CWeight),
+        ("down", CWeight),
+        ("slots", POINTER),
+        ("counts", POINTER),
+        ("num_experts", I32),
+        ("num_slots", I32),
+        ("top_k", I32),
+        ("normalise", I32),
+        ("hidden", I32),
+        ("inner", I32),
+    )
+
+
 class CLayer(ctypes.Structure):
     """layer.h, Layer."""
 
@@ -76,6 +95,7 @@ class CLayer(ctypes.Structure):
         ("hidden", I32),
         ("intermediate", I32),
         ("kv_offset", I64),
+        ("experts", POINTER),
     )
 
 

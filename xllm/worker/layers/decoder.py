@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from xllm.worker.kernels.experts import PackedExperts
 from xllm.worker.kernels.fused import LayerParts
 from xllm.worker.kernels.linear import PackedLinear
 from xllm.worker.layers.mlp import GatedMlp
@@ -98,17 +99,23 @@ class DecoderLayer:
             )
 
     def parts(self) -> LayerParts | None:
-        """The weights as the kernels take them; None: they are not packed."""
+        """The weights as the kernels take them; None: they are not packed, or the feed-forward half
+        is of a kind that the kernels do not know."""
         qkv, out, mlp = self._qkv, self._out, self._mlp
         if not isinstance(qkv, PackedLinear) or not isinstance(out, PackedLinear):
             return None
         q_norm, k_norm = self._qk_norm_parts or (None, None)
         gate_up: PackedLinear | None = None
         down: PackedLinear | None = None
+        experts: PackedExperts | None = None
         if isinstance(mlp, GatedMlp):
             assert isinstance(mlp.gate_up, PackedLinear)
             assert isinstance(mlp.down, PackedLinear)
             gate_up, down = mlp.gate_up, mlp.down
+        elif isinstance(mlp, PackedExperts):
+            experts = mlp
+        else:
+            return None
         return LayerParts(
             qkv,
             out,
@@ -122,7 +129,7 @@ class DecoderLayer:
             self._num_heads,
             self._num_kv_heads,
             self._head_dim,
-            None if isinstance(mlp, GatedMlp) else mlp,
+            experts,
         )
 
     def __call__(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from xllm.errors import ConfigError
+from xllm.worker.kernels.experts import ExpertSizes, PackedExperts
 from xllm.worker.kernels.linear import PackedLinear
 from xllm.worker.kernels.packing import BLOCK, num_blocks
 from xllm.worker.kernels.selection import choose_kind
@@ -81,6 +82,31 @@ class WeightTable:
             for name, part in zip(names, whole.split(rows), strict=True):
                 self.bind(f"{group}.{name}", CopyTarget(part))
         return weight
+
+    def experts(
+        self,
+        router: str,
+        groups: Sequence[str],
+        sizes: ExpertSizes,
+        slots: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> PackedExperts:
+        """Experts packed for the kernels, which a team must be there for: expert i is filled by
+        the maps `groups[i].gate_proj`, `.up_proj` and `.down_proj`, and lies in slot i."""
+        assert self.team is not None
+        kind = choose_kind(self.quantization, self.dtype, is_head=False)
+        plain = choose_kind("none", self.dtype, is_head=False)
+        experts = PackedExperts(kind, plain, sizes, slots, counts, self.team)
+        self.bind(router, PackTarget(experts.router, sizes.num_experts, 0, 1))
+        for slot, group in enumerate(groups):
+            first = 2 * slot * experts.inner_blocks
+            for name, block in (("gate_proj", first), ("up_proj", first + 1)):
+                target = PackTarget(experts.gate_up, sizes.inner, block, 2)
+                self.bind(f"{group}.{name}.weight", target)
+            target = PackTarget(experts.down, sizes.hidden, slot * experts.hidden_blocks, 1)
+            self.bind(f"{group}.down_proj.weight", target)
+        self.num_bytes += experts.num_bytes
+        return experts
 
     def linear(
         self,

@@ -110,7 +110,8 @@ class DenseDecoder:
             self._fused_head = FusedHead(self._head.team, norm.weight, norm.eps, self._head)
 
     def parts(self) -> list[LayerParts] | None:
-        """Each layer's weights as the kernels take them; None: they are not packed."""
+        """Each layer's weights as the kernels take them; None: they are not packed, or not all of
+        a kind that the kernels know."""
         found = [layer.parts() for layer in self._layers]
         packed = [parts for parts in found if parts is not None]
         return packed if len(packed) == len(found) else None

@@ -56,7 +56,8 @@ class NativeModel(DecoderModel, Protocol):
         """The same for the kernels: cosines and sines, fp32 [rows, head_dim / 2]."""
 
     def parts(self) -> list[LayerParts] | None:
-        """Each layer's weights as the kernels take them; None: they are not packed."""
+        """Each layer's weights as the kernels take them; None: they are not packed, or not all of
+        a kind that the kernels know."""
 
     def layer(
         self, index: int, hidden: torch.Tensor, tables: RotaryTables, attention: Attention

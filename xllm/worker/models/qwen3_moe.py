@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from xllm.errors import ConfigError
+from xllm.worker.kernels.experts import ExpertSizes
 from xllm.worker.layers.decoder import FeedForward
 from xllm.worker.layers.experts import ExpertTables, SparseMlp
 from xllm.worker.loader.config import ExpertConfig, ModelConfig, RawConfig
@@ -32,6 +33,17 @@ class Qwen3MoeModel(DenseDecoder):
             return None
         inner, spare = experts.intermediate_size, self._num_spare
         names = [f"{prefix}.experts.{number}" for number in range(experts.num_experts)]
+        if table.team is not None:
+            sizes = ExpertSizes(
+                experts.num_experts,
+                experts.num_experts + spare,
+                experts.top_k,
+                experts.normalise,
+                hidden,
+                inner,
+            )
+            slots, counts = self.experts.slots[index], self.experts.counts[index]
+            return table.experts(f"{prefix}.gate.weight", names, sizes, slots, counts)
         return SparseMlp(
             index,
             table.one(f"{prefix}.gate.weight", experts.num_experts, hidden),

@@ -17,6 +17,7 @@ struct Scratch {
   float* wide;      // [slice, max(q + k + v, intermediate)]
   char* gemm;
   char* attention;
+  char* experts;
   int64_t num_bytes;
 };
 
@@ -42,6 +43,8 @@ Scratch cut_scratch(const Layer& layer, const Step& step, int32_t num_threads) {
                               gemm_bytes(layer.gate_up, slice), gemm_bytes(layer.down, slice)}));
   found.attention = take(attention_scratch_bytes(step.kv, layer.attention, step.sequences,
                                                  step.num_sequences, num_threads));
+  found.experts =
+      take(layer.experts ? experts_scratch_bytes(*layer.experts, slice, num_threads) : 0);
   found.num_bytes = at - step.scratch;
   return found;
 }
@@ -64,8 +67,14 @@ class LayerRun {
 
   void run(int32_t halves) {
     if (halves & kAttentionHalf) attention_half();
-    if ((halves & kMlpHalf) == 0 || layer_.gate_up.data == nullptr) return;
-    for (int32_t first = 0; first < step_.num_rows; first += kSliceRows) feed_forward(first);
+    if ((halves & kMlpHalf) == 0) return;
+    for (int32_t first = 0; first < step_.num_rows; first += kSliceRows) {
+      norm(first, layer_.output_norm);
+      if (layer_.experts != nullptr)
+        pass_experts(first);
+      else
+        feed_forward(first);
+    }
   }
 
  private:
@@ -122,11 +131,20 @@ class LayerRun {
 
   void feed_forward(int32_t first) {
     const int32_t count = slice_at(first);
-    norm(first, layer_.output_norm);
     multiply(layer_.gate_up, scratch_.normed, layer_.hidden, count, scratch_.wide,
              layer_.intermediate, kSiluMul, kGateUp);
     multiply(layer_.down, scratch_.wide, layer_.intermediate, count, out_at(first), layer_.hidden,
              how_, kDown);
+  }
+
+  void pass_experts(int32_t first) {
+    ExpertPass pass(team_, thread_, *layer_.experts, scratch_.normed, slice_at(first),
+                    scratch_.experts);
+    pass.route();
+    pass.gate_up();
+    note(kGateUp);
+    pass.down(out_at(first), how_);
+    note(kDown);
   }
 
   void note(Phase phase) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.h"
+#include "experts.h"
 #include "gemm.h"
 #include "kernels.h"
 
@@ -11,14 +12,14 @@ namespace xk {
 constexpr int32_t kSliceRows = 512;  // rows that the products take at a time
 
 // The halves of a layer: out(attention(norm(hidden))), and down(silu(gate(n)) * up(n)) where
-// n = norm(hidden). Each is added to hidden, or stored on its own: a rank that has a part of the
+// n = norm(hidden), or what the experts of each row give for it. Each is added to hidden, or stored on its own: a rank that has a part of the
 // weights sums its results with the others' first.
 enum Halves : int32_t { kAttentionHalf = 1, kMlpHalf = 2, kBothHalves = 3 };
 
 struct Layer {
   Weight qkv;            // q, k and v, one below the other
   Weight out;
-  Weight gate_up;        // data null: the layer ends behind the attention's half
+  Weight gate_up;        // data null: of a layer with experts
   Weight down;
   const float* input_norm;
   const float* output_norm;
@@ -27,8 +28,10 @@ struct Layer {
   int32_t hidden;
   int32_t intermediate;
   int64_t kv_offset;     // of this layer's KV in a block
+  const Experts* experts;
 };
 
+// Of experts, kGateUp is their choice and all that leads to silu(gate) * up, kDown the rest.
 enum Phase { kNorm, kQkv, kRope, kAttention, kOut, kGateUp, kDown, kHead, kNumPhases };
 
 struct Step {

@@ -2,6 +2,8 @@
 // `variant` is a number of variant.h.
 #include "layer.h"
 
+#include <algorithm>
+
 using namespace xk;
 
 namespace {
@@ -22,11 +24,34 @@ int64_t xk_layer_scratch(const Team* team, const Layer* layer, const Step* step)
 }
 
 // One layer of all rows, hidden [rows, hidden] in place (out null), or one half of it into `out`:
-// see run_layer. -1: the step's scratch is too small.
+// see run_layer. -1: the step's scratch is too small; -2: experts are in slots that there are not.
 int32_t xk_layer(Team* team, int32_t variant, const Layer* layer, const Step* step, float* hidden,
                  int32_t halves, float* out) {
   if (layer_scratch_bytes(*layer, *step, team->size()) > step->scratch_bytes) return -1;
+  if (layer->experts != nullptr && !slots_exist(*layer->experts)) return -2;
   run_layer(*team, kernels_of(variant), *layer, *step, hidden, halves, out);
+  return 0;
+}
+
+int64_t xk_experts_scratch(const Team* team, const Experts* experts, int32_t rows) {
+  return experts_scratch_bytes(*experts, std::min(rows, kSliceRows), team->size());
+}
+
+// x [rows, hidden] through its experts to y [rows, hidden]; scratch aligned to 64 bytes. -2: as
+// above.
+int32_t xk_experts(Team* team, const Experts* experts, const float* x, int32_t rows, float* y,
+                   char* scratch) {
+  if (!slots_exist(*experts)) return -2;
+  on_team(*team, [&](int thread) {
+    for (int64_t first = 0; first < rows; first += kSliceRows) {
+      const int64_t at = first * experts->hidden;
+      const int32_t count = std::min(rows - static_cast<int32_t>(first), kSliceRows);
+      ExpertPass pass(*team, thread, *experts, x + at, count, scratch);
+      pass.route();
+      pass.gate_up();
+      pass.down(y + at, kStore);
+    }
+  });
   return 0;
 }
 
@@ -74,11 +99,6 @@ void xk_arg_max(Team* team, int32_t variant, const float* x, int64_t stride, int
       tops[row] = kernels.rows.arg_max(x + row * stride, n, places + row);
   });
   team->tick();
-}
-
-void xk_rms_norm(int32_t variant, const float* x, const float* weight, float eps, int32_t n,
-                 float* out) {
-  kernels_of(variant).rows.rms_norm(x, weight, eps, n, out);
 }
 
 }  // extern "C"
