@@ -14,6 +14,7 @@ from xllm.worker.execution.batch import BatchEntry, StepBatch
 from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.models.model import DecoderModel
 from xllm.worker.sampling.edits import needs_counts
+from xllm.worker.sampling.greedy import BestTokens, best_tokens
 from xllm.worker.sampling.logprobs import score_rows
 from xllm.worker.sampling.rows import SampleRow
 from xllm.worker.sampling.sampler import Sampler
@@ -28,7 +29,7 @@ class TokenDrawer:
     """Draws the tokens of steps with one model. `tick` is called after each bounded piece of
     work. `alone`: the head and the draws see one row at a time, so that a row's numbers are
     independent of the rows beside it; the head need not where `head_invariant`. `head`: gives
-    the logits; None: the model's."""
+    the logits; None: the model's. `best`: finds the greedy tokens."""
 
     def __init__(
         self,
@@ -39,12 +40,13 @@ class TokenDrawer:
         alone: bool = False,
         head_invariant: bool = False,
         head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        best: BestTokens = best_tokens,
     ) -> None:
         vocab_size = model.config.vocab_size
         self._head = head or model.head
         self._device = device
         self._tick = tick
-        self._sampler = Sampler(vocab_size, device, tick)
+        self._sampler = Sampler(vocab_size, device, tick, best)
         most = max(_SLICE_BYTES // (4 * vocab_size), 1)
         self._slice = 1 if alone and not head_invariant else most
         self._draws = 1 if alone else most

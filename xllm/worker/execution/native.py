@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from xllm.worker.execution.progress import ProgressCounter
 from xllm.worker.execution.rank_head import RankHead
 from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
 from xllm.worker.executor import Executor, StepOutput
+from xllm.worker.kernels.fused import arg_max
 from xllm.worker.kernels.selection import require_team
 from xllm.worker.layers.experts import ExpertTables
 from xllm.worker.memory.kv_memory import KvMemory
@@ -40,6 +42,7 @@ from xllm.worker.memory.pool import KvPoolStatistics
 from xllm.worker.memory.virtual import available_mappings
 from xllm.worker.platform.platform import Platform, select_platform
 from xllm.worker.rank_board import RankBoard
+from xllm.worker.sampling.greedy import best_tokens
 
 _TORCH_KERNELS = "torch-sdpa-1"
 _WARM_UP_ROWS = (1, 32)
@@ -273,6 +276,7 @@ class NativeExecutor:
             alone=self._settings.worker.deterministic,
             head_invariant=loop.batch_invariant,
             head=self._share(loop, loaded),
+            best=best_tokens if loaded.team is None else partial(arg_max, loaded.team),
         )
 
     def _share(self, loop: LayerLoop, loaded: LoadedModel) -> Callable[..., torch.Tensor] | None:

@@ -6,7 +6,13 @@ columns are found first, and the index in the one group that has the row's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+BestTokens = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(maxima, ids) of the rows of fp32 logits [rows, vocab], ties to the lower id; NaN for a row that
+holds one."""
 
 _GROUP = 512
 

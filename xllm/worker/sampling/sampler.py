@@ -26,7 +26,7 @@ from xllm.worker.sampling.candidates import (
 )
 from xllm.worker.sampling.draw import draw_filtered, draw_plain
 from xllm.worker.sampling.edits import apply_edits
-from xllm.worker.sampling.greedy import best_tokens
+from xllm.worker.sampling.greedy import BestTokens, best_tokens
 from xllm.worker.sampling.logprobs import score_rows
 from xllm.worker.sampling.noise_tensor import DrawKey
 from xllm.worker.sampling.nucleus import find_nucleus
@@ -40,12 +40,17 @@ SLICE_ELEMENTS = 1 << 18
 
 class Sampler:
     """Draws the tokens of a model with `vocab_size` logits a row, on `device`. `tick` is called
-    after each bounded piece of work."""
+    after each bounded piece of work; `best` finds the largest logit of rows and its token."""
 
     def __init__(
-        self, vocab_size: int, device: torch.device, tick: Callable[[], None] | None = None
+        self,
+        vocab_size: int,
+        device: torch.device,
+        tick: Callable[[], None] | None = None,
+        best: BestTokens = best_tokens,
     ) -> None:
         self._vocab_size = vocab_size
+        self._best = best
         self._tick = tick or (lambda: None)
         self._all_ids = torch.arange(vocab_size, dtype=torch.int32, device=device)
 
@@ -104,7 +109,7 @@ class Sampler:
         if not greedy:
             return
         part = logits if len(greedy) == len(rows) else logits[greedy]
-        top, best = best_tokens(part)
+        top, best = self._best(part)
         _note_bad(top, greedy, failed)
         for index, token in zip(greedy, best.tolist(), strict=True):
             tokens[index] = (token,) * rows[index].num_samples

@@ -36,10 +36,14 @@ inline void write_numbers(const KvLayout& layout, const float* k, const float* v
   T* keys = reinterpret_cast<T*>(layer) + offset / kRun * dim * kRun + offset % kRun;
   T* values = reinterpret_cast<T*>(layer) + layout.num_kv_heads * block * dim + offset * dim;
   for (int32_t head = 0; head < layout.num_kv_heads; ++head) {
-    for (int64_t d = 0; d < dim; ++d) put(k[d], keys + d * kRun);
     int64_t d = 0;
-    for (; d + 16 <= dim; d += 16) store(values + d, load(v + d));
-    for (; d < dim; ++d) put(v[d], values + d);
+    for (; d + 16 <= dim; d += 16) {
+      alignas(64) T column[16];  // rounded together, then stored one by one
+      store(column, load(k + d));
+      for (int i = 0; i < 16; ++i) keys[(d + i) * kRun] = column[i];
+      store(values + d, load(v + d));
+    }
+    for (; d < dim; ++d) put(k[d], keys + d * kRun), put(v[d], values + d);
     k += dim, v += dim, keys += block * dim, values += block * dim;
   }
 }
