@@ -18,10 +18,13 @@ def prepare_environment() -> None:
     The etcd client's generated code needs protobuf's pure Python back-end, which protobuf
     chooses when it is loaded; tokenizers warns about forks that never happen here. OpenMP's
     threads sleep where they wait: spinning, two of them on cores that other processes use made
-    a step of a small model 30 times slower."""
+    a step of a small model 30 times slower. glibc keeps what steps free, their logits above
+    all, for the next step: given back to the system, it comes back as pages to be cleared."""
     os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(64 << 20))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(128 << 20))
 
 
 def runtime_base() -> str:
