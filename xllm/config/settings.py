@@ -233,7 +233,7 @@ class WorkerSettings:
     )
     num_threads: int = setting(
         0,
-        "Threads of the engine on a CPU; 0: all cores, or one for a model under 64 MiB.",
+        "Threads of the engine on a CPU; 0: all cores it may use, or one for a model under 64 MiB.",
         low=0,
         high=1024,
     )

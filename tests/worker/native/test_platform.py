@@ -14,7 +14,7 @@ from tests.worker.native.plan_driver import PlanDriver
 from xllm.errors import ConfigError, DependencyError
 from xllm.worker.memory.layout import choose_num_blocks
 from xllm.worker.platform import cpu
-from xllm.worker.platform.control_group import GroupMemory, group_memory
+from xllm.worker.platform.control_group import GroupMemory, group_cpus, group_memory
 from xllm.worker.platform.platform import resolve_dtype, select_platform
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -101,6 +101,28 @@ def test_a_group_below_the_machine_binds(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(cpu, "group_memory", lambda root, membership: groups)
     memory = cpu.CpuPlatform().memory()
     assert (memory.free_bytes, memory.total_bytes) == (3000, 9000)
+
+
+def test_the_time_on_cpus_that_groups_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "cgroup-of-self"
+    assert group_cpus(tmp_path, own) == float("inf")
+    own.write_text("0::/outer/inner\n")
+    for group, text in (("", "max 100000"), ("outer", "150000 100000"), ("outer/inner", "9 1")):
+        (tmp_path / group).mkdir(exist_ok=True)
+        (tmp_path / group / "cpu.max").write_text(f"{text}\n")
+    assert group_cpus(tmp_path, own) == 1.5
+    own.write_text("5:cpu,cpuacct:/\n")
+    assert group_cpus(tmp_path, own) == float("inf")
+    (tmp_path / "cpu,cpuacct").mkdir()
+    (tmp_path / "cpu,cpuacct/cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / "cpu,cpuacct/cpu.cfs_quota_us").write_text("-1\n")
+    assert group_cpus(tmp_path, own) == float("inf")
+    (tmp_path / "cpu,cpuacct/cpu.cfs_quota_us").write_text("250000\n")
+    assert group_cpus(tmp_path, own) == 2.5
+    for given, cores in ((float("inf"), 6), (2.5, 2), (0.5, 1)):
+        monkeypatch.setattr(cpu, "group_cpus", lambda root, membership, given=given: given)
+        monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda pid: set(range(6)))
+        assert cpu.num_cores() == cores
 
 
 @without_gpu

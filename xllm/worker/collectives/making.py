@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
 from xllm.worker.collectives.gloo import GlooRanks
+from xllm.worker.platform.cpu import num_cores
 
 
 def make_ranks(settings: Settings, tick: Callable[[], None]) -> GlooRanks | None:
@@ -28,7 +28,7 @@ def num_threads_each(settings: Settings) -> int:
     asked, size = settings.worker.num_threads, settings.master.num_workers
     if asked or size == 1 or not settings.master.spawn_workers:
         return asked
-    return max(len(os.sched_getaffinity(0)) // size, 1)
+    return max(num_cores() // size, 1)
 
 
 def check_platform(settings: Settings, platform: str) -> None:

@@ -37,11 +37,6 @@ _SEQUENCE = np.dtype(
 assert _SEQUENCE.itemsize == ctypes.sizeof(CSequence)
 
 
-def takes(memory: CpuKvMemory) -> bool:
-    """Whether the kernels know numbers of the memory's type."""
-    return memory.dtype in _KINDS
-
-
 class StepArrays:
     """What the kernels need to know of a step's spans, which must not change while it is used.
     `phase_ns` int64 [len(PHASES)] or None: nanoseconds a phase of a layer are added to it."""

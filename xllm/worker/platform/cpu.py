@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
-from xllm.worker.platform.control_group import group_memory
+from xllm.worker.platform.control_group import group_cpus, group_memory
 from xllm.worker.platform.platform import DeviceMemory
 
+_GROUPS = Path("/sys/fs/cgroup")
+_MEMBERSHIP = Path("/proc/self/cgroup")
 _KV_SHARE = 4
 _KV_CEILING_BYTES = 4 << 30
 _SMALL_MODEL_BYTES = 64 << 20
@@ -25,18 +27,18 @@ class CpuPlatform:
         self.device = torch.device("cpu")
 
     def prepare(self, num_threads: int, model_bytes: int) -> None:
-        """Set the threads of the engine; 0 takes every core this process may run on, but one
+        """Set the threads of the engine; 0 takes every core this process may use, but one
         for a small model: its products are shorter than the wait for a second thread, which on
         a busy host costs milliseconds each."""
         if not num_threads:
             small = model_bytes < _SMALL_MODEL_BYTES
-            num_threads = 1 if small else len(os.sched_getaffinity(0))
+            num_threads = 1 if small else num_cores()
         torch.set_num_threads(num_threads)
 
     def memory(self) -> DeviceMemory:
         """Free and total memory, the tighter of machine and control group."""
         free, total = _machine_memory(Path("/proc/meminfo"))
-        groups = group_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+        groups = group_memory(_GROUPS, _MEMBERSHIP)
         binding = [group for group in groups if group.limit_bytes < total]
         return DeviceMemory(
             min([free, *(group.free_bytes for group in binding)]),
@@ -66,6 +68,12 @@ class CpuPlatform:
             f"threads-{torch.get_num_threads()}",
             f"torch-{torch.__version__}",
         )
+
+
+def num_cores() -> int:
+    """Cores that this process may use: those that it may run on, as far as its control groups give
+    it time on them. More threads would be stopped together for most of each period."""
+    return max(int(min(len(os.sched_getaffinity(0)), group_cpus(_GROUPS, _MEMBERSHIP))), 1)
 
 
 def _machine_memory(path: Path) -> tuple[int, int]:
