@@ -1,5 +1,7 @@
 """The attention kernel alone, over slots and over block tables, for one model's heads.
 
+Where the sequences of a case share a prefix a third arm reads it anew for each of them.
+
 The same keys and values, in blocks that lie anywhere in the memory, once as the table of each
 sequence names them and once mapped side by side under a slot. Both run in turns, layer by layer as
 in a step, so that what one layer reads is not what the last one left in the processor's caches.
@@ -35,18 +37,22 @@ _PASSES = 9
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Case:
-    """Sequences with `context` tokens each that compute `rows` more."""
+    """Sequences with `context` tokens each, the first `shared` of which they have in common, that
+    compute `rows` more."""
 
     name: str
     sequences: int
     context: int
     rows: int
+    shared: int = 0
 
 
 CASES = (
     Case("decode", 1, 2048, 1),
     Case("decode", 16, 128, 1),
     Case("decode", 16, 1024, 1),
+    Case("decode", 24, 800, 1, 768),
+    Case("decode", 4, 800, 1, 768),
     Case("prefill", 1, 0, 512),
     Case("prefill", 1, 1024, 256),
 )
@@ -82,10 +88,13 @@ class KernelBench:
         self.spans: dict[str, list[Span]] = {"paged": [], "xtensor": []}
         for index in range(case.sequences):
             table = array("q", blocks[index * width : (index + 1) * width])
+            table[: case.shared // _BLOCK_SIZE] = array("q", blocks[: case.shared // _BLOCK_SIZE])
             self._slots.map(index, 0, table)
             address = self._slots.address(index)
             self.spans["paged"].append(Span(case.context, case.rows, table))
             self.spans["xtensor"].append(Span(case.context, case.rows, table, address))
+        if case.shared:
+            self.spans["apart"] = self.spans["xtensor"]
         rows = case.sequences * case.rows
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         self._inputs = [torch.randn(rows, count, dim) for count in (heads, kv_heads, kv_heads)]
@@ -95,7 +104,12 @@ class KernelBench:
         config = self._config
         windows = config.layer_windows
         attention = KernelAttention(
-            self._team, self._memory, self.spans[arm], windows, lambda: None
+            self._team,
+            self._memory,
+            self.spans[arm],
+            windows,
+            lambda: None,
+            share=arm != "apart",
         )
         began = time.perf_counter()
         for layer in range(config.num_layers):
@@ -137,7 +151,11 @@ def attention_report(
 
 def print_attention(rows: list[dict[str, Any]]) -> None:
     """A line a case."""
-    print(f"\n{'attention of all layers, ms':<34}{'block tables':>26}{'xTensor':>12}{'ratio':>8}")
+    columns = f"{'block tables':>14}{'xTensor':>12}{'ratio':>8}{'not shared':>14}"
+    print(f"\n{'attention of all layers, ms':<46}{columns}")
     for row in rows:
         title = f"{row['name']}, {row['sequences']} x {row['rows']} after {row['context']}"
-        print(f"{title:<46}{row['paged_ms']:>14.3f}{row['xtensor_ms']:>12.3f}{row['ratio']:>8.3f}")
+        title += f" ({row['shared']} shared)" if row["shared"] else ""
+        apart = f"{row['apart_ms']:>14.3f}" if row["shared"] else ""
+        times = f"{row['paged_ms']:>14.3f}{row['xtensor_ms']:>12.3f}{row['ratio']:>8.3f}"
+        print(f"{title:<46}{times}{apart}")

@@ -101,7 +101,7 @@ class Histories:
     ) -> list[torch.Tensor]:
         """Attend in steps of (sequence, rows), block tables shuffled by `seed`, over memory whose
         unwritten numbers are NaN: [length, heads * dim] of each sequence, as far as it came.
-        `in_slots`: which of them have slots; their tables are then wrong ones."""
+        `in_slots`: which of them have slots; their tables then name no block of any."""
         shape = self.shape
         size = shape.block_size
         counts = [-(-len(q) // size) for q in self.q]
@@ -127,7 +127,7 @@ class Histories:
             if has_slot:
                 slots.map(index, 0, tables[index])
                 addresses[index] = slots.address(index)
-                tables[index] = array("q", free * counts[index])
+                tables[index] = array("q", [-1 - index] * counts[index])
         done = [0] * len(self.q)
         found: list[list[torch.Tensor]] = [[] for _ in self.q]
         for step in steps:

@@ -2,7 +2,8 @@
 
 Random schedules cut random texts into random chunks, beside random neighbours, over blocks
 anywhere, in slots or by table, behind prefixes that another sequence computed, with one thread and
-with two: every row's logits have the bits of the same text computed alone and whole.
+with two: every row's logits have the bits of the same text computed alone and whole. So have those
+of sequences that begin with the same blocks, which attention then reads once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from xllm.worker.memory.cpu_memory import CpuKvMemory
 LENGTH = 75
 TEXTS = random_prompts(3, LENGTH, LENGTH)
 BLOCKS_A_TEXT = -(-LENGTH // BLOCK_SIZE)
+PREFIX = random_prompts(1, 272, 272)[0]
+PREFIX_BLOCKS = len(PREFIX) // BLOCK_SIZE
 CASES = [
     ("qwen3", "float32", 1),
     ("qwen3", "bfloat16", 2),
@@ -134,6 +137,36 @@ def _run_step(
         assert torch.equal(found.view(torch.int32), torch.cat(wanted).view(torch.int32))
     for place, end in after.items():
         running[place].done = end
+
+
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(st.lists(st.sampled_from([0, 1, 1, 2, 9]), min_size=6, max_size=6), max_size=4))
+def test_a_shared_beginning_gives_the_same_bits(case: Case, schedule: list[list[int]]) -> None:
+    """Six sequences behind one prefix that was computed once: chunks, then decodes."""
+    prefix = array("q", range(PREFIX_BLOCKS))
+    case.runner.logits([Span(0, len(PREFIX), prefix)], PREFIX)
+    suffixes = [text[start : start + 25] for text in TEXTS for start in (0, 30)]
+    wanted, tables = [], []
+    for place, suffix in enumerate(suffixes):
+        own = range(PREFIX_BLOCKS + 2 * place, PREFIX_BLOCKS + 2 * place + 2)
+        tables.append(prefix + array("q", own))
+        alone = array("q", range(96 - PREFIX_BLOCKS - 2, 96))
+        text = [*PREFIX, *suffix]
+        wanted.append(case.runner.logits([Span(0, len(text), alone)], text)[len(PREFIX) :])
+    done = [0] * len(suffixes)
+    for step in [*schedule, [5] * 6, [1] * 6]:
+        counts = [min(n, 25 - have) for n, have in zip(step, done, strict=True)]
+        moving = [place for place, count in enumerate(counts) if count]
+        if not moving:
+            continue
+        spans = [Span(len(PREFIX) + done[i], counts[i], tables[i]) for i in moving]
+        ids = [token for i in moving for token in suffixes[i][done[i] : done[i] + counts[i]]]
+        found = case.runner.logits(spans, ids)
+        expected = torch.cat([wanted[i][done[i] : done[i] + counts[i]] for i in moving])
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+        done = [have + count for have, count in zip(done, counts, strict=True)]
 
 
 def test_other_bits_are_noticed(case: Case) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from xllm.worker.attention.plan import Span
+from xllm.worker.attention.sharing import find_sharing
 from xllm.worker.kernels.structures import (
     KV_BF16,
     KV_FP32,
@@ -17,6 +18,7 @@ from xllm.worker.kernels.structures import (
     CAttentionShape,
     CKvLayout,
     CSequence,
+    CSharing,
     CStep,
 )
 from xllm.worker.kernels.team import Team
@@ -29,7 +31,7 @@ _SEQUENCE = np.dtype(
         ("first_row", "i4"),
         ("num_rows", "i4"),
         ("start", "i4"),
-        ("reserved", "i4"),
+        ("shares", "i4"),
         ("base", "i8"),
         ("table", "i8"),
     ]
@@ -39,10 +41,15 @@ assert _SEQUENCE.itemsize == ctypes.sizeof(CSequence)
 
 class StepArrays:
     """What the kernels need to know of a step's spans, which must not change while it is used.
-    `phase_ns` int64 [len(PHASES)] or None: nanoseconds a phase of a layer are added to it."""
+    `phase_ns` int64 [len(PHASES)] or None: nanoseconds a phase of a layer are added to it.
+    `share`: read once what several spans have in common, which changes no bit."""
 
     def __init__(
-        self, spans: Sequence[Span], memory: CpuKvMemory, phase_ns: torch.Tensor | None = None
+        self,
+        spans: Sequence[Span],
+        memory: CpuKvMemory,
+        phase_ns: torch.Tensor | None = None,
+        share: bool = True,
     ) -> None:
         layout = memory.layout
         self._spans = spans  # their tables are read in place
@@ -77,6 +84,16 @@ class StepArrays:
         if phase_ns is not None:
             assert phase_ns.numel() == len(PHASES)
             self.step.phase_ns = phase_ns.data_ptr()
+        if share:
+            self._share(spans, layout.block_size)
+
+    def _share(self, spans: Sequence[Span], block_size: int) -> None:
+        order, common = find_sharing(spans, block_size)
+        if order:
+            self._sequences["shares"][order] = 1
+            self._sharing = np.array([order, common], dtype=np.int32)
+            first, second = (part.ctypes.data for part in self._sharing)
+            self.step.sharing = CSharing(first, second, len(order))
 
     def set_angles(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """The rotation of each row, fp32 [rows, rotary_dim / 2]."""
@@ -90,7 +107,7 @@ class StepArrays:
 
 class KernelAttention:
     """The attention of one step by the kernels; see layers.decoder.Attention. `windows`: of each
-    layer, 0: none. `variant`: 0 for the best."""
+    layer, 0: none. `variant`: 0 for the best. `share`: see StepArrays."""
 
     def __init__(
         self,
@@ -100,10 +117,11 @@ class KernelAttention:
         windows: Sequence[int],
         tick: Callable[[], None],
         variant: int = 0,
+        share: bool = True,
     ) -> None:
         self._team = team
         self._memory = memory
-        self._arrays = StepArrays(spans, memory)
+        self._arrays = StepArrays(spans, memory, share=share)
         self._windows = windows
         self._tick = tick
         self._variant = variant

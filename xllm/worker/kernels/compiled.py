@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
-_ABI = 4
+_ABI = 5
 
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _F64 = ctypes.c_double

@@ -36,10 +36,16 @@ class CSequence(ctypes.Structure):
         ("first_row", I32),
         ("num_rows", I32),
         ("start", I32),
-        ("reserved", I32),
+        ("shares", I32),
         ("base", POINTER),
         ("table", POINTER),
     )
+
+
+class CSharing(ctypes.Structure):
+    """attention.h, Sharing."""
+
+    _fields_ = (("order", POINTER), ("common", POINTER), ("count", I32))
 
 
 class CAttentionShape(ctypes.Structure):
@@ -112,6 +118,7 @@ class CStep(ctypes.Structure):
         ("scratch", POINTER),
         ("scratch_bytes", I64),
         ("phase_ns", POINTER),
+        ("sharing", CSharing),
     )
 
 

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <new>
 
+#include "attention_cut.h"
+
 namespace xk {
 namespace {
 
@@ -17,139 +19,99 @@ struct ThreadScratch {
 
 constexpr int64_t kThreadBytes = (sizeof(ThreadScratch) + 63) / 64 * 64;
 
-// How the work of a call is cut; every thread comes to the same one.
-struct Cut {
-  int32_t group;      // heads that share a KV head
-  int32_t width;      // head_dim up to a multiple of 16
-  int32_t num_parts;  // pieces of a context that are attended apart; 1: none
-};
-
-// One work item: queries [first, first + count) of a sequence and KV head, where query i is row
-// i / group and head i % group, over partitions [first_part, last_part).
-struct Item {
-  const Sequence* sequence;
-  int32_t kv_head;
-  int32_t first;
-  int32_t count;
-  int32_t first_part;
-  int32_t last_part;
-};
-
-int32_t num_tiles(const Sequence& sequence, const Cut& cut) {
-  return static_cast<int32_t>(
-      (static_cast<int64_t>(sequence.num_rows) * cut.group + kTileRows - 1) / kTileRows);
-}
-
-int32_t lowest_token(const AttentionShape& shape, int32_t position) {
-  return shape.window > 0 ? std::max(position - shape.window + 1, 0) : 0;
-}
-
-// The partitions that queries from position `first` to `last` see.
-void see(const AttentionShape& shape, int32_t first, int32_t last, Item& item) {
-  item.first_part = lowest_token(shape, first) / kPartition;
-  item.last_part = last / kPartition + 1;
-}
-
-int32_t num_partitions(const AttentionShape& shape, const Sequence& sequence) {
-  Item whole{};
-  see(shape, sequence.start, sequence.start + sequence.num_rows - 1, whole);
-  return whole.last_part - whole.first_part;
-}
-
-// Contexts are cut only where there is too little to do for the threads otherwise.
-Cut choose_cut(const KvLayout& layout, const AttentionShape& shape, const Sequence* sequences,
-               int32_t count, int32_t num_threads) {
-  Cut cut{shape.num_heads / layout.num_kv_heads, (layout.head_dim + 15) / 16 * 16, 1};
-  int64_t num_items = 0;
-  for (int32_t s = 0; s < count; ++s)
-    num_items += static_cast<int64_t>(num_tiles(sequences[s], cut)) * layout.num_kv_heads;
-  const int64_t wanted = 4 * static_cast<int64_t>(num_threads);
-  if (num_threads > 1 && num_items > 0 && num_items < wanted)
-    cut.num_parts = static_cast<int32_t>((wanted + num_items - 1) / num_items);
-  return cut;
-}
-
-// Pieces of this sequence's context; those of more than one tile stay whole.
-int32_t parts_of(const AttentionShape& shape, const Sequence& sequence, const Cut& cut) {
-  if (cut.num_parts == 1 || num_tiles(sequence, cut) > 1) return 1;
-  return std::min(cut.num_parts, num_partitions(shape, sequence));
-}
-
-int64_t partial_floats(const Sequence& sequence, const Cut& cut) {
-  return static_cast<int64_t>(sequence.num_rows) * cut.group * (cut.width + 2);
-}
-
-int64_t stored_floats(const KvLayout& layout, const AttentionShape& shape,
-                      const Sequence& sequence, const Cut& cut) {
-  if (parts_of(shape, sequence, cut) == 1) return 0;
-  return partial_floats(sequence, cut) * num_partitions(shape, sequence) * layout.num_kv_heads;
-}
-
 // One thread's share of a call.
 class Worker {
  public:
   Worker(Team& team, int thread, const AttentionKernels& kernels, const KvLayout& layout,
-         const AttentionShape& shape, int64_t layer_offset, float* q, char* scratch)
+         const AttentionShape& shape, int64_t layer_offset, const Sequence* sequences,
+         int32_t count, const Sharing& sharing, float* q, char* scratch)
       : team_(team),
         kernels_(kernels),
         layout_(layout),
         shape_(shape),
         layer_offset_(layer_offset),
+        sequences_(sequences),
+        count_(count),
+        sharing_(sharing),
         q_(q),
         own_(*new (scratch + thread * kThreadBytes) ThreadScratch),
-        stored_(reinterpret_cast<float*>(scratch + team.size() * kThreadBytes)) {}
+        stored_(reinterpret_cast<float*>(scratch + team.size() * kThreadBytes)),
+        cut_(choose_cut(layout, shape, sequences, count, sharing, team.size())) {}
 
-  void run(const Sequence* sequences, int32_t count) {
-    cut_ = choose_cut(layout_, shape_, sequences, count, team_.size());
-    attend_items(sequences, count);
+  void run() {
+    attend_items();
     team_.barrier();
     if (cut_.num_parts == 1) return;
-    merge_items(sequences, count);
+    merge_items();
     team_.barrier();
   }
 
  private:
-  void attend_items(const Sequence* sequences, int32_t count) {
-    int64_t item = team_.claim(), first = 0;
+  // The numbers from `first` on that this thread claims, of the next `count` of a phase.
+  struct Claims {
+    Team& team;
+    int64_t item;
+    int64_t first = 0;
+
+    template <class F>
+    void take(int64_t count, const F& work) {
+      for (; item < first + count; item = team.claim()) {
+        work(static_cast<int32_t>(item - first));
+        team.tick();
+      }
+      first += count;
+    }
+  };
+
+  void attend_items() {
+    Claims claims{team_, team_.claim()};
+    const bool bundles = cut_.bundle_queries > 0;
+    if (bundles) attend_bundles(claims);
     float* stored = stored_;
-    for (int32_t s = 0; s < count; ++s) {
-      const Sequence& sequence = sequences[s];
-      const int32_t tiles = num_tiles(sequence, cut_), parts = parts_of(shape_, sequence, cut_);
-      const int64_t each = parts > 1 ? parts : tiles;
-      for (; item < first + each * layout_.num_kv_heads; item = team_.claim()) {
-        const auto head = static_cast<int32_t>((item - first) / each);
-        const auto number = static_cast<int32_t>((item - first) % each);
-        if (parts > 1)
-          attend_part(sequence, head, number, parts, stored);
-        else
-          attend_tile(sequence, head, tiles - 1 - number);  // the longest first
-        team_.tick();
-      }
-      first += each * layout_.num_kv_heads;
+    for (int32_t s = 0; s < count_; ++s) {
+      const Sequence& sequence = sequences_[s];
+      const int32_t parts = parts_of(shape_, sequence, cut_);
+      if (parts > 1)
+        claims.take(int64_t{parts} * layout_.num_kv_heads, [&](int32_t number) {
+          attend_part(sequence, number / parts, number % parts, parts, stored);
+        });
+      else if (!(bundles && sequence.shares))
+        attend_sequence(claims, sequence);
       stored += stored_floats(layout_, shape_, sequence, cut_);
     }
   }
 
-  void merge_items(const Sequence* sequences, int32_t count) {
-    int64_t item = team_.claim(), first = 0;
+  // The sequences that share memory, which take longer than others.
+  void attend_bundles(Claims& claims) {
+    for (int32_t first = 0, end = 0; first < sharing_.count; first = end) {
+      end = bundle_end(cut_, sequences_, sharing_, first);
+      if (end == first + 1)
+        attend_sequence(claims, sequences_[sharing_.order[first]]);
+      else
+        claims.take(layout_.num_kv_heads, [&](int32_t head) {
+          attend_together(make_bundle(shape_, cut_, sequences_, sharing_, first, end, head));
+        });
+    }
+  }
+
+  void attend_sequence(Claims& claims, const Sequence& sequence) {
+    const int32_t tiles = num_tiles(sequence, cut_);
+    claims.take(int64_t{tiles} * layout_.num_kv_heads, [&](int32_t number) {
+      const int32_t tile = tiles - 1 - number % tiles;  // the longest first
+      attend_together({1, {tile_item(shape_, cut_, sequence, number / tiles, tile)}, {0}});
+    });
+  }
+
+  void merge_items() {
+    Claims claims{team_, team_.claim()};
     const float* stored = stored_;
-    for (int32_t s = 0; s < count; ++s) {
-      const Sequence& sequence = sequences[s];
-      if (parts_of(shape_, sequence, cut_) > 1) {
-        for (; item < first + layout_.num_kv_heads; item = team_.claim())
-          merge_head(sequence, static_cast<int32_t>(item - first), stored);
-        first += layout_.num_kv_heads;
-      }
+    for (int32_t s = 0; s < count_; ++s) {
+      const Sequence& sequence = sequences_[s];
+      if (parts_of(shape_, sequence, cut_) > 1)
+        claims.take(layout_.num_kv_heads,
+                    [&](int32_t head) { merge_head(sequence, head, stored); });
       stored += stored_floats(layout_, shape_, sequence, cut_);
     }
-  }
-
-  Item tile_item(const Sequence& sequence, int32_t head, int32_t tile) const {
-    Item item{&sequence, head, tile * kTileRows, 0, 0, 0};
-    item.count = std::min(kTileRows, sequence.num_rows * cut_.group - item.first);
-    see(shape_, sequence.start + item.first / cut_.group,
-        sequence.start + (item.first + item.count - 1) / cut_.group, item);
-    return item;
   }
 
   float* query_of(const Item& item, int32_t m) const {
@@ -158,36 +120,43 @@ class Worker {
     return q_ + (at + item.kv_head * cut_.group + head) * layout_.head_dim;
   }
 
-  // Takes the queries of an item into the tile, scaled.
-  void prepare(const Item& item) {
+  // Takes the queries of items into the tile, scaled.
+  void load(const Item* items, int32_t count) {
     Tile& tile = own_.tile;
-    tile.num_rows = item.count;
-    tile.padded_rows = 1;
-    while (tile.padded_rows < item.count) tile.padded_rows *= 2;
     tile.head_dim = layout_.head_dim;
     tile.softcap = shape_.softcap;
-    for (int32_t m = item.count; m < tile.padded_rows; ++m)
-      std::fill_n(tile.query + m * kQueryStride, layout_.head_dim, 0.0f);
-    for (int32_t m = 0; m < item.count; ++m) {
-      const int32_t position = item.sequence->start + (item.first + m) / cut_.group;
-      tile.low[m] = lowest_token(shape_, position);
-      tile.high[m] = position + 1;
-      const float* query = query_of(item, m);
-      for (int32_t d = 0; d < layout_.head_dim; ++d)
-        tile.query[m * kQueryStride + d] = query[d] * shape_.scale;
-    }
-    std::fill(own_.state.top, own_.state.top + kTileRows, -INFINITY);
-    std::fill(own_.state.sum, own_.state.sum + kTileRows, 0.0f);
-    std::fill(own_.state.values, own_.state.values + item.count * cut_.width, 0.0f);
+    int32_t at = 0;
+    for (const Item* item = items; item < items + count; ++item)
+      for (int32_t m = 0; m < item->count; ++m, ++at) {
+        const int32_t position = item->sequence->start + (item->first + m) / cut_.group;
+        tile.low[at] = lowest_token(shape_, position);
+        tile.high[at] = position + 1;
+        const float* query = query_of(*item, m);
+        for (int32_t d = 0; d < layout_.head_dim; ++d)
+          tile.query[at * kQueryStride + d] = query[d] * shape_.scale;
+      }
+    tile.num_rows = at;
+    tile.padded_rows = 1;
+    while (tile.padded_rows < at) tile.padded_rows *= 2;
+    for (; at < tile.padded_rows; ++at)
+      std::fill_n(tile.query + at * kQueryStride, layout_.head_dim, 0.0f);
   }
 
-  // Where the tokens of a partition lie, as far as the item's queries see them.
+  void clear_state(int32_t num_queries) {
+    std::fill(own_.state.top, own_.state.top + num_queries, -INFINITY);
+    std::fill(own_.state.sum, own_.state.sum + num_queries, 0.0f);
+    std::fill(own_.state.values, own_.state.values + num_queries * cut_.width, 0.0f);
+  }
+
+  // Where the tokens of a partition lie, as far as the tile's queries see them.
   Runs find_runs(const Item& item, int32_t part) const {
     Runs runs{};
     const Tile& tile = own_.tile;
     const int32_t size = layout_.block_size, dim = layout_.head_dim;
-    const int32_t begin = std::max(tile.low[0] / kRun * kRun, part * kPartition);
-    const int32_t end = std::min(tile.high[item.count - 1], (part + 1) * kPartition);
+    const int32_t low = *std::min_element(tile.low, tile.low + tile.num_rows);
+    const int32_t high = *std::max_element(tile.high, tile.high + tile.num_rows);
+    const int32_t begin = std::max(low / kRun * kRun, part * kPartition);
+    const int32_t end = std::min(high, (part + 1) * kPartition);
     const int64_t item_bytes = layout_.kind == kKvBf16 ? 2 : layout_.kind == kKvInt8 ? 1 : 4;
     const int64_t head_bytes = static_cast<int64_t>(size) * dim * item_bytes;
     const int64_t keys = layer_offset_ + item.kv_head * head_bytes;
@@ -215,28 +184,45 @@ class Worker {
                                      own_.partition, own_.partial);
   }
 
-  void finish(const Item& item) {
+  // Writes the results of an item, whose queries are the state's from `at` on.
+  void finish(const Item& item, int32_t at) {
     for (int32_t m = 0; m < item.count; ++m)
-      kernels_.finish(own_.tile, own_.state, m, query_of(item, m));
+      kernels_.finish(own_.tile, own_.state, at + m, query_of(item, m));
   }
 
-  void attend_tile(const Sequence& sequence, int32_t head, int32_t number) {
-    const Item item = tile_item(sequence, head, number);
-    prepare(item);
-    for (int32_t part = item.first_part; part < item.last_part; ++part) {
-      attend_one(item, part);
-      kernels_.merge(own_.tile, own_.partial, own_.state);
+  // Partition by partition, each once for all neighbours that have it in common.
+  void attend_together(const Bundle& bundle) {
+    const Item* const items = bundle.items;
+    int32_t at[kTileRows + 1] = {0}, last_part = 0, first_part = items[0].first_part;
+    for (int32_t i = 0; i < bundle.count; ++i) {
+      at[i + 1] = at[i] + items[i].count;
+      first_part = std::min(first_part, items[i].first_part);
+      last_part = std::max(last_part, items[i].last_part);
     }
-    finish(item);
+    clear_state(at[bundle.count]);
+    int32_t loaded_first = -1, loaded_end = -1;
+    for (int32_t part = first_part; part < last_part; ++part)
+      for (int32_t first = 0, end = 0; first < bundle.count; first = end) {
+        bool seen = false;
+        for (end = first; end == first || (end < bundle.count && bundle.common[end] > part); ++end)
+          seen = seen || (items[end].first_part <= part && part < items[end].last_part);
+        if (!seen) continue;
+        if (first != loaded_first || end != loaded_end) load(items + first, end - first);
+        loaded_first = first;
+        loaded_end = end;
+        attend_one(items[first], part);
+        kernels_.merge(own_.tile, own_.partial, own_.state, at[first]);
+      }
+    for (int32_t i = 0; i < bundle.count; ++i) finish(items[i], at[i]);
   }
 
   // The stored form of a partition: tops, sums, values of the item's queries.
   void attend_part(const Sequence& sequence, int32_t head, int32_t number, int32_t parts,
                    float* stored) {
-    const Item item = tile_item(sequence, head, 0);
+    const Item item = tile_item(shape_, cut_, sequence, head, 0);
     const int64_t floats = partial_floats(sequence, cut_);
     const int32_t total = item.last_part - item.first_part;
-    prepare(item);
+    load(&item, 1);
     for (int64_t at = int64_t{number} * total / parts; at < int64_t{number + 1} * total / parts;
          ++at) {
       attend_one(item, item.first_part + static_cast<int32_t>(at));
@@ -248,18 +234,19 @@ class Worker {
   }
 
   void merge_head(const Sequence& sequence, int32_t head, const float* stored) {
-    const Item item = tile_item(sequence, head, 0);
+    const Item item = tile_item(shape_, cut_, sequence, head, 0);
     const int64_t floats = partial_floats(sequence, cut_);
     const int32_t total = item.last_part - item.first_part;
-    prepare(item);
+    load(&item, 1);
+    clear_state(item.count);
     for (int32_t at = 0; at < total; ++at) {
       const float* from = stored + (int64_t{head} * total + at) * floats;
       std::copy_n(from, item.count, own_.partial.top);
       std::copy_n(from + item.count, item.count, own_.partial.sum);
       std::copy_n(from + 2 * item.count, item.count * cut_.width, own_.partial.values);
-      kernels_.merge(own_.tile, own_.partial, own_.state);
+      kernels_.merge(own_.tile, own_.partial, own_.state, 0);
     }
-    finish(item);
+    finish(item, 0);
   }
 
   Team& team_;
@@ -267,17 +254,21 @@ class Worker {
   const KvLayout& layout_;
   const AttentionShape& shape_;
   const int64_t layer_offset_;
+  const Sequence* const sequences_;
+  const int32_t count_;
+  const Sharing& sharing_;
   float* const q_;
   ThreadScratch& own_;
   float* const stored_;
-  Cut cut_{};
+  const Cut cut_;
 };
 
 }  // namespace
 
 int64_t attention_scratch_bytes(const KvLayout& layout, const AttentionShape& shape,
                                 const Sequence* sequences, int32_t count, int32_t num_threads) {
-  const Cut cut = choose_cut(layout, shape, sequences, count, num_threads);
+  // Nothing is stored where sequences are attended together.
+  const Cut cut = choose_cut(layout, shape, sequences, count, Sharing{}, num_threads);
   int64_t floats = 0;
   for (int32_t s = 0; s < count; ++s) floats += stored_floats(layout, shape, sequences[s], cut);
   return num_threads * kThreadBytes + floats * static_cast<int64_t>(sizeof(float));
@@ -285,9 +276,10 @@ int64_t attention_scratch_bytes(const KvLayout& layout, const AttentionShape& sh
 
 void attend(Team& team, int thread, const AttentionKernels& kernels, const KvLayout& layout,
             const AttentionShape& shape, int64_t layer_offset, const Sequence* sequences,
-            int32_t count, float* q, char* scratch) {
-  Worker worker(team, thread, kernels, layout, shape, layer_offset, q, scratch);
-  worker.run(sequences, count);
+            int32_t count, const Sharing& sharing, float* q, char* scratch) {
+  Worker worker(team, thread, kernels, layout, shape, layer_offset, sequences, count, sharing, q,
+                scratch);
+  worker.run();
 }
 
 }  // namespace xk

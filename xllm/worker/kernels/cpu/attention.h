@@ -3,9 +3,10 @@
 // A work item is a KV head and up to 16 of the queries that share it (rows of a sequence times
 // heads of the group), over the context that they see. The context is cut into partitions of 256
 // tokens, counted from position 0; each is attended on its own and merged into the result in
-// order. Invariant: a row's bits depend on its query and its own context alone, not on the
-// sequences, rows and heads beside it, on how its prompt was cut, on where the blocks lie or on
-// the threads.
+// order. Sequences whose first partitions are the same memory can be one item: such a partition
+// is read once for the queries of all. Invariant: a row's bits depend on its query and its own
+// context alone, not on the sequences, rows and heads beside it, on how its prompt was cut, on
+// where the blocks lie or on the threads.
 #pragma once
 
 #include <cstdint>
@@ -44,9 +45,18 @@ struct Sequence {
   int32_t first_row;
   int32_t num_rows;
   int32_t start;
-  int32_t reserved;
+  int32_t shares;  // 1: stands in Sharing::order
   char* base;
   const int64_t* table;
+};
+
+// Sequences that have memory in common with their neighbours in `order` (numbers of sequences):
+// the first common[i] partitions of order[i] are those of order[i - 1], and lie before the rows
+// of both; common[0] is 0.
+struct Sharing {
+  const int32_t* order;
+  const int32_t* common;
+  int32_t count;
 };
 
 struct AttentionShape {
@@ -90,8 +100,8 @@ struct AttentionKernels {
   // any; `partial` is overwritten.
   void (*partition[kNumKvKinds])(const Tile& tile, const Runs& runs, int32_t first, int32_t value_stride,
                        PartitionScratch& scratch, Partial& partial);
-  // Takes the next partition's result into `state`.
-  void (*merge)(const Tile& tile, const Partial& partial, Partial& state);
+  // Takes the next partition's result of the tile's queries into those of `state` from `at` on.
+  void (*merge)(const Tile& tile, const Partial& partial, Partial& state, int32_t at);
   // Writes one query's result.
   void (*finish)(const Tile& tile, const Partial& state, int32_t query, float* out);
 };
@@ -105,6 +115,6 @@ int64_t attention_scratch_bytes(const KvLayout& layout, const AttentionShape& sh
 // bytes into their blocks), behind a barrier. Ends with a barrier.
 void attend(Team& team, int thread, const AttentionKernels& kernels, const KvLayout& layout,
             const AttentionShape& shape, int64_t layer_offset, const Sequence* sequences,
-            int32_t count, float* q, char* scratch);
+            int32_t count, const Sharing& sharing, float* q, char* scratch);
 
 }  // namespace xk

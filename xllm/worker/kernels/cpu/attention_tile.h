@@ -169,25 +169,27 @@ void attend_partition(const Tile& tile, const Runs& runs, int32_t first, int32_t
   }
 }
 
-void merge_partial(const Tile& tile, const Partial& partial, Partial& state) {
+void merge_partial(const Tile& tile, const Partial& partial, Partial& state, int32_t at) {
   const int width = (tile.head_dim + 15) / 16 * 16;
   for (int m = 0; m < tile.num_rows; ++m) {
     if (partial.top[m] == -INFINITY) continue;
-    float* to = state.values + m * width;
+    float& old_top = state.top[at + m];
+    float& sum = state.sum[at + m];
+    float* to = state.values + (at + m) * width;
     const float* from = partial.values + m * width;
-    if (state.top[m] == -INFINITY) {
-      state.top[m] = partial.top[m];
-      state.sum[m] = partial.sum[m];
+    if (old_top == -INFINITY) {
+      old_top = partial.top[m];
+      sum = partial.sum[m];
       std::memcpy(to, from, width * sizeof(float));
       continue;
     }
-    const float top = partial.top[m] > state.top[m] ? partial.top[m] : state.top[m];
-    const Vec old_share = exponential(set1(state.top[m] - top));
+    const float top = partial.top[m] > old_top ? partial.top[m] : old_top;
+    const Vec old_share = exponential(set1(old_top - top));
     const Vec new_share = exponential(set1(partial.top[m] - top));
     alignas(64) float sums[16];
-    store(sums, fma(set1(state.sum[m]), old_share, mul(set1(partial.sum[m]), new_share)));
-    state.top[m] = top;
-    state.sum[m] = sums[0];
+    store(sums, fma(set1(sum), old_share, mul(set1(partial.sum[m]), new_share)));
+    old_top = top;
+    sum = sums[0];
     for (int d = 0; d < width; d += 16)
       store(to + d, fma(load(to + d), old_share, mul(load(from + d), new_share)));
   }

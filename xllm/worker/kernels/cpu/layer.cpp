@@ -81,7 +81,8 @@ class LayerRun {
   void attention_half() {
     for (int32_t first = 0; first < step_.num_rows; first += kSliceRows) project(first);
     attend(team_, thread_, kernels_.attention, step_.kv, layer_.attention, layer_.kv_offset,
-           step_.sequences, step_.num_sequences, scratch_.queries, scratch_.attention);
+           step_.sequences, step_.num_sequences, step_.sharing, scratch_.queries,
+           scratch_.attention);
     note(kAttention);
     const int64_t q = int64_t{layer_.heads.num_heads} * layer_.heads.head_dim;
     for (int32_t first = 0; first < step_.num_rows; first += kSliceRows)

@@ -44,6 +44,7 @@ struct Step {
   char* scratch;               // aligned to 64 bytes
   int64_t scratch_bytes;
   int64_t* phase_ns;           // [kNumPhases], added to; or null
+  Sharing sharing;
 };
 
 // Logits of some rows of hidden [*, size]: head(norm(hidden[rows])).

@@ -85,7 +85,7 @@ int32_t xk_attend(Team* team, int32_t variant, const AttentionShape* shape, cons
     }
     team->barrier();
     attend(*team, thread, kernels.attention, step->kv, *shape, kv_offset, step->sequences,
-           step->num_sequences, q, step->scratch);
+           step->num_sequences, step->sharing, q, step->scratch);
   });
   return 0;
 }
