@@ -75,7 +75,7 @@ class PipelineHost(EngineHost):
     @property
     def scheduler(self) -> Scheduler:
         """The scheduler of its master."""
-        scheduler = self._master.steps.scheduler
+        scheduler = self._master.models[0].steps.scheduler
         assert scheduler is not None
         return scheduler
 

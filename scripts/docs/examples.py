@@ -73,7 +73,9 @@ def example(cls: type[msgspec.Struct], *, full: bool) -> msgspec.Struct:
     hints = typing.get_type_hints(cls)
     for field in msgspec.structs.fields(cls):
         if field.required or full:
-            value = _value(hints[field.name], field.name, full)
+            # A message of its own kind within it has no more of them.
+            depth = full and hints[field.name] != tuple[cls, ...]
+            value = _value(hints[field.name], field.name, depth)
             if not field.required and value == _default(field):
                 value = _other(value)
             values[field.name] = value

@@ -180,9 +180,9 @@ def test_the_last_instance_is_needed(tmp_path, capfd):
 
 def test_the_announcement_tells_of_keys():
     addresses = ServiceAddresses("http://h:1", "tcp://h:2")
-    with_keys = "\n".join(announcement("m", addresses, 1.0, has_keys=True))
+    with_keys = "\n".join(announcement(["m"], addresses, 1.0, has_keys=True))
     assert '-H "Authorization: Bearer $KEY" \\\n' in with_keys
-    assert "Authorization" not in "\n".join(announcement("m", addresses, 1.0))
+    assert "Authorization" not in "\n".join(announcement(["m"], addresses, 1.0))
 
 
 class SlowService:

@@ -70,7 +70,7 @@ def test_cores_are_shared(instances, chosen):
 
 
 def test_the_announcement_can_be_pasted():
-    lines = announcement("m", ServiceAddresses("http://h:1", "tcp://h:2"), 1.25)
+    lines = announcement(["m"], ServiceAddresses("http://h:1", "tcp://h:2"), 1.25)
     text = "\n".join(lines)
     assert "ready in 1.2 s: m" in text
     assert "tcp://h:2" in text

@@ -144,9 +144,9 @@ def test_what_a_failed_step_left_is_not_used_again() -> None:
 
 
 def test_states() -> None:
-    memory = SharedMemory(8)
+    memory = SharedMemory(8, 1)
     owned = memory.add("m", num_slots=2, pages_per_slot=4, max_mappings=20)
-    blocks = memory.allocate("m", 4)
+    blocks = memory.models["m"].cache.allocate(4)
     assert blocks is not None
     slot = owned.slots.choose([], 3, owned.cache.pool.is_free).slot
     assert owned.slots.assign(slot, blocks[:3])
@@ -166,18 +166,18 @@ def test_states() -> None:
 
 
 def test_one_model_takes_what_another_has_cached_but_not_what_it_holds() -> None:
-    memory = SharedMemory(6)
+    memory = SharedMemory(6, 3)
     for name in ("a", "b", "c"):
         memory.add(name, num_slots=2, pages_per_slot=4, max_mappings=20)
-    first, second = memory.allocate("a", 2), memory.allocate("b", 2)
+    first, second = memory.models["a"].cache.allocate(2), memory.models["b"].cache.allocate(2)
     assert first is not None
     assert second is not None
     cache = memory.models["a"].cache
     cache.seal(first[0], b"x", b"")
     cache.release(first)
-    assert memory.num_available() == 4
-    assert memory.allocate("c", 5) is None
-    taken = memory.allocate("c", 4)
+    assert memory.models["c"].cache.num_available == 4
+    assert memory.models["c"].cache.allocate(5) is None
+    taken = memory.models["c"].cache.allocate(4)
     assert taken is not None
     assert set(taken).isdisjoint(second)
     assert cache.match([b"x"]).block_ids == []
@@ -187,7 +187,7 @@ def test_one_model_takes_what_another_has_cached_but_not_what_it_holds() -> None
     memory.models["c"].cache.release(taken)
     memory.sleep("c")
     with pytest.raises(InvariantError, match="c sleeps and takes no pages"):
-        memory.allocate("c", 1)
+        memory.models["c"].cache.allocate(1)
     memory.wake("c")
-    assert memory.allocate("c", 1) is not None
+    assert memory.models["c"].cache.allocate(1) is not None
     memory.check()

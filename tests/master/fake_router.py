@@ -14,7 +14,10 @@ from xllm.protocol.transport.pubsub import SubscriberSocket
 class FakeRouter:
     """Connects to `endpoint`; keeps streams, ends, other answers, and heartbeats."""
 
-    def __init__(self, transport, endpoint: str, bus_endpoint: str = "") -> None:
+    def __init__(
+        self, transport, endpoint: str, bus_endpoint: str = "", model: str = "toy"
+    ) -> None:
+        self.model = model
         self.streams: dict[tuple[str, int, int], Stream] = {}
         self.ended: dict[tuple[str, int], RequestEnded] = {}
         self.answers: list = []
@@ -57,7 +60,7 @@ class FakeRouter:
         request = AdmitRequest(
             request_id,
             attempt,
-            "toy",
+            self.model,
             tuple(prompt),
             sampling,
             timeout_ms=timeout_ms,

@@ -229,10 +229,10 @@ def test_a_router_hears_of_the_prefill_and_releases_it(run_dir):
             done = await one.router.answer(PrefillDone)
             assert (done.request_id, done.num_tokens) == ("a", len(PROMPT))
             assert len(one.router.streams["a", 1, 0].tokens) == 1
-            assert one.master.steps.num_open == 1
+            assert one.master.models[0].steps.num_open == 1
             one.router.send(ReleaseHold("a", 1))
-            await one.router.until(lambda: one.master.steps.num_open == 0)
-            assert len(one.master.conversation.routes) == 0
+            await one.router.until(lambda: one.master.models[0].steps.num_open == 0)
+            assert len(one.master.models[0].conversation.routes) == 0
             assert not one.router.ended
 
     asyncio.run(scenario())

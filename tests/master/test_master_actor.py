@@ -64,7 +64,9 @@ class Stage:
 
     def make_router(self) -> FakeRouter:
         router = FakeRouter(
-            self.transport, self.master.conversation.endpoint, self.master.bus_endpoint
+            self.transport,
+            self.master.models[0].conversation.endpoint,
+            self.master.models[0].bus_endpoint,
         )
         self.closers.append(router.close)
         return router
@@ -76,7 +78,7 @@ class Stage:
         settings = dataclasses.replace(self.settings, master=own)
         self.worker = WorkerActor(settings, make_executor, self.transport)
         await self.worker.open()
-        await self.router.until(lambda: self.master.state == "ready")
+        await self.router.until(lambda: self.master.models[0].state == "ready")
 
     async def close(self) -> None:
         await self.master.close()
@@ -127,7 +129,7 @@ def test_requests_stream_to_their_routers(run_dir):
                     stream = router.streams[request.request_id, 1, choice]
                     assert stream.tokens == expected(request, choice)
                     assert stream.reason == "length"
-            assert len(one.master.conversation.routes) == 0
+            assert len(one.master.models[0].conversation.routes) == 0
             assert len(one.router.ended) == len(other.ended) == 20
 
     asyncio.run(scenario())
@@ -171,7 +173,7 @@ def test_cancel_is_silent_and_old_attempts_do_nothing(run_dir):
             router.admit("b", range(20, 30), max_tokens=100)
             await router.until(lambda: ("b", 1, 0) in router.streams)
             router.send(CancelRequest("b", 1))
-            await router.until(lambda: one.master.steps.num_open == 0)
+            await router.until(lambda: one.master.models[0].steps.num_open == 0)
             router.admit("c", range(20, 30))
             await router.ends("c")
             assert ("b", 1) not in router.ended
@@ -199,7 +201,7 @@ def test_probes_go_through_the_engine(run_dir):
             answer = await one.router.answer(ProbeAnswer)
             assert (answer.nonce, answer.ok) == (41, True)
             await one.worker.close()
-            await one.router.until(lambda: one.master.state == "loading")
+            await one.router.until(lambda: one.master.models[0].state == "loading")
             one.router.answers.clear()
             one.router.send(ProbeInstance(42))
             answer = await one.router.answer(ProbeAnswer)
@@ -220,7 +222,7 @@ def test_commands_of_older_epochs_are_refused(run_dir):
             assert (refused.epoch, refused.highest) == (6, 7)
             one.router.send(DrainInstance(100, epoch=3))
             await one.router.until(lambda: len(one.router.answers) == 2)
-            assert one.master.state == "ready"
+            assert one.master.models[0].state == "ready"
 
     asyncio.run(scenario())
 
@@ -261,9 +263,9 @@ def test_requests_of_a_lost_router_are_aborted_unless_they_came_again(run_dir):
             await lost.until(lambda: len(lost.streams) == 2)
             lost.close()
             one.router.admit("b", range(20, 30), attempt=2, max_tokens=150)
-            await one.router.until(lambda: one.master.steps.num_open == 1)
+            await one.router.until(lambda: one.master.models[0].steps.num_open == 1)
             await one.router.until(lambda: ("b", 2, 0) in one.router.streams)
-            assert one.master.conversation.routes.attempt("b") == 2
+            assert one.master.models[0].conversation.routes.attempt("b") == 2
             one.router.send(CancelRequest("b", 2))
 
     asyncio.run(scenario())
@@ -325,7 +327,7 @@ def test_an_instance_registers_when_it_is_ready_and_withdraws(run_dir):
             while (entry := await registry.get(key)) is None:
                 await asyncio.sleep(0.005)
         record = Decoder[InstanceRecord](InstanceRecord).decode(entry.value)
-        assert record.endpoint == one.master.conversation.endpoint
+        assert record.endpoint == one.master.models[0].conversation.endpoint
         assert (record.model, record.block_size, record.num_blocks) == ("toy", 4, 64)
         assert record.incarnation == one.master.incarnation
         await one.master.close()

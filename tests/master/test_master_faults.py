@@ -60,13 +60,13 @@ def test_a_scheduler_that_breaks_ends_the_process_and_its_requests(run_dir, meth
             def broken(*args):
                 raise error
 
-            setattr(one.master.scheduler, method, broken)
+            setattr(one.master.models[0].scheduler, method, broken)
             one.router.admit("b", range(20, 30))
             assert (await one.router.ends("a")).code == "unavailable"
             assert one.master.stopping
             assert one.master._exit_code == 70
-            assert one.master.state == "failed"
-            assert len(one.master.conversation.routes) == 0
+            assert one.master.models[0].state == "failed"
+            assert len(one.master.models[0].conversation.routes) == 0
 
     asyncio.run(scenario())
 
@@ -76,10 +76,12 @@ def test_a_result_that_contradicts_its_plan_costs_the_step_only(run_dir):
         async with stage(run_dir, toy_step_ms=5.0) as one:
             one.router.admit("a", range(20, 30), max_tokens=200)
             await one.router.until(lambda: one.router.streams)
-            settle = one.master.steps.settle
-            one.master.steps.settle = lambda result, frames: settle(with_one_more(result), frames)
+            settle = one.master.models[0].steps.settle
+            one.master.models[0].steps.settle = lambda result, frames: settle(
+                with_one_more(result), frames
+            )
             assert (await one.router.ends("a")).code == "engine_error"
-            del one.master.steps.settle
+            del one.master.models[0].steps.settle
             request = one.router.admit("b", range(20, 30))
             assert (await one.router.ends("b")).code == ""
             assert one.router.streams["b", 1, 0].tokens == expected(request)
@@ -111,7 +113,7 @@ class DeafSocket:
 def test_a_router_that_reads_again_hears_what_became_void(run_dir):
     async def scenario():
         async with stage(run_dir, toy_step_ms=5.0) as one:
-            conversation = one.master.conversation
+            conversation = one.master.models[0].conversation
             one.router.admit("a", range(20, 30), max_tokens=200)
             await one.router.until(lambda: one.router.streams)
             deaf = conversation._socket = DeafSocket(conversation._socket)
@@ -119,7 +121,7 @@ def test_a_router_that_reads_again_hears_what_became_void(run_dir):
             await one.router.until(
                 lambda: [*map(sorted, conversation._voids.values())] == [["a", "b"]]
             )
-            await one.router.until(lambda: one.master.steps.num_open == 0)
+            await one.router.until(lambda: one.master.models[0].steps.num_open == 0)
             assert not one.router.ended
             deaf.is_full = False
             assert (await one.router.ends("a")).code == "unavailable"

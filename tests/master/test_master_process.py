@@ -38,7 +38,9 @@ async def running(run_dir, target=run_toy_worker):
     transport = Transport()
     master = MasterActor(settings, target, transport)
     await master.open()
-    router = FakeRouter(transport, master.conversation.endpoint, master.bus_endpoint)
+    router = FakeRouter(
+        transport, master.models[0].conversation.endpoint, master.models[0].bus_endpoint
+    )
     try:
         yield master, router
     finally:
@@ -53,7 +55,7 @@ def worker_pid(master) -> int:
 
 
 async def serve_one(master, router, name) -> None:
-    await router.until(lambda: master.state == "ready", 30)
+    await router.until(lambda: master.models[0].state == "ready", 30)
     request = router.admit(name, range(20, 30))
     assert (await router.ends(name)).code == ""
     assert router.streams[name, 1, 0].tokens == expected(request)
@@ -136,7 +138,7 @@ def test_a_worker_that_gets_no_cpu_is_not_taken_for_frozen(run_dir):
             assert (await router.ends("b")).code == ""
             assert router.streams["b", 1, 0].tokens == expected(request)
             assert worker_pid(master) == pid
-            assert master.metrics.num_worker_ends == 0
+            assert master.models[0].metrics.num_worker_ends == 0
 
     asyncio.run(scenario())
 
@@ -174,7 +176,7 @@ def test_a_worker_that_cannot_start_ends_the_master(run_dir):
         async with running(run_dir, run_nothing) as (master, router):
             await router.until(lambda: master.stopping, 30)
             assert master._exit_code == 64
-            assert master.state == "failed"
+            assert master.models[0].state == "failed"
 
     asyncio.run(scenario())
 

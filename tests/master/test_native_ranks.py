@@ -46,9 +46,11 @@ async def running(settings):
     transport = Transport()
     master = MasterActor(settings, run_worker, transport)
     await master.open()
-    router = FakeRouter(transport, master.conversation.endpoint, master.bus_endpoint)
+    router = FakeRouter(
+        transport, master.models[0].conversation.endpoint, master.models[0].bus_endpoint
+    )
     try:
-        await router.until(lambda: master.state == "ready", START_S)
+        await router.until(lambda: master.models[0].state == "ready", START_S)
         yield master, router
     finally:
         await master.close()
@@ -95,7 +97,7 @@ def test_two_workers_are_one_and_a_lost_rank_comes_back(run_dir, tmp_path):
             await router.until(lambda: ("b", 1, 0) in router.streams)
             os.kill(before["i0/worker-0"], signal.SIGKILL)
             assert (await router.ends("b", timeout_s=30.0)).code in ("worker_lost", "unavailable")
-            await router.until(lambda: master.state == "ready", START_S)
+            await router.until(lambda: master.models[0].state == "ready", START_S)
             await checker.check("c")
             after = master.workers.pids
             assert after["i0/worker-1"] == before["i0/worker-1"]  # with its weights
@@ -118,7 +120,7 @@ def test_a_rank_that_stops_is_replaced(run_dir, tmp_path):
             await router.until(lambda: ("b", 1, 0) in router.streams)
             os.kill(before["i0/worker-1"], signal.SIGSTOP)
             assert (await router.ends("b", timeout_s=30.0)).code in ("worker_lost", "unavailable")
-            await router.until(lambda: master.state == "ready", START_S)
+            await router.until(lambda: master.models[0].state == "ready", START_S)
             await checker.check("c")
             assert master.workers.pids["i0/worker-0"] == before["i0/worker-0"]
 

@@ -161,8 +161,8 @@ def test_a_master_measures_before_it_serves(run_dir, task):
         one = MeasuredStage(run_dir, task)
         await one.start()
         try:
-            assert one.master.scheduler._state.policy.model.is_ready
-            assert one.master.scheduler.is_idle
+            assert one.master.models[0].scheduler._state.policy.model.is_ready
+            assert one.master.models[0].scheduler.is_idle
             embeds = {"embed": True, "max_tokens": 0} if task == "embed" else {}
             one.router.admit("a", range(20, 30), **embeds)
             assert (await one.router.ends("a")).code == ""

@@ -64,7 +64,9 @@ async def running(run_dir, num_workers=2, target=run_toy_worker):
     transport = Transport()
     master = MasterActor(settings, target, transport)
     await master.open()
-    router = FakeRouter(transport, master.conversation.endpoint, master.bus_endpoint)
+    router = FakeRouter(
+        transport, master.models[0].conversation.endpoint, master.models[0].bus_endpoint
+    )
     try:
         yield master, router
     finally:

@@ -11,7 +11,7 @@ from xllm.protocol.step import StepPlan
 from xllm.worker.actor import WorkerActor, worker_name
 from xllm.worker.executor import StepOutput
 from xllm.worker.rank_board import RankBoard
-from xllm.worker.toy.executor import ToyExecutor, make_toy_executor
+from xllm.worker.toy.executor import ToyExecutor, make_toy_models
 from xllm.worker.toy.faults import ToyFaults
 
 MEETING_S = 30.0
@@ -24,7 +24,7 @@ def run_toy_worker(settings: bytes) -> None:
     decoded = decode_settings(settings)
     configure_logs(process=worker_name(decoded), level="warning")
     faults = ToyFaults(hang=HANG_TOKEN, fail_step=FAIL_TOKEN)
-    run_child(lambda: WorkerActor(decoded, lambda s: make_toy_executor(s, faults)))
+    run_child(lambda: WorkerActor(decoded, lambda s: make_toy_models(s, faults)))
 
 
 class TalkingExecutor(ToyExecutor):

@@ -20,6 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 ALIASES: dict[str, str] = {
     "model.path": "--model",
     "model.name": "--served-model-name",
+    "model.more": "--more-models",
     "model.max_model_len": "--max-model-len",
     "model.dtype": "--dtype",
     "model.quantization": "--quantization",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from xllm.cli.startup import ServiceAddresses
 from xllm.cli.targets import run_kvcache, run_master, run_router
@@ -87,7 +87,7 @@ _QUESTION = "What is xLLM?"
 
 
 def announcement(
-    model: str,
+    models: Sequence[str],
     addresses: ServiceAddresses,
     took_s: float,
     *,
@@ -95,8 +95,8 @@ def announcement(
     task: str = "generate",
 ) -> list[str]:
     """The lines that tell a user how to ask. `has_keys`: clients need one of the API keys.
-    `task`: what the model is served for."""
-    lines = [f"ready in {took_s:.1f} s: {model}"]
+    `task`: what the first model is served for."""
+    lines = [f"ready in {took_s:.1f} s: {', '.join(models)}"]
     if addresses.http:
         lines.append(f"  HTTP    {addresses.http}/v1")
     if addresses.zmq:
@@ -113,7 +113,7 @@ def announcement(
         if has_keys:
             # Never a key of the file: this goes to terminals and logs.
             lines.append('    -H "Authorization: Bearer $KEY" \\')
-        lines.append(f"    -d '{json.dumps({'model': model, **what})}'")
+        lines.append(f"    -d '{json.dumps({'model': models[0], **what})}'")
     lines.append("Ctrl-C stops")
     return lines
 

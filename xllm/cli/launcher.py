@@ -23,6 +23,7 @@ from xllm.cli.supervision import (
 )
 from xllm.client.asynchronous import AsyncClient
 from xllm.config.environment import runtime_base
+from xllm.config.models import each_model
 from xllm.config.settings import Settings
 from xllm.errors import XllmError
 from xllm.protocol.actor.base import Actor
@@ -173,21 +174,20 @@ class LaunchedService(Actor):
                 task = await self._wait_healthy(client)
         took_s = time.monotonic() - self._began
         has_keys = bool(self._settings.router.api_key_file)
-        name = self._settings.model.name
-        for line in announcement(name, addresses, took_s, has_keys=has_keys, task=task):
+        names = [one.model.name for one in each_model(self._settings)]
+        for line in announcement(names, addresses, took_s, has_keys=has_keys, task=task):
             self._screen.line(line)
 
     async def _wait_healthy(self, client: AsyncClient) -> str:
-        """Until the data path works, and the task that the model is served for; says now and then
-        that it does not yet, and why."""
+        """Until the data path works, and the task that the first model is served for; says now and
+        then that it does not yet, and why."""
         began = complained = time.monotonic()
         pause_s = _PROBE_AGAIN_S
         while True:
             why = ""
             try:
                 if (await client.health(probe=True, timeout_s=_PROBE_S)).ready:
-                    (model,) = await client.models(timeout_s=_PROBE_S)
-                    return model.task
+                    return (await client.models(timeout_s=_PROBE_S))[0].task
             except XllmError as error:
                 why = f": {error.message}"
             now = time.monotonic()

@@ -5,11 +5,13 @@ Downloads only what is data: weights as safetensors, JSON and templates; no code
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import xllm
-from xllm.config.settings import ModelSettings
+from xllm.config.models import each_model, join_models
+from xllm.config.settings import ModelSettings, Settings
 from xllm.errors import DependencyError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -20,6 +22,18 @@ _DEMO_NAME = "xllm-demo"
 def demo_model_path() -> str:
     """The directory of the bundled demo model."""
     return str(Path(xllm.__file__).parent / "demo" / "model")
+
+
+def resolve_models(settings: Settings) -> Settings:
+    """The settings with the directories and names of all models that they name; see
+    resolve_model."""
+    found = []
+    for one in each_model(settings):
+        path, name = resolve_model(one.model)
+        found.append(
+            dataclasses.replace(one, model=dataclasses.replace(one.model, path=path, name=name))
+        )
+    return join_models(tuple(found))
 
 
 def resolve_model(model: ModelSettings) -> tuple[str, str]:

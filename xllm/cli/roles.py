@@ -8,7 +8,7 @@ from collections.abc import Callable
 import click
 
 from xllm.cli.flags import settings_options
-from xllm.cli.model_source import resolve_model
+from xllm.cli.model_source import resolve_models
 from xllm.cli.targets import run_kvcache, run_master, run_router, run_worker
 from xllm.config.environment import runtime_base
 from xllm.config.exposure import check_exposure
@@ -23,7 +23,7 @@ from xllm.protocol.actor.rundir import RunDirectory
 def router(settings: Settings) -> None:
     """Run one router: the HTTP and ZeroMQ front of a cluster."""
     _need_registry(settings)
-    _run(run_router, _with_model(settings))
+    _run(run_router, resolve_models(settings))
 
 
 @click.command()
@@ -31,7 +31,7 @@ def router(settings: Settings) -> None:
 def master(settings: Settings) -> None:
     """Run one instance's master, which starts its workers."""
     _need_registry(settings)
-    _run(run_master, _with_model(settings))
+    _run(run_master, resolve_models(settings))
 
 
 @click.command()
@@ -42,7 +42,7 @@ def worker(settings: Settings) -> None:
         raise ConfigError(
             "a worker on its own needs --master-worker-endpoint", param="master.worker_endpoint"
         )
-    _run(run_worker, _with_model(settings))
+    _run(run_worker, resolve_models(settings))
 
 
 @click.command()
@@ -56,12 +56,6 @@ def kvcache(settings: Settings) -> None:
 def _need_registry(settings: Settings) -> None:
     if not settings.cluster.registry:
         raise ConfigError("a role on its own needs --registry", param="cluster.registry")
-
-
-def _with_model(settings: Settings) -> Settings:
-    path, name = resolve_model(settings.model)
-    model = dataclasses.replace(settings.model, path=path, name=name)
-    return dataclasses.replace(settings, model=model)
 
 
 def _run(target: Callable[[bytes], None], settings: Settings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 import time
 from typing import Any
@@ -14,10 +13,11 @@ import msgspec
 from xllm.cli.client_flags import sampling_options
 from xllm.cli.figures import completion_figures
 from xllm.cli.flags import settings_options
-from xllm.cli.model_source import resolve_model
+from xllm.cli.model_source import resolve_models
 from xllm.client.requests import build_submit
 from xllm.client.results import AnswerBuilder, Completion
 from xllm.config.settings import Settings
+from xllm.errors import ConfigError
 from xllm.protocol.client import RequestFinished
 
 
@@ -44,9 +44,10 @@ def run(
     from xllm.cli.screen import LaunchScreen
 
     _configure_logs(settings)
-    path, name = resolve_model(settings.model)
-    model = dataclasses.replace(settings.model, path=path, name=name)
-    settings = dataclasses.replace(settings, model=model)
+    if settings.model.more:
+        raise ConfigError("model.more: a prompt is answered by one model", param="model.more")
+    settings = resolve_models(settings)
+    name = settings.model.name
     text = sys.stdin.read() if prompt == "-" else prompt
     screen = LaunchScreen(sys.stderr)
     engine = OfflineEngine(settings, lambda done, total: screen.bar(name, done, total, "bytes"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import errno
 import signal
 import socket
@@ -12,8 +11,9 @@ import socket
 import click
 
 from xllm.cli.flags import settings_options
-from xllm.cli.model_source import resolve_model
+from xllm.cli.model_source import resolve_models
 from xllm.cli.preflight import check_device, check_model_files, check_settings
+from xllm.config.models import each_model
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
 
@@ -24,7 +24,8 @@ SECTIONS = ("model", "router", "serve", "worker", "scheduler", "master", "kvcach
 @settings_options(*SECTIONS, defaults={"cluster.log_level": "warning"})
 def serve(settings: Settings) -> int:
     """Serve a model on this machine: router, masters, workers and KV cache daemon, with an
-    OpenAI-compatible HTTP endpoint and a ZeroMQ one. Without --model, the demo model."""
+    OpenAI-compatible HTTP endpoint and a ZeroMQ one. Without --model, the demo model; further
+    models by --more-models."""
     if settings.cluster.registry:
         raise ConfigError(
             "serve brings a registry of its own: --cluster-registry belongs to single roles",
@@ -32,10 +33,9 @@ def serve(settings: Settings) -> int:
         )
     check_settings(settings)
     check_device(settings)
-    path, name = resolve_model(settings.model)
-    model = dataclasses.replace(settings.model, path=path, name=name)
-    settings = dataclasses.replace(settings, model=model)
-    check_model_files(settings)
+    settings = resolve_models(settings)
+    for one in each_model(settings):
+        check_model_files(one)
     check_free(settings.router.host, settings.router.port, "--port")
     check_free(settings.router.zmq_host, settings.router.zmq_port, "--zmq-port")
     return run_launcher(settings)

@@ -52,6 +52,11 @@ class ModelSettings:
 
     path: str = setting("", "Model directory or hub id; empty: the bundled demo model.")
     name: str = setting("", "Name that clients use; empty: the last part of the path.")
+    more: str = setting(
+        "",
+        "Further models for the same worker and memory (docs/xtensor.md): PATH or NAME=PATH, "
+        "separated by commas. All other settings hold for each.",
+    )
     revision: str = setting("", "Hub revision to download; empty: the main one.")
     max_model_len: int = setting(
         0, "Longest prompt + output; 0: what the model allows.", unit="tokens", low=0

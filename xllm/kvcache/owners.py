@@ -9,7 +9,6 @@ that sleeps has none, and nothing of it is mapped.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from xllm.errors import InvariantError
 from xllm.kvcache.blocks import BlockPool
@@ -20,21 +19,24 @@ from xllm.kvcache.slots import SlotTable
 
 @dataclasses.dataclass(slots=True)
 class OwnedMemory:
-    """What a model has of the pool. `used`: when it last took pages, as a count."""
+    """What a model has of the pool. `slots`: None where the worker reads by block tables. `used`:
+    when it last took pages, as a count."""
 
     cache: PrefixCache
-    slots: SlotTable
+    slots: SlotTable | None
     is_awake: bool = True
     used: int = 0
 
 
 class SharedMemory:
-    """A pool of pages and the models over it, by name."""
+    """A pool of pages and the models over it, by name: `num_models`, which may be 1."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, num_models: int) -> None:
         self.pages = PagePool(num_pages)
+        self._is_alone = num_models == 1
         self.models: dict[str, OwnedMemory] = {}
-        self._clock = 0
+        self.clock = 0
+        """Grows with every taking of pages."""
 
     def add(
         self, model: str, *, num_slots: int, pages_per_slot: int, max_mappings: int
@@ -42,35 +44,11 @@ class SharedMemory:
         """A model that is awake and has no pages. Its name must be new. Mutates."""
         assert model not in self.models
         pool = BlockPool(self.pages.num_pages, self.pages, owner=len(self.models))
-        owned = OwnedMemory(PrefixCache(pool), SlotTable(num_slots, pages_per_slot, max_mappings))
+        slots = SlotTable(num_slots, pages_per_slot, max_mappings) if num_slots else None
+        others = None if self._is_alone else _Others(self, model)
+        owned = OwnedMemory(PrefixCache(pool, others), slots)
         self.models[model] = owned
         return owned
-
-    def num_available(self) -> int:
-        """Pages that any model that is awake could get."""
-        kept = sum(owned.cache.pool.num_kept for owned in self.models.values())
-        return self.pages.num_free + kept
-
-    def allocate(
-        self, model: str, count: int, wanted: Sequence[int] = (), after: int = -1
-    ) -> list[int] | None:
-        """Blocks for a model that is awake; see PrefixCache.allocate. Mutates."""
-        owned = self.models[model]
-        if not owned.is_awake:
-            raise InvariantError(f"{model} sleeps and takes no pages")
-        if count > self.num_available():
-            return None
-        self._clock += 1
-        owned.used = self._clock
-        missing = count - self.pages.num_free - owned.cache.pool.num_kept
-        for other in sorted(self.models.values(), key=lambda one: one.used):
-            if missing <= 0:
-                break
-            if other is not owned:
-                num_evicted = min(missing, other.cache.pool.num_kept)
-                other.cache.evict(num_evicted)
-                missing -= num_evicted
-        return owned.cache.allocate(count, wanted, after)
 
     def sleep(self, model: str) -> None:
         """Give back all pages of a model of which no sequence holds any; unmap its slots. The
@@ -80,7 +58,8 @@ class SharedMemory:
         if num_held:
             raise InvariantError(f"{model} cannot sleep: {num_held} of its pages are held")
         owned.cache.evict(owned.cache.pool.num_kept)
-        owned.slots.drop_all()
+        if owned.slots is not None:
+            owned.slots.drop_all()
         owned.is_awake = False
 
     def wake(self, model: str) -> None:
@@ -92,13 +71,44 @@ class SharedMemory:
         num_owned = 0
         for name, owned in self.models.items():
             owned.cache.check()
-            owned.slots.check()
             held = owned.cache.pool.statistics()
             num_owned += held.num_held + held.num_kept
-            mapped = owned.slots.statistics().num_mappings
+            mapped = 0
+            if owned.slots is not None:
+                owned.slots.check()
+                mapped = owned.slots.statistics().num_mappings
             if not owned.is_awake and (held.num_held or held.num_kept or mapped):
                 raise InvariantError(f"{name} sleeps on {held} and {mapped} mappings")
         if num_owned + self.pages.num_free != self.pages.num_pages:
             raise InvariantError(
                 f"{num_owned} pages owned and {self.pages.num_free} free of {self.pages.num_pages}"
             )
+
+
+class _Others:
+    """All models but one, as that one's cache sees them (`prefix.Neighbours`)."""
+
+    def __init__(self, memory: SharedMemory, model: str) -> None:
+        self._memory = memory
+        self._model = model
+
+    @property
+    def num_kept(self) -> int:
+        return sum([owned.cache.pool.num_kept for owned in self._caches()])
+
+    def evict(self, count: int) -> None:
+        for owned in sorted(self._caches(), key=lambda one: one.used):
+            num_evicted = min(count, owned.cache.pool.num_kept)
+            owned.cache.evict(num_evicted)
+            count -= num_evicted
+
+    def note_use(self) -> None:
+        own = self._memory.models[self._model]
+        if not own.is_awake:
+            raise InvariantError(f"{self._model} sleeps and takes no pages")
+        self._memory.clock += 1
+        own.used = self._memory.clock
+
+    def _caches(self) -> list[OwnedMemory]:
+        models = self._memory.models
+        return [owned for name, owned in models.items() if name != self._model]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from xllm.errors import InvariantError
 from xllm.kvcache.blocks import BlockPool
@@ -30,6 +31,20 @@ class MatchResult:
     """How many of them nobody holds: acquiring takes these from what can be allocated."""
 
 
+class Neighbours(Protocol):
+    """Other models over the same pages, as a cache sees them; see `owners`."""
+
+    @property
+    def num_kept(self) -> int:
+        """Blocks that they have cached and nobody holds."""
+
+    def evict(self, count: int) -> None:
+        """Have them forget so many of these. There must be as many."""
+
+    def note_use(self) -> None:
+        """This cache takes pages."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PrefixCacheStatistics:
     """`num_available`: blocks that `allocate` can give, evictions included."""
@@ -43,12 +58,15 @@ class PrefixCache:
     """Content hashes over a block pool; the only user of that pool."""
 
     __slots__ = (
-        "_by_hash", "_changes", "_children", "_clock", "_hash", "_leaves", "_num_evicted",
-        "_parent", "_used", "pool",
+        "_by_hash", "_changes", "_children", "_clock", "_hash", "_leaves", "_neighbours",
+        "_num_evicted", "_parent", "_used", "pool",
     )  # fmt: skip
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, neighbours: Neighbours | None = None) -> None:
+        """`neighbours`: who shares the pool's pages; their cached blocks give way to ours where we
+        have none left to evict."""
         self.pool = pool
+        self._neighbours = neighbours
         self._by_hash: dict[bytes, int] = {}
         # By block id. The parent is kept as a hash: the block behind a hash may change.
         self._hash: list[bytes] = [b""] * pool.num_blocks
@@ -66,7 +84,8 @@ class PrefixCache:
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can give: free ones, and cached ones that nobody holds."""
-        return self.pool.num_free + self.pool.num_kept
+        num_own = self.pool.num_free + self.pool.num_kept
+        return num_own if self._neighbours is None else num_own + self._neighbours.num_kept
 
     def hash_of(self, block_id: int) -> bytes:
         """The content hash that a block is cached under, or b""."""
@@ -96,13 +115,17 @@ class PrefixCache:
             share(block_id)
 
     def make_room(self, count: int) -> bool:
-        """Evict until `count` blocks are free; False, and nothing mutated, where there are not as
-        many."""
+        """Evict, what is ours first, until `count` blocks are free; False, and nothing evicted,
+        where there are not as many."""
         pool = self.pool
+        if self._neighbours is not None:
+            self._neighbours.note_use()
         if count > pool.num_free:
-            if count > pool.num_free + pool.num_kept:
+            if count > self.num_available:
                 return False
-            self.evict(count - pool.num_free)
+            self.evict(min(count - pool.num_free, pool.num_kept))
+            if self._neighbours is not None and count > pool.num_free:
+                self._neighbours.evict(count - pool.num_free)
         return True
 
     def allocate(self, count: int, wanted: Sequence[int] = (), after: int = -1) -> list[int] | None:

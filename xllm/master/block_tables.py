@@ -11,23 +11,26 @@ from collections.abc import Iterable
 
 from xllm.kvcache.blocks import BlockPool
 from xllm.kvcache.hashing import next_hash
+from xllm.kvcache.owners import OwnedMemory
 from xllm.kvcache.prefix import MatchResult, PrefixCache
 from xllm.master.limits import InstanceLimits
 from xllm.master.sequence import NEVER, Sequence
-from xllm.master.slot_maps import SlotMaps
+from xllm.master.slot_maps import SlotMaps, make_table
 
 _NO_MATCH = MatchResult([], 0)
 
 
 class BlockTables:
-    """All block tables of an instance."""
+    """All block tables of an instance. `owned`: what its model has of a pool that others share;
+    without, it has a pool for itself."""
 
-    def __init__(self, limits: InstanceLimits) -> None:
+    def __init__(self, limits: InstanceLimits, owned: OwnedMemory | None = None) -> None:
         self._block_size = limits.block_size
         self._is_caching = limits.prefix_cache
         self.num_blocks = limits.num_blocks
-        self.cache = PrefixCache(BlockPool(limits.num_blocks))
-        self.slots = SlotMaps(self.cache, limits)
+        self.cache = PrefixCache(BlockPool(limits.num_blocks)) if owned is None else owned.cache
+        table = make_table(limits) if owned is None else owned.slots
+        self.slots = SlotMaps(self.cache, table)
 
     def match(self, seq: Sequence) -> MatchResult:
         """The longest cached prefix of a sequence that has no blocks. At least one position is

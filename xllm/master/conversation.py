@@ -40,7 +40,7 @@ from xllm.protocol.instance import (
 from xllm.protocol.transport.router import RouterSocket
 
 if TYPE_CHECKING:
-    from xllm.master.actor import MasterActor
+    from xllm.master.served_model import ServedModel
 
 _log = structlog.get_logger("routers")
 
@@ -52,9 +52,9 @@ VOID_PERIOD_S = 0.1
 
 
 class RouterConversation:
-    """Lives inside the master's actor."""
+    """Lives inside the master's actor; `master`: the model that it speaks for."""
 
-    def __init__(self, master: MasterActor, endpoint: str) -> None:
+    def __init__(self, master: ServedModel, endpoint: str) -> None:
         self._master = master
         self.routes = RequestRoutes()
         self.role = "both"
@@ -173,6 +173,13 @@ class RouterConversation:
                 message.attempt,
                 UnavailableError.code,
                 f"the instance is {master.state}",
+            )
+        elif master.is_asleep:
+            refusal = RequestEnded(
+                message.request_id,
+                message.attempt,
+                UnavailableError.code,
+                f"the model {master.model} is asleep",
             )
         elif self._is_foreign(router, message):
             refusal = RequestEnded(

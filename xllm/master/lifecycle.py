@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from xllm.kvcache.owners import OwnedMemory
 from xllm.master.block_tables import BlockTables
 from xllm.master.idleness import IdleMeter
 from xllm.master.latency import LatencyMeter
@@ -49,10 +50,15 @@ class StepInFlight:
 class InstanceState:
     """The scheduler's state, with the transitions that end things."""
 
-    def __init__(self, limits: InstanceLimits, policy: SchedulingPolicy) -> None:
+    def __init__(
+        self,
+        limits: InstanceLimits,
+        policy: SchedulingPolicy,
+        owned: OwnedMemory | None = None,
+    ) -> None:
         self.limits = limits
         self.policy = policy
-        self.tables = BlockTables(limits)
+        self.tables = BlockTables(limits, owned)
         self.requests: dict[str, RequestState] = {}
         self.num_with_logprobs = 0
         self.waiting = policy.waiting

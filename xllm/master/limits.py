@@ -80,6 +80,11 @@ class InstanceLimits:
         return min(self.max_num_seqs, self.max_num_batched_tokens)
 
     @property
+    def pages_per_slot(self) -> int:
+        """Blocks of the longest sequence."""
+        return -(-self.max_model_len // self.block_size)
+
+    @property
     def capacity(self) -> int:
         """Tokens of KV in all blocks."""
         return self.num_blocks * self.block_size

@@ -108,6 +108,12 @@ class RoomMaker:
             )
         return state.tables.has_room(seq, match, self._spare_blocks if state.num_running else 0)
 
+    def lacks_blocks(self, seq: Sequence, match: MatchResult) -> bool:
+        """Whether a waiting sequence that cannot start has a seat and a slot: it is blocks that it
+        waits for."""
+        state = self._state
+        return state.num_running < state.limits.max_running and state.tables.has_slot(seq)
+
     def can_fork(self, leader: Sequence, child: Sequence) -> bool:
         """Whether a seat is there for a choice that `leader` has computed the prompt for, and,
         under zero eviction, blocks to its end."""

@@ -15,6 +15,7 @@ from xllm.master.making_room import RoomMaker
 from xllm.master.plan_builder import PlanBuilder
 from xllm.master.prefix_sharing import MAX_HELD, MAX_PASSED, PrefixSharing
 from xllm.master.sequence import Sequence
+from xllm.master.strategies.page_turns import PageTurns
 from xllm.master.strategies.phases import StepKind
 from xllm.master.strategies.step_budget import StepBudget
 from xllm.master.strategies.step_model import StepShape
@@ -25,8 +26,10 @@ from xllm.protocol.step import StepPlan
 class StepPlanner:
     """Turns an InstanceState into step plans."""
 
-    def __init__(self, state: InstanceState) -> None:
+    def __init__(self, state: InstanceState, turns: PageTurns | None = None) -> None:
+        """`turns`: of the models that share the pages; None where there is no other."""
         self._state = state
+        self._turns = turns
         self._policy = state.policy
         self._builder = PlanBuilder(state)
         self._room = RoomMaker(state)
@@ -45,6 +48,8 @@ class StepPlanner:
             state.sweep()
         if state.paused:
             self._room.resume_paused(now)
+        if self._turns is not None and not len(state.waiting):
+            self._turns.leave(state.limits.model)
         enough = self._room.grow(self._decodes())
         # Where a decode found no block, there is no room for anybody new in this step.
         may_start = enough and len(state.waiting) > 0
@@ -209,7 +214,7 @@ class StepPlanner:
                     break
                 held.append(state.waiting.pop())
                 continue
-            if not self._room.can_start(seq, match):
+            if not self._has_turn(seq, match):
                 break
             start = len(match.block_ids) * state.limits.block_size
             share = self._share(budget, start, seq.num_tokens - start)
@@ -218,10 +223,23 @@ class StepPlanner:
             state.waiting.pop()
             budget.take(start, share)
             self._start(seq, match, share)
+            if self._turns is not None:
+                self._turns.leave(state.limits.model)
             for follower in held:
                 follower.num_passed += 1
         for follower in held:
             state.waiting.put_back(follower)
+
+    def _has_turn(self, seq: Sequence, match: MatchResult) -> bool:
+        """Whether the next waiting sequence can start, and no other model waits for its pages."""
+        turns, model = self._turns, self._state.limits.model
+        if turns is not None and not turns.may_start(model):
+            return False
+        if self._room.can_start(seq, match):
+            return True
+        if turns is not None and self._room.lacks_blocks(seq, match):
+            turns.lacks(model)
+        return False
 
     def _start(self, seq: Sequence, match: MatchResult, share: int) -> None:
         """A sequence from the queue runs from now on, with so many tokens in this step."""

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Sequence as AbstractSequence
 
 from xllm.errors import DeadlineError
+from xllm.kvcache.owners import OwnedMemory
 from xllm.kvcache.slots import SlotTableStatistics
 from xllm.master.admission import Admission
 from xllm.master.audit import check_state
@@ -23,6 +24,7 @@ from xllm.master.outcome import StepOutcome
 from xllm.master.planning import StepPlanner
 from xllm.master.sequence import Sequence
 from xllm.master.settling import StepSettler
+from xllm.master.strategies.page_turns import PageTurns
 from xllm.master.strategies.policy import SchedulingPolicy, build_policy
 from xllm.protocol.bus import BlockEvents, InstanceLatency
 from xllm.protocol.instance import AdmitRequest, RequestEnded
@@ -61,12 +63,19 @@ class SchedulerStatistics:
 class Scheduler:
     """Continuous batching for one model on one instance."""
 
-    def __init__(self, limits: InstanceLimits, policy: SchedulingPolicy | None = None) -> None:
-        """`policy` is this scheduler's own; None: the default settings'."""
+    def __init__(
+        self,
+        limits: InstanceLimits,
+        policy: SchedulingPolicy | None = None,
+        owned: OwnedMemory | None = None,
+        turns: PageTurns | None = None,
+    ) -> None:
+        """`policy` is this scheduler's own; None: the default settings'. Where its model shares
+        the pages with others: what it has of them, and their turns."""
         self.limits = limits
-        self._state = InstanceState(limits, policy or build_policy())
+        self._state = InstanceState(limits, policy or build_policy(), owned)
         self._admission = Admission(self._state)
-        self._planner = StepPlanner(self._state)
+        self._planner = StepPlanner(self._state, turns)
         self._settler = StepSettler(self._state, self._planner)
 
     @property

@@ -20,16 +20,20 @@ _PLENTY = 8
 """Pages are mapped ahead while one in so many can still be had."""
 
 
-class SlotMaps:
-    """Finds blocks in `cache`, and slots for them where the worker has slots."""
+def make_table(limits: InstanceLimits) -> SlotTable | None:
+    """The slots of an instance that shares its memory with none; None where there are none."""
+    if not limits.num_slots:
+        return None
+    return SlotTable(limits.num_slots, limits.pages_per_slot, limits.max_mappings)
 
-    def __init__(self, cache: PrefixCache, limits: InstanceLimits) -> None:
+
+class SlotMaps:
+    """Finds blocks in `cache`, and slots for them in `table`, where the worker has slots."""
+
+    def __init__(self, cache: PrefixCache, table: SlotTable | None) -> None:
         self._cache = cache
         self._is_free = cache.pool.is_free
-        self.table: SlotTable | None = None
-        if limits.num_slots:
-            num_pages = -(-limits.max_model_len // limits.block_size)
-            self.table = SlotTable(limits.num_slots, num_pages, limits.max_mappings)
+        self.table = table
 
     @property
     def can_map_ahead(self) -> bool:

@@ -1,8 +1,8 @@
-"""Steps of a worker: asks the scheduler for plans, sends them, settles their results in order.
+"""Steps of a model at its worker: plans when it is its turn, results settled in order.
 
-A shell around the scheduler of one worker's life. How many plans are under way is the scheduler's
-business. Invariants: results are taken in the order of their plans; what a step gave is routed
-after the next plan has left, so that the worker never waits for it.
+A shell around the scheduler of one worker's life; `plan_pump` says when it is asked for plans. How
+many of them are under way is the scheduler's business. Invariant: results are taken in the order of
+their plans.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 import structlog
 
@@ -27,25 +27,38 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class Turns(Protocol):
+    """What a loop needs of the pump; see `plan_pump`."""
+
+    def pump(self) -> None:
+        """Plan soon."""
+
+    def done(self, model: str, seconds: float) -> None:
+        """A plan came back."""
+
+    def forget(self, model: str) -> None:
+        """No plan will."""
+
+
 class StepLoop:
-    """`send_plan(plan)` reaches the worker, `route(outcome)` the routers; `failed` hears of
-    exceptions that nobody else could catch."""
+    """`turns` decides when the loop of `model` plans; `route(outcome)` reaches the routers;
+    `failed` hears of exceptions that nobody else could catch."""
 
     def __init__(
         self,
-        send_plan: Callable[[StepPlan], None],
+        model: str,
+        turns: Turns,
         route: Callable[[StepOutcome], None],
         failed: Callable[[Exception], None],
         metrics: MasterMetrics,
     ) -> None:
         self.scheduler: Scheduler | None = None
-        self._send_plan = send_plan
+        self._model = model
+        self._turns = turns
         self._route = route
         self._failed = failed
         self._metrics = metrics
-        self._loop = asyncio.get_running_loop()
         self._in_flight: deque[int] = deque()  # numbers of plans sent, oldest first
-        self._pump_scheduled = False
         self._outcome = StepOutcome()
         self._drained: asyncio.Event | None = None
 
@@ -57,20 +70,20 @@ class StepLoop:
     def begin(self, scheduler: Scheduler) -> None:
         """A worker is ready that knows no sequence."""
         self.scheduler = scheduler
-        self._in_flight.clear()
+        self._forget_steps()
         self.pump()
 
     def fail_all(self, code: str, message: str, in_step: str = "") -> None:
         """End every request with this code, now; those of a step in flight with `in_step`."""
         if self.scheduler is not None:
-            self._in_flight.clear()
+            self._forget_steps()
             self._take(self.call(self.scheduler.fail_all, code, message, in_step))
             self.flush()
 
     def abandon(self) -> None:
         """The scheduler's state cannot be trusted any more: nothing of it is used again."""
         self.scheduler = None
-        self._in_flight.clear()
+        self._forget_steps()
         self._outcome = StepOutcome()
 
     def call(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -86,9 +99,22 @@ class StepLoop:
 
     def pump(self) -> None:
         """Plan the next step soon, after what else is there was read."""
-        if not self._pump_scheduled:
-            self._pump_scheduled = True
-            self._loop.call_soon(self._pump)
+        self._turns.pump()
+
+    def expire(self, now: float) -> None:
+        """End what has waited too long; the pump's, as `plan` is."""
+        if self.scheduler is not None:
+            self._take(self.call(self.scheduler.expire, now))
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next plan, which is sent at once; None where there is none."""
+        if self.scheduler is None:
+            return None
+        plan = self.call(self.scheduler.schedule, now)
+        if plan is not None:
+            self._in_flight.append(plan.step)
+            self._metrics.num_steps += 1
+        return plan
 
     def settle(self, result: StepResult, frames: Sequence[bytes]) -> None:
         """A step came back; results of other steps than the oldest in flight are dropped."""
@@ -96,6 +122,7 @@ class StepLoop:
         if scheduler is None or not self._is_next(result.step):
             return
         self._in_flight.popleft()
+        self._turns.done(self._model, result.duration_ns / 1e9)
         try:
             outcome = self.call(scheduler.update, result, frames, time.monotonic())
         except BadMessageError as error:
@@ -112,6 +139,7 @@ class StepLoop:
         if self.scheduler is None or not self._is_next(step):
             return
         self._in_flight.popleft()
+        self._turns.done(self._model, 0.0)
         self._fail(self.scheduler, step, code, message)
 
     def flush(self) -> None:
@@ -150,20 +178,9 @@ class StepLoop:
         else:
             self.pump()
 
-    def _pump(self) -> None:
-        self._pump_scheduled = False
-        try:
-            scheduler = self.scheduler
-            if scheduler is not None:
-                now = time.monotonic()
-                self._take(self.call(scheduler.expire, now))
-                while (plan := self.call(scheduler.schedule, now)) is not None:
-                    self._in_flight.append(plan.step)
-                    self._metrics.num_steps += 1
-                    self._send_plan(plan)
-            self.flush()
-        except Exception as error:
-            self._failed(error)
+    def _forget_steps(self) -> None:
+        self._in_flight.clear()
+        self._turns.forget(self._model)
 
     def _take(self, outcome: StepOutcome) -> None:
         """Keep an outcome for the next flush."""

@@ -1,8 +1,9 @@
 """What steps take: how much a plan asks for, and how long the counter stood in plans like it.
 
-Pure. Plans are of one kind where tokens, tokens times context, and rows through the head each
-agree to a factor of two. Of each kind that ran it keeps the longest time that the worker's
-counter stood, and what a whole step took; a kind that never ran is predicted from those that did.
+Pure. Plans of a model are of one kind where tokens, tokens times context, and rows through the
+head each agree to a factor of two. Of each kind that ran it keeps the longest time that the
+worker's counter stood, and what a whole step took; a kind that never ran is predicted from those
+that did.
 Invariant: a prediction errs towards too long, since a worker must not be killed for legal work.
 """
 
@@ -29,10 +30,10 @@ _SMOOTHING = 0.2
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepWork:
-    """How much a step computes, in units of a token without context, and its kind."""
+    """How much a step computes, in units of a token without context, its kind and its model."""
 
     amount: float
-    kind: tuple[int, int, int]
+    kind: tuple[str, int, int, int]
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepWork:
@@ -44,7 +45,7 @@ class StepWork:
             attended += num * (item.start + num)
             rows += item.num_samples + (num if item.score_prompt else 0)
         amount = tokens + attended / CONTEXT_UNIT + ROW_WORK * rows
-        kind = (tokens.bit_length(), attended.bit_length(), rows.bit_length())
+        kind = (plan.model, tokens.bit_length(), attended.bit_length(), rows.bit_length())
         return cls(max(amount, 1.0), kind)
 
 
@@ -54,8 +55,8 @@ class StepTimes:
     __slots__ = ("_gaps", "_steps")
 
     def __init__(self) -> None:
-        self._gaps: dict[tuple[int, int, int], float] = {}
-        self._steps: dict[tuple[int, int, int], tuple[float, float]] = {}
+        self._gaps: dict[tuple[str, int, int, int], float] = {}
+        self._steps: dict[tuple[str, int, int, int], tuple[float, float]] = {}
 
     def add(self, work: StepWork, seconds: float, gap_s: float) -> None:
         """A step took so long, and its counter stood for `gap_s` at most."""
@@ -69,12 +70,13 @@ class StepTimes:
 
     def predict(self, work: StepWork) -> float | None:
         """Seconds of a whole step: at most what a larger one took, or a smaller one in
-        proportion. None where no step was seen."""
-        if not self._steps:
-            return None
-        return min(
-            seconds * max(1.0, work.amount / amount) for amount, seconds in self._steps.values()
-        )
+        proportion. None where no step of the model was seen."""
+        seen = [
+            seconds * max(1.0, work.amount / amount)
+            for kind, (amount, seconds) in self._steps.items()
+            if kind[0] == work.kind[0]
+        ]
+        return min(seen, default=None)
 
     def patience_s(self, work: StepWork) -> float:
         """How long the counter may stand in such a step."""

@@ -25,11 +25,14 @@ from xllm.protocol.codec import Decoder
 from xllm.protocol.step import (
     LoadModel,
     MasterMessage,
+    ModelAwake,
     PingWorker,
     RankNotice,
+    SleepModel,
     StepPlan,
     StepResult,
     StopWorker,
+    WakeModel,
     WorkerFailed,
     WorkerHello,
     WorkerMessage,
@@ -58,6 +61,9 @@ class WorkerOwner(Protocol):
 
     def worker_failed_step(self, message: WorkerFailed) -> None:
         """A step failed; the worker goes on without its sequences."""
+
+    def model_awake(self, message: ModelAwake) -> None:
+        """A model that slept takes plans again, or cannot."""
 
     def worker_pong(self, nonce: int) -> None:
         """The engine thread answered a ping."""
@@ -145,6 +151,11 @@ class WorkerGroup:
             link.vigil.sent(plan, now)
             self._send(link, plan)
 
+    def tell(self, message: SleepModel | WakeModel) -> None:
+        """Put a model to sleep, or wake it."""
+        for link in tuple(self.links):
+            self._send(link, message)
+
     def ping(self, nonce: int) -> None:
         """Ask the engine thread of rank 0 for a pong."""
         self._send(self.links[0], PingWorker(nonce))
@@ -187,6 +198,8 @@ class WorkerGroup:
             self._pass_on(message)
         elif isinstance(message, WorkerPong):
             self._owner.worker_pong(message.nonce)
+        elif isinstance(message, ModelAwake) and link.rank == 0:
+            self._owner.model_awake(message)
 
     def _link_of(self, identity: bytes) -> RankLink | None:
         return next((link for link in self.links if link.identity == identity), None)

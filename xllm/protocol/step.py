@@ -121,6 +121,21 @@ class LoadModel(ArrayMessage, frozen=True):
     group: str = ""
 
 
+class SleepModel(ArrayMessage, frozen=True):
+    """Forget a model's sequences and what is mapped for them; with `drop_weights` its weights,
+    too. Plans of it come no more until it is awake. Not answered."""
+
+    model: str
+    drop_weights: bool = False
+
+
+class WakeModel(ArrayMessage, frozen=True):
+    """A model that sleeps will get plans again; answered by ModelAwake once its weights are
+    there. Nothing else runs while they are read."""
+
+    model: str
+
+
 class RankNotice(ArrayMessage, frozen=True):
     """What a rank tells the others before they are connected: a key and a value of the meeting
     `group`. A worker sends it to its master, who passes it on to the other ranks as it is."""
@@ -141,7 +156,7 @@ class StopWorker(ArrayMessage, frozen=True):
     """Finish the step in flight and exit 0."""
 
 
-MasterMessage = StepPlan | LoadModel | PingWorker | StopWorker | RankNotice
+MasterMessage = StepPlan | LoadModel | PingWorker | StopWorker | RankNotice | SleepModel | WakeModel
 
 
 class StepResult(ArrayMessage, frozen=True):
@@ -155,7 +170,7 @@ class StepResult(ArrayMessage, frozen=True):
     as (index, message): only those sequences end. `expert_frames`: further frames with int32
     token counts [layers, experts]. `pooled`: items that completed a sequence with `pooling`, in
     the plan's order; one more frame, the last, has their vectors: float32, little-endian,
-    [items, width], of length one each."""
+    [items, width], of length one each. `model`: as the plan had it."""
 
     step: int
     tokens: tuple[tuple[int, ...], ...] = ()
@@ -170,6 +185,7 @@ class StepResult(ArrayMessage, frozen=True):
     idle_ns: int = 0
     """Time between the end of the worker's step before this one and its begin; 0 for the first."""
     pooled: tuple[int, ...] = ()
+    model: str = ""
 
 
 class WorkerHello(ArrayMessage, frozen=True):
@@ -208,7 +224,8 @@ class WorkerReady(ArrayMessage, frozen=True):
     tokens each, 0: none; `max_mappings`: what may be mapped under them, in runs of pages that
     follow each other, and one for the rest of a slot. `task`: generate or embed; with embed,
     `pooling` (last or mean) is how the rows of a text become one vector of `embedding_size`
-    numbers."""
+    numbers. `more`: the same of each further model of this worker, over the same pages; then each
+    has its part of the mappings."""
 
     rank: int
     model: str
@@ -229,16 +246,29 @@ class WorkerReady(ArrayMessage, frozen=True):
     task: str = "generate"
     pooling: str = ""
     embedding_size: int = 0
+    more: tuple[WorkerReady, ...] = ()
 
 
 class WorkerFailed(ArrayMessage, frozen=True):
     """Loading or a whole step failed: `code` is an error's wire code. After a failed load the
-    worker exits; after a failed step (`step` >= 0) it goes on without the step's sequences."""
+    worker exits; after a failed step (`step` >= 0, `model` as the plan had it) it goes on without
+    the step's sequences."""
 
     rank: int
     code: str
     message: str
     step: int = -1
+    model: str = ""
+
+
+class ModelAwake(ArrayMessage, frozen=True):
+    """A model that slept takes plans again; or, with an error's wire code, it cannot and sleeps
+    on."""
+
+    rank: int
+    model: str
+    code: str = ""
+    message: str = ""
 
 
 class WorkerPulse(ArrayMessage, frozen=True):
@@ -271,4 +301,5 @@ WorkerMessage = (
     | WorkerPulse
     | WorkerPong
     | RankNotice
+    | ModelAwake
 )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from xllm.config.exposure import check_exposure
+from xllm.config.models import each_model, model_name
 from xllm.config.settings import Settings
 from xllm.errors import BadMessageError, ConfigError
 from xllm.protocol.actor.base import Actor
@@ -57,13 +58,8 @@ def router_name(settings: Settings) -> str:
     return settings.router.name or f"router-{os.getpid()}"
 
 
-def model_name(settings: Settings) -> str:
-    """The name under which clients and instances know the model."""
-    return settings.model.name or os.path.basename(os.path.normpath(settings.model.path))
-
-
 class RouterActor(Actor):
-    """One router process. `settings.model.path` is a directory."""
+    """One router process. The models' paths are directories."""
 
     def __init__(self, settings: Settings, transport: Transport | None = None) -> None:
         check_exposure(settings)
@@ -96,7 +92,9 @@ class RouterActor(Actor):
         )
         self._closers.append(self._reporter.close)
         self._reporter.started()
-        text = load_text_model(settings.model.path)
+        models = [one.model for one in each_model(settings)]
+        texts = {model_name(one.name, one.path): load_text_model(one.path) for one in models}
+        first = next(iter(texts))
         self._links = SocketLinks(
             self.transport,
             lambda name, message: self.service.instance_says(name, message),
@@ -107,11 +105,12 @@ class RouterActor(Actor):
         self._closers.append(self._links.close_all)
         self.service = RouterService(
             settings,
-            model_name(settings),
-            text,
+            first,
+            texts.pop(first),
             self,
             name=self.name,
             incarnation=self.incarnation,
+            more=texts,
         )
         self._closers.append(self.service.close)
         self._bus = PublisherSocket(self.transport, self._bus_endpoint())
@@ -133,7 +132,8 @@ class RouterActor(Actor):
         await self._register()
         addresses = (("http", self.http_address), ("zmq", self.zmq.endpoint))
         _log.info("router_ready", http=self.http_address, zmq=self.zmq.endpoint)
-        self._reporter.ready(addresses, f"{self.service.intake.name}")
+        names = ", ".join(one.name for one in self.service.served)
+        self._reporter.ready(addresses, names)
 
     async def _join_cluster(self) -> None:
         cluster = self._settings.cluster

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import structlog
@@ -34,8 +34,8 @@ from xllm.router.dispatcher import Dispatcher
 from xllm.router.effort import LONG_IDS, is_long_talk, is_long_text
 from xllm.router.front import Sink, Tenant
 from xllm.router.inflight import InstanceLinks
-from xllm.router.intake import Intake
 from xllm.router.metrics import RouterMetrics
+from xllm.router.models import ServedModels
 from xllm.router.placement import Placement
 from xllm.router.policy import make_policy
 from xllm.router.probe import Prober
@@ -60,13 +60,16 @@ class RouterService:
         *,
         name: str = "router",
         incarnation: str = "",
+        more: Mapping[str, TextModel] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`model_name` and `text`: the first model's; `more`: those of further ones."""
         self._name = name
         self._incarnation = incarnation
         self._clock = clock
-        self.intake = Intake(model_name, text, settings.router)
         self.view = ClusterView(settings.cluster.heartbeat_s)
+        texts = {model_name: text, **(more or {})}
+        self.served = ServedModels(texts, settings.router, self.view)
         self.registry = CollectorRegistry()
         """The router's own metrics; front ends add theirs here."""
         self.metrics = RouterMetrics(self.registry, lambda: self.num_open)
@@ -78,7 +81,7 @@ class RouterService:
         self.registry_degraded = False
         """Set by the actor: the registry does not answer."""
         self.submission = Submission(
-            self.intake, self._pool, self.dispatcher, settings.router, clock
+            self.served, self._pool, self.dispatcher, settings.router, clock
         )
 
     # -- requests ----------------------------------------------------------------------------
@@ -132,8 +135,7 @@ class RouterService:
 
     def registered(self, record: InstanceRecord) -> ViewChange:
         """An instance's record was written; what that changed is for `dispatcher.changed`."""
-        if record.model == self.intake.name:
-            self.intake.learn(record)
+        self.served.learn(record)
         return self.view.registered(record, self._clock())
 
     def heard(self, word: BusMessage) -> ViewChange:
@@ -156,39 +158,39 @@ class RouterService:
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The models served here, ready or not."""
-        return (self.intake.info(bool(self.view.usable(self.intake.name))),)
+        return tuple(one.info(bool(self.view.usable(one.name))) for one in self.served)
 
     async def tokenize(self, request: TokenizeText, tenant: Tenant) -> TokenizedText:
         """Token ids of a text or of messages; XllmError where it cannot."""
-        self.submission.check_model(request.model)
-        info = self.intake.check_text(request)
+        intake = self.served.find(request.model)
+        info = intake.check_text(request)
         talk = request.messages
         if is_long_text(request.text or "") or (talk is not None and is_long_talk(talk)):
-            ids = await self._pool.run(tenant.name, partial(self.intake.encode_text, request))
+            ids = await self._pool.run(tenant.name, partial(intake.encode_text, request))
         else:
-            ids = self.intake.encode_text(request)
+            ids = intake.encode_text(request)
         return TokenizedText(id=request.id, token_ids=ids, max_model_len=info.max_model_len)
 
     async def detokenize(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:
         """The text of token ids; XllmError where it cannot."""
-        self.submission.check_model(request.model)
+        intake = self.served.find(request.model)
         ids = request.token_ids
-        self.intake.check_ids(ids)
-        decode = partial(self.intake.text.decode, ids, skip_special_tokens=False)
+        intake.check_ids(ids)
+        decode = partial(intake.text.decode, ids, skip_special_tokens=False)
         text = await self._pool.run(tenant.name, decode) if len(ids) > LONG_IDS else decode()
         return DetokenizedText(id=request.id, text=text)
 
     def token_bytes(self, model: str, token_id: int) -> bytes:
         """The bytes that a token stands for (special tokens: their name), for logprobs."""
-        return self.intake.text.token_bytes(token_id)
+        return self.served.find(model).text.token_bytes(token_id)
 
     async def health(self, probe: bool) -> HealthReport:
-        """`live`: this process works. `ready`: an instance is; with `probe`, one answered
-        through its worker within 1 s."""
-        usable = self.view.usable(self.intake.name)
-        ready = bool(usable) and not self.draining
+        """`live`: this process works. `ready`: an instance of each model that is awake is; with
+        `probe`, one answered through its worker within 1 s."""
+        usable = self.served.usable_instances()
+        ready = self.served.are_ready() and not self.draining
         if ready and probe:
-            ready = await self.prober.probe([one.name for one in usable])
+            ready = await self.prober.probe(usable)
         degraded = degraded_parts(self.view, self.registry_degraded, self.draining)
         if usable and probe and not ready and not self.draining:
             degraded = (*degraded, "no instance answered within 1 s")

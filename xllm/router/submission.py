@@ -15,7 +15,7 @@ from functools import partial
 import structlog
 
 from xllm.config.settings import RouterSettings
-from xllm.errors import ModelNotFoundError, OverloadedError, UnavailableError, XllmError
+from xllm.errors import OverloadedError, UnavailableError, XllmError
 from xllm.protocol.client import RequestFailed, SubmitRequest
 from xllm.protocol.transport.context import describe_error
 from xllm.router.dispatcher import Dispatcher
@@ -23,6 +23,7 @@ from xllm.router.effort import is_long_request
 from xllm.router.front import Sink, Tenant
 from xllm.router.inflight import InflightRequest
 from xllm.router.intake import Intake
+from xllm.router.models import ServedModels
 from xllm.router.state.instructions import Instruction, Wish
 from xllm.router.state.request import RequestLife
 from xllm.router.text.pool import TextPool
@@ -38,13 +39,13 @@ class Submission:
 
     def __init__(
         self,
-        intake: Intake,
+        served: ServedModels,
         pool: TextPool,
         dispatcher: Dispatcher,
         limits: RouterSettings,
         clock: Callable[[], float],
     ) -> None:
-        self._intake = intake
+        self._served = served
         self._pool = pool
         self._dispatcher = dispatcher
         self._limits = limits
@@ -63,9 +64,10 @@ class Submission:
         self._dispatcher.enter(request_id, opened)
         try:
             self._check_room()
-            self.check_model(request.model)
-            self._intake.check(request)
-            begin = partial(self._begin, request, tenant, request_id, seed, opened.deadline)
+            intake = self._served.find(request.model)
+            intake.check(request)
+            self._served.check_awake(intake.name)
+            begin = partial(self._begin, intake, request, tenant, request_id, seed, opened.deadline)
             if is_long_request(request):
                 opened.encoding = self._pool.run(tenant.name, begin)
                 opened.encoding.add_done_callback(partial(self._begun, request_id, opened))
@@ -74,13 +76,6 @@ class Submission:
         except Exception as error:
             self._refuse(request_id, opened, error)
         return request_id
-
-    def check_model(self, name: str) -> None:
-        """ModelNotFoundError for a model that is not served here."""
-        if name and name != self._intake.name:
-            raise ModelNotFoundError(
-                f"no model {name[:100]!r} is served here, but {self._intake.name!r}", param="model"
-            )
 
     def _check_room(self) -> None:
         if self.draining:
@@ -91,11 +86,17 @@ class Submission:
             )
 
     def _begin(
-        self, request: SubmitRequest, tenant: Tenant, request_id: str, seed: int, deadline: float
+        self,
+        intake: Intake,
+        request: SubmitRequest,
+        tenant: Tenant,
+        request_id: str,
+        seed: int,
+        deadline: float,
     ) -> Beginning:
         """The dear part: no part of it touches what other requests have, save caches."""
-        spec = self._intake.prepare(request, tenant, request_id, seed, deadline)
-        text = self._intake.text
+        spec = intake.prepare(request, tenant, request_id, seed, deadline)
+        text = intake.text
         sampling, prompt_ids = spec.sampling, spec.prompt_ids
         state = RequestLife(spec, [text.output(sampling, prompt_ids) for _ in range(sampling.n)])
         return state, _PLACE if request.resume is None else state.resume(request.resume)

@@ -26,9 +26,11 @@ from xllm.protocol.step import (
     LoadProgress,
     MasterMessage,
     RankNotice,
+    SleepModel,
     StepPlan,
     StepResult,
     StopWorker,
+    WakeModel,
     WorkerFailed,
     WorkerHello,
     WorkerMessage,
@@ -143,6 +145,9 @@ class WorkerActor(Actor):
         elif isinstance(message, RankNotice):
             if message.group == self._board.group:
                 self._board.hear(message.key, message.value)
+        elif isinstance(message, SleepModel | WakeModel):
+            self._fresh = False
+            self._engine.submit(message)
         elif not isinstance(message, LoadModel):
             self._num_pending += 1
             self._engine.submit(message)

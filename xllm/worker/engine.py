@@ -24,19 +24,22 @@ from xllm.errors import EngineError, XllmError
 from xllm.protocol.step import (
     LoadModel,
     LoadProgress,
+    ModelAwake,
     PingWorker,
     RankNotice,
+    SleepModel,
     StepPlan,
+    WakeModel,
     WorkerFailed,
     WorkerMessage,
     WorkerPong,
     WorkerReady,
 )
 from xllm.protocol.transport.context import describe_error
-from xllm.worker.executor import Executor
+from xllm.worker.executor import Executor, LoadObserver
 from xllm.worker.rank_board import RankBoard
 
-EngineJob = StepPlan | LoadModel | PingWorker | RankBoard
+EngineJob = StepPlan | LoadModel | PingWorker | RankBoard | SleepModel | WakeModel
 """A board: load, then meet the other ranks by it."""
 EngineAnswer = tuple[WorkerMessage, tuple[bytes, ...], XllmError | None]
 """A message for the master, its frames, and the error behind a WorkerFailed."""
@@ -99,11 +102,14 @@ class JobRunner:
                 answer((self._load(answer), (), None))
             elif isinstance(job, RankBoard):
                 answer((self._meet(job, answer), (), None))
+            elif isinstance(job, SleepModel):
+                self._loaded().sleep(job.model, job.drop_weights)
+            elif isinstance(job, WakeModel):
+                answer((self._wake(job, answer), (), None))
             else:
                 answer((WorkerPong(self._rank, job.nonce), (), None))
         except Exception as error:
-            step = job.step if isinstance(job, StepPlan) else -1
-            answer(self._failure(error, step))
+            answer(self._failure(error, job))
 
     def close(self) -> None:
         """Close the executor."""
@@ -111,16 +117,32 @@ class JobRunner:
             self._executor.close()
 
     def _step(self, plan: StepPlan) -> EngineAnswer:
-        if self._executor is None:
-            raise EngineError("a plan came before the model was loaded")
+        executor = self._loaded()
         idle_ns = time.perf_counter_ns() - self._ended_ns if self._ended_ns else 0
         try:
-            output = self._executor.execute(plan)
+            output = executor.execute(plan)
         finally:
             self._ended_ns = time.perf_counter_ns()
-        return msgspec.structs.replace(output.result, idle_ns=idle_ns), output.frames, None
+        result = msgspec.structs.replace(output.result, idle_ns=idle_ns, model=plan.model)
+        return result, output.frames, None
 
-    def _load(self, answer: Callable[[EngineAnswer], None]) -> WorkerReady:
+    def _loaded(self) -> Executor:
+        if self._executor is None:
+            raise EngineError("a plan came before the model was loaded")
+        return self._executor
+
+    def _wake(self, job: WakeModel, answer: Callable[[EngineAnswer], None]) -> ModelAwake:
+        """What stands in the way of one model is no failure of the others."""
+        try:
+            self._loaded().wake(job.model, self._observer(answer))
+        except XllmError as error:
+            return ModelAwake(self._rank, job.model, error.code, error.message)
+        finally:
+            self._ended_ns = 0
+        return ModelAwake(self._rank, job.model)
+
+    def _observer(self, answer: Callable[[EngineAnswer], None]) -> LoadObserver:
+        """Tells the master of loading, now and then."""
         next_at = 0.0
 
         def progress(done: int, total: int) -> None:
@@ -130,10 +152,13 @@ class JobRunner:
                 next_at = now + PROGRESS_PERIOD_S
                 answer((LoadProgress(done, total), (), None))
 
+        return progress
+
+    def _load(self, answer: Callable[[EngineAnswer], None]) -> WorkerReady:
         if self._executor is None:
             self._executor = self._make()
         self._ended_ns = 0
-        return self._executor.load(progress)
+        return self._executor.load(self._observer(answer))
 
     def _meet(self, board: RankBoard, answer: Callable[[EngineAnswer], None]) -> WorkerReady:
         """Load and meet. Where another meeting takes the place of this one, its end is no failure
@@ -153,13 +178,14 @@ class JobRunner:
                 raise
         return ready
 
-    def _failure(self, error: Exception, step: int) -> EngineAnswer:
+    def _failure(self, error: Exception, job: EngineJob) -> EngineAnswer:
+        step, model = (job.step, job.model) if isinstance(job, StepPlan) else (-1, "")
         known = error
         if not isinstance(known, XllmError):
             cls = EngineError if step >= 0 else XllmError
             known = cls(describe_error(error))
             known.__cause__ = error
-        return WorkerFailed(self._rank, known.code, known.message, step), (), known
+        return WorkerFailed(self._rank, known.code, known.message, step, model), (), known
 
 
 class InlineEngine:

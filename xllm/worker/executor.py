@@ -27,7 +27,7 @@ class StepOutput:
 
 
 class Executor(Protocol):
-    """Loads a model once, then runs plans in the order they come."""
+    """Loads a model (or several, see `hosting`) once, then runs plans in the order they come."""
 
     @property
     def counter(self) -> int:
@@ -39,6 +39,15 @@ class Executor(Protocol):
         """Read the weights, allocate the KV memory, say what is known now. Called again, it
         forgets all sequences and keeps what is loaded. Raises an XllmError where it cannot be
         done; the executor is of no use then."""
+
+    def sleep(self, model: str, drop_weights: bool) -> None:
+        """Forget a model's sequences and unmap what they had; with `drop_weights` give its
+        weights back, too. Memory for KV goes back to the machine once all models sleep. Raises
+        EngineError for a model that is not here; sleeping twice is sleeping."""
+
+    def wake(self, model: str, progress: LoadObserver) -> None:
+        """Take plans of a model again, reading its weights if they were dropped. Raises an
+        XllmError where it cannot be done: the model then sleeps on."""
 
     def join(self, board: RankBoard) -> None:
         """Meet the other ranks of the instance by way of a board, and leave where they met before.
@@ -56,3 +65,11 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Release device memory and files. Called once, last."""
+
+
+class HostedExecutor(Executor, Protocol):
+    """An executor of one model that shares its memory with others."""
+
+    def read(self, progress: LoadObserver) -> None:
+        """Read the weights, unless they are here, and say how much memory pages will take: done
+        for all models before `load` of any."""

@@ -53,7 +53,7 @@ class Living:
 class Histories(RuleBasedStateMachine):
     @initialize(max_mappings=st.sampled_from([PAGES_PER_SLOT + 2, 18, 100]))
     def begin(self, max_mappings: int) -> None:
-        self.shared = SharedMemory(NUM_PAGES)
+        self.shared = SharedMemory(NUM_PAGES, 2)
         self.fd = os.memfd_create("pages", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, NUM_PAGES * PAGE)
         self.spaces: dict[str, SlotSpace] = {}
@@ -86,7 +86,7 @@ class Histories(RuleBasedStateMachine):
         owned.cache.acquire(found)
         num_new = len(text) - len(found)
         choice = owned.slots.choose(found, len(text), owned.cache.pool.is_free)
-        fresh = self.shared.allocate(name, num_new, choice.wanted, found[-1] if found else -1)
+        fresh = owned.cache.allocate(num_new, choice.wanted, found[-1] if found else -1)
         if fresh is None:
             event("no pages to start")
             owned.cache.release(found)
@@ -103,7 +103,7 @@ class Histories(RuleBasedStateMachine):
             return
         owned = self.shared.models[seq.model]
         wanted = owned.slots.wanted_next(seq.slot)
-        fresh = self.shared.allocate(seq.model, 1, (wanted,), seq.blocks[-1])
+        fresh = self.shared.models[seq.model].cache.allocate(1, (wanted,), seq.blocks[-1])
         if fresh is None:
             event("no page to grow")
             return

@@ -8,39 +8,46 @@ It ties the parts together and decides nothing itself: `SequenceTable` knows the
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from xllm.config.settings import Settings
-from xllm.errors import ConfigError, EngineError
+from xllm.errors import EngineError
 from xllm.protocol.step import StepPlan, WorkerReady
 from xllm.worker.attention.plan import Span
-from xllm.worker.collectives.making import check_platform, make_ranks, num_threads_each
+from xllm.worker.collectives.making import make_ranks
 from xllm.worker.context import fit_context
 from xllm.worker.execution.batch import StepBatch, build_batch
 from xllm.worker.execution.drawing import TokenDrawer
 from xllm.worker.execution.layer_loop import LayerHook, LayerLoop
-from xllm.worker.execution.loading import LoadedModel, load_model, resolve_model_len
+from xllm.worker.execution.loading import LoadedModel
 from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.pooling import Pooler
 from xllm.worker.execution.progress import ProgressCounter
 from xllm.worker.execution.rank_head import RankHead
+from xllm.worker.execution.reading import ReadModel, read_model
 from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
-from xllm.worker.executor import Executor, StepOutput
+from xllm.worker.executor import Executor, HostedExecutor, StepOutput
 from xllm.worker.kernels.fused import arg_max
-from xllm.worker.kernels.selection import require_team
 from xllm.worker.layers.experts import ExpertTables
+from xllm.worker.memory.cpu_memory import CpuKvMemory
 from xllm.worker.memory.kv_memory import KvMemory
 from xllm.worker.memory.layout import describe_groups
-from xllm.worker.memory.making import make_memory, make_slots
+from xllm.worker.memory.making import (
+    check_shareable,
+    make_memory,
+    make_slots,
+    mappings_each,
+    one_block,
+)
 from xllm.worker.memory.mapper import MapperStatistics, PageMapper
 from xllm.worker.memory.pool import KvPoolStatistics
-from xllm.worker.memory.virtual import available_mappings
-from xllm.worker.platform.platform import Platform, select_platform
+from xllm.worker.memory.sharing import SharedPages
+from xllm.worker.platform.platform import Platform
 from xllm.worker.rank_board import RankBoard
 from xllm.worker.sampling.greedy import best_tokens
 
@@ -52,6 +59,11 @@ def make_native_executor(settings: Settings, hooks: Sequence[LayerHook] = ()) ->
     """An executor of the model at `settings.model.path` (a local directory), not yet loaded.
     `hooks` are called around every layer of every step."""
     return NativeExecutor(settings, hooks)
+
+
+def make_hosted_executor(settings: Settings, pages: SharedPages) -> HostedExecutor:
+    """The same for one of several models, with KV in `pages`."""
+    return NativeExecutor(settings, pages=pages)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,6 +94,8 @@ class _Engine:
     experts: ExpertTables | None
     pooler: Pooler | None
     """Of a model that is served for vectors."""
+    has_left_nan: bool = False
+    """Whether a sequence of it did; see CpuKvMemory.may_hold_nan."""
 
 
 class NativeExecutor:
@@ -92,9 +106,14 @@ class NativeExecutor:
         settings: Settings,
         hooks: Sequence[LayerHook] = (),
         phase_ns: torch.Tensor | None = None,
+        pages: SharedPages | None = None,
     ) -> None:
-        """`phase_ns`: see LayerLoop."""
+        """`phase_ns`: see LayerLoop. `pages`: of all models, where there are several."""
         self._phase_ns = phase_ns
+        self._pages = pages
+        self._read: ReadModel | None = None  # between `read` and `load`
+        self._has_asked = False
+        self._is_asleep = False
         self._settings = settings
         self._progress = ProgressCounter()
         self._hooks: tuple[LayerHook, ...] = (self._progress, *hooks)
@@ -113,6 +132,17 @@ class NativeExecutor:
             raise EngineError("master.num_workers is 1: there are no other ranks")
         self._ranks.join(board)
 
+    def read(self, progress: Callable[[int, int], None]) -> None:
+        """Read the weights, unless they are here; see HostedExecutor."""
+        if self._engine is not None or self._read is not None:
+            return
+        read = self._read = read_model(self._settings, progress)
+        if self._pages is not None and not self._has_asked:
+            check_shareable(read.platform)
+            block = one_block(self._settings, read.loaded.model.config, read.loaded.dtype)
+            self._pages.ask(block, self._settings.scheduler.max_num_seqs, read.model_len)
+            self._has_asked = True
+
     def load(self, progress: Callable[[int, int], None]) -> WorkerReady:
         """Read the model, allocate its KV; again: forget the sequences. Raises ConfigError or
         DependencyError."""
@@ -120,14 +150,9 @@ class NativeExecutor:
         if engine is None:
             engine = self._engine = self._load(progress)
         else:
-            # Sequence numbers may begin anew: nothing of the old ones may be found.
-            engine.table = SequenceTable(engine.pool.layout.num_blocks, engine.ready.vocab_size)
-            engine.pool.forget()
-            if engine.mapper is not None:
-                engine.mapper.forget()
-            if engine.pooler is not None:
-                engine.pooler.forget()
+            self._forget(engine)
             progress(engine.num_bytes, engine.num_bytes)
+        self._is_asleep = False
         return engine.ready
 
     def arrive(self, plan: StepPlan) -> None:
@@ -135,6 +160,38 @@ class NativeExecutor:
         engine = self._engine
         if engine is not None and engine.mapper is not None:
             engine.mapper.arrive(plan.step, plan.maps)
+
+    def sleep(self, model: str, drop_weights: bool) -> None:
+        """See Executor."""
+        self._is_asleep = True
+        engine = self._engine
+        if engine is None:
+            return
+        self._forget(engine)
+        if isinstance(engine.pool, CpuKvMemory) and not engine.pool.is_shared:
+            engine.pool.give_back()
+        if drop_weights:
+            if engine.mapper is not None:
+                engine.mapper.close()
+            self._engine = None
+            self._progress.settle_elsewhere()
+            del engine
+            gc.collect()  # layers and tables know each other
+
+    def wake(self, model: str, progress: Callable[[int, int], None]) -> None:
+        """See Executor."""
+        if self._engine is None:
+            self._engine = self._load(progress)
+        self._is_asleep = False
+
+    def _forget(self, engine: _Engine) -> None:
+        """Sequence numbers may begin anew: nothing of the old ones may be found."""
+        engine.table = SequenceTable(engine.pool.layout.num_blocks, engine.ready.vocab_size)
+        engine.pool.forget()
+        if engine.mapper is not None:
+            engine.mapper.forget()
+        if engine.pooler is not None:
+            engine.pooler.forget()
 
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one plan; see Executor. An item that cannot run is reported alone. A sequence that
@@ -209,34 +266,32 @@ class NativeExecutor:
         return outputs
 
     def _loaded(self) -> _Engine:
-        if self._engine is None:
-            raise EngineError("the model is not loaded")
+        if self._engine is None or self._is_asleep:
+            raise EngineError("the model is not loaded, or sleeps")
         return self._engine
 
     def _load(self, progress: Callable[[int, int], None]) -> _Engine:
         began = time.monotonic()
         settings, worker = self._settings, self._settings.worker
-        if not settings.model.path:
-            raise ConfigError("model.path is empty: no model directory", param="model.path")
-        directory = Path(settings.model.path)
-        platform = select_platform(worker.device, worker.rank)
-        check_platform(settings, platform.name)
-        loaded = self._load_model(directory, platform, progress)
+        self.read(progress)
+        read, self._read = self._read, None
+        assert read is not None
+        platform, loaded, model_len = read.platform, read.loaded, read.model_len
         model, dtype, team = loaded.model, loaded.dtype, loaded.team
         self._progress.follow(platform.mark)
         if team is not None:
             self._progress.add_counter(lambda: team.progress)
-        model_len = resolve_model_len(settings, model.config)
-        pool = make_memory(settings, model.config, dtype, platform, model_len)
+        num_models = 1 if self._pages is None else self._pages.num_models
+        pool = make_memory(settings, model.config, dtype, platform, model_len, self._pages)
         layout, tick = pool.layout, self._progress.tick
         model_len = fit_context(model_len, layout.num_blocks, layout.block_size)
-        slots = make_slots(settings, pool, model_len)
+        slots = make_slots(settings, pool, model_len, num_models)
         loop = LayerLoop(model, pool, dtype, platform.device, tick, team, self._phase_ns)
         for num_rows in _WARM_UP_ROWS:
             loop.warm_up(num_rows)
         ready = WorkerReady(
             rank=worker.rank,
-            model=settings.model.name or directory.resolve().name,
+            model=settings.model.name or read.directory.resolve().name,
             num_blocks=layout.num_blocks,
             block_size=layout.block_size,
             max_model_len=model_len,
@@ -250,7 +305,7 @@ class NativeExecutor:
             dtype=self._type_name(dtype),
             load_s=time.monotonic() - began,
             num_slots=0 if slots is None else slots.num_slots,
-            max_mappings=0 if slots is None else available_mappings(),
+            max_mappings=0 if slots is None else mappings_each(num_models),
             task=loaded.task.task,
             pooling=loaded.task.pooling,
             embedding_size=model.config.hidden_size if loaded.task.pooling else 0,
@@ -288,28 +343,6 @@ class NativeExecutor:
         vocab_size = loaded.model.config.vocab_size
         return RankHead(loaded.model.head, self._ranks, loaded.head_rows, vocab_size)
 
-    def _load_model(
-        self, directory: Path, platform: Platform, progress: Callable[[int, int], None]
-    ) -> LoadedModel:
-        model, worker = self._settings.model, self._settings.worker
-        loaded = load_model(
-            directory,
-            model.dtype,
-            platform,
-            progress,
-            model.implementation,
-            num_threads=num_threads_each(self._settings),
-            kernels=worker.kernels,
-            quantization=model.quantization,
-            asked=model,
-            rank=worker.rank,
-            num_ranks=self._settings.master.num_workers,
-            invariant=worker.deterministic,
-        )
-        if worker.kv_dtype != "auto":
-            require_team(loaded.team, "worker.kv_dtype", worker.kv_dtype)
-        return loaded
-
     def _fingerprint(self, platform: Platform, loaded: LoadedModel) -> str:
         """What decides the bits of a result beside its inputs."""
         mode = "deterministic" if self._settings.worker.deterministic else "default"
@@ -326,8 +359,11 @@ class NativeExecutor:
         return name if kv == "auto" else f"{name}+kv-{kv}"
 
     def _run(self, engine: _Engine, batch: StepBatch, outputs: StepOutputs) -> None:
-        if engine.pool.may_hold_nan:
-            engine.pool.clear_slots(_tails(batch.spans, engine.pool.layout.block_size))
+        pool = engine.pool
+        if pool.may_hold_nan:
+            # What another model left in a block is cleared once, when a sequence comes to it.
+            entered = isinstance(pool, CpuKvMemory) and pool.is_shared and not engine.has_left_nan
+            pool.clear_slots(_tails(batch.spans, pool.layout.block_size, entered=entered))
         num_failed = len(outputs.failed)
         loop = engine.loop
         if self._settings.worker.deterministic and not loop.batch_invariant:
@@ -340,16 +376,16 @@ class NativeExecutor:
         engine.platform.synchronize()
         self._progress.settle()
         if len(outputs.failed) > num_failed:
-            engine.pool.may_hold_nan = True
+            engine.pool.may_hold_nan = engine.has_left_nan = True
 
 
-def _tails(spans: Sequence[Span], block_size: int) -> list[int]:
+def _tails(spans: Sequence[Span], block_size: int, *, entered: bool) -> list[int]:
     """The slots behind each span's end in its last block: they are read, masked, and may hold
-    what another sequence left."""
+    what another sequence left. `entered`: only where the span begins its last block."""
     slots: list[int] = []
     for span in spans:
         block, offset = divmod(span.end, block_size)
-        if offset:
+        if offset and not (entered and span.start > block * block_size):
             first = span.block_ids[block] * block_size
             slots.extend(range(first + offset, first + block_size))
     return slots

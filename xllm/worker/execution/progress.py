@@ -39,6 +39,12 @@ class ProgressCounter:
         """Count the pieces that `count` gives, too; it never falls, and any thread may call it."""
         self._elsewhere = count
 
+    def settle_elsewhere(self) -> None:
+        """Who counted elsewhere is about to go: what it counted stays."""
+        self._launched += self._elsewhere()
+        self.settle()
+        self._elsewhere = int
+
     @property
     def value(self) -> int:
         """Pieces done. Any one thread beside the ticking one may read it."""

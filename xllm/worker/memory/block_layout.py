@@ -33,6 +33,8 @@ class BlockLayout:
     item_bytes: int
     scale_bytes: int = 0
     """Of the scale that a token's keys, or values, have in a head; 0: there is none."""
+    page_bytes: int = 0
+    """Of a page where other models have larger blocks; 0: a block is one."""
 
     def __post_init__(self) -> None:
         size = self.block_size
@@ -60,9 +62,9 @@ class BlockLayout:
 
     @property
     def block_bytes(self) -> int:
-        """A block of all layers, with the bytes that fill its last page."""
+        """A block of all layers, with the bytes that fill its page."""
         used = self.layer_bytes * self.num_layers
-        return -(-used // mmap.PAGESIZE) * mmap.PAGESIZE
+        return max(-(-used // mmap.PAGESIZE) * mmap.PAGESIZE, self.page_bytes)
 
     @property
     def wasted_bytes(self) -> int:

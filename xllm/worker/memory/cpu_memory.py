@@ -30,17 +30,25 @@ class CpuKvMemory:
     scales they are int8 multiples of a scale for each token and head."""
 
     def __init__(
-        self, layout: BlockLayout, dtype: torch.dtype, *, fd: int = -1, origin: str = "private"
+        self,
+        layout: BlockLayout,
+        dtype: torch.dtype,
+        *,
+        fd: int = -1,
+        origin: str = "private",
+        is_shared: bool = False,
     ) -> None:
         """`fd`: a descriptor of at least the layout's size, which is duplicated; -1: a memfd of
-        its own. OSError where it cannot be mapped, InvariantError where it is too small."""
+        its own. `is_shared`: other models write to its blocks what may be any number here. OSError
+        where it cannot be mapped, InvariantError where it is too small."""
         assert dtype.itemsize == layout.item_bytes
         self.layout = layout
         self.dtype = dtype
-        self.may_hold_nan = False
+        self.is_shared = is_shared
+        self.may_hold_nan = is_shared
         self._origin = origin
         self._num_copies = 0
-        self.fd = _open(layout.total_bytes) if fd < 0 else _duplicate(fd, layout.total_bytes)
+        self.fd = open_memory(layout.total_bytes) if fd < 0 else _duplicate(fd, layout.total_bytes)
         try:
             self._map = mmap.mmap(self.fd, layout.total_bytes)
         except BaseException:
@@ -119,7 +127,7 @@ class CpuKvMemory:
     def forget(self) -> None:
         """Nothing of what it holds matters any more: numbers that are not finite become zeros,
         the rest stays."""
-        if not self.may_hold_nan:
+        if not self.may_hold_nan or self.is_shared:
             return
         for part in self._touched():
             part[~part.isfinite()] = 0
@@ -128,7 +136,7 @@ class CpuKvMemory:
     def give_back(self) -> None:
         """Give all memory back to the machine; the blocks are there and zero. For a sleep."""
         self._map.madvise(mmap.MADV_REMOVE)
-        self.may_hold_nan = False
+        self.may_hold_nan = self.is_shared
 
     def resident_bytes(self) -> int:
         """Memory that the blocks take now, all mappings together."""
@@ -179,7 +187,8 @@ class CpuKvMemory:
                 yield scales[start // block : -(-end // block)]
 
 
-def _open(num_bytes: int) -> int:
+def open_memory(num_bytes: int) -> int:
+    """The descriptor of a memfd of so many bytes. OSError where there cannot be one."""
     fd = os.memfd_create("xllm-kv-pool", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, num_bytes)

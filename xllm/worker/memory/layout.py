@@ -56,12 +56,17 @@ def choose_num_blocks(
     `asked_bytes` > 0 is taken as it is; 0 takes the budget, but no more than max_num_seqs
     sequences of max_model_len could use. Raises ConfigError where not two blocks fit.
     """
-    blocks_per_seq = -(-max_model_len // block_size)
+    # One block a sequence is to spare: the copy that a fork makes of its last one.
+    wanted = max_num_seqs * (-(-max_model_len // block_size) + 1)
+    return count_blocks(asked_bytes, budget_bytes, bytes_per_block, wanted)
+
+
+def count_blocks(asked_bytes: int, budget_bytes: int, bytes_per_block: int, wanted: int) -> int:
+    """How many blocks the bytes asked for hold; where none are, the budget, but no more than are
+    `wanted`. ConfigError where not two fit."""
     if asked_bytes:
         num_blocks = asked_bytes // bytes_per_block
     else:
-        # One block a sequence is to spare: the copy that a fork makes of its last one.
-        wanted = max_num_seqs * (blocks_per_seq + 1)
         num_blocks = min(budget_bytes // bytes_per_block, wanted)
     if num_blocks < 2:
         raise ConfigError(

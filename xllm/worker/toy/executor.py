@@ -13,6 +13,7 @@ import hashlib
 import time
 from pathlib import Path
 
+from xllm.config.models import each_model
 from xllm.config.settings import Settings
 from xllm.errors import EngineError, InvariantError, XllmError
 from xllm.protocol.step import (
@@ -25,7 +26,8 @@ from xllm.protocol.step import (
     WorkerReady,
 )
 from xllm.worker.context import fit_context
-from xllm.worker.executor import LoadObserver, StepOutput
+from xllm.worker.executor import Executor, LoadObserver, StepOutput
+from xllm.worker.hosting import ModelHost
 from xllm.worker.item_options import check_options
 from xllm.worker.loader.pooling import GENERATES, ModelTask, resolve_task
 from xllm.worker.memory.virtual import available_mappings
@@ -76,7 +78,9 @@ class ToyExecutor:
         num_slots: int = 0,
         faults: ToyFaults = NO_FAULTS,
         task: ModelTask = GENERATES,
+        arena: PageArena | None = None,
     ) -> None:
+        """`arena`: pages that other models use too, in place of its own."""
         self.counter = 0
         self._task = task
         self._model = model
@@ -87,17 +91,32 @@ class ToyExecutor:
         self._rank = rank
         self._faults = faults
         self._has_faults = faults is not NO_FAULTS
-        self._arena = PageArena(num_blocks, block_size)
+        self._arena = arena or PageArena(num_blocks, block_size)
         self._slots = ToySlots(num_slots)
         self._sequences: dict[int, ToySequence] = {}
         self._num_steps = 0
+        self._is_asleep = False
         self._vocab_size, self._ids = toy_vocabulary(model_dir)
+
+    def read(self, progress: LoadObserver) -> None:
+        """There are no weights."""
+
+    def sleep(self, model: str, drop_weights: bool) -> None:
+        """Forget all sequences and slots."""
+        self._sequences.clear()
+        self._slots.clear()
+        self._is_asleep = True
+
+    def wake(self, model: str, progress: LoadObserver) -> None:
+        """Nothing was lost."""
+        self._is_asleep = False
 
     def join(self, board: RankBoard) -> None:
         """Each rank computes all of it: there is nobody to meet."""
 
     def load(self, progress: LoadObserver) -> WorkerReady:
         """Ready at once."""
+        self._is_asleep = False
         self._sequences.clear()
         self._slots.clear()
         progress(1, 1)
@@ -129,7 +148,9 @@ class ToyExecutor:
         """There is nothing to prepare."""
 
     def execute(self, plan: StepPlan) -> StepOutput:
-        """Run one plan."""
+        """Run one plan. EngineError where the model sleeps."""
+        if self._is_asleep:
+            raise EngineError(f"{self._model} sleeps and runs no plans")
         started = time.perf_counter_ns()
         broken_news = self._learn(plan.new)  # first: a fork's parent may end in the same plan
         for seq in plan.ended:
@@ -273,8 +294,19 @@ class ToyExecutor:
             self.counter += 1
 
 
-def make_toy_executor(settings: Settings, faults: ToyFaults = NO_FAULTS) -> ToyExecutor:
-    """The toy engine that the settings describe."""
+def make_toy_models(settings: Settings, faults: ToyFaults = NO_FAULTS) -> Executor:
+    """The toy engine of each model that the settings name, over the same pages."""
+    models = each_model(settings)
+    if len(models) == 1:
+        return make_toy_executor(settings, faults)
+    arena = PageArena(settings.worker.toy_num_blocks, settings.worker.block_size)
+    return ModelHost([make_toy_executor(one, faults, arena) for one in models], models)
+
+
+def make_toy_executor(
+    settings: Settings, faults: ToyFaults = NO_FAULTS, arena: PageArena | None = None
+) -> ToyExecutor:
+    """The toy engine that the settings describe. `arena`: see ToyExecutor."""
     model, worker = settings.model, settings.worker
     return ToyExecutor(
         model=model.name or Path(model.path).name or "toy",
@@ -288,4 +320,5 @@ def make_toy_executor(settings: Settings, faults: ToyFaults = NO_FAULTS) -> ToyE
         num_slots=2 * settings.scheduler.max_num_seqs if worker.kv_memory == "xtensor" else 0,
         faults=faults,
         task=resolve_task(model, Path(model.path)),
+        arena=arena,
     )
