@@ -88,14 +88,14 @@ def test_rounded_kv_of_two_ranks_is_that_of_one(family: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_experts_stay_as_they_are(quantization: str, tmp_path: Path) -> None:
+def test_rounded_experts_are_shared_out(quantization: str, tmp_path: Path) -> None:
     directory = make_model("qwen3-moe", tmp_path / "model")
     plain, _ = logits_of_all(directory)
     one, two = logits_of_all(directory, quantization=quantization)
     # Not as near to each other as dense ones are: a token may go to another expert.
-    bound = {"int8": 0.06, "w8a8": 0.15, "int4": 0.5}[quantization]
-    assert distance(one, plain) < bound
-    assert distance(two, plain) < bound
+    bound = {"int8": 0.2, "w8a8": 0.2, "int4": 0.5}[quantization]
+    assert 1e-3 < distance(one, plain) < bound
+    assert 1e-3 < distance(two, plain) < bound
 
 
 @pytest.mark.parametrize(
