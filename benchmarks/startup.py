@@ -1,14 +1,16 @@
-"""Seconds from the start of `xllm serve` to ready, and to a clean end.
+"""Seconds from the start of `xllm serve` to ready, and to a clean end; and what imports take.
 
     python -m benchmarks.startup [--reps 5] [-- flags of xllm serve]
 
 Ready is the first 200 of /health/ready, which proves the data path through router, master and
-worker; the end is measured from SIGINT to the launcher's exit.
+worker; the end is measured from SIGINT to the launcher's exit. `xllm --help` and a toy worker's
+executor are started in interpreters of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import signal
 import statistics
 import subprocess
@@ -16,6 +18,22 @@ import sys
 import time
 
 from benchmarks.service import free_port, wait_http
+
+HELP = "from xllm.cli.main import run_command; run_command(['--help'])"
+WORKER = """
+from xllm.config.settings import Settings, WorkerSettings
+from xllm.worker import process
+from xllm.worker.factory import make_executor
+make_executor(Settings(worker=WorkerSettings(engine="toy"))).load(lambda done, total: None)
+"""
+
+
+def measure_code(code: str) -> tuple[float, float]:
+    """A fresh interpreter that runs `code`: seconds until its end, and of processor time."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True)
+    passed, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return passed, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def measure(flags: list[str]) -> tuple[float, float]:
@@ -38,7 +56,14 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="flags of xllm serve, after --")
     options = parser.parse_args()
     runs = [measure(options.flags) for _ in range(options.reps)]
-    for name, values in zip(("ready", "end"), zip(*runs, strict=True), strict=True):
+    show(("ready", "end"), runs)
+    for name, code in (("--help", HELP), ("toy worker", WORKER)):
+        show((name, f"{name}, CPU"), [measure_code(code) for _ in range(options.reps)])
+
+
+def show(names: tuple[str, ...], runs: list[tuple[float, ...]]) -> None:
+    """A line for each of the figures of all runs."""
+    for name, values in zip(names, zip(*runs, strict=True), strict=True):
         ordered = sorted(values)
         print(
             f"{name}: median {statistics.median(ordered):.2f} s, "
