@@ -17,6 +17,12 @@ def test_where_there_is_a_compiler_the_kernels_are_built():
     assert load().compiled is not None, load().reason
 
 
+@pytest.mark.skipif(load().compiled is None, reason=load().reason)
+def test_no_variant_of_this_cpu_is_wrong():
+    """One that fails its check at load is not used, and nothing else would tell."""
+    assert [variant.name for variant in load().compiled.variants if variant.wrong] == []
+
+
 def test_a_missing_library_has_a_reason(tmp_path):
     loaded = load_from(tmp_path)
     assert loaded.compiled is None

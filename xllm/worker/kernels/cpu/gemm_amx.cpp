@@ -88,6 +88,10 @@ void amx_panel(const Call& call, const char* x, int64_t row_bytes, int64_t panel
 
 void gemm_amx(Team& team, int thread, const Weight& weight, const float* x, int64_t ldx,
               int32_t rows, float* y, int64_t ldy, Epilogue epilogue, void* scratch) {
+  if (weight.kind != kBf16) {
+    gemm_avx512(team, thread, weight, x, ldx, rows, y, ldy, epilogue, scratch);
+    return;
+  }
   const Call call{team, thread, weight, x, ldx, rows, y, ldy, epilogue, scratch};
   const int64_t blocks = num_blocks(weight, epilogue);
   const int32_t lines = (weight.k + kTileInputs - 1) / kTileInputs;
