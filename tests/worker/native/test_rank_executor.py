@@ -83,6 +83,20 @@ def test_drawn_tokens_and_their_scores_are_those_of_one_rank(directory: Path) ->
     assert streams[0] == streams[1]
 
 
+def test_penalties_over_a_vocabulary_that_does_not_divide(tmp_path: Path) -> None:
+    directory = make_model("qwen3", tmp_path / "model", vocab_size=515)
+    sampling = SamplingParams(
+        temperature=0.0, ignore_eos=True, repetition_penalty=1.2, logit_bias={5: 3.0}
+    )
+    streams = []
+    for driver in (PlanDriver(directory), rank_driver(directory)):
+        jobs = [driver.job(prompt, 8, sampling) for prompt in random_prompts(2, 5, 20)]
+        driver.generate(jobs)
+        streams.append([job.output for job in jobs])
+        driver.executor.close()
+    assert streams[0] == streams[1]
+
+
 def test_what_ranks_report(directory: Path, driver: PlanDriver) -> None:
     one = PlanDriver(directory)
     assert driver.ready.vocab_size == one.ready.vocab_size

@@ -27,9 +27,9 @@ class RankHead:
         self._vocab_size = vocab_size
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The last layer's output [rows, hidden] to fp32 logits [rows, vocab]."""
+        """The last layer's output [rows, hidden] to fp32 logits [rows, vocab], contiguous."""
         part = self._head(hidden)
         missing = self._rows_each - part.shape[1]
         parts = self._ranks.gather(F.pad(part, (0, missing)) if missing else part)
         logits = parts.transpose(0, 1).reshape(len(hidden), -1)
-        return logits[:, : self._vocab_size]
+        return logits[:, : self._vocab_size].contiguous()  # the sampler edits them in place
