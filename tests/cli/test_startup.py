@@ -9,6 +9,7 @@ import pytest
 from xllm.cli.launch_plan import announcement, keep_ports, plan_children, share_cores
 from xllm.cli.startup import ServiceAddresses, Startup
 from xllm.config.load import decode_settings, load
+from xllm.errors import ConfigError
 from xllm.protocol.launch import ProcessFailed, ProcessReady, ProcessStarted, ProcessStopping
 
 
@@ -67,6 +68,20 @@ def test_cores_are_shared(instances, chosen):
         assert threads == chosen
     else:
         assert threads == max(1, len(os.sched_getaffinity(0)) // settings.serve.instances)
+
+
+def test_cpus_that_are_named_are_shared_out():
+    flags = {"serve.instances": 2, "worker.cpu_affinity": "4-7,0"}
+    plan = plan_children(load(flags, None, {}), "/r")
+    masters = [child.settings.worker for child in plan if child.kind == "master"]
+    assert [(worker.cpu_affinity, worker.num_threads) for worker in masters] == [
+        ("4-5", 0),
+        ("6-7", 0),
+    ]
+    with pytest.raises(ConfigError, match="would give 2 instances the same cores"):
+        plan_children(load({**flags, "worker.cpu_affinity": "auto"}, None, {}), "/r")
+    with pytest.raises(ConfigError, match="1 CPUs for 2 instances"):
+        plan_children(load({**flags, "worker.cpu_affinity": "3"}, None, {}), "/r")
 
 
 def test_the_announcement_can_be_pasted():

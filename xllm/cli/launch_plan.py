@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from xllm.cli.startup import ServiceAddresses
 from xllm.cli.targets import run_kvcache, run_master, run_router
+from xllm.config.cpu_list import is_list, share_cpus
 from xllm.config.load import encode_settings
 from xllm.config.settings import Settings, WorkerSettings
 from xllm.protocol.actor.children import ChildSpec
@@ -45,7 +46,9 @@ def plan_children(settings: Settings, run_dir: str) -> list[PlannedChild]:
     for index in range(settings.serve.instances):
         name = f"{settings.master.name or 'instance'}-{index}"
         master = dataclasses.replace(base.master, name=name)
-        own = dataclasses.replace(base, master=master)
+        share = share_cpus(base.worker.cpu_affinity, index, settings.serve.instances)
+        worker = dataclasses.replace(base.worker, cpu_affinity=share)
+        own = dataclasses.replace(base, master=master, worker=worker)
         planned.append(_child("master", name, run_master, own))
     name = base.router.name or "router-0"
     own = dataclasses.replace(base, router=dataclasses.replace(base.router, name=name))
@@ -77,7 +80,7 @@ def _port(address: str) -> int:
 def share_cores(settings: Settings) -> WorkerSettings:
     """The worker's settings, with the cores divided among the instances where nobody chose."""
     worker = settings.worker
-    if worker.num_threads or settings.serve.instances == 1:
+    if worker.num_threads or settings.serve.instances == 1 or is_list(worker.cpu_affinity):
         return worker
     cores = len(os.sched_getaffinity(0))
     return dataclasses.replace(worker, num_threads=max(1, cores // settings.serve.instances))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from xllm.config.cpu_list import check_affinity
 from xllm.config.environment import read_environment
 from xllm.config.scheduling import check_scheduling
 from xllm.config.settings import Settings
@@ -117,6 +118,7 @@ def _from_file(table: Mapping[str, SettingEntry], path: str) -> dict[str, object
 
 def _check_together(settings: Settings) -> None:
     check_scheduling(settings.scheduler)
+    check_affinity(settings.worker.cpu_affinity)
     size = settings.worker.block_size
     if size & (size - 1):
         raise ConfigError(

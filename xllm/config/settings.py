@@ -242,6 +242,11 @@ class WorkerSettings:
         low=0,
         high=1024,
     )
+    cpu_affinity: str = setting(
+        "none",
+        "Cores that the engine's threads on a CPU keep to: none; auto, cores of their own where "
+        "num_threads leaves any; or CPUs as 0-3,8, shared out among instances and ranks.",
+    )
     kernels: str = setting(
         "auto",
         "Who computes on a CPU: compiled kernels, or torch; auto: compiled where they were built.",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from xllm.config.cpu_list import is_list
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
 from xllm.worker.collectives.gloo import GlooRanks
 from xllm.worker.platform.cpu import num_cores
+from xllm.worker.platform.placement import place_threads
 
 
 def make_ranks(settings: Settings, tick: Callable[[], None]) -> GlooRanks | None:
@@ -29,6 +31,20 @@ def num_threads_each(settings: Settings) -> int:
     if asked or size == 1 or not settings.master.spawn_workers:
         return asked
     return max(num_cores() // size, 1)
+
+
+def place_engine(settings: Settings, platform: str) -> int:
+    """Give the calling thread, which will compute, its place among the cores; ranks that a master
+    starts share its host. How many threads it shall have. ConfigError where that cannot be."""
+    worker = settings.worker
+    # Where CPUs are named and threads are not, there is a thread for each.
+    num_threads = worker.num_threads if is_list(worker.cpu_affinity) else num_threads_each(settings)
+    if platform != "cpu":
+        return num_threads
+    if not settings.master.spawn_workers:
+        return place_threads(worker.cpu_affinity, num_threads)
+    size = settings.master.num_workers
+    return place_threads(worker.cpu_affinity, num_threads, worker.rank, size)
 
 
 def check_platform(settings: Settings, platform: str) -> None:

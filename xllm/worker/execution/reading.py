@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
-from xllm.worker.collectives.making import check_platform, num_threads_each
+from xllm.worker.collectives.making import check_platform, place_engine
 from xllm.worker.execution.loading import LoadedModel, load_model, resolve_model_len
 from xllm.worker.kernels.selection import require_team
 from xllm.worker.platform.platform import Platform, select_platform
@@ -38,7 +38,7 @@ def read_model(settings: Settings, progress: Callable[[int, int], None]) -> Read
         platform,
         progress,
         model.implementation,
-        num_threads=num_threads_each(settings),
+        num_threads=place_engine(settings, platform.name),
         kernels=worker.kernels,
         quantization=model.quantization,
         asked=model,

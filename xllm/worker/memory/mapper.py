@@ -10,6 +10,7 @@ a slot is at most the number of its leading pages that are mapped and have nothi
 from __future__ import annotations
 
 import dataclasses
+import os
 import queue
 import threading
 import time
@@ -213,6 +214,8 @@ class PageMapper:
         self._ready[slot] = pages.index(NO_PAGE) if NO_PAGE in pages else len(pages)
 
     def _run(self) -> None:
+        # The engine's thread may have cores of its own, which who starts here would inherit.
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
         while (one := self._queue.get()) is not None:
             self._carry_out(one)
             with self._lock:
