@@ -152,6 +152,9 @@ def test_heartbeats_count_and_tell_blocks_and_metrics(run_dir):
             seqs = [beat.seq for beat in beats]
             assert seqs == list(range(seqs[0], seqs[0] + len(seqs)))
             assert beats[-1].state == "ready"
+            (worker,) = beats[-1].workers
+            assert (worker.name, worker.state) == (f"{one.master.name}/worker-0", "ready")
+            assert worker.device
             assert beats[-1].load.num_blocks == beats[-1].load.num_free_blocks == 64
             await one.router.until(lambda: any(b"xllm_master_ended" in b.metrics for b in beats))
 

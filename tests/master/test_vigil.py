@@ -11,7 +11,8 @@ from xllm.master.process_state import is_process_stopped
 from xllm.master.rank_link import RankLink
 from xllm.master.step_times import FIRST_STEP_S, StepTimes, StepWork
 from xllm.master.vigil import HUSH_S, MOST_DENIED_S, SILENCE_S, WorkerVigil
-from xllm.protocol.step import PULSE_PERIOD_S, StepItem, StepPlan
+from xllm.protocol.bus import WorkerState
+from xllm.protocol.step import PULSE_PERIOD_S, StepItem, StepPlan, WorkerFailed, WorkerReady
 
 STEP = 0.1
 
@@ -308,6 +309,21 @@ def test_ranks_wait_for_the_one_without_cpu(starves):
         most_s = max(link.look(now, 0) for link in links)
         verdicts += [link.verdict(now, 0, 60.0, most_s) for link in links]
     assert any(verdicts) != starves
+
+
+def test_a_rank_says_its_state():
+    link = RankLink(0, "w0")
+    link.begin(1.0)
+    assert link.state(2.0) == WorkerState("w0", "starting")
+    link.identity = b"w"
+    assert link.state(2.0) == WorkerState("w0", "loading")
+    link.become_ready(WorkerReady(0, "m", 8, 16, 128, 320, (), "", "", device="cpu"), 3.0)
+    assert link.state(3.5) == WorkerState("w0", "ready", 500, "cpu")
+    link.failure = WorkerFailed(0, "unavailable", "no model")
+    link.forget(4.0)
+    assert link.state(5.0) == WorkerState("w0", "failed")
+    link.begin(5.0)
+    assert link.state(5.0).state != "failed"
 
 
 def test_predictions_go_up_in_proportion_and_down_not_at_all():

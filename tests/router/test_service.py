@@ -11,7 +11,7 @@ import pytest
 from tests.router.fake_cluster import CONTEXT, TENANT, FakeCluster, in_loop, text_model
 from xllm.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from xllm.kvcache.hashing import chain_hashes
-from xllm.protocol.bus import DaemonHeartbeat, InstanceLoad, RouterPresence
+from xllm.protocol.bus import DaemonHeartbeat, InstanceLoad, RouterPresence, WorkerState
 from xllm.protocol.client import (
     ChatMessage,
     DetokenizeIds,
@@ -475,6 +475,26 @@ async def test_health_says_what_the_data_path_says():
     assert not report.ready
     assert report.degraded
     assert (await cluster.service.health(False)).ready
+    cluster.close()
+
+
+@in_loop
+async def test_status_shows_the_workers_of_an_instance():
+    cluster = FakeCluster("a", "b")
+    workers = (WorkerState("a/worker-0", "ready", 30, "cpu"), WorkerState("a/worker-1", "loading"))
+    cluster.beat("a", workers=workers)
+    shown = [one for one in cluster.service.status().processes if one.kind != "router"]
+    assert [(one.name, one.kind, one.state) for one in shown] == [
+        ("a", "instance", "ready"),
+        ("a/worker-0", "worker", "ready"),
+        ("a/worker-1", "worker", "loading"),
+        ("b", "instance", "ready"),  # it says nothing of its workers
+    ]
+    assert shown[1].heartbeat_age_ms - shown[0].heartbeat_age_ms == 30
+    cluster.clock.now += 60.0
+    cluster.tick()
+    states = [one.state for one in cluster.service.status().processes if one.kind == "worker"]
+    assert states == ["unknown", "unknown"]
     cluster.close()
 
 

@@ -85,7 +85,7 @@ def test_questions(client):
     assert [m.name for m in client.models()] == ["toy-model"]
     assert client.health(probe=True).ready
     kinds = sorted(p.kind for p in client.status())
-    assert kinds.count("instance") == 2
+    assert kinds.count("instance") == kinds.count("worker") == 2
     assert "router" in kinds
     ids = client.tokenize("hello world")
     assert client.detokenize(ids) == "hello world"

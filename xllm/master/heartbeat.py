@@ -10,7 +10,13 @@ import time
 
 from xllm.master.metrics import MasterMetrics
 from xllm.master.scheduler import Scheduler
-from xllm.protocol.bus import BlockEvents, InstanceHeartbeat, InstanceLatency, InstanceLoad
+from xllm.protocol.bus import (
+    BlockEvents,
+    InstanceHeartbeat,
+    InstanceLatency,
+    InstanceLoad,
+    WorkerState,
+)
 
 METRICS_PERIOD_S = 1.0
 
@@ -34,7 +40,12 @@ class HeartbeatMaker:
         self._forgotten.append(BlockEvents(removed=scheduler.snapshot_blocks()))
 
     def make(
-        self, state: str, role: str, scheduler: Scheduler | None, worker_metrics: bytes
+        self,
+        state: str,
+        role: str,
+        scheduler: Scheduler | None,
+        worker_metrics: bytes,
+        workers: tuple[WorkerState, ...] = (),
     ) -> InstanceHeartbeat:
         """The next heartbeat. `scheduler`: None while no worker is ready."""
         self.seq += 1
@@ -71,4 +82,5 @@ class HeartbeatMaker:
             latency,
             tuple(events),
             metrics=metrics,
+            workers=workers,
         )

@@ -1,6 +1,6 @@
 """One rank of a worker group: its connection, its process, and whether it works.
 
-A record with two verdicts and no messages of its own: the group sends, starts and kills.
+A record with verdicts and no messages of its own: the group sends, starts and kills.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from xllm.master.process_state import is_process_stopped
 from xllm.master.vigil import WorkerVigil
 from xllm.protocol.actor.starvation import StarvationMeter, process_meter
+from xllm.protocol.bus import WorkerState
 from xllm.protocol.step import WorkerFailed, WorkerReady
 
 
@@ -55,6 +56,15 @@ class RankLink:
             self._meter.look(now)
             vigil.excuse_silence(self._meter.denied_s)
         return vigil.denied_s
+
+    def state(self, now: float) -> WorkerState:
+        """For heartbeats."""
+        if self.vigil is not None and self.ready is not None:
+            silent_ms = int((now - self.vigil.heard_at) * 1000)
+            return WorkerState(self.name, "ready", silent_ms, self.ready.device)
+        if self.failure is not None:
+            return WorkerState(self.name, "failed")
+        return WorkerState(self.name, "starting" if self.identity is None else "loading")
 
     def verdict(self, now: float, pid: int, start_limit_s: float, denied_s: float) -> str:
         """What is wrong with it, or "". `pid` 0: its process is not ours. `denied_s`: what the

@@ -183,7 +183,9 @@ class ServedModel:
         self.steps.pump()
         # What the worker counts is said once.
         metrics = self.workers.metrics if self.index == 0 else b""
-        beat = self._heartbeats.make(self.state, self.conversation.role, self.scheduler, metrics)
+        beat = self._heartbeats.make(
+            self.state, self.conversation.role, self.scheduler, metrics, self.workers.states
+        )
         try:
             self._bus.publish(TOPIC, beat)
         except TransportError as error:

@@ -21,6 +21,7 @@ from xllm.master.rank_link import RankLink
 from xllm.master.rank_processes import RankProcesses, WorkerTarget
 from xllm.master.ranks import RankResults, merge_ready
 from xllm.protocol.actor.base import Actor
+from xllm.protocol.bus import WorkerState
 from xllm.protocol.codec import Decoder
 from xllm.protocol.step import (
     LoadModel,
@@ -117,6 +118,12 @@ class WorkerGroup:
     def is_ready(self) -> bool:
         """Whether plans can be sent."""
         return self._is_ready
+
+    @property
+    def states(self) -> tuple[WorkerState, ...]:
+        """All ranks, for heartbeats."""
+        now = time.monotonic()
+        return tuple(link.state(now) for link in self.links)
 
     @property
     def age_ms(self) -> int:

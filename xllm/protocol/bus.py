@@ -44,6 +44,17 @@ class BlockEvents(ArrayPart, frozen=True):
     tier: str = "device"
 
 
+class WorkerState(ArrayPart, frozen=True):
+    """A worker of an instance, as its master sees it."""
+
+    name: str
+    state: str
+    """starting, loading, ready or failed."""
+    silent_ms: int = 0
+    """Since its last word, of one that is ready."""
+    device: str = ""
+
+
 class InstanceHeartbeat(ArrayMessage, frozen=True):
     """A master is alive, and how."""
 
@@ -60,6 +71,7 @@ class InstanceHeartbeat(ArrayMessage, frozen=True):
     metrics: bytes = b""
     """Prometheus text of master and workers, about once a second."""
     message: str = ""
+    workers: tuple[WorkerState, ...] = ()
 
 
 class DaemonHeartbeat(ArrayMessage, frozen=True):

@@ -222,7 +222,7 @@ class ProcessStatus(MapPart, frozen=True):
 
     name: str
     kind: str
-    """router, instance or daemon."""
+    """router, instance, worker or daemon."""
     incarnation: str = ""
     role: str = ""
     model: str = ""

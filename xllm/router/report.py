@@ -11,7 +11,7 @@ def process_list(
     view: ClusterView, own: tuple[str, str, bool, int], now: float
 ) -> tuple[ProcessStatus, ...]:
     """This router (`own`: name, incarnation, whether it drains, open requests), the others, then
-    instances and daemons, by name."""
+    instances, each before its workers, and daemons, by name."""
     name, incarnation, draining, num_open = own
     found = [
         ProcessStatus(
@@ -32,7 +32,8 @@ def process_list(
         )
         for router_name, router in sorted(view.routers.items())
     ]
-    found += [_instance(one, now) for one in sorted(view, key=lambda one: one.name)]
+    for one in sorted(view, key=lambda one: one.name):
+        found += [_instance(one, now), *_workers(one, now)]
     found += [_daemon(name, daemon, now) for name, daemon in sorted(view.daemons.items())]
     return tuple(found)
 
@@ -94,6 +95,21 @@ def _instance(one: InstanceView, now: float) -> ProcessStatus:
         num_blocks=load.num_blocks or one.record.num_blocks,
         heartbeat_age_ms=int((now - one.heard_at) * 1000),
     )
+
+
+def _workers(one: InstanceView, now: float) -> list[ProcessStatus]:
+    """As the instance last said, if it still speaks."""
+    age_ms = int((now - one.heard_at) * 1000)
+    return [
+        ProcessStatus(
+            name=worker.name,
+            kind="worker",
+            model=one.record.model,
+            state="unknown" if one.suspect else worker.state,
+            heartbeat_age_ms=age_ms + worker.silent_ms,
+        )
+        for worker in one.workers
+    ]
 
 
 def _state(one: InstanceView) -> str:

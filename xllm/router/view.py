@@ -18,6 +18,7 @@ from xllm.protocol.bus import (
     InstanceHeartbeat,
     InstanceLoad,
     RouterPresence,
+    WorkerState,
 )
 from xllm.protocol.records import InstanceRecord
 
@@ -38,6 +39,7 @@ class InstanceView:
     role: str = "both"
     load: InstanceLoad = dataclasses.field(default_factory=InstanceLoad)
     metrics: bytes = b""
+    workers: tuple[WorkerState, ...] = ()
     num_inflight: int = 0
     """Requests of this router that run there."""
     num_gaps: int = 0
@@ -187,6 +189,7 @@ class ClusterView:
         one.state = word.state
         one.role = word.role
         one.load = word.load
+        one.workers = word.workers
         one.suspect = False
         if word.metrics:
             one.metrics = word.metrics
