@@ -12,6 +12,7 @@ from xllm.config.settings import ModelSettings
 from xllm.master.actor import MasterActor
 from xllm.master.profiling import StartProfile, profile_load
 from xllm.master.strategies.step_model import StepShape
+from xllm.protocol.bus import InstanceLatency
 from xllm.worker.toy.vectors import WIDTH
 
 TOKEN_S, PAIR_S, CONSTANT_S = 2e-4, 1e-7, 5e-3
@@ -53,6 +54,8 @@ class Profiled(ToyInstance):
             self.scheduler.check()
         assert self.num_finished
         assert self.scheduler.is_idle
+        # No request of a client has waited for anything.
+        assert self.scheduler.take_latency() == InstanceLatency()
         return self.now - began
 
 

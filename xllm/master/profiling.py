@@ -122,6 +122,7 @@ class StartProfile:
             self._send_plan(plan)
         if scheduler.is_idle and not self._is_over:
             self._is_over = True
+            scheduler.take_latency()  # nobody waited
             self._finished()
 
     def _next_wave(self, now: float) -> None:
