@@ -19,7 +19,7 @@ from xllm.master.strategies.page_turns import PageTurns
 from xllm.master.strategies.phases import StepKind
 from xllm.master.strategies.step_budget import StepBudget
 from xllm.master.strategies.step_model import StepShape
-from xllm.master.strategies.urgency import Rank, Urgency
+from xllm.master.strategies.urgency import Urgency
 from xllm.protocol.step import StepPlan
 
 
@@ -154,22 +154,26 @@ class StepPlanner:
         return StepBudget(tokens, model, limit)
 
     def _add_prefills(self, decodes: list[Sequence], num_decodes: int, may_start: bool) -> None:
-        """Running prefills and new ones; where urgency decides, in its order."""
+        """Running prefills, then new ones; but new online ones before running offline ones, and
+        where urgency decides, all in its order."""
         objectives = self._policy.objectives
         prefilling = list(self._state.prefilling)
-        ranks: dict[Sequence, Rank] = {}
-        if objectives is not None:
+        if objectives is None:
+            prefilling.sort(key=lambda seq: seq.key[0])
+        else:
             if not decodes:
                 objectives.look(prefilling, self._policy.waiting, 0)
             ranks = {seq: objectives.rank(seq, self._now) for seq in prefilling}
             prefilling.sort(key=ranks.__getitem__)
         budget = self._budget(decodes, num_decodes)
         sitting_out = self._room.sitting_out
+        has_looked = False
         for seq in prefilling:
+            if may_start and (objectives is not None or (seq.key[0] and not has_looked)):
+                self._start_waiting(budget, seq)
+                has_looked = True
             if budget.tokens <= 0:
                 break
-            if ranks and may_start:
-                self._start_waiting(budget, ranks[seq])
             remaining = seq.num_tokens - seq.num_planned
             if remaining <= 0 or (sitting_out and seq in sitting_out):
                 continue
@@ -180,6 +184,14 @@ class StepPlanner:
             self._builder.add_prefill(seq, share)
         if may_start and budget.tokens > 0:
             self._start_waiting(budget, None)
+
+    def _comes_before(self, running: Sequence, seq: Sequence) -> bool:
+        """Whether a running prefill goes before one that waits. Without urgency it is an offline
+        one."""
+        objectives = self._policy.objectives
+        if objectives is None:
+            return seq.key[0]
+        return objectives.rank(running, self._now) < objectives.rank(seq, self._now)
 
     def _share(self, budget: StepBudget, start: int, remaining: int) -> int:
         allowed = budget.allowed(start, remaining)
@@ -195,18 +207,17 @@ class StepPlanner:
         if not self._sharing.is_held(seq, match):
             self._room.make_room(seq, match)
 
-    def _start_waiting(self, budget: StepBudget, before: Rank | None) -> None:
-        """Start sequences in the queue's order, those that outrank `before` if it is given; the
-        first that cannot start ends it, so that large requests are not overtaken for ever. Those
-        that wait for a leader's prefix are passed, so many times."""
+    def _start_waiting(self, budget: StepBudget, before: Sequence | None) -> None:
+        """Start sequences in the queue's order, those that go before the running prefill `before`
+        if it is given; the first that cannot start ends it, so that large requests are not
+        overtaken for ever. Those that wait for a leader's prefix are passed, so many times."""
         state = self._state
-        objectives = self._policy.objectives
         held: list[Sequence] = []
         while budget.tokens > 0:
             seq = state.waiting.peek(self._now)
             if seq is None or state.num_running >= state.limits.max_running:
                 break
-            if before and objectives and objectives.rank(seq, self._now) > before:
+            if before is not None and self._comes_before(before, seq):
                 break
             match = state.tables.match(seq)
             if self._sharing.is_held(seq, match):

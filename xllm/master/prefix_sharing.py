@@ -4,7 +4,8 @@ A waiting sequence whose next block that is not cached is just being computed by
 (its leader) is held back until that block is sealed, and then finds it cached. The leader need
 not know: where it is preempted, cancelled or fails, it is among the running prefills no more, and
 who waited for it is free. Others may pass a follower, up to a bound; past it the queue stops at
-the follower, as at any sequence that cannot start.
+the follower, as at any sequence that cannot start. An online sequence waits for online leaders
+only: an offline one may be left aside for long.
 
 Invariants: nobody is held who would not save at least one block; a leader runs, so a hold ends;
 of any two sequences that hold each other back one runs.
@@ -30,7 +31,8 @@ class PrefixSharing:
     def __init__(self, block_size: int, enabled: bool) -> None:
         self._block_size = block_size
         self._enabled = enabled
-        self._pending: set[bytes] = set()
+        # By the hash of a block: whether only offline prefills are about to seal it.
+        self._pending: dict[bytes, bool] = {}
 
     def begin(self, prefilling: Iterable[Sequence]) -> None:
         """A new plan; these prefills run."""
@@ -45,7 +47,8 @@ class PrefixSharing:
         index = seq.num_sealed
         is_whole = (index + 1) * self._block_size <= seq.num_tokens
         if self._enabled and is_whole and index < len(seq.hashes) and not seq.is_private:
-            self._pending.add(seq.hashes[index])
+            content = seq.hashes[index]
+            self._pending[content] = self._pending.get(content, True) and seq.key[0]
 
     def is_held(self, seq: Sequence, match: MatchResult) -> bool:
         """Whether a waiting sequence, whose cached prefix is `match`, is to wait for a leader."""
@@ -55,4 +58,5 @@ class PrefixSharing:
         # The last position is computed in any case: a match never covers it.
         if index >= (seq.num_tokens - 1) // self._block_size:
             return False
-        return seq.hashes[index] in self._pending
+        is_offline = self._pending.get(seq.hashes[index])
+        return is_offline is not None and (seq.key[0] or not is_offline)
