@@ -5,7 +5,8 @@
 Each arm's ranks are processes of their own that stay, and the arms take turns, so that all of them
 see the machine's better and worse times. A repetition computes prompts of 512 tokens, alone and
 two in one step, and decodes with 1, 16 and 64 sequences; figures are medians of a step's
-milliseconds. `exchange` is what one sum of 16 rows takes alone, in microseconds.
+milliseconds. `exchange` is what one sum of 16 rows takes alone, `logits` and `best` what it takes to
+make the whole vocabulary's logits, or the best token, of 16 rows' parts, in microseconds.
 """
 
 from __future__ import annotations
@@ -165,6 +166,7 @@ def run_rank(connection: Connection, settings: bytes) -> None:
         figures = workload.run()
         if executor._ranks is not None:
             figures["exchange"] = measure_sums(executor._ranks, hidden)
+            figures |= measure_heads(executor, ready.vocab_size)
         connection.send_bytes(msgspec.json.encode(figures))
     executor.close()
 
@@ -178,6 +180,19 @@ def measure_sums(ranks: GlooRanks, hidden: int) -> float:
         ranks.begin_sum(part).wait()
         times.append(1e6 * (time.perf_counter() - began))
     return statistics.median(times)
+
+
+def measure_heads(executor: NativeExecutor, vocab_size: int) -> dict[str, float]:
+    """Microseconds that ranks take to make one of their logits, and to find the best of them."""
+    head = executor._loaded().drawer._head
+    part = torch.zeros((SUM_ROWS, -(-vocab_size // executor._settings.master.num_workers)))
+    times: dict[str, list[float]] = {"logits": [], "best": []}
+    for _ in range(NUM_SUMS):
+        for name, work in (("logits", head.whole), ("best", head.best)):
+            began = time.perf_counter()
+            work(part)
+            times[name].append(1e6 * (time.perf_counter() - began))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 class ArmProcesses:

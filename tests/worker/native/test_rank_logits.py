@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,9 +52,9 @@ class RankRunners:
         for runner, ranks in zip(self.runners, self.group, strict=True):
             runner.loop.share(ranks, micro_batch_rows)
             loaded = runner.loaded
-            runner.head = RankHead(
-                loaded.model.head, ranks, loaded.head_rows, loaded.model.config.vocab_size
-            )
+            vocab_size = loaded.model.config.vocab_size
+            head = RankHead(loaded.model.head, ranks, loaded.head_rows, vocab_size)
+            runner.head = functools.partial(whole_logits, head)
         boards = wired_boards(size)
         on_all(size, lambda rank: self.group[rank].join(boards[rank]))
 
@@ -67,6 +68,11 @@ class RankRunners:
 
     def close(self) -> None:
         on_all(self.size, lambda rank: self.group[rank].leave())
+
+
+def whole_logits(head: RankHead, hidden: torch.Tensor) -> torch.Tensor:
+    """Of rows of the last layer's output."""
+    return head.whole(head.part(hidden))
 
 
 @contextlib.contextmanager

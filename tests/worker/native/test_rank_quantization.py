@@ -39,7 +39,8 @@ def rank_logits(driver: PlanDriver, ids: list[int]) -> torch.Tensor:
     def compute(rank: int) -> torch.Tensor:
         engine = executors.ranks[rank]._loaded()
         with torch.inference_mode():
-            return engine.drawer._head(engine.loop.run([span], ids, ()))
+            head = engine.drawer._head
+            return head.whole(head.part(engine.loop.run([span], ids, ())))
 
     first, *others = on_all(executors.size, compute)
     assert all(torch.equal(first, other) for other in others)

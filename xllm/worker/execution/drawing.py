@@ -12,11 +12,12 @@ import torch
 
 from xllm.worker.execution.batch import BatchEntry, StepBatch
 from xllm.worker.execution.outputs import StepOutputs
+from xllm.worker.execution.rank_head import Head, ModelHead
 from xllm.worker.models.model import DecoderModel
 from xllm.worker.sampling.edits import needs_counts
 from xllm.worker.sampling.greedy import BestTokens, best_tokens
 from xllm.worker.sampling.logprobs import score_rows
-from xllm.worker.sampling.rows import SampleRow
+from xllm.worker.sampling.rows import SampleResult, SampleRow
 from xllm.worker.sampling.sampler import Sampler
 
 _SLICE_BYTES = 32 << 20
@@ -28,8 +29,8 @@ _NOT_FINITE = "the model's output is not a number (an overflow of its type?)"
 class TokenDrawer:
     """Draws the tokens of steps with one model. `tick` is called after each bounded piece of
     work. `alone`: the head and the draws see one row at a time, so that a row's numbers are
-    independent of the rows beside it; the head need not where `head_invariant`. `head`: gives
-    the logits; None: the model's. `best`: finds the greedy tokens."""
+    independent of the rows beside it; the head need not where `head_invariant`. `head`: that of
+    several ranks; None: the model's. `best`: finds the greedy tokens."""
 
     def __init__(
         self,
@@ -39,13 +40,14 @@ class TokenDrawer:
         *,
         alone: bool = False,
         head_invariant: bool = False,
-        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        head: Head | None = None,
         best: BestTokens = best_tokens,
     ) -> None:
         vocab_size = model.config.vocab_size
-        self._head = head or model.head
+        self._head = head or ModelHead(model.head)
         self._device = device
         self._tick = tick
+        self._best = best
         self._sampler = Sampler(vocab_size, device, tick, best)
         most = max(_SLICE_BYTES // (4 * vocab_size), 1)
         self._slice = 1 if alone and not head_invariant else most
@@ -85,7 +87,7 @@ class TokenDrawer:
         for at in range(first, last, self._slice):
             ids = state.tokens(at, min(at + self._slice, last))
             row = entry.first_row + at - first
-            logits = self._head(hidden[row : row + len(ids)])
+            logits = self._head.whole(self._head.part(hidden[row : row + len(ids)]))
             self._tick()
             table = score_rows(logits, self._index(ids), num_top, tick=self._tick)
             outputs.add_logprobs(entry.index, table)
@@ -93,17 +95,32 @@ class TokenDrawer:
     def _sample(
         self, entries: Sequence[BatchEntry], hidden: torch.Tensor, outputs: StepOutputs
     ) -> None:
-        rows = self._index([entry.last_row for entry in entries])
-        logits = self._head(hidden.index_select(0, rows))
+        places = self._index([entry.last_row for entry in entries])
+        part = self._head.part(hidden.index_select(0, places))
         self._tick()
-        for at in range(0, len(entries), self._draws):
-            part = slice(at, at + self._draws)
-            self._draw_rows(entries[part], logits[part], outputs)
+        rows = [_sample_row(entry) for entry in entries]
+        is_bare = [self._sampler.takes_best(row) for row in rows]
+        bare = [index for index, found in enumerate(is_bare) if found]
+        others = [index for index, found in enumerate(is_bare) if not found]
+        if bare:
+            tops, ids = self._head.best(_of(part, bare), self._best)
+            self._tick()
+            result = self._sampler.take_best(tops, ids, [rows[index] for index in bare])
+            self._settle([entries[index] for index in bare], result, outputs)
+        if not others:
+            return
+        logits = self._head.whole(_of(part, others))
+        self._tick()
+        for at in range(0, len(others), self._draws):
+            drawn = others[at : at + self._draws]
+            result = self._sampler.sample(
+                logits[at : at + self._draws], [rows[index] for index in drawn]
+            )
+            self._settle([entries[index] for index in drawn], result, outputs)
 
-    def _draw_rows(
-        self, entries: Sequence[BatchEntry], logits: torch.Tensor, outputs: StepOutputs
+    def _settle(
+        self, entries: Sequence[BatchEntry], result: SampleResult, outputs: StepOutputs
     ) -> None:
-        result = self._sampler.sample(logits, [_sample_row(entry) for entry in entries])
         reasons = dict(result.failed)
         for number, entry in enumerate(entries):
             if number in reasons:
@@ -132,6 +149,11 @@ def _sample_row(entry: BatchEntry) -> SampleRow:
         num_samples=entry.item.num_samples,
         counts=state.counted() if needs_counts(state.sampling) else None,
     )
+
+
+def _of(part: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Some rows of logits, in order; no copy where they are all."""
+    return part if len(rows) == len(part) else part[list(rows)]
 
 
 def _parts(entries: Sequence[BatchEntry], size: int) -> Iterator[Sequence[BatchEntry]]:

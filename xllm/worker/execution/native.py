@@ -28,7 +28,7 @@ from xllm.worker.execution.loading import LoadedModel
 from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.pooling import Pooler
 from xllm.worker.execution.progress import ProgressCounter
-from xllm.worker.execution.rank_head import RankHead
+from xllm.worker.execution.rank_head import Head, RankHead
 from xllm.worker.execution.reading import ReadModel, read_model
 from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
 from xllm.worker.executor import Executor, HostedExecutor, StepOutput
@@ -334,7 +334,7 @@ class NativeExecutor:
             best=best_tokens if loaded.team is None else partial(arg_max, loaded.team),
         )
 
-    def _share(self, loop: LayerLoop, loaded: LoadedModel) -> Callable[..., torch.Tensor] | None:
+    def _share(self, loop: LayerLoop, loaded: LoadedModel) -> Head | None:
         """Compute with the other ranks from now on, not before: nobody was there to warm up with.
         Gives the head that they have together."""
         if self._ranks is None:

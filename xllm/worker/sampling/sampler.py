@@ -25,7 +25,7 @@ from xllm.worker.sampling.candidates import (
     window_sizes,
 )
 from xllm.worker.sampling.draw import draw_filtered, draw_plain
-from xllm.worker.sampling.edits import apply_edits
+from xllm.worker.sampling.edits import apply_edits, needs_edit
 from xllm.worker.sampling.greedy import BestTokens, best_tokens
 from xllm.worker.sampling.logprobs import score_rows
 from xllm.worker.sampling.noise_tensor import DrawKey
@@ -79,6 +79,28 @@ class Sampler:
         if raw is not None:
             self._score_drawn(raw, scored, rows, tokens, logprobs)
         return SampleResult(tokens, logprobs, sorted(failed.items()))
+
+    def takes_best(self, row: SampleRow) -> bool:
+        """Whether the best of the row's logits is all that is asked for: `take_best` then gives
+        what `sample` would."""
+        return (
+            row.sampling.temperature == 0
+            and row.sampling.logprobs is None
+            and not needs_edit(row)
+            and not self._bad_rows([row])
+        )
+
+    def take_best(
+        self, tops: torch.Tensor, ids: torch.Tensor, rows: Sequence[SampleRow]
+    ) -> SampleResult:
+        """The result of rows that take their best: maxima and ids [rows], as of `best_tokens`."""
+        failed: dict[int, str] = {}
+        _note_bad(tops, range(len(rows)), failed)
+        tokens = [
+            () if index in failed else (token,) * row.num_samples
+            for index, (row, token) in enumerate(zip(rows, ids.tolist(), strict=True))
+        ]
+        return SampleResult(tokens, [None] * len(rows), sorted(failed.items()))
 
     def score_rows(
         self, logits: torch.Tensor, targets: Sequence[int] | torch.Tensor, num_top: int
@@ -248,7 +270,7 @@ def _draws(row: SampleRow) -> list[DrawKey]:
     return [(seed, choice, row.position) for choice in choices]
 
 
-def _note_bad(tops: torch.Tensor, indices: list[int], failed: dict[int, str]) -> None:
+def _note_bad(tops: torch.Tensor, indices: Sequence[int], failed: dict[int, str]) -> None:
     """A row's maximum is finite unless some of its logits are no numbers."""
     for index, top in zip(indices, tops.tolist(), strict=True):
         if not math.isfinite(top):
