@@ -5,8 +5,8 @@
 Each arm's ranks are processes of their own that stay, and the arms take turns, so that all of them
 see the machine's better and worse times. A repetition computes prompts of 512 tokens, alone and
 two in one step, and decodes with 1, 16 and 64 sequences; figures are medians of a step's
-milliseconds. `exchange` is what one sum of 16 rows takes alone, `logits` and `best` what it takes to
-make the whole vocabulary's logits, or the best token, of 16 rows' parts, in microseconds.
+milliseconds. `exchange` is what one sum of 16 rows takes alone, `logits` and `best` what it takes
+to make the whole vocabulary's logits, or the best token, of 16 rows' parts, in microseconds.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def test_all_arms_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str
     report = measure(options)
     assert list(report) == ["1 worker x 2 threads", "2 ranks x 1 thread", "2 ranks, overlap"]
     alone, plain, overlap = report.values()
-    assert set(plain) == set(overlap) == {*alone, "exchange"}
+    assert set(plain) == set(overlap) == {*alone, "exchange", "logits", "best"}
     assert all(value > 0 for figures in report.values() for value in figures.values())
     print_report(report)
     assert "decode 64" in capsys.readouterr().out
