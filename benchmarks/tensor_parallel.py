@@ -184,13 +184,17 @@ def measure_sums(ranks: GlooRanks, hidden: int) -> float:
 
 def measure_heads(executor: NativeExecutor, vocab_size: int) -> dict[str, float]:
     """Microseconds that ranks take to make one of their logits, and to find the best of them."""
-    head = executor._loaded().drawer._head
+    drawer = executor._loaded().drawer
+    head = drawer._head
     part = torch.zeros((SUM_ROWS, -(-vocab_size // executor._settings.master.num_workers)))
     times: dict[str, list[float]] = {"logits": [], "best": []}
     for _ in range(NUM_SUMS):
-        for name, work in (("logits", head.whole), ("best", head.best)):
+        for name in times:
             began = time.perf_counter()
-            work(part)
+            if name == "logits":
+                head.whole(part)
+            else:
+                head.best(part, drawer._best)
             times[name].append(1e6 * (time.perf_counter() - began))
     return {name: statistics.median(found) for name, found in times.items()}
 

@@ -60,7 +60,9 @@ def best_of_ranks(logits: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.
     given = [one.given[0] for one in ranks]
     for one in ranks:
         one.parts = given
-    (first, *others) = [head.best(part, best_tokens) for head, part in zip(heads, parts, strict=True)]
+    (first, *others) = [
+        head.best(part, best_tokens) for head, part in zip(heads, parts, strict=True)
+    ]
     for other in others:
         assert all(map(torch.equal, map(torch.nan_to_num, first), map(torch.nan_to_num, other)))
     return first
