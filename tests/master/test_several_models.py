@@ -18,6 +18,7 @@ from xllm.errors import ConfigError
 from xllm.master.actor import MasterActor
 from xllm.master.strategies.page_turns import PageTurns
 from xllm.master.strategies.step_turns import StepTurns
+from xllm.protocol.instance import SetSleep, SleepSet
 from xllm.protocol.transport.context import Transport
 
 NAMES = ("toy", "b")
@@ -128,6 +129,81 @@ def test_both_come_back_with_their_worker(run_dir):
             await one.ready()
             for name in NAMES:
                 await one.serve(name, "after")
+
+    asyncio.run(scenario())
+
+
+async def set_sleep(one, model: str, asleep: bool, **how) -> SleepSet:
+    router = one.routers[model]
+    nonce = len(router.answers) + 1
+    router.send(SetSleep(nonce, asleep, **how))
+    return await router.answer(SleepSet)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("drop_weights", [False, True])
+def test_a_model_sleeps_wakes_and_sleeps_through_the_loss_of_its_worker(run_dir, drop_weights):
+    async def scenario():
+        async with running(run_dir) as one:
+            toy, b = one.routers["toy"], one.routers["b"]
+            await one.serve("b", "before")
+            b.admit("cut", range(20, 30), max_tokens=200)
+            await b.until(lambda: ("cut", 1, 0) in b.streams)
+            assert await set_sleep(one, "b", True, drop_weights=drop_weights) == SleepSet(1)
+            cut = await b.ends("cut")
+            assert (cut.code, cut.message) == ("unavailable", "the model b goes to sleep")
+            await b.until(lambda: b.beats[-1].state == "asleep")
+            scheduler = one.models["toy"].scheduler
+            assert scheduler.statistics().num_available_blocks == 64
+            b.admit("no", range(20, 30))
+            assert (await b.ends("no")).message == "the model b is asleep"
+            await one.serve("toy", "other", 30)
+
+            [pid] = one.master.workers.pids.values()
+            os.kill(pid, signal.SIGKILL)
+            await toy.until(lambda: one.models["toy"].state == "loading")
+            await toy.until(lambda: one.models["toy"].state == "ready", 30)
+            assert one.models["b"].state == "asleep"
+            await one.serve("toy", "again", 30)
+
+            b.answers.clear()
+            assert (await set_sleep(one, "b", False)).code == ""
+            await one.serve("b", "after", 30)
+            await one.serve("toy", "both", 30)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.process
+def test_what_runs_may_end_before_the_sleep(run_dir):
+    async def scenario():
+        async with running(run_dir) as one:
+            b = one.routers["b"]
+            request = b.admit("long", range(20, 30), max_tokens=60)
+            await b.until(lambda: ("long", 1, 0) in b.streams)
+            assert (await set_sleep(one, "b", True, timeout_ms=10_000)).code == ""
+            assert (await b.ends("long")).code == ""
+            assert b.streams["long", 1, 0].tokens == expected(request)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.process
+def test_a_wake_that_the_worker_does_not_live_to_answer_fails(run_dir):
+    async def scenario():
+        async with running(run_dir) as one:
+            assert (await set_sleep(one, "b", True)).code == ""
+            one.routers["b"].answers.clear()
+            [pid] = one.master.workers.pids.values()
+            os.kill(pid, signal.SIGSTOP)
+            waking = asyncio.ensure_future(set_sleep(one, "b", False))
+            await one.routers["b"].until(lambda: one.master.sleeping._waking is not None)
+            os.kill(pid, signal.SIGKILL)
+            answer = await waking
+            assert (answer.code, answer.message) == ("unavailable", "the worker is lost")
+            await one.routers["toy"].until(lambda: one.models["toy"].state == "ready", 30)
+            await one.serve("toy", "goes on")
+            assert one.models["b"].state == "asleep"
 
     asyncio.run(scenario())
 

@@ -20,6 +20,7 @@ from xllm.protocol.client import (
 from xllm.protocol.instance import (
     AdmitRequest,
     CancelRequest,
+    InstanceRequest,
     PooledVector,
     ProbeAnswer,
     ProbeInstance,
@@ -78,7 +79,7 @@ class FakeLinks:
         self.service: RouterService | None = None
         self.answer_probes = True
 
-    def send(self, instance: str, message: AdmitRequest | CancelRequest | ProbeInstance) -> bool:
+    def send(self, instance: str, message: InstanceRequest) -> bool:
         if instance in self.unreachable:
             return False
         self.sent.append((instance, message))

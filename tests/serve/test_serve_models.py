@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pathlib
+import subprocess
+import sys
 
 import httpx
 import pytest
 
 from tests.cli.toy_model import expected_ids, make_toy_model
-from tests.serve.served import Served
+from tests.serve.served import Served, wait_until
 from xllm import Client
-from xllm.errors import ModelNotFoundError
+from xllm.errors import ModelNotFoundError, UnavailableError
 
 pytestmark = pytest.mark.process
 
@@ -51,3 +53,26 @@ def test_both_are_listed_and_one_must_be_named(served):
     assert "'one', '2nd'" in refused.json()["error"]["message"]
     with Client(served.zmq) as client, pytest.raises(ModelNotFoundError, match="name a model"):
         client.generate("hello", max_tokens=2)
+
+
+def test_a_model_sleeps_and_wakes_by_command(served):
+    def command(*words: str) -> str:
+        line = [sys.executable, "-m", "xllm", *words, "--endpoint", served.zmq]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout + done.stderr
+
+    assert command("sleep", "2nd", "--drop-weights") == "2nd is asleep\n"
+    with Client(served.zmq) as client:
+        wait_until(lambda: not client.models()[1].ready, what="sleep")
+        with pytest.raises(UnavailableError, match="'2nd' is asleep"):
+            client.generate("hello", model="2nd", max_tokens=2)
+        assert client.generate("hello", model="one", max_tokens=2)
+        assert client.health(probe=True).ready
+        states = [one.state for one in client.status() if one.model == "2nd"]
+        assert states == ["asleep"]
+        with pytest.raises(ModelNotFoundError):
+            client.sleep("third")
+    assert command("wake", "2nd") == "2nd is awake\n"
+    with Client(served.zmq) as client:
+        wait_until(lambda: client.models()[1].ready, what="wake")
+        assert client.generate("hello", model="2nd", max_tokens=2)

@@ -35,6 +35,8 @@ COMMANDS: dict[str, CommandEntry] = {
     "chat": CommandEntry("xllm.cli.chat", "chat", "Chat with a running service."),
     "run": CommandEntry("xllm.cli.run", "run", "Answer one prompt here, without a service."),
     "status": CommandEntry("xllm.cli.status", "status", "Show processes, roles and load."),
+    "sleep": CommandEntry("xllm.cli.sleeping", "sleep", "Put a model to sleep."),
+    "wake": CommandEntry("xllm.cli.sleeping", "wake", "Wake a model."),
     "router": CommandEntry("xllm.cli.roles", "router", "Run one router (bare-metal nodes)."),
     "master": CommandEntry("xllm.cli.roles", "master", "Run one instance's master."),
     "worker": CommandEntry("xllm.cli.roles", "worker", "Run one worker of an instance."),

@@ -28,10 +28,12 @@ from xllm.protocol.client import (
     ListModels,
     ModelInfo,
     ModelList,
+    ModelSleepSet,
     ProcessStatus,
     QueryHealth,
     QueryStatus,
     RequestFinished,
+    SetModelSleep,
     StatusReport,
     TokenizedText,
 )
@@ -158,6 +160,30 @@ class AsyncClient:
         """The processes of the cluster as the router sees them."""
         question = QueryStatus(id=self.connection.next_id())
         return (await self._ask(question, StatusReport, timeout_s)).processes
+
+    async def sleep(
+        self,
+        model: str,
+        *,
+        end_s: float = 0.0,
+        drop_weights: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Put a model to sleep: its memory for KV is the others', or the machine's. What it runs
+        has `end_s` to end. `drop_weights`: give these back, too; waking reads them again."""
+        question = SetModelSleep(
+            id=self.connection.next_id(),
+            model=model,
+            asleep=True,
+            timeout_ms=int(end_s * 1000),
+            drop_weights=drop_weights,
+        )
+        await self._ask(question, ModelSleepSet, timeout_s)
+
+    async def wake(self, model: str, *, timeout_s: float | None = None) -> None:
+        """Wake a model; returns once it takes requests."""
+        question = SetModelSleep(id=self.connection.next_id(), model=model, asleep=False)
+        await self._ask(question, ModelSleepSet, timeout_s)
 
     async def tokenize(
         self,

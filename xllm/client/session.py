@@ -30,6 +30,7 @@ from xllm.protocol.client import (
     DetokenizedText,
     HealthReport,
     ModelList,
+    ModelSleepSet,
     RequestFailed,
     RequestFinished,
     RouterMessage,
@@ -39,7 +40,13 @@ from xllm.protocol.client import (
 )
 
 EndMessage = (
-    RequestFinished | ModelList | HealthReport | StatusReport | TokenizedText | DetokenizedText
+    RequestFinished
+    | ModelList
+    | HealthReport
+    | StatusReport
+    | TokenizedText
+    | DetokenizedText
+    | ModelSleepSet
 )
 """What ends a request or question well."""
 

@@ -115,6 +115,23 @@ class Client:
         """The processes of the cluster as the router sees them."""
         return self._call(self._client.status(timeout_s=timeout_s))
 
+    def sleep(
+        self,
+        model: str,
+        *,
+        end_s: float = 0.0,
+        drop_weights: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Put a model to sleep; see AsyncClient."""
+        self._call(
+            self._client.sleep(model, end_s=end_s, drop_weights=drop_weights, timeout_s=timeout_s)
+        )
+
+    def wake(self, model: str, *, timeout_s: float | None = None) -> None:
+        """Wake a model; returns once it takes requests."""
+        self._call(self._client.wake(model, timeout_s=timeout_s))
+
     def tokenize(
         self,
         text: str | None = None,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from xllm.errors import BackpressureError, BrokenError, ConflictError, UnavailableError
+from xllm.errors import BackpressureError, BrokenError, ConflictError, UnavailableError, XllmError
 from xllm.master.outcome import StepOutcome
 from xllm.master.routes import RequestRoutes
 from xllm.protocol.codec import Decoder
@@ -34,6 +34,8 @@ from xllm.protocol.instance import (
     QuerySnapshot,
     ReleaseHold,
     RequestEnded,
+    SetSleep,
+    SleepSet,
     TokenBatch,
     TokenItem,
 )
@@ -155,6 +157,8 @@ class RouterConversation:
             self._probe(router, message)
         elif isinstance(message, QuerySnapshot):
             self._send(router, self._master.snapshot())
+        elif isinstance(message, SetSleep):
+            self._master.spawn(self._set_sleep(router, message))
         elif isinstance(message, AssignRole):
             if self._is_current(router, message.epoch):
                 _log.info("role_assigned", role=message.role, epoch=message.epoch)
@@ -163,6 +167,16 @@ class RouterConversation:
         elif isinstance(message, DrainInstance) and self._is_current(router, message.epoch):
             self._master.begin_drain()
             self._master.spawn(self._drain(router, message.timeout_ms / 1000))
+
+    async def _set_sleep(self, router: bytes, message: SetSleep) -> None:
+        try:
+            await self._master.set_sleep(
+                message.asleep, message.timeout_ms / 1000, message.drop_weights
+            )
+        except XllmError as error:
+            self._send(router, SleepSet(message.nonce, error.code, error.message))
+        else:
+            self._send(router, SleepSet(message.nonce))
 
     def _admit(self, router: bytes, message: AdmitRequest) -> None:
         master = self._master

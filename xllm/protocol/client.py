@@ -116,6 +116,17 @@ class DetokenizeIds(MapMessage, tag="detokenize", frozen=True):
     token_ids: tuple[int, ...] = ()
 
 
+class SetModelSleep(MapMessage, tag="set_sleep", frozen=True):
+    """Put a model to sleep, or wake it, at all its instances. What runs has `timeout_ms` to end.
+    `drop_weights`: waking reads them again."""
+
+    id: int
+    model: str
+    asleep: bool
+    timeout_ms: int = 0
+    drop_weights: bool = False
+
+
 ClientMessage = (
     SubmitRequest
     | AbortRequest
@@ -124,6 +135,7 @@ ClientMessage = (
     | QueryStatus
     | TokenizeText
     | DetokenizeIds
+    | SetModelSleep
 )
 
 
@@ -262,6 +274,14 @@ class BadMessage(MapMessage, tag="bad_message", frozen=True):
     message: str
 
 
+class ModelSleepSet(MapMessage, tag="sleep_set", frozen=True):
+    """Answer to `set_sleep`: the model sleeps, or takes requests."""
+
+    id: int
+    model: str
+    asleep: bool
+
+
 RouterMessage = (
     TokenDelta
     | RequestFinished
@@ -272,4 +292,5 @@ RouterMessage = (
     | TokenizedText
     | DetokenizedText
     | BadMessage
+    | ModelSleepSet
 )

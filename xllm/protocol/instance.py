@@ -86,6 +86,16 @@ class ProbeInstance(ArrayMessage, frozen=True):
     nonce: int
 
 
+class SetSleep(ArrayMessage, frozen=True):
+    """Put the model to sleep: take nothing more, end what runs within `timeout_ms`, give back its
+    pages and, with `drop_weights`, its weights; or wake it. Answered by SleepSet."""
+
+    nonce: int
+    asleep: bool
+    timeout_ms: int = 0
+    drop_weights: bool = False
+
+
 InstanceRequest = (
     AdmitRequest
     | CancelRequest
@@ -94,6 +104,7 @@ InstanceRequest = (
     | ReleaseHold
     | QuerySnapshot
     | ProbeInstance
+    | SetSleep
 )
 
 
@@ -174,6 +185,14 @@ class ProbeAnswer(ArrayMessage, frozen=True):
     step_age_ms: int = 0
 
 
+class SleepSet(ArrayMessage, frozen=True):
+    """The model sleeps, or is awake, as was asked; with an error's wire code it is not."""
+
+    nonce: int
+    code: str = ""
+    message: str = ""
+
+
 class EpochRefused(ArrayMessage, frozen=True):
     """A command carried an older epoch than the highest seen."""
 
@@ -195,4 +214,5 @@ InstanceReply = (
     | EpochRefused
     | FrameRefused
     | SnapshotOfBlocks
+    | SleepSet
 )

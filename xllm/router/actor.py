@@ -22,7 +22,7 @@ from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
 from xllm.protocol.bus import BusMessage, RouterPresence
 from xllm.protocol.codec import Decoder, encode
-from xllm.protocol.instance import AdmitRequest, CancelRequest, ProbeInstance
+from xllm.protocol.instance import InstanceRequest
 from xllm.protocol.records import (
     DaemonRecord,
     InstanceRecord,
@@ -213,7 +213,7 @@ class RouterActor(Actor):
 
     # -- what happens ------------------------------------------------------------------------
 
-    def send(self, instance: str, message: AdmitRequest | CancelRequest | ProbeInstance) -> bool:
+    def send(self, instance: str, message: InstanceRequest) -> bool:
         """InstanceLinks for the service."""
         return self._links.send(instance, message)
 

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from typing import Any, Protocol
 
-from xllm.protocol.instance import AdmitRequest, CancelRequest, ProbeInstance
+from xllm.protocol.instance import InstanceRequest
 from xllm.router.front import Sink
 from xllm.router.state.request import RequestLife
 
@@ -14,7 +14,7 @@ from xllm.router.state.request import RequestLife
 class InstanceLinks(Protocol):
     """Connections to instances by name."""
 
-    def send(self, instance: str, message: AdmitRequest | CancelRequest | ProbeInstance) -> bool:
+    def send(self, instance: str, message: InstanceRequest) -> bool:
         """Send or queue; False where the instance cannot be reached. Must not raise."""
         ...
 

@@ -13,7 +13,7 @@ import structlog
 from xllm.errors import TransportError, XllmError
 from xllm.protocol.bus import BusMessage
 from xllm.protocol.codec import Decoder
-from xllm.protocol.instance import AdmitRequest, CancelRequest, InstanceReply, ProbeInstance
+from xllm.protocol.instance import InstanceReply, InstanceRequest
 from xllm.protocol.records import DaemonRecord, InstanceRecord, RouterRecord
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
@@ -96,7 +96,7 @@ class SocketLinks:
         if endpoint is not None and endpoint not in self._buses.values():
             self._bus.disconnect(endpoint)
 
-    def send(self, instance: str, message: AdmitRequest | CancelRequest | ProbeInstance) -> bool:
+    def send(self, instance: str, message: InstanceRequest) -> bool:
         """Send or queue; False where the instance cannot be reached."""
         socket = self._sockets.get(instance)
         if socket is None or not socket.connected:

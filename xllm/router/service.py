@@ -28,7 +28,7 @@ from xllm.protocol.client import (
     TokenizedText,
     TokenizeText,
 )
-from xllm.protocol.instance import InstanceReply, ProbeAnswer, TokenBatch
+from xllm.protocol.instance import InstanceReply, ProbeAnswer, SleepSet, TokenBatch
 from xllm.protocol.records import InstanceRecord
 from xllm.router.dispatcher import Dispatcher
 from xllm.router.effort import LONG_IDS, is_long_talk, is_long_text
@@ -40,6 +40,7 @@ from xllm.router.placement import Placement
 from xllm.router.policy import make_policy
 from xllm.router.probe import Prober
 from xllm.router.report import degraded_parts, merged_metrics, process_list
+from xllm.router.sleeping import SleepSetter
 from xllm.router.submission import Submission
 from xllm.router.text.model import TextModel
 from xllm.router.text.pool import TextPool
@@ -77,6 +78,7 @@ class RouterService:
         placement = Placement(self.view, policy, links)
         self.dispatcher = Dispatcher(placement, links, self.metrics, clock)
         self.prober = Prober(lambda instance, message: _ignore(links.send(instance, message)))
+        self.sleeping = SleepSetter(self.served, self.view, links.send)
         self._pool = TextPool()
         self.registry_degraded = False
         """Set by the actor: the registry does not answer."""
@@ -130,6 +132,8 @@ class RouterService:
             self.dispatcher.batch(message)
         elif isinstance(message, ProbeAnswer):
             self.prober.answered(message)
+        elif isinstance(message, SleepSet):
+            self.sleeping.answered(message)
         else:
             _log.warning("unexpected_word", instance=name, word=type(message).__name__)
 

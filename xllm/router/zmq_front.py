@@ -35,6 +35,7 @@ from xllm.protocol.client import (
     RequestFailed,
     RequestFinished,
     RouterMessage,
+    SetModelSleep,
     SubmitRequest,
     TokenDelta,
     TokenizeText,
@@ -245,7 +246,9 @@ class ZmqFront:
     # -- questions ---------------------------------------------------------------------------
 
     def _ask(
-        self, connection: ZmqConnection, message: QueryHealth | TokenizeText | DetokenizeIds
+        self,
+        connection: ZmqConnection,
+        message: QueryHealth | TokenizeText | DetokenizeIds | SetModelSleep,
     ) -> None:
         if connection.num_questions >= MAX_QUESTIONS:
             error = OverloadedError(f"{MAX_QUESTIONS} questions of this connection are open")
@@ -258,6 +261,8 @@ class ZmqFront:
             answer = service.health(message.probe)
         elif isinstance(message, TokenizeText):
             answer = service.tokenize(message, connection.tenant)
+        elif isinstance(message, SetModelSleep):
+            answer = service.sleeping.set_sleep(message)
         else:
             answer = service.detokenize(message, connection.tenant)
         self._spawn(self._answer(connection, message.id, answer))
