@@ -30,28 +30,37 @@ PLAIN: dict[Any, st.SearchStrategy[Any]] = {
 }
 
 
-def strategy(hint: Any) -> st.SearchStrategy[Any]:
-    """Values of an annotation."""
+Classes = frozenset[type]
+
+
+def strategy(hint: Any, within: Classes = frozenset()) -> st.SearchStrategy[Any]:
+    """Values of an annotation. A message holds no more of those it stands `within`."""
     origin = typing.get_origin(hint)
     parts = typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return st.one_of([strategy(part) for part in parts])
+        return st.one_of([strategy(part, within) for part in parts])
     if origin is tuple and len(parts) == 2 and parts[1] is Ellipsis:
-        return st.lists(strategy(parts[0]), max_size=2).map(tuple)
+        if parts[0] in within:
+            return st.just(())
+        return st.lists(strategy(parts[0], within), max_size=2).map(tuple)
     if origin is tuple:
-        return st.tuples(*[strategy(part) for part in parts])
+        return st.tuples(*[strategy(part, within) for part in parts])
     if origin is dict:
-        return st.dictionaries(strategy(parts[0]), strategy(parts[1]), max_size=2)
+        return st.dictionaries(strategy(parts[0], within), strategy(parts[1], within), max_size=2)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return st.sampled_from(list(hint))
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-        return messages_of(hint)
+        return messages_of(hint, within)
     return PLAIN[hint]
 
 
-def messages_of(cls: type[msgspec.Struct]) -> st.SearchStrategy[msgspec.Struct]:
+def messages_of(
+    cls: type[msgspec.Struct], within: Classes = frozenset()
+) -> st.SearchStrategy[msgspec.Struct]:
     """Instances of a message class."""
-    fields = {name: strategy(hint) for name, hint in typing.get_type_hints(cls).items()}
+    fields = {
+        name: strategy(hint, within | {cls}) for name, hint in typing.get_type_hints(cls).items()
+    }
     fields = {name: fields[name] for name in cls.__struct_fields__}
     return st.builds(cls, **fields)
 
