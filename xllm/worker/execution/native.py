@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 
@@ -20,39 +19,23 @@ from xllm.errors import EngineError
 from xllm.protocol.step import StepPlan, WorkerReady
 from xllm.worker.attention.plan import Span
 from xllm.worker.collectives.making import make_ranks
-from xllm.worker.context import fit_context
 from xllm.worker.execution.batch import StepBatch, build_batch
-from xllm.worker.execution.drawing import TokenDrawer
-from xllm.worker.execution.layer_loop import LayerHook, LayerLoop
-from xllm.worker.execution.loading import LoadedModel
+from xllm.worker.execution.layer_loop import LayerHook
+from xllm.worker.execution.loaded_engine import LoadedEngine, make_engine
 from xllm.worker.execution.outputs import StepOutputs
-from xllm.worker.execution.pooling import Pooler
 from xllm.worker.execution.progress import ProgressCounter
-from xllm.worker.execution.rank_head import Head, RankHead
 from xllm.worker.execution.reading import ReadModel, read_model
 from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
 from xllm.worker.executor import Executor, HostedExecutor, StepOutput
-from xllm.worker.kernels.fused import arg_max
-from xllm.worker.layers.experts import ExpertTables
 from xllm.worker.memory.cpu_memory import CpuKvMemory
-from xllm.worker.memory.kv_memory import KvMemory
-from xllm.worker.memory.layout import describe_groups
 from xllm.worker.memory.making import (
     check_shareable,
-    make_memory,
-    make_slots,
-    mappings_each,
     one_block,
 )
-from xllm.worker.memory.mapper import MapperStatistics, PageMapper
+from xllm.worker.memory.mapper import MapperStatistics
 from xllm.worker.memory.pool import KvPoolStatistics
 from xllm.worker.memory.sharing import SharedPages
-from xllm.worker.platform.platform import Platform
 from xllm.worker.rank_board import RankBoard
-from xllm.worker.sampling.greedy import best_tokens
-
-_TORCH_KERNELS = "torch-sdpa-1"
-_WARM_UP_ROWS = (1, 32)
 
 
 def make_native_executor(settings: Settings, hooks: Sequence[LayerHook] = ()) -> Executor:
@@ -79,25 +62,6 @@ class NativeStatistics:
     """None: it reads by block tables."""
 
 
-@dataclasses.dataclass(slots=True)
-class _Engine:
-    """All that exists once the model is loaded."""
-
-    platform: Platform
-    pool: KvMemory
-    mapper: PageMapper | None
-    table: SequenceTable
-    loop: LayerLoop
-    drawer: TokenDrawer
-    ready: WorkerReady
-    num_bytes: int
-    experts: ExpertTables | None
-    pooler: Pooler | None
-    """Of a model that is served for vectors."""
-    has_left_nan: bool = False
-    """Whether a sequence of it did; see CpuKvMemory.may_hold_nan."""
-
-
 class NativeExecutor:
     """Implements Executor with the models of `xllm.worker.models`."""
 
@@ -117,7 +81,7 @@ class NativeExecutor:
         self._settings = settings
         self._progress = ProgressCounter()
         self._hooks: tuple[LayerHook, ...] = (self._progress, *hooks)
-        self._engine: _Engine | None = None
+        self._engine: LoadedEngine | None = None
         self._num_steps = 0
         self._ranks = make_ranks(settings, self._progress.tick)
 
@@ -184,7 +148,7 @@ class NativeExecutor:
             self._engine = self._load(progress)
         self._is_asleep = False
 
-    def _forget(self, engine: _Engine) -> None:
+    def _forget(self, engine: LoadedEngine) -> None:
         """Sequence numbers may begin anew: nothing of the old ones may be found."""
         engine.table = SequenceTable(engine.pool.layout.num_blocks, engine.ready.vocab_size)
         engine.pool.forget()
@@ -241,7 +205,7 @@ class NativeExecutor:
         if engine.mapper is not None:
             engine.mapper.check()
 
-    def _compute(self, engine: _Engine, plan: StepPlan) -> StepOutputs:
+    def _compute(self, engine: LoadedEngine, plan: StepPlan) -> StepOutputs:
         engine.table.begin(plan)
         if engine.pooler is not None:
             engine.pooler.begin(plan)
@@ -265,100 +229,27 @@ class NativeExecutor:
             outputs.expert_counts = engine.experts.take_counts()
         return outputs
 
-    def _loaded(self) -> _Engine:
+    def _loaded(self) -> LoadedEngine:
         if self._engine is None or self._is_asleep:
             raise EngineError("the model is not loaded, or sleeps")
         return self._engine
 
-    def _load(self, progress: Callable[[int, int], None]) -> _Engine:
+    def _load(self, progress: Callable[[int, int], None]) -> LoadedEngine:
         began = time.monotonic()
-        settings, worker = self._settings, self._settings.worker
         self.read(progress)
         read, self._read = self._read, None
         assert read is not None
-        platform, loaded, model_len = read.platform, read.loaded, read.model_len
-        model, dtype, team = loaded.model, loaded.dtype, loaded.team
-        self._progress.follow(platform.mark)
-        if team is not None:
-            self._progress.add_counter(lambda: team.progress)
-        num_models = 1 if self._pages is None else self._pages.num_models
-        pool = make_memory(settings, model.config, dtype, platform, model_len, self._pages)
-        layout, tick = pool.layout, self._progress.tick
-        model_len = fit_context(model_len, layout.num_blocks, layout.block_size)
-        slots = make_slots(settings, pool, model_len, num_models)
-        loop = LayerLoop(model, pool, dtype, platform.device, tick, team, self._phase_ns)
-        for num_rows in _WARM_UP_ROWS:
-            loop.warm_up(num_rows)
-        ready = WorkerReady(
-            rank=worker.rank,
-            model=settings.model.name or read.directory.resolve().name,
-            num_blocks=layout.num_blocks,
-            block_size=layout.block_size,
-            max_model_len=model_len,
-            vocab_size=model.config.vocab_size,
-            # Ids beyond the vocabulary, which some configurations name, are never drawn.
-            eos_ids=tuple(i for i in model.config.eos_ids if i < model.config.vocab_size),
-            revision=loaded.revision,
-            fingerprint=self._fingerprint(platform, loaded),
-            kv_groups=describe_groups(model.kv_groups, layout.item_bytes, layout.scale_bytes),
-            device=platform.describe(),
-            dtype=self._type_name(dtype),
-            load_s=time.monotonic() - began,
-            num_slots=0 if slots is None else slots.num_slots,
-            max_mappings=0 if slots is None else mappings_each(num_models),
-            task=loaded.task.task,
-            pooling=loaded.task.pooling,
-            embedding_size=model.config.hidden_size if loaded.task.pooling else 0,
-        )
-        return _Engine(
-            platform,
-            pool,
-            None if slots is None else PageMapper(slots),
-            SequenceTable(layout.num_blocks, ready.vocab_size),
-            loop,
-            self._make_drawer(loaded, platform, loop),
-            ready,
-            loaded.num_bytes,
-            model.experts,
-            Pooler(model, tick) if loaded.task.pooling else None,
+        return make_engine(
+            self._settings,
+            read,
+            self._progress,
+            self._ranks,
+            self._pages,
+            self._phase_ns,
+            began,
         )
 
-    def _make_drawer(self, loaded: LoadedModel, platform: Platform, loop: LayerLoop) -> TokenDrawer:
-        return TokenDrawer(
-            loaded.model,
-            platform.device,
-            self._progress.tick,
-            alone=self._settings.worker.deterministic,
-            head_invariant=loop.batch_invariant,
-            head=self._share(loop, loaded),
-            best=best_tokens if loaded.team is None else partial(arg_max, loaded.team),
-        )
-
-    def _share(self, loop: LayerLoop, loaded: LoadedModel) -> Head | None:
-        """Compute with the other ranks from now on, not before: nobody was there to warm up with.
-        Gives the head that they have together."""
-        if self._ranks is None:
-            return None
-        loop.share(self._ranks, self._settings.worker.micro_batch_rows)
-        vocab_size = loaded.model.config.vocab_size
-        return RankHead(loaded.model.head, self._ranks, loaded.head_rows, vocab_size)
-
-    def _fingerprint(self, platform: Platform, loaded: LoadedModel) -> str:
-        """What decides the bits of a result beside its inputs."""
-        mode = "deterministic" if self._settings.worker.deterministic else "default"
-        kernels = _TORCH_KERNELS if loaded.team is None else loaded.team.compiled.fingerprint()
-        ranks = f"tp-{self._settings.master.num_workers}"
-        parts = (*platform.fingerprint(), self._type_name(loaded.dtype), ranks, kernels, mode)
-        return "/".join(parts)
-
-    def _type_name(self, dtype: torch.dtype) -> str:
-        """Of what is computed, and of what is rounded: bfloat16+int8+kv-int8."""
-        quantization, kv = self._settings.model.quantization, self._settings.worker.kv_dtype
-        name = str(dtype).removeprefix("torch.")
-        name += "" if quantization == "none" else f"+{quantization}"
-        return name if kv == "auto" else f"{name}+kv-{kv}"
-
-    def _run(self, engine: _Engine, batch: StepBatch, outputs: StepOutputs) -> None:
+    def _run(self, engine: LoadedEngine, batch: StepBatch, outputs: StepOutputs) -> None:
         pool = engine.pool
         if pool.may_hold_nan:
             # What another model left in a block is cleared once, when a sequence comes to it.
