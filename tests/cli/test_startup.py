@@ -59,15 +59,18 @@ def test_a_service_without_a_daemon():
     assert [child.kind for child in plan_children(settings, "/r")] == ["master", "router"]
 
 
-@pytest.mark.parametrize(("instances", "chosen"), [(1, 0), (2, 0), (1000, 0), (2, 3)])
-def test_cores_are_shared(instances, chosen):
+@pytest.mark.parametrize(
+    ("instances", "ranks", "chosen"), [(1, 1, 0), (2, 1, 0), (2, 2, 0), (1000, 1, 0), (2, 1, 3)]
+)
+def test_cores_are_shared(instances, ranks, chosen):
     flags = {"serve.instances": min(instances, 64), "worker.num_threads": chosen}
+    flags["master.num_workers"] = ranks
     settings = load(flags, None, {})
     threads = share_cores(settings).num_threads
     if chosen or instances == 1:
         assert threads == chosen
     else:
-        assert threads == max(1, len(os.sched_getaffinity(0)) // settings.serve.instances)
+        assert threads == max(1, len(os.sched_getaffinity(0)) // settings.serve.instances // ranks)
 
 
 def test_cpus_that_are_named_are_shared_out():

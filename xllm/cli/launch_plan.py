@@ -78,12 +78,14 @@ def _port(address: str) -> int:
 
 
 def share_cores(settings: Settings) -> WorkerSettings:
-    """The worker's settings, with the cores divided among the instances where nobody chose."""
+    """The worker's settings, with the cores divided among the instances, and the ranks of each,
+    where nobody chose."""
     worker = settings.worker
     if worker.num_threads or settings.serve.instances == 1 or is_list(worker.cpu_affinity):
         return worker
+    num_workers = settings.serve.instances * settings.master.num_workers
     cores = len(os.sched_getaffinity(0))
-    return dataclasses.replace(worker, num_threads=max(1, cores // settings.serve.instances))
+    return dataclasses.replace(worker, num_threads=max(1, cores // num_workers))
 
 
 _QUESTION = "What is xLLM?"

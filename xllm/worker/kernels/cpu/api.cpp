@@ -81,7 +81,6 @@ XK_API void* xk_team_new(int32_t num_threads) {
   }
 }
 XK_API void xk_team_free(void* team) { delete static_cast<xk::Team*>(team); }
-XK_API int32_t xk_team_size(void* team) { return static_cast<xk::Team*>(team)->size(); }
 // The address of the counter of bounded pieces of work, an int64 that other threads may read.
 XK_API const void* xk_team_progress(void* team) {
   return &static_cast<xk::Team*>(team)->progress();
