@@ -221,7 +221,7 @@ class FakeService(RouterService):
 
     async def detokenize(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:
         if any(not 0 <= token < len(WORDS) for token in request.token_ids):
-            raise InvalidRequestError("no such token", param="tokens")
+            raise InvalidRequestError("token_ids must be from 0 to 7", param="token_ids")
         return DetokenizedText(id=0, text="".join(WORDS[token] for token in request.token_ids))
 
     def token_bytes(self, model: str, token_id: int) -> bytes:

@@ -148,6 +148,8 @@ def test_refused_fields(name):
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
         ({"temperature": "0.7"}, "temperature"),
         ({"top_logprobs": 1}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
         ({"logprobs": 3}, "logprobs"),
         ({"logit_bias": {"abc": 1}}, "logit_bias"),
         ({"stream": "yes"}, "stream"),

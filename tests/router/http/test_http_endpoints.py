@@ -140,7 +140,11 @@ def test_tokenize_and_detokenize(front):
     assert shown == {"count": 2, "max_model_len": 1000, "tokens": [1, 2]}
     assert front.post("/detokenize", {"tokens": [1, 2]}).json() == {"prompt": " one two"}
     assert error_of(front.post("/tokenize", {}), 400)["param"] == "prompt"
-    assert error_of(front.post("/detokenize", {"tokens": [99]}), 400)["param"] == "tokens"
+    refused = error_of(front.post("/detokenize", {"tokens": [99]}), 400)
+    assert refused["param"] == "tokens"  # as the body has it, not as the service does
+    assert refused["message"].startswith("tokens must be")
+    body = {"model": "fake", "prompt": [99], "echo": True}
+    assert error_of(front.post("/v1/completions", body), 400)["param"] == "prompt"
 
 
 def test_health_metrics_version(front):

@@ -31,6 +31,11 @@ def chat_request(body: ChatBody, settings: RouterSettings, trace: str) -> Submit
     check_generation(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs", param="top_logprobs")
+    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= settings.max_logprobs:
+        raise InvalidRequestError(
+            f"top_logprobs must be from 0 to {settings.max_logprobs}, not {body.top_logprobs}",
+            param="top_logprobs",
+        )
     limit, limit_too = body.max_completion_tokens, body.max_tokens
     if limit is not None and limit_too is not None and limit != limit_too:
         raise InvalidRequestError(

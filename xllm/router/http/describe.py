@@ -16,6 +16,7 @@ from xllm.errors import InvalidRequestError, ModelNotFoundError
 from xllm.protocol.client import DetokenizeIds, HealthReport, ModelInfo, TokenizeText
 from xllm.router.http.context import FrontContext, caller_of
 from xllm.router.http.convert import chat_messages
+from xllm.router.http.problem import field_named
 from xllm.router.http.respond import Receive, Scope, Send, read_body, send_body
 from xllm.router.http.schema import DetokenizeBody, TokenizeBody, decode_body
 
@@ -82,7 +83,8 @@ class TokenizeEndpoint:
             messages=None if body.messages is None else chat_messages(body.messages),
             add_special_tokens=body.add_special_tokens,
         )
-        answer = await self._context.service.tokenize(message, caller_of(scope).tenant)
+        with field_named("text", "prompt"):
+            answer = await self._context.service.tokenize(message, caller_of(scope).tenant)
         await send_json(
             send,
             {
@@ -106,7 +108,8 @@ class DetokenizeEndpoint:
         """Answer one request."""
         body = decode_body(self._decoder, await read_body(receive))
         message = DetokenizeIds(id=0, model=body.model, token_ids=tuple(body.tokens))
-        answer = await self._context.service.detokenize(message, caller_of(scope).tenant)
+        with field_named("token_ids", "tokens"):
+            answer = await self._context.service.detokenize(message, caller_of(scope).tenant)
         await send_json(send, {"prompt": answer.text})
 
 

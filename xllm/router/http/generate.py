@@ -33,7 +33,13 @@ from xllm.router.http.convert import (
     check_completion,
     completion_requests,
 )
-from xllm.router.http.problem import Problem, problem_json, problem_of, problem_of_failure
+from xllm.router.http.problem import (
+    Problem,
+    field_named,
+    problem_json,
+    problem_of,
+    problem_of_failure,
+)
 from xllm.router.http.respond import Receive, Scope, Send, read_body, send_body
 from xllm.router.http.schema import ChatBody, CompletionBody, GenerationBody, decode_body
 from xllm.router.http.shape import DONE, AnswerShape, Envelope, total_usage
@@ -102,10 +108,12 @@ class CompletionEndpoint:
                 texts.append(prompt)
             else:
                 ids_message = DetokenizeIds(id=0, model=body.model, token_ids=prompt)
-                texts.append((await service.detokenize(ids_message, caller.tenant)).text)
+                with field_named("token_ids", "prompt"):
+                    texts.append((await service.detokenize(ids_message, caller.tenant)).text)
             if isinstance(prompt, str) and body.logprobs is not None:
                 text_message = TokenizeText(id=0, model=body.model, text=prompt)
-                prompt = (await service.tokenize(text_message, caller.tenant)).token_ids
+                with field_named("text", "prompt"):
+                    prompt = (await service.tokenize(text_message, caller.tenant)).token_ids
             shown.append(prompt)
         ids = tuple(() if isinstance(prompt, str) else prompt for prompt in shown)
         return shown, Echo(tuple(texts), ids, scoring=body.max_tokens == 0)

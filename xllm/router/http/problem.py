@@ -6,7 +6,9 @@ fixed sentence; only what the client did wrong is explained in the error's own w
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import msgspec
 
@@ -51,6 +53,17 @@ def status_of(error: XllmError) -> int:
     """The HTTP status of an error. A request that we aborted while its client still listens
     was drained: the client may try again."""
     return 503 if error.http_status == 499 else error.http_status
+
+
+@contextlib.contextmanager
+def field_named(inner: str, outer: str) -> Iterator[None]:
+    """A refusal of the service's field `inner` becomes one of the body's field `outer`."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param != inner:
+            raise
+        raise type(error)(error.message.replace(inner, outer, 1), param=outer) from error
 
 
 def problem_of(error: Exception) -> Problem:
