@@ -13,6 +13,7 @@ import msgspec
 from xllm.cli.client_flags import sampling_options
 from xllm.cli.figures import completion_figures
 from xllm.cli.flags import settings_options
+from xllm.cli.logs import configure_command_logs
 from xllm.cli.model_source import resolve_models
 from xllm.client.requests import build_submit
 from xllm.client.results import AnswerBuilder, Completion
@@ -43,7 +44,7 @@ def run(
     from xllm.cli.offline import OfflineEngine
     from xllm.cli.screen import LaunchScreen
 
-    _configure_logs(settings)
+    configure_command_logs("run", settings)
     if settings.model.more:
         raise ConfigError("model.more: a prompt is answered by one model", param="model.more")
     settings = resolve_models(settings)
@@ -83,15 +84,3 @@ def _answer(
     if several and not quiet:
         click.echo("\n".join(f"[{choice.index}] {choice.text}" for choice in completion.choices))
     return completion
-
-
-def _configure_logs(settings: Settings) -> None:
-    from xllm.protocol.actor.logs import configure_logs
-
-    cluster = settings.cluster
-    configure_logs(
-        process="run",
-        level=cluster.log_level,
-        log_format=cluster.log_format,
-        log_dir=cluster.log_dir,
-    )

@@ -49,9 +49,10 @@ def test_all_requests_run_together_and_to_their_lengths(model):
 
 def test_a_request_that_cannot_run_has_an_error(model):
     with open_toy(model, **{"model.max_model_len": 64}) as engine:
-        long, short = engine.run([(tuple(range(5, 105)), 3), ((5, 6), 3)])
+        long, much, short = engine.run([(tuple(range(5, 105)), 3), ((5, 6), 63), ((5, 6), 62)])
     assert long.error.startswith("context_length_exceeded: the prompt has 100 tokens")
-    assert short.num_output == 3
+    assert much.error.endswith("the context is 64 tokens; this asks for 65")  # it is not cut
+    assert short.num_output == 62
 
 
 @pytest.mark.parametrize("strategy", ["chunked", "prefill-first"])
@@ -87,6 +88,7 @@ def test_latency(model, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "3 x 128 in, 32 out, 4 iterations" in shown.out
     assert "iterations: 6 of 6" in shown.err
+    assert "[info" not in shown.err  # the log level is warning
     figures = json.loads(path.read_text())["figures"]
     assert figures["whole batch_s"]["count"] == 4
     assert figures["TTFT_s"]["count"] == 12
@@ -137,10 +139,12 @@ def test_the_share_of_the_bound():
 def test_the_phases_of_a_native_model(tmp_path, capsys):
     model = make_model("qwen3", tmp_path / "m")
     path = tmp_path / "o.json"
-    flags = ["--model", str(model), "--prefill", "16,48", "--rows", "1,3", "--json", str(path)]
-    assert run_command(["bench", "roofline", *flags, "--worker-num-threads", "2"]) == 0
-    shown = capsys.readouterr().out
-    assert "limits, 2 threads" in shown
+    flags = ["--model", str(model), "--prefill", "16,48,4000000", "--rows", "1,3"]
+    flags += ["--json", str(path), "--worker-num-threads", "2"]
+    assert run_command(["bench", "roofline", *flags]) == 0
+    shown = capsys.readouterr()
+    assert "limits, 2 threads" in shown.out
+    assert "no prefill of 4000000: the context is" in shown.err
     found = json.loads(path.read_text())
     names = [(phase["name"].split(",")[0], phase["num_rows"]) for phase in found["phases"]]
     assert names[:4] == [("prefill", 16), ("prefill", 48), ("decode", 1), ("decode", 3)]

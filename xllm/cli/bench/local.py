@@ -18,6 +18,7 @@ from xllm.cli.bench.prompts import PromptMaker
 from xllm.cli.bench.report import show_distributions, show_summary, write_json
 from xllm.cli.bench.shapes import RequestShape
 from xllm.cli.flags import settings_options
+from xllm.cli.logs import configure_command_logs
 from xllm.cli.model_source import resolve_model
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError, EngineError
@@ -77,6 +78,7 @@ def latency(
     tokens and each further one. Prompts differ from one iteration to the next."""
     if plot:
         check_plot(plot)
+    configure_command_logs("bench", settings)
     settings = resolve_settings(settings)
     shape = RequestShape(input_len, output_len)
     rounds: list[list[RequestRecord]] = []
@@ -115,6 +117,7 @@ def throughput(dataset: Dataset, json_path: str, plot: str, settings: Settings) 
     if plot:
         check_plot(plot)
     shapes = dataset.shapes()
+    configure_command_logs("bench", settings)
     settings = resolve_settings(settings)
     with open_engine(settings) as engine:
         maker = PromptMaker(dataset.seed, engine.ready.vocab_size)

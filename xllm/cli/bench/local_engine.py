@@ -113,6 +113,14 @@ class LocalEngine:
         record: RequestRecord,
         ended: Callable[[RequestRecord], None],
     ) -> None:
+        context, asked = self.ready.max_model_len, len(prompt) + count
+        if len(prompt) < context < asked:  # the scheduler would cut the output, not refuse it
+            record.ended_s = self._clock()
+            record.error = (
+                f"context_length_exceeded: the context is {context} tokens; this asks for {asked}"
+            )
+            ended(record)
+            return
         self._serial += 1
         name = str(self._serial)
         refused = self._scheduler.admit(

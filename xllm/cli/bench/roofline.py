@@ -21,6 +21,7 @@ from xllm.cli.bench.prompts import PromptMaker
 from xllm.cli.bench.report import show_table, write_json
 from xllm.cli.bench.shapes import RequestShape
 from xllm.cli.flags import settings_options
+from xllm.cli.logs import configure_command_logs
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
 from xllm.protocol.step import StepPlan
@@ -181,6 +182,7 @@ def roofline(prefill: str, rows: str, json_path: str, settings: Settings) -> Non
     prompts, row_counts = _numbers(prefill, "prefill"), _numbers(rows, "rows")
     if settings.worker.engine != "native":
         raise ConfigError("only the native engine has phases to measure", param="worker.engine")
+    configure_command_logs("bench", settings)
     settings = resolve_settings(settings)
     executor, clock = make_clocked_executor(settings)
     costs = read_costs(Path(settings.model.path))
@@ -192,10 +194,13 @@ def roofline(prefill: str, rows: str, json_path: str, settings: Settings) -> Non
         item_bytes = _QUANTIZED_BYTES.get(quantization, _ITEM_BYTES[dtype])
         meter = PhaseMeter(engine, clock, costs, item_bytes, budget)
         phases: list[Phase] = []
+        left_out: list[str] = []
         with BenchProgress("phases", len(prompts) + len(row_counts)) as progress:
             for count in prompts:
                 if count < ready.max_model_len:
                     phases.append(meter.prefill(count))
+                else:
+                    left_out.append(str(count))
                 progress.advance()
             heads, scores = [], []
             for count in row_counts:
@@ -206,6 +211,9 @@ def roofline(prefill: str, rows: str, json_path: str, settings: Settings) -> Non
                     scores.append(found)
                 progress.advance()
         phases += [*heads, *scores]
+    if left_out:
+        numbers = ", ".join(left_out)
+        click.echo(f"no prefill of {numbers}: the context is {ready.max_model_len}", err=True)
     _show(f"{ready.model}, {ready.dtype}, {ready.device}", limits, phases)
     if json_path:
         content: dict[str, Any] = {"settings": dataclasses.asdict(settings)}
