@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.docs.update import DOCS, PARTS, replaced, stale_parts
+from xllm.cli.flags import ALIASES
 from xllm.config.table import setting_table
 
 ROOT = DOCS.parent
@@ -34,6 +35,8 @@ def test_every_setting_is_documented() -> None:
     page = (DOCS / "operations.md").read_text(encoding="utf-8")
     for entry in setting_table().values():
         assert f"`{entry.flag}`" in page
+    for short in ALIASES.values():
+        assert f"`{short}`" in page
 
 
 def anchors(page: Path) -> set[str]:
