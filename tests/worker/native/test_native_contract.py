@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import structlog.testing
 
 from tests.fixtures.models import make_model
-from tests.worker.native.plan_driver import GREEDY, PlanDriver, random_prompts
+from tests.worker.native.plan_driver import GREEDY, PlanDriver, native_settings, random_prompts
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import ItemKind, ItemOptions, NewSequence, StepItem, StepPlan
+from xllm.worker.execution.native import NativeExecutor
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,19 @@ def test_the_context_is_no_longer_than_the_memory(directory: Path) -> None:
     with structlog.testing.capture_logs() as logs:
         assert PlanDriver(directory).ready.max_model_len == 1024
     assert [line for line in logs if line["event"] == "context_cut_to_kv_memory"] == []
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(500, 500), (1024, 1024), (2000, 1024)])
+def test_a_context_beyond_the_model_is_cut_and_told(
+    directory: Path, asked: int, taken: int
+) -> None:
+    settings = native_settings(directory)
+    model = dataclasses.replace(settings.model, max_model_len=asked)
+    executor = NativeExecutor(dataclasses.replace(settings, model=model))
+    with structlog.testing.capture_logs() as logs:
+        assert PlanDriver(directory, executor=executor).ready.max_model_len == taken
+    told = [line["asked"] for line in logs if line["event"] == "context_cut_to_model"]
+    assert told == ([asked] if asked > taken else [])
 
 
 @pytest.mark.parametrize(

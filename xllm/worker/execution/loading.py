@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import structlog
 import torch
 
 from xllm.config.settings import ModelSettings, Settings
@@ -21,6 +22,8 @@ from xllm.worker.loader.weights import WeightTable, load_weights
 from xllm.worker.models.model import NativeModel, WholeModel
 from xllm.worker.models.registry import find_family, is_headless, is_native
 from xllm.worker.platform.platform import Platform, resolve_dtype
+
+_log = structlog.get_logger("worker")
 
 _PREFIX = "model."
 _EMBEDDING = "model.embed_tokens.weight"
@@ -188,6 +191,10 @@ def _settle_names(table: WeightTable, checkpoint: Checkpoint, is_tied: bool) -> 
 
 
 def resolve_model_len(settings: Settings, config: ModelConfig) -> int:
-    """The longest prompt + output: the settings' where they are tighter than the model."""
-    asked = settings.model.max_model_len
-    return min(asked, config.max_positions) if asked else config.max_positions
+    """The longest prompt + output: the settings' where they are tighter than the model. Warns
+    where they are not."""
+    asked, most = settings.model.max_model_len, config.max_positions
+    if asked <= most:
+        return asked or most
+    _log.warning("context_cut_to_model", asked=asked, max_model_len=most)
+    return most
