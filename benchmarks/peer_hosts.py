@@ -90,7 +90,7 @@ class EngineHost:
         self._master = MasterActor(self._with_run_dir(), run_worker)
         await self._master.open()
         await self._wait_ready()
-        record = self._master.record()
+        record = self._master.models[0].record()
         self._block_size = record.block_size
         self._root = root_hash(record.revision)
         self._socket: DealerSocket[InstanceReply] = DealerSocket(
@@ -135,7 +135,7 @@ class EngineHost:
 
     async def _wait_ready(self) -> None:
         deadline = time.monotonic() + START_S
-        while self._master.state != "ready":
+        while self._master.models[0].state != "ready":
             if self._master.stopping or time.monotonic() > deadline:
                 raise RuntimeError(f"the instance is not ready: {self._master.stop_reason}")
             await asyncio.sleep(0.02)
