@@ -68,7 +68,8 @@ def test_a_model_sleeps_and_wakes_by_command(served):
             client.generate("hello", model="2nd", max_tokens=2)
         assert client.generate("hello", model="one", max_tokens=2)
         assert client.health(probe=True).ready
-        states = [one.state for one in client.status() if one.model == "2nd"]
+        instances = [one for one in client.status() if one.kind == "instance"]
+        states = [one.state for one in instances if one.model == "2nd"]
         assert states == ["asleep"]
         with pytest.raises(ModelNotFoundError):
             client.sleep("third")
