@@ -70,6 +70,8 @@ def test_serve_takes_every_setting_as_a_flag(capsys):
         (["serve", "--device", "npu"], 69, "torch_npu"),
         (["serve", "--device", "gpu"], 64, "cuda"),
         (["serve", "--model", "/nowhere"], 69, "/nowhere"),
+        (["serve", "/nowhere"], 69, "/nowhere"),
+        (["serve", "/here", "--model", "/there"], 64, "name one of them"),
         (["router"], 64, "--registry"),
         (["kvcache"], 64, "--registry"),
         (["master"], 64, "--registry"),

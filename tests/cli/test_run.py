@@ -102,3 +102,8 @@ def test_a_wrong_option_is_one_line(model, capsys):
     arguments = ["run", "hello", "--model", model, "--engine", "toy", "--temperature", "-1"]
     assert run_command(arguments) == 64
     assert "temperature" in capsys.readouterr().err
+
+
+def test_a_wrong_option_is_said_before_the_model_is_read(capsys):
+    assert run_command(["run", "hello", "--model", "/nowhere", "--max-tokens", "-3"]) == 64
+    assert "max_tokens must be at least 1, not -3" in capsys.readouterr().err

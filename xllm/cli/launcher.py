@@ -124,11 +124,11 @@ class LaunchedService(Actor):
         self._interrupted_at = now
         self._num_interrupts += 1
         if self._num_interrupts == 1:
-            if self._was_ready and not self._gave_up:
+            if not self._gave_up:
                 wait_s = self._settings.cluster.shutdown_s
-                self._screen.line(
-                    f"draining, at most {wait_s:g} s; once more (Ctrl-C) stops at once"
-                )
+                what = f"draining, at most {wait_s:g} s" if self._was_ready else "stopping"
+                self._screen.close_bars()
+                self._screen.line(f"{what}; once more (Ctrl-C) stops at once")
             self.request_stop()
             return
         self._screen.close_bars()

@@ -43,10 +43,13 @@ def run(
     no sockets. The chat template is used where the model has one."""
     from xllm.cli.offline import OfflineEngine
     from xllm.cli.screen import LaunchScreen
+    from xllm.router.validation import ANY_MODEL, check_sampling
 
     configure_command_logs("run", settings)
     if settings.model.more:
         raise ConfigError("model.more: a prompt is answered by one model", param="model.more")
+    asked = build_submit(1, dict(sampling), timeout_s=0.0, stream=False, prompt="")
+    check_sampling(asked.sampling, settings.router, ANY_MODEL)  # before the model is read
     settings = resolve_models(settings)
     name = settings.model.name
     text = sys.stdin.read() if prompt == "-" else prompt

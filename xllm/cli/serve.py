@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import signal
 import socket
@@ -21,11 +22,21 @@ SECTIONS = ("model", "router", "serve", "worker", "scheduler", "master", "kvcach
 
 
 @click.command(context_settings={"max_content_width": 100})
+@click.argument("model", default="", metavar="[MODEL]")
 @settings_options(*SECTIONS, defaults={"cluster.log_level": "warning"})
-def serve(settings: Settings) -> int:
+def serve(model: str, settings: Settings) -> int:
     """Serve a model on this machine: router, masters, workers and KV cache daemon, with an
-    OpenAI-compatible HTTP endpoint and a ZeroMQ one. Without --model, the demo model; further
-    models by --more-models."""
+    OpenAI-compatible HTTP endpoint and a ZeroMQ one. MODEL, or --model, is its directory; without
+    either, the demo model; further models by --more-models."""
+    if model:
+        if settings.model.path not in ("", model):
+            raise ConfigError(
+                f"{model} and model.path {settings.model.path}: name one of them; further models "
+                "by --more-models",
+                param="model.path",
+            )
+        own = dataclasses.replace(settings.model, path=model)
+        settings = dataclasses.replace(settings, model=own)
     if settings.cluster.registry:
         raise ConfigError(
             "serve brings a registry of its own: --cluster-registry belongs to single roles",

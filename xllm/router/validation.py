@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 
 from xllm.config.settings import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError
@@ -36,6 +37,10 @@ class ModelFacts:
     vocab_size: int
     longest_token_bytes: int
     embedding_size: int = 0
+
+
+ANY_MODEL = ModelFacts(sys.maxsize, sys.maxsize, 1)
+"""For bounds that no model can widen, before one is known."""
 
 
 def refuse(param: str, message: str) -> InvalidRequestError:
@@ -216,7 +221,9 @@ def _check_counts(params: SamplingParams, limits: RouterSettings, facts: ModelFa
     if params.min_tokens:
         bound = facts.max_model_len if params.max_tokens is None else params.max_tokens
         if not 0 <= params.min_tokens <= bound:
-            raise refuse("min_tokens", f"must be from 0 to {bound} (max_tokens)")
+            raise refuse(
+                "min_tokens", f"must be from 0 to {bound} (max_tokens), not {params.min_tokens}"
+            )
     for name in ("logprobs", "prompt_logprobs"):
         count = getattr(params, name)
         if count is not None and not 0 <= count <= limits.max_logprobs:
