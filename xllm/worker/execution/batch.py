@@ -41,6 +41,13 @@ class StepBatch:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     failed: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
+    def read_rows(self) -> list[int] | None:
+        """The rows whose outputs are read: the last one of each entry; None: those of prompts that
+        are scored too."""
+        if any(entry.item.score_prompt for entry in self.entries):
+            return None
+        return [entry.last_row for entry in self.entries]
+
     def single_rows(self) -> list[Span]:
         """The spans cut into spans of one row each, in order."""
         return [

@@ -88,16 +88,21 @@ class LayerLoop:
         self._micro_batch_rows = micro_batch_rows
 
     def run(
-        self, spans: Sequence[Span], token_ids: Sequence[int], hooks: Sequence[LayerHook]
+        self,
+        spans: Sequence[Span],
+        token_ids: Sequence[int],
+        hooks: Sequence[LayerHook],
+        read: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """The last layer's output [rows, hidden] of the rows of `spans`, whose tokens are
-        `token_ids`, one a row; their keys and values are in the pool then."""
+        `token_ids`, one a row; their keys and values are in the pool then. `read`: the rows that
+        anybody reads, ascending; the last layer may leave the others half done. None: all."""
         positions = [p for span in spans for p in range(span.start, span.end)]
         places = self._index(token_ids), self._index(positions)
         if self._ranks.size > 1:
             return self._by_ranks(self._ranks, spans, *places, hooks)
         if self._fused is not None:
-            return self._through_fused(self._fused, spans, *places, hooks)
+            return self._through_fused(self._fused, spans, *places, hooks, read)
         return self._through_layers(*places, self._attention(spans), hooks)
 
     def _by_ranks(
@@ -169,6 +174,7 @@ class LayerLoop:
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         hooks: Sequence[LayerHook],
+        read: Sequence[int] | None,
     ) -> torch.Tensor:
         model, pool = self._model, self._pool
         assert not isinstance(model, WholeModel)
@@ -179,7 +185,11 @@ class LayerLoop:
         for index, layer in enumerate(layers):
             for hook in hooks:
                 hook.before_layer(index)
-            layer(hidden, arrays)
+            is_last = index == len(layers) - 1
+            if is_last and read is not None and 2 * len(read) <= len(hidden) and layer.is_dense:
+                layer.for_rows(hidden, arrays, self._index(read))
+            else:
+                layer(hidden, arrays)
             for hook in hooks:
                 hook.after_layer(index, hidden)
         return hidden

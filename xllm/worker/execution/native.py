@@ -260,7 +260,9 @@ class NativeExecutor:
         if self._settings.worker.deterministic and not loop.batch_invariant:
             hidden = loop.run_single_rows(batch.single_rows(), batch.token_ids, self._hooks)
         else:
-            hidden = loop.run(batch.spans, batch.token_ids, self._hooks)
+            is_read_whole = engine.pooler is not None or len(self._hooks) > 1
+            read = None if is_read_whole else batch.read_rows()
+            hidden = loop.run(batch.spans, batch.token_ids, self._hooks, read)
         engine.drawer.draw(batch, hidden, outputs)
         if engine.pooler is not None:
             engine.pooler.pool(batch, hidden, outputs)

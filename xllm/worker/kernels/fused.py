@@ -94,6 +94,21 @@ class FusedLayer:
         """One layer of all rows of a step."""
         self._run(hidden, arrays, BOTH_HALVES, None)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether it has no experts, which count all rows."""
+        return self._parts.experts is None
+
+    def for_rows(self, hidden: torch.Tensor, arrays: StepArrays, rows: torch.Tensor) -> None:
+        """One layer whose feed-forward half sees these `rows` (int64) alone; keys and values of
+        all rows are written, and the other rows keep what attention gave them."""
+        self._run(hidden, arrays, ATTENTION_HALF, None)
+        part = hidden.index_select(0, rows)
+        num_rows, arrays.step.num_rows = arrays.step.num_rows, len(part)
+        self._run(part, arrays, MLP_HALF, None)
+        arrays.step.num_rows = num_rows
+        hidden.index_copy_(0, rows, part)
+
     def attention_half(self, hidden: torch.Tensor, arrays: StepArrays, out: torch.Tensor) -> None:
         """What attention would add to hidden, into `out` (fp32 [rows, hidden], contiguous): ranks
         that have a part of the heads sum theirs."""
