@@ -133,9 +133,7 @@ class StepPlanner:
     def _limit_s(self, decodes: list[Sequence]) -> float | None:
         """What the step should take at most, for the sake of those that decode."""
         limit = self._policy.max_step_s
-        if not decodes or limit is None:
-            return None
-        if self._policy.objectives is not None:
+        if limit is not None and decodes and self._policy.objectives is not None:
             own = self._policy.objectives.step_limit_s(decodes, self._now)
             limit = limit if own is None else min(limit, own)
         return limit
@@ -151,7 +149,7 @@ class StepPlanner:
             base = model.predict(shape)
             limit = None if base is None else max(0.0, limit - base)
         tokens = self._state.limits.max_num_batched_tokens - num_decodes
-        return StepBudget(tokens, model, limit)
+        return StepBudget(tokens, model, limit, is_first_free=not decodes)
 
     def _add_prefills(self, decodes: list[Sequence], num_decodes: int, may_start: bool) -> None:
         """Running prefills, then new ones; but new online ones before running offline ones, and
