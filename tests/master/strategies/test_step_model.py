@@ -144,6 +144,29 @@ def test_a_budget_is_kept_and_never_nothing(tokens, seconds, prefills):
     assert given_tokens <= tokens
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 2048),
+    st.floats(0.0, 2.0),
+    st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 3000)), min_size=2, max_size=8),
+)
+def test_a_free_first_prompt_is_whole_and_others_join_within_the_time(tokens, seconds, prefills):
+    model = trained(100)
+    budget = StepBudget(tokens, model, seconds, is_first_free=True)
+    start, remaining = prefills[0]
+    first = budget.allowed(start, remaining)
+    assert first == min(remaining, tokens)
+    budget.take(start, first)
+    spent = model.prefill_s(start, first)
+    for start, remaining in prefills[1:]:
+        chunk = budget.allowed(start, remaining)
+        assert 0 <= chunk <= min(remaining, budget.tokens)
+        if chunk:
+            budget.take(start, chunk)
+            spent += model.prefill_s(start, chunk)
+            assert spent <= seconds + 1e-9
+
+
 def test_pages_are_kept_while_nobody_misses_them_or_they_are_dear():
     model = trained()
     free = GivingWay(num_tokens=64, num_blocks=4, num_short=0, mean_tokens=4000)
