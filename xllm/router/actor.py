@@ -1,49 +1,40 @@
-"""The router's shell: registry, instances, buses and fronts, tied to the service.
+"""The router's shell: it puts the parts of a router together, starts and ends them in order.
 
-It decides nothing: what is watched goes to the view, what instances say goes to the service, and
-time passes. Invariant: there is a link for each instance of the view, and for no other.
+It decides nothing and carries nothing: `membership` knows the cluster, `service` the requests, the
+fronts the clients. A further part is made in `start`, hears of the cluster as a listener of
+`membership`, and leaves its end in `_closers`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import structlog
 
 from xllm.config.exposure import check_exposure
 from xllm.config.models import each_model, model_name
 from xllm.config.settings import Settings
-from xllm.errors import BadMessageError, ConfigError
+from xllm.errors import ConfigError
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
-from xllm.protocol.bus import BusMessage, RouterPresence
-from xllm.protocol.codec import Decoder, encode
+from xllm.protocol.bus import RouterPresence
+from xllm.protocol.codec import encode
 from xllm.protocol.instance import InstanceRequest
-from xllm.protocol.records import (
-    DaemonRecord,
-    InstanceRecord,
-    RouterRecord,
-    daemon_key,
-    instance_key,
-    router_key,
-)
+from xllm.protocol.records import RouterRecord, router_key
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.keeper import Registration
 from xllm.protocol.registry.open import open_registry
 from xllm.protocol.registry.waiting import wait_registry
-from xllm.protocol.registry_wire import Change
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.pubsub import PublisherSocket
 from xllm.protocol.transport.security import Security
 from xllm.router.http.server import HttpFront
-from xllm.router.links import SocketLinks
+from xllm.router.membership import Membership
 from xllm.router.service import RouterService
 from xllm.router.text.model import load_text_model
-from xllm.router.view import ViewChange
 from xllm.router.zmq_front import ZmqFront
 
 _log = structlog.get_logger("router")
@@ -73,9 +64,6 @@ class RouterActor(Actor):
         self._http: HttpFront | None = None
         self._seq = 0
         self.http_address = ""
-        self._instances: Decoder[InstanceRecord] = Decoder(InstanceRecord)
-        self._daemons: Decoder[DaemonRecord] = Decoder(DaemonRecord)
-        self._routers: Decoder[RouterRecord] = Decoder(RouterRecord)
 
     def make_transport(self) -> Transport:
         """With the node's keys, if it has any."""
@@ -95,14 +83,6 @@ class RouterActor(Actor):
         models = [one.model for one in each_model(settings)]
         texts = {model_name(one.name, one.path): load_text_model(one.path) for one in models}
         first = next(iter(texts))
-        self._links = SocketLinks(
-            self.transport,
-            lambda name, message: self.service.instance_says(name, message),
-            self._connected,
-            self._gone,
-            self._heard,
-        )
-        self._closers.append(self._links.close_all)
         self.service = RouterService(
             settings,
             first,
@@ -113,6 +93,8 @@ class RouterActor(Actor):
             more=texts,
         )
         self._closers.append(self.service.close)
+        self.membership = Membership(self.name, self.transport, self.service)
+        self._closers.append(self.membership.close)
         self._bus = PublisherSocket(self.transport, self._bus_endpoint())
         self._closers.append(self._bus.close)
         zmq_endpoint = f"tcp://{_bracketed(settings.router.zmq_host)}:{settings.router.zmq_port}"
@@ -140,12 +122,7 @@ class RouterActor(Actor):
         if not cluster.registry:
             raise ConfigError("cluster.registry is not set", param="cluster.registry")
         registry = self._registry = open_registry(cluster.registry, self.transport)
-        for prefix, changed in (
-            (instance_key(cluster.name, ""), self._instances_changed),
-            (daemon_key(cluster.name, ""), self._daemons_changed),
-            (router_key(cluster.name, ""), self._routers_changed),
-        ):
-            await wait_registry(cluster, functools.partial(registry.watch, prefix, changed))
+        await self.membership.join(registry, cluster)
 
     async def _register(self) -> None:
         assert self._registry is not None
@@ -215,67 +192,13 @@ class RouterActor(Actor):
 
     def send(self, instance: str, message: InstanceRequest) -> bool:
         """InstanceLinks for the service."""
-        return self._links.send(instance, message)
-
-    def _changed(self, change: ViewChange) -> None:
-        self.service.dispatcher.changed(change)
-        if change.lost:
-            for name in self._links.names:
-                if self.service.view.get(name) is None:
-                    self._links.close(name)
-
-    def _connected(self, name: str) -> None:
-        self._changed(self.service.view.connected(name))
-
-    def _gone(self, name: str) -> None:
-        self._changed(self.service.view.disconnected(name))
-
-    def _heard(self, message: BusMessage) -> None:
-        self._changed(self.service.heard(message))
-
-    def _instances_changed(self, changes: Sequence[Change]) -> None:
-        for change in changes:
-            name = change.key.rpartition("/")[2]
-            if change.entry is None:
-                self._changed(self.service.view.deregistered(name))
-                continue
-            try:
-                record = self._instances.decode(change.entry.value)
-            except BadMessageError as error:
-                _log.error("bad_record", key=change.key, error=error.message)
-                continue
-            known = self.service.view.get(name)
-            self._changed(self.service.registered(record))
-            if known is None or known.record.incarnation != record.incarnation:
-                self._links.open(record)
-
-    def _daemons_changed(self, changes: Sequence[Change]) -> None:
-        self._publishers_changed(changes, self._daemons)
-
-    def _routers_changed(self, changes: Sequence[Change]) -> None:
-        others = [one for one in changes if one.key.rpartition("/")[2] != self.name]
-        self._publishers_changed(others, self._routers)
-
-    def _publishers_changed(
-        self, changes: Sequence[Change], decoder: Decoder[DaemonRecord] | Decoder[RouterRecord]
-    ) -> None:
-        """Those that are only heard: never sent to."""
-        for change in changes:
-            name = change.key.rpartition("/")[2]
-            if change.entry is None:
-                self.service.view.publisher_gone(name)
-                self._links.unhear(name)
-                continue
-            try:
-                self._links.hear(decoder.decode(change.entry.value))
-            except BadMessageError as error:
-                _log.error("bad_record", key=change.key, error=error.message)
+        return self.membership.send(instance, message)
 
     def _tick(self) -> None:
         if self._registry is not None:
             silent = self._registration is not None and self._registration.degraded
             self.service.registry_degraded = silent or self._registry.degraded
-        self._changed(self.service.tick())
+        self.membership.changed(self.service.tick())
 
     def _beat(self) -> None:
         self._seq += 1
