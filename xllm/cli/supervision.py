@@ -75,7 +75,9 @@ class RestartPolicy:
             return GiveUp(code if code > 0 else XllmError.exit_code, reason)
         if code == FencedError.exit_code:
             return Restart(0.0)
-        return Restart(min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** (len(self._crashes) - 1)))
+        num_waits = len(self._crashes) - was_ready
+        delay_s = FIRST_DELAY_S * 2.0 ** (num_waits - 1) if num_waits else 0.0
+        return Restart(min(MAX_DELAY_S, delay_s))
 
     def _why_hopeless(self, code: int, was_ready: bool) -> str:
         if code == ConfigError.exit_code:

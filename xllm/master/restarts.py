@@ -1,8 +1,9 @@
 """When a worker that ended is started again, and when the master gives up.
 
-Pure: it is told ends and the time. Backs off from 0.5 s to 30 s; five ends within a minute, or
-one that another try cannot help (a wrong setting, a missing thing before the first start), and
-it gives up.
+Pure: it is told ends and the time. The first end of a worker that had been ready is answered at
+once, for then it was most likely the machine's or an operator's doing; further ones back off from
+0.5 s to 30 s. Five ends within a minute, or one that another try cannot help (a wrong setting, a
+missing thing before the first start), and it gives up.
 """
 
 from __future__ import annotations
@@ -42,5 +43,5 @@ class WorkerRestarts:
             return None
         if len(self._ends) >= MAX_CRASHES:
             return None
-        delay: float = FIRST_DELAY_S * 2 ** (len(self._ends) - 1)
-        return min(MAX_DELAY_S, delay)
+        num_waits = len(self._ends) - was_ready
+        return min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** (num_waits - 1)) if num_waits else 0.0
