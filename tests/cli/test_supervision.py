@@ -32,6 +32,12 @@ def test_old_crashes_are_forgotten():
         assert step == Restart(0.0)
 
 
+def test_a_child_that_worked_for_a_while_starts_again_at_once():
+    policy = RestartPolicy()
+    steps = [policy.exited(-9, t, was_ready=True, needed=True) for t in (0.0, 10.0, 15.0, 25.0)]
+    assert steps == [Restart(0.0), Restart(0.0), Restart(1.0), Restart(0.0)]
+
+
 def test_a_child_that_never_was_ready_is_not_started_at_once():
     policy = RestartPolicy()
     steps = [policy.exited(70, float(i), was_ready=False, needed=True) for i in range(3)]
