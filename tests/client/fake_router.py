@@ -17,17 +17,21 @@ from xllm.protocol.client import (
     ListModels,
     ModelInfo,
     ModelList,
+    Ping,
+    Pong,
     ProcessStatus,
     QueryHealth,
     QueryStatus,
     RequestFailed,
     RequestFinished,
+    RouterAddress,
     StatusReport,
     SubmitRequest,
     TokenDelta,
     TokenizedText,
     TokenizeText,
     Usage,
+    next_life,
 )
 from xllm.protocol.codec import Decoder
 from xllm.protocol.transport.context import Transport
@@ -36,9 +40,15 @@ from xllm.protocol.transport.router import RouterSocket
 
 class FakeRouter:
     """Words of the prompt decide: `echo a b` gives the tokens a, b; `fail CODE` fails;
-    `silent` says nothing; `half` sends one delta and no end; `bad` answers bad_message."""
+    `silent` says nothing; `half` sends one delta and no end; `bad` answers bad_message; `part K a
+    b` gives as `echo` does, but only the first K to who holds none. `mute`: it hears and says
+    nothing; `named`: the routers that its pongs name."""
 
     def __init__(self, endpoint: str = "tcp://127.0.0.1:0") -> None:
+        self.mute = False
+        self.named: tuple[RouterAddress, ...] = ()
+        self.peers: set[bytes] = set()
+        self.num_pings = 0
         self.submits: list[SubmitRequest] = []
         self.aborts: list[int] = []
         self._transport = Transport()
@@ -51,7 +61,15 @@ class FakeRouter:
         self._socket.close()
         self._transport.close()
 
+    def stop(self) -> None:
+        """Say that it stops, as a router does."""
+        for identity in self.peers:
+            self._socket.send(identity, Pong(id=0, is_stopping=True, routers=self.named))
+
     def _receive(self, identity, message, frames) -> None:
+        self.peers.add(identity)
+        if self.mute:
+            return
         for reply in self._replies(message):
             self._socket.send(identity, reply)
 
@@ -63,6 +81,9 @@ class FakeRouter:
             case AbortRequest():
                 self.aborts.append(message.id)
                 return [RequestFailed(id=message.id, code="aborted", message="aborted")]
+            case Ping():
+                self.num_pings += 1
+                return [Pong(id=message.id, routers=self.named)]
             case ListModels():
                 return [ModelList(id=message.id, models=(ModelInfo(name="m", max_model_len=9),))]
             case QueryHealth():
@@ -101,11 +122,17 @@ class FakeRouter:
             yield self._delta(submit, 0, "x")
             yield self._delta(submit, 0, "x")
             yield self._end(submit, ["x"])
-        elif verb == "echo":
+        elif verb in ("echo", "part"):
+            held = len(submit.resume.outputs[0]) if submit.resume else 0
+            count = len(words)
+            if verb == "part":
+                words = words[1:]
+                count = len(words) if submit.resume else int(prompt.split()[1])
             if submit.stream:
-                for index, word in enumerate(words):
-                    yield self._delta(submit, index, word)
-            yield self._end(submit, words)
+                for index in range(held, count):
+                    yield self._delta(submit, index, words[index])
+            if count == len(words):
+                yield self._end(submit, words)
 
     def _embed(self, submit: SubmitRequest) -> RequestFinished | RequestFailed:
         """Its length is its vector; a prompt of `fail CODE PARAM` fails."""
@@ -121,7 +148,10 @@ class FakeRouter:
         )
 
     def _delta(self, submit: SubmitRequest, index: int, word: str) -> TokenDelta:
-        return TokenDelta(id=submit.id, first_index=index, token_ids=(index,), text=word)
+        attempt = next_life(submit.resume.attempt) if submit.resume else 1
+        return TokenDelta(
+            id=submit.id, attempt=attempt, first_index=index, token_ids=(index,), text=word
+        )
 
     def _end(self, submit: SubmitRequest, words: list[str]) -> RequestFinished:
         result = ChoiceResult(index=0, finish_reason="stop", stop_reason="!")

@@ -14,6 +14,7 @@ from xllm.protocol.client import (
     ModelList,
     RequestFailed,
     RequestFinished,
+    SubmitRequest,
     TokenDelta,
     Usage,
 )
@@ -41,11 +42,17 @@ class Recorder:
         return len(self.ends) + len(self.errors)
 
 
-def opened(timeout_s=10.0):
+def open_one(session, request_id, recorder, now, timeout_s, **fields):
+    """A submit that went to the router at once."""
+    message = SubmitRequest(id=request_id, prompt=(1,), **fields)
+    session.open(message, recorder, now, timeout_s).is_sent = True
+
+
+def opened(timeout_s=10.0, **fields):
     session = ClientSession()
     recorder = Recorder()
     request_id = session.next_id()
-    session.open(request_id, recorder, 0.0, timeout_s)
+    open_one(session, request_id, recorder, 0.0, timeout_s, **fields)
     return session, recorder, request_id
 
 
@@ -127,7 +134,7 @@ def test_forgotten_requests_hear_nothing():
 def test_a_lost_connection_fails_all_with_errors_of_their_own():
     session, first, _ = opened()
     second = Recorder()
-    session.open(session.next_id(), second, 0.0, 1.0)
+    open_one(session, session.next_id(), second, 0.0, 1.0)
     session.fail_all(BrokenError("gone"))
     assert isinstance(first.errors[0], BrokenError)
     assert first.errors[0] is not second.errors[0]
@@ -137,7 +144,7 @@ def test_a_lost_connection_fails_all_with_errors_of_their_own():
 def test_bad_message_fails_those_that_heard_nothing():
     session, heard, key = opened()
     unheard = Recorder()
-    session.open(session.next_id(), unheard, 0.0, 1.0)
+    open_one(session, session.next_id(), unheard, 0.0, 1.0)
     session.receive(TokenDelta(id=key, token_ids=(5,)))
     session.receive(BadMessage(message="?"))
     assert isinstance(unheard.errors[0], BadMessageError)
@@ -147,14 +154,14 @@ def test_bad_message_fails_those_that_heard_nothing():
 def test_a_number_is_open_once():
     session, _, key = opened()
     with pytest.raises(ConflictError):
-        session.open(key, Recorder(), 0.0, 1.0)
+        open_one(session, key, Recorder(), 0.0, 1.0)
 
 
 def test_timers_do_not_pile_up():
     session = ClientSession()
     for _ in range(5000):
         key = session.next_id()
-        session.open(key, Recorder(), 0.0, 600.0)
+        open_one(session, key, Recorder(), 0.0, 600.0)
         session.receive(finished(key))
     assert len(session._timers) < 200
 
@@ -185,7 +192,7 @@ def test_any_history_ends_each_request_once(events):
             case ("open", timeout_s):
                 key = session.next_id()
                 recorders[key] = Recorder()
-                session.open(key, recorders[key], now, timeout_s)
+                open_one(session, key, recorders[key], now, timeout_s)
             case ("delta", key, index):
                 session.receive(TokenDelta(id=key, first_index=index, token_ids=(index,)))
             case ("finished", key):

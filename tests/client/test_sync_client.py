@@ -61,6 +61,7 @@ def test_an_interrupt_while_a_stream_is_opened_stops_its_request(router):
             raise KeyboardInterrupt
 
     with Interrupted(router.endpoint, timeout_s=20) as client:
+        Client._call(client, client._client.models())  # the connection stands
         with pytest.raises(KeyboardInterrupt):
             client.stream("silent")
         wait_until(lambda: len(router.aborts) == 1)

@@ -13,6 +13,7 @@ from xllm.errors import ContextLengthError, InvalidRequestError, ModelNotFoundEr
 from xllm.kvcache.hashing import chain_hashes
 from xllm.protocol.bus import DaemonHeartbeat, InstanceLoad, RouterPresence, WorkerState
 from xllm.protocol.client import (
+    LIFE_ATTEMPTS,
     ChatMessage,
     DetokenizeIds,
     RequestFinished,
@@ -346,9 +347,13 @@ async def test_a_resume_goes_on_under_the_next_attempt():
     point = ResumePoint(attempt=4, outputs=(ids,), seed=99)
     request_id, sink = cluster.ask("hi", max_tokens=20, resume=point)
     [admit] = cluster.links.admits()
-    assert (admit.attempt, admit.outputs, admit.sampling.seed) == (5, (ids,), 99)
-    cluster.say(request_id, len(ids), "world", "length", 5)
-    cluster.end(request_id, 5)
+    assert (admit.attempt, admit.outputs, admit.sampling.seed) == (
+        LIFE_ATTEMPTS,
+        (ids,),
+        99,
+    )
+    cluster.say(request_id, len(ids), "world", "length", LIFE_ATTEMPTS)
+    cluster.end(request_id, LIFE_ATTEMPTS)
     assert sink.text == "world"
     assert sink.messages[0].first_index == len(ids)
     cluster.close()
@@ -373,8 +378,8 @@ async def test_a_long_resume_is_prepared_in_a_thread(monkeypatch):
         while not cluster.links.admits():
             await asyncio.sleep(0.001)
     assert threads[0] is not threading.main_thread()
-    cluster.say(request_id, len(ids), "world", "length", 2)
-    cluster.end(request_id, 2)
+    cluster.say(request_id, len(ids), "world", "length", LIFE_ATTEMPTS)
+    cluster.end(request_id, LIFE_ATTEMPTS)
     assert sink.text == "world"
     cluster.close()
 

@@ -7,8 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from xllm.client.open_request import EndMessage
 from xllm.client.results import AnswerBuilder, Completion, StreamDelta
-from xllm.client.session import EndMessage
 from xllm.errors import XllmError
 from xllm.protocol.client import RequestFinished, TokenDelta
 

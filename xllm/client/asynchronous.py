@@ -13,11 +13,15 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from xllm.client.answers import AnswerWaiter, StreamBuffer
-from xllm.client.connection import DEFAULT_MAX_REQUEST_BYTES, ClientConnection
+from xllm.client.connection import (
+    DEFAULT_MAX_REQUEST_BYTES,
+    DEFAULT_SILENCE_S,
+    ClientConnection,
+)
 from xllm.client.embedding import Inputs, embed_all, split_inputs
+from xllm.client.open_request import EndMessage
 from xllm.client.requests import Messages, Prompt, build_embed, build_submit, build_tokenize
 from xllm.client.results import AnswerBuilder, Completion, Embeddings
-from xllm.client.session import EndMessage
 from xllm.client.stream import TokenStream
 from xllm.errors import BadMessageError, ClosedError, InvalidRequestError
 from xllm.protocol.client import (
@@ -49,7 +53,10 @@ class AsyncClient:
     """Speaks with an xLLM service over ZeroMQ; `async with` closes it.
 
     Every call takes `timeout_s` (default: the client's): DeadlineError when it passes, and the
-    request is aborted at the service. BrokenError: no router answers, or the connection was lost.
+    request is aborted at the service. A router of `endpoint` (one address or several) that is lost,
+    stops or says nothing for `silence_s` costs nothing: what is open goes on at another one, of
+    those given and (unless `discover` is off) of those that it named (docs/failover.md).
+    BrokenError: none of them answers within `connect_timeout_s`.
     PayloadTooLargeError, before anything is sent: a request has more than `max_request_bytes`.
     What the service refuses or fails raises the class of `xllm.errors` that its code names."""
 
@@ -59,9 +66,11 @@ class AsyncClient:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         connect_timeout_s: float = 5.0,
+        silence_s: float = DEFAULT_SILENCE_S,
         keys_dir: str = "",
         server_key: str = "",
         max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
+        discover: bool = True,
     ) -> None:
         endpoints = (endpoint,) if isinstance(endpoint, str) else tuple(endpoint)
         if not endpoints:
@@ -69,6 +78,8 @@ class AsyncClient:
         self._endpoints = endpoints
         self._timeout_s = check_timeout(timeout_s)
         self._connect_timeout_s = check_timeout(connect_timeout_s)
+        self._silence_s = check_timeout(silence_s)
+        self._discover = discover
         self._keys_dir = keys_dir
         self._server_key = server_key
         self._max_request_bytes = max_request_bytes
@@ -84,9 +95,11 @@ class AsyncClient:
             self._connection = ClientConnection(
                 self._endpoints,
                 connect_timeout_s=self._connect_timeout_s,
+                silence_s=self._silence_s,
                 keys_dir=self._keys_dir,
                 server_key=self._server_key,
                 max_request_bytes=self._max_request_bytes,
+                discover=self._discover,
             )
         return self._connection
 

@@ -1,27 +1,43 @@
-"""A client's connection to a router: the session, its socket and its timer on the running loop.
+"""A client's connection to a service: the session, a socket and a timer on the running loop.
 
 The low-level interface of the library: a listener is called back for each message, with no queue,
-task or future in between. Decides when a router counts as absent; everything about requests is
-the session's. Used from its own loop only.
+task or future in between. One router is spoken with at a time; when it is lost, stops or falls
+silent, what is open goes on at the next. Whether a router is there is for `RouterWatch` to judge;
+everything about requests is the session's. Used from its own loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 import time
 from collections.abc import Sequence
 
+import msgspec
+
+from xllm.client.open_request import Listener
 from xllm.client.requests import encode_request
-from xllm.client.session import ClientSession, ClientStatistics, Listener
+from xllm.client.routers import RouterList
+from xllm.client.session import ClientSession, ClientStatistics
+from xllm.client.watch import RouterWatch, Verdict
 from xllm.config.settings import RouterSettings
 from xllm.errors import (
+    BackpressureError,
     BrokenError,
     ClosedError,
     PayloadTooLargeError,
     PermissionDeniedError,
     XllmError,
 )
-from xllm.protocol.client import AbortRequest, ClientMessage, RouterMessage
+from xllm.protocol.client import (
+    AbortRequest,
+    ClientMessage,
+    Ping,
+    Pong,
+    RouterMessage,
+    SubmitRequest,
+)
 from xllm.protocol.codec import Decoder
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
@@ -30,37 +46,41 @@ from xllm.protocol.transport.security import Security
 _TICK_S = 0.02
 DEFAULT_MAX_REQUEST_BYTES = RouterSettings().max_body_bytes
 """A router cuts the connection of a client that sends more than its `router.max_body_bytes`."""
+DEFAULT_SILENCE_S = 1.0
 
 
 class ClientConnection:
-    """Speaks with one router of `endpoints` at a time: the next one after a loss.
+    """Speaks with one router at a time: with one of `endpoints`, or of those that they name where
+    `discover` is set.
 
     `server_key` is the routers' public key where they demand keys; `keys_dir` then holds ours.
-    A request of more than `max_request_bytes` is refused here.
-    A request that finds no router within `connect_timeout_s` ends with BrokenError, as do the
-    open requests of a connection that is lost."""
+    A request of more than `max_request_bytes` is refused here. What is open when a router is lost
+    is asked for again at another, and goes on behind the tokens that were heard; it ends with
+    BrokenError where no router answers within `connect_timeout_s`. With several routers one that
+    says nothing for `silence_s`, while something is open, is as good as lost."""
 
     def __init__(
         self,
         endpoints: Sequence[str],
         *,
         connect_timeout_s: float = 5.0,
+        silence_s: float = DEFAULT_SILENCE_S,
         keys_dir: str = "",
         server_key: str = "",
         max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
+        discover: bool = True,
     ) -> None:
-        self._endpoints = tuple(endpoints)
-        self._turn = 0
-        self._connect_timeout_s = connect_timeout_s
-        self._server_key = server_key
+        self._routers = RouterList(endpoints, server_key, discover=discover)
         self._max_request_bytes = max_request_bytes
         self._loop = asyncio.get_running_loop()
-        self._session = ClientSession()
+        self._session = ClientSession(time.monotonic())
+        self._watch = RouterWatch(connect_timeout_s, silence_s)
+        self._random = random.Random()
         self._decoder: Decoder[RouterMessage] = Decoder(RouterMessage)
         self._transport = Transport(Security.load(keys_dir) if keys_dir else None)
         self._closed = False
+        self._heard = False
         self._timer: asyncio.TimerHandle | None = None
-        self._absent_since: float | None = None
         try:
             self._socket = self._open_socket()
         except BaseException:
@@ -70,7 +90,7 @@ class ClientConnection:
     @property
     def endpoint(self) -> str:
         """The router spoken with, or tried, at present."""
-        return self._endpoints[self._turn]
+        return self._routers.present.endpoint
 
     @property
     def connected(self) -> bool:
@@ -82,37 +102,47 @@ class ClientConnection:
         return self._session.next_id()
 
     def ask(self, message: ClientMessage, listener: Listener, timeout_s: float) -> None:
-        """Send a request or question whose `id` came from `next_id`.
+        """Send a request or question whose `id` came from `next_id`. A submit without a seed or a
+        key gets them here: another router could not go on with it otherwise.
 
         Raises ClosedError after `close`, BackpressureError where the router does not read,
         InvalidRequestError and PayloadTooLargeError for what no router could read; then the
         listener hears nothing."""
         if self._closed:
             raise ClosedError("this client is closed")
+        if type(message) is SubmitRequest:
+            message = _with_identity(message)
         data = encode_request(message)
         if len(data) > self._max_request_bytes:
             raise PayloadTooLargeError(
                 f"a request of {len(data)} bytes: at most {self._max_request_bytes} are taken"
             )
-        self._session.open(message.id, listener, time.monotonic(), timeout_s)
-        try:
-            self._socket.send_encoded(data)
-        except BaseException:
-            self._session.forget(message.id)
-            raise
+        now = time.monotonic()
+        entry = self._session.open(message, listener, now, timeout_s)
+        if self._socket.connected and not self._session.has_due:
+            try:
+                self._socket.send_encoded(data)
+            except BaseException:
+                self._session.forget(message.id)
+                raise
+            entry.is_sent = True
+        else:
+            self._session.waits(message.id)
         if self._timer is None:
+            self._watch.rested(now)
             self._timer = self._loop.call_later(_TICK_S, self._tick)
 
     def abort(self, request_id: int) -> None:
         """Stop a request; its end (or error) follows. Unknown numbers are ignored."""
-        if self._session.is_open(request_id):
-            self._send_abort(AbortRequest(id=request_id))
+        abort = self._session.abort(request_id)
+        if abort is not None:
+            self._send_word(abort)
 
     def drop(self, request_id: int) -> None:
         """Stop a request and hear nothing more of it."""
         abort = self._session.forget(request_id)
         if abort is not None:
-            self._send_abort(abort)
+            self._send_word(abort)
 
     def statistics(self) -> ClientStatistics:
         """Counts of the session."""
@@ -133,63 +163,119 @@ class ClientConnection:
         self._transport.close()
         self._session.fail_all(ClosedError("the client was closed"))
 
+    # -- routers -------------------------------------------------------------------------------
+
     def _open_socket(self) -> DealerSocket[RouterMessage]:
+        router = self._routers.present
+        self._watch.num_routers = len(self._routers)
+        self._watch.opened(self._random.random())
         return DealerSocket(
             self._transport,
-            self.endpoint,
+            router.endpoint,
             self._decoder,
             self._receive,
             on_gone=self._lost,
+            on_connected=self._connected,
             on_refused=self._refused,
-            server_key=self._server_key,
+            server_key=router.public_key,
             name="client",
         )
 
+    def _connected(self) -> None:
+        """First a ping: from then on the router tells when it stops."""
+        self._send_word(Ping(id=self._session.next_id()))
+        self._send_due()
+
+    def _send_due(self) -> None:
+        session = self._session
+        while self._socket.connected and (found := session.due(time.monotonic())) is not None:
+            entry, words = found
+            try:
+                self._socket.send_encoded(encode_request(words))
+            except BackpressureError:
+                session.waits(entry.message.id)
+                return
+            except XllmError as error:
+                session.fail(entry.message.id, error)
+            else:
+                entry.is_sent = True
+
     def _receive(self, message: RouterMessage, frames: list[bytes]) -> None:
+        self._heard = True
+        if type(message) is Pong:
+            self._routers.learn(message.routers)
+            self._watch.num_routers = len(self._routers)
+            if message.is_stopping and len(self._routers) > 1:
+                # Later: this socket is in the middle of its reading.
+                self._loop.call_soon(self._leave, self._socket)
+                return
         abort = self._session.receive(message)
         if abort is not None:
-            self._send_abort(abort)
+            self._send_word(abort)
+
+    def _leave(self, socket: DealerSocket[RouterMessage]) -> None:
+        if socket is self._socket and not self._closed:
+            self._turn(f"{self.endpoint} stops")
 
     def _lost(self) -> None:
-        lost = self.endpoint
-        self._next_endpoint()
-        self._session.fail_all(BrokenError(f"the connection to {lost} was lost"))
+        self._turn(f"the connection to {self.endpoint} was lost")
 
     def _refused(self) -> None:
         self._socket.discard_queued()
         self._session.fail_all(PermissionDeniedError(f"{self.endpoint} does not know our key"))
 
-    def _next_endpoint(self) -> None:
-        """Forget what waits for the present router and turn to the next."""
-        self._socket.discard_queued()
-        if len(self._endpoints) > 1:
-            self._socket.close()
-            self._turn = (self._turn + 1) % len(self._endpoints)
-            self._socket = self._open_socket()
+    def _turn(self, why: str) -> None:
+        """Go on with what is open at the next router: the same one where there is no other."""
+        self._socket.close()
+        self._session.lost(why)
+        self._routers.turn()
+        self._socket = self._open_socket()
 
-    def _send_abort(self, abort: AbortRequest) -> None:
+    def _send_word(self, word: AbortRequest | Ping) -> None:
         try:
-            self._socket.send(abort)
+            self._socket.send(word)
         except XllmError:
             pass  # a router that does not read or is gone drops the request by itself
+
+    # -- time ----------------------------------------------------------------------------------
 
     def _tick(self) -> None:
         self._timer = None
         now = time.monotonic()
         for abort in self._session.expire(now):
-            if self._socket.connected:
-                self._send_abort(abort)
-        self._watch_absence(now)
+            self._send_word(abort)
+        self._send_due()
+        heard, self._heard = self._heard, False
+        self._heed(
+            self._watch.tick(
+                now,
+                connected=self._socket.connected,
+                heard=heard,
+                waiting=self._session.num_open > 0,
+            ),
+            now,
+        )
         if self._session.num_open and not self._closed:
             self._timer = self._loop.call_later(_TICK_S, self._tick)
 
-    def _watch_absence(self, now: float) -> None:
-        if self._socket.connected or not self._session.num_open:
-            self._absent_since = None
-        elif self._absent_since is None:
-            self._absent_since = now
-        elif now - self._absent_since >= self._connect_timeout_s:
-            tried = ", ".join(self._endpoints)
-            self._absent_since = None
-            self._next_endpoint()
-            self._session.fail_all(BrokenError(f"no router answers at {tried}"))
+    def _heed(self, verdict: Verdict, now: float) -> None:
+        if verdict is Verdict.PING:
+            self._send_word(Ping(id=self._session.next_id()))
+        elif verdict is Verdict.NEXT:
+            self._turn(f"{self.endpoint} does not answer")
+        elif verdict is Verdict.GIVE_UP:
+            self._session.fail_all(BrokenError(f"no router answers at {self._routers}"))
+            self._watch.rested(now)
+            self._turn("")
+
+
+def _with_identity(message: SubmitRequest) -> SubmitRequest:
+    """The same request with a seed and a key, by which any router can go on with it."""
+    drawn = os.urandom(24)
+    key = message.key or drawn[:16].hex()
+    sampling = message.sampling
+    if message.embed or sampling.seed is not None:
+        return msgspec.structs.replace(message, key=key)
+    seed = int.from_bytes(drawn[16:], "little")
+    sampling = msgspec.structs.replace(sampling, seed=seed)
+    return msgspec.structs.replace(message, key=key, sampling=sampling)

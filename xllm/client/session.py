@@ -5,78 +5,40 @@ Does not know sockets, clocks (`now` is monotonic seconds) or threads: what must
 returned. Each opened request hears `on_delta` any number of times, then exactly one of `on_end`
 and `on_error`, and then nothing.
 
-Several routers: the open requests and the tokens they received are all that another router needs
-to go on with them (`ResumePoint`); the shell of today fails them instead.
+When a router is lost, the open requests and the tokens they received are all that another one
+needs to go on with them (`ResumePoint`): `lost` says so, `due` gives the words for the next one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
-from typing import Protocol
+from collections import deque
 
+from xllm.client.open_request import Listener, OpenRequest
+from xllm.client.retries import MAX_LOSSES, RetryBudget
 from xllm.errors import (
     BadMessageError,
+    BrokenError,
     ConflictError,
     DeadlineError,
     InvariantError,
     OverloadedError,
+    RequestAbortedError,
     XllmError,
     error_from_code,
 )
 from xllm.protocol.client import (
     AbortRequest,
     BadMessage,
-    DetokenizedText,
-    HealthReport,
-    ModelList,
-    ModelSleepSet,
+    ClientMessage,
+    Pong,
     RequestFailed,
-    RequestFinished,
     RouterMessage,
-    StatusReport,
     TokenDelta,
-    TokenizedText,
 )
-
-EndMessage = (
-    RequestFinished
-    | ModelList
-    | HealthReport
-    | StatusReport
-    | TokenizedText
-    | DetokenizedText
-    | ModelSleepSet
-)
-"""What ends a request or question well."""
 
 _SPARE_TIMERS = 64
-
-
-class Listener(Protocol):
-    """Who asked. Called on the client's loop; must not block and must not raise."""
-
-    def on_delta(self, delta: TokenDelta) -> None:
-        """New tokens of one choice, each token once and in order."""
-
-    def on_end(self, message: EndMessage) -> None:
-        """The answer is complete."""
-
-    def on_error(self, error: XllmError) -> None:
-        """There will be no (further) answer, and why."""
-
-
-class OpenRequest:
-    """One request that has not ended: its listener and the tokens received by choice."""
-
-    __slots__ = ("deadline", "heard", "listener", "num_received", "timeout_s")
-
-    def __init__(self, listener: Listener, deadline: float, timeout_s: float) -> None:
-        self.listener = listener
-        self.deadline = deadline
-        self.timeout_s = timeout_s
-        self.num_received: dict[int, int] = {}
-        self.heard = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +52,17 @@ class ClientStatistics:
     num_deltas: int
     num_late: int
     """Messages for requests that had ended here, and repeated tokens: dropped."""
+    num_resumed: int = 0
+    """Requests that were asked for again at another router."""
 
 
 class ClientSession:
-    """The open requests of one connection, by the client's own numbers."""
+    """The open requests of one client, by its own numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: float = 0.0) -> None:
+        self._budget = RetryBudget(now)
+        self._unsent: deque[int] = deque()
+        self._num_resumed = 0
         self._open: dict[int, OpenRequest] = {}
         self._timers: list[tuple[float, int]] = []
         self._last_id = 0
@@ -115,28 +82,82 @@ class ClientSession:
         self._last_id += 1
         return self._last_id
 
-    def is_open(self, request_id: int) -> bool:
-        """Whether a request still waits for its end."""
-        return request_id in self._open
+    @property
+    def has_due(self) -> bool:
+        """Whether some request waits for a router."""
+        return bool(self._unsent)
 
-    def open(self, request_id: int, listener: Listener, now: float, timeout_s: float) -> None:
-        """From now on `listener` hears what comes for this number, for `timeout_s` at most."""
+    def open(
+        self, message: ClientMessage, listener: Listener, now: float, timeout_s: float
+    ) -> OpenRequest:
+        """From now on `listener` hears what comes for this message's number, for `timeout_s` at
+        most. It waits for `due`, unless its sender marks it as sent."""
+        request_id = message.id
         if request_id in self._open:
             raise ConflictError(f"request {request_id} is open already", param="id")
         deadline = now + timeout_s
-        self._open[request_id] = OpenRequest(listener, deadline, timeout_s)
+        entry = self._open[request_id] = OpenRequest(message, listener, deadline, timeout_s)
         self._num_opened += 1
+        self._budget.opened()
         heapq.heappush(self._timers, (deadline, request_id))
         if len(self._timers) > 2 * len(self._open) + _SPARE_TIMERS:
             self._timers = [(one.deadline, key) for key, one in self._open.items()]
             heapq.heapify(self._timers)
+        return entry
+
+    def waits(self, request_id: int) -> None:
+        """No router could be asked yet: `due` will give it."""
+        self._unsent.append(request_id)
+
+    # -- routers that come and go --------------------------------------------------------------
+
+    def lost(self, why: str) -> None:
+        """The router is gone, stops or says nothing: all that is open is for the next one."""
+        self._unsent.clear()
+        for request_id, entry in list(self._open.items()):
+            entry.lost()
+            if entry.aborted:
+                self._fail(request_id, RequestAbortedError("aborted by its client"))
+            elif entry.num_losses > MAX_LOSSES:
+                self._fail(request_id, BrokenError(f"{why}; {MAX_LOSSES} others before it"))
+            else:
+                self._unsent.append(request_id)
+
+    def due(self, now: float) -> tuple[OpenRequest, ClientMessage] | None:
+        """The next request to ask the present router for, and the words; None: nothing now.
+        The caller marks it as sent, or puts it back by `waits`."""
+        while self._unsent:
+            entry = self._open.get(self._unsent[0])
+            if entry is None:
+                self._unsent.popleft()
+                continue
+            if not self._budget.take(entry.num_losses, now):
+                return None
+            self._unsent.popleft()
+            self._num_resumed += entry.num_losses > 0
+            return entry, entry.words(now)
+        return None
+
+    # -- ends ----------------------------------------------------------------------------------
+
+    def abort(self, request_id: int) -> AbortRequest | None:
+        """Its asker wants it stopped, and to hear its end. Returns what to tell the router."""
+        entry = self._open.get(request_id)
+        if entry is None:
+            return None
+        entry.aborted = True
+        if entry.is_sent:
+            return AbortRequest(id=request_id)
+        self._fail(request_id, RequestAbortedError("aborted by its client"))
+        return None
 
     def forget(self, request_id: int) -> AbortRequest | None:
         """The asker lost interest: it hears nothing more. Returns what to tell the router."""
-        if self._open.pop(request_id, None) is None:
+        entry = self._open.pop(request_id, None)
+        if entry is None:
             return None
         self._num_failed += 1
-        return AbortRequest(id=request_id)
+        return AbortRequest(id=request_id) if entry.is_sent else None
 
     def receive(self, message: RouterMessage) -> AbortRequest | None:
         """One message from the router. Returns an abort where its stream lost tokens."""
@@ -147,7 +168,8 @@ class ClientSession:
             return None
         entry = self._open.pop(message.id, None)
         if entry is None:
-            self._num_late += 1
+            if not isinstance(message, Pong):
+                self._num_late += 1
         elif isinstance(message, RequestFailed):
             self._num_failed += 1
             entry.listener.on_error(_failure(message))
@@ -166,7 +188,8 @@ class ClientSession:
             if entry is None or entry.deadline > now:
                 continue
             self._fail(request_id, DeadlineError(f"no end within {entry.timeout_s:g} s"))
-            aborts.append(AbortRequest(id=request_id))
+            if entry.is_sent:
+                aborts.append(AbortRequest(id=request_id))
         return aborts
 
     def fail_all(self, error: XllmError) -> None:
@@ -188,6 +211,7 @@ class ClientSession:
             num_failed=self._num_failed,
             num_deltas=self._num_deltas,
             num_late=self._num_late,
+            num_resumed=self._num_resumed,
         )
 
     def check(self) -> None:
@@ -203,16 +227,15 @@ class ClientSession:
         if entry is None:
             self._num_late += 1
             return None
-        entry.heard = True
-        have = entry.num_received.get(delta.choice, 0)
-        if delta.token_ids and delta.first_index != have:
-            if delta.first_index < have:
-                self._num_late += 1
-                return None
-            lost = f"tokens {have} to {delta.first_index} of choice {delta.choice} never came"
+        hole = entry.take(delta)
+        if hole < 0:
+            self._num_late += 1
+            return None
+        if hole:
+            first = delta.first_index
+            lost = f"tokens {first - hole} to {first} of choice {delta.choice} never came"
             self._fail(delta.id, BadMessageError(lost))
             return AbortRequest(id=delta.id)
-        entry.num_received[delta.choice] = have + len(delta.token_ids)
         self._num_deltas += 1
         entry.listener.on_delta(delta)
         return None
@@ -220,7 +243,7 @@ class ClientSession:
     def _refuse_unheard(self, text: str) -> None:
         """The router did not understand some request: one of those it said nothing about."""
         for request_id, entry in list(self._open.items()):
-            if not entry.heard:
+            if entry.is_sent and not entry.heard:
                 self._fail(request_id, BadMessageError(f"the router did not understand: {text}"))
 
     def _fail(self, request_id: int, error: XllmError) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 from xllm.client.answers import StreamItem
 from xllm.client.asynchronous import DEFAULT_ENDPOINT, DEFAULT_TIMEOUT_S, AsyncClient
-from xllm.client.connection import DEFAULT_MAX_REQUEST_BYTES
+from xllm.client.connection import DEFAULT_MAX_REQUEST_BYTES, DEFAULT_SILENCE_S
 from xllm.client.embedding import Inputs
 from xllm.client.requests import Messages, Prompt
 from xllm.client.results import Completion, Embeddings, StreamDelta
@@ -37,17 +37,21 @@ class Client:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         connect_timeout_s: float = 5.0,
+        silence_s: float = DEFAULT_SILENCE_S,
         keys_dir: str = "",
         server_key: str = "",
         max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
+        discover: bool = True,
     ) -> None:
         self._client = AsyncClient(
             endpoint,
             timeout_s=timeout_s,
             connect_timeout_s=connect_timeout_s,
+            silence_s=silence_s,
             keys_dir=keys_dir,
             server_key=server_key,
             max_request_bytes=max_request_bytes,
+            discover=discover,
         )
         self._lock = threading.Lock()
         self._closed = False

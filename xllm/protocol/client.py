@@ -12,6 +12,16 @@ from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 
 PROTOCOL_VERSION = 1
 
+LIFE_ATTEMPTS = 1 << 16
+"""Attempts that one router may make of a request; the next router's begin beyond them."""
+
+
+def next_life(attempt: int) -> int:
+    """The first attempt of the router that takes a request over, given the highest one seen.
+
+    It is beyond all that the lost router can have made, whether the client saw them or not."""
+    return (attempt | (LIFE_ATTEMPTS - 1)) + 1
+
 
 class ContentPart(MapPart, frozen=True):
     """A typed piece of a chat message. Only `text` is accepted at present."""
@@ -31,7 +41,8 @@ class ChatMessage(MapPart, frozen=True):
 class ResumePoint(MapPart, frozen=True):
     """What a client already holds of a request that another router lost.
 
-    `outputs`: per choice, the token ids received; `attempt`: the highest attempt seen."""
+    `outputs`: per choice, the token ids received (none where nothing was streamed); `attempt`: the
+    highest attempt seen, or, where none was, what the last submit must have begun with."""
 
     attempt: int
     outputs: tuple[tuple[int, ...], ...]
@@ -71,6 +82,9 @@ class SubmitRequest(MapMessage, tag="submit", frozen=True):
     """Ask for the vector of `prompt` instead of an answer to it. `sampling` is left as it is."""
     dimensions: int = 0
     """Of a vector: its first so many numbers, made to length one again; 0: all."""
+    key: str = ""
+    """128 random bits in hex, drawn by the client and the same at each router that it asks: the
+    request's later attempts replace its earlier ones, wherever they run. "": none."""
 
 
 class AbortRequest(MapMessage, tag="abort", frozen=True):
@@ -127,6 +141,13 @@ class SetModelSleep(MapMessage, tag="set_sleep", frozen=True):
     drop_weights: bool = False
 
 
+class Ping(MapMessage, tag="ping", frozen=True):
+    """Ask whether the router's own loop runs: a socket alone proves less. Best sent first: from
+    then on the router says, by a further `pong`, when it stops."""
+
+    id: int
+
+
 ClientMessage = (
     SubmitRequest
     | AbortRequest
@@ -136,6 +157,7 @@ ClientMessage = (
     | TokenizeText
     | DetokenizeIds
     | SetModelSleep
+    | Ping
 )
 
 
@@ -282,6 +304,23 @@ class ModelSleepSet(MapMessage, tag="sleep_set", frozen=True):
     asleep: bool
 
 
+class RouterAddress(MapPart, frozen=True):
+    """Where another router of the cluster listens for clients, and its key where it has one."""
+
+    endpoint: str
+    public_key: str = ""
+
+
+class Pong(MapMessage, tag="pong", frozen=True):
+    """Answer to `ping`; also sent unasked (`id` 0) to who has pinged when the router stops."""
+
+    id: int
+    is_stopping: bool = False
+    """It takes nothing new: its clients should go on at another router."""
+    routers: tuple[RouterAddress, ...] = ()
+    """The other routers that it knows."""
+
+
 RouterMessage = (
     TokenDelta
     | RequestFinished
@@ -293,4 +332,5 @@ RouterMessage = (
     | DetokenizedText
     | BadMessage
     | ModelSleepSet
+    | Pong
 )

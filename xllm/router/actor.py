@@ -33,6 +33,7 @@ from xllm.protocol.transport.pubsub import PublisherSocket
 from xllm.protocol.transport.security import Security
 from xllm.router.http.server import HttpFront
 from xllm.router.membership import Membership
+from xllm.router.peers import Peers
 from xllm.router.service import RouterService
 from xllm.router.text.model import load_text_model
 from xllm.router.zmq_front import ZmqFront
@@ -95,6 +96,8 @@ class RouterActor(Actor):
         self._closers.append(self.service.close)
         self.membership = Membership(self.name, self.transport, self.service)
         self._closers.append(self.membership.close)
+        peers = Peers()
+        self.membership.listeners.append(peers)
         self._bus = PublisherSocket(self.transport, self._bus_endpoint())
         self._closers.append(self._bus.close)
         zmq_endpoint = f"tcp://{_bracketed(settings.router.zmq_host)}:{settings.router.zmq_port}"
@@ -104,6 +107,7 @@ class RouterActor(Actor):
             self.service,
             self.spawn,
             max_bytes=settings.router.max_body_bytes,
+            peers=lambda: peers.addresses,
         )
         self._closers.append(self.zmq.close)
         self.every(TICK_S, self._tick)
@@ -163,6 +167,7 @@ class RouterActor(Actor):
         grace_s = self._settings.cluster.shutdown_s
         if self._http is not None:
             self.service.submission.draining = True
+            self.zmq.say_stopping()
             num_open = self.service.num_open
             if self._reporter is not None:
                 self._reporter.stopping(num_open)

@@ -8,6 +8,7 @@ that fails here, for whatever reason, gives its sink exactly one RequestFailed.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,8 +16,14 @@ from functools import partial
 import structlog
 
 from xllm.config.settings import RouterSettings
-from xllm.errors import OverloadedError, UnavailableError, XllmError
-from xllm.protocol.client import RequestFailed, SubmitRequest
+from xllm.errors import (
+    ConflictError,
+    OverloadedError,
+    RequestAbortedError,
+    UnavailableError,
+    XllmError,
+)
+from xllm.protocol.client import RequestFailed, SubmitRequest, next_life
 from xllm.protocol.transport.context import describe_error
 from xllm.router.dispatcher import Dispatcher
 from xllm.router.effort import is_long_request
@@ -57,6 +64,19 @@ class Submission:
         """See RouterService.submit."""
         drawn = os.urandom(24)
         request_id = drawn[:16].hex()
+        if request.key:
+            request_id = bound_id(request.key, tenant)
+            if not self._make_way(request_id, request):
+                sink.send(
+                    RequestFailed(
+                        id=request.id,
+                        code=ConflictError.code,
+                        message="a request with this key is open, and not under a lower attempt",
+                        request_id=request_id,
+                        param="key",
+                    )
+                )
+                return request_id
         seed = int.from_bytes(drawn[16:], "little")
         now = self._clock()
         time_s = request.timeout_ms / 1000 if request.timeout_ms > 0 else self._limits.timeout_s
@@ -76,6 +96,19 @@ class Submission:
         except Exception as error:
             self._refuse(request_id, opened, error)
         return request_id
+
+    def _make_way(self, request_id: str, request: SubmitRequest) -> bool:
+        """Whether the id is free, or was that of an earlier life of this request, which ends: its
+        client came back before its first connection was found lost."""
+        known = self._dispatcher.open.get(request_id)
+        if known is None:
+            return True
+        attempt = 1 if known.state is None else known.state.attempt
+        if request.resume is None or next_life(request.resume.attempt) <= attempt:
+            return False
+        text = "its client goes on with it over another connection"
+        self._dispatcher.abort(request_id, RequestAbortedError.code, text)
+        return True
 
     def _check_room(self) -> None:
         if self.draining:
@@ -140,3 +173,10 @@ class Submission:
             else 0,
         )
         self._dispatcher.fail(request_id, opened, failed)
+
+
+def bound_id(key: str, tenant: Tenant) -> str:
+    """The server's id of a request whose client drew a key for it: the same at every router of
+    the cluster, and another one for every tenant."""
+    salt = len(tenant.salt).to_bytes(8, "little") + tenant.salt
+    return hashlib.sha256(b"xllm request id v1" + salt + key.encode()).hexdigest()[:32]

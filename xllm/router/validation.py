@@ -27,6 +27,7 @@ MAX_OBJECTIVE_MS = 3_600_000
 MAX_STOP_IDS = 256
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 _SALT = re.compile(r"[A-Za-z0-9._~+/=-]*")
+_KEY = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ def check_request(request: SubmitRequest, limits: RouterSettings, facts: ModelFa
         raise refuse("cache_salt", f"must be at most {MAX_SALT_CHARS} letters, digits or ._~+/=-")
     if len(request.traceparent) > MAX_TRACEPARENT_CHARS:
         raise refuse("traceparent", f"must have at most {MAX_TRACEPARENT_CHARS} characters")
+    if request.key and not _KEY.fullmatch(request.key):
+        raise refuse("key", "must be 32 hexadecimal digits")
     if request.resume is not None:
         check_resume(request.resume, request.sampling, facts)
 

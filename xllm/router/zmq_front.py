@@ -30,10 +30,13 @@ from xllm.protocol.client import (
     DetokenizeIds,
     ListModels,
     ModelList,
+    Ping,
+    Pong,
     QueryHealth,
     QueryStatus,
     RequestFailed,
     RequestFinished,
+    RouterAddress,
     RouterMessage,
     SetModelSleep,
     SubmitRequest,
@@ -65,12 +68,24 @@ NOT_READ = "this connection does not read its answers"
 class ZmqConnection:
     """One client's connection: its open requests by its own numbers."""
 
-    __slots__ = ("identity", "is_cut", "is_slow", "num_questions", "open", "owed", "tenant", "torn")
+    __slots__ = (
+        "has_pinged",
+        "identity",
+        "is_cut",
+        "is_slow",
+        "num_questions",
+        "open",
+        "owed",
+        "tenant",
+        "torn",
+    )
 
     def __init__(self, identity: bytes) -> None:
         self.identity = identity
         self.open: dict[int, str] = {}
         self.num_questions = 0
+        self.has_pinged = False
+        """It knows what a `pong` is, and is told when this router stops."""
         self.is_slow = False
         self.is_cut = False
         """Its queue was full: it is told the ends of its requests once it reads again."""
@@ -100,7 +115,7 @@ class ZmqSink:
 
 class ZmqFront:
     """Listens on `endpoint` for clients. `spawn` runs a coroutine as a task of the actor;
-    `max_bytes`: of a client's message."""
+    `max_bytes`: of a client's message; `peers`: the other routers, for clients to know."""
 
     def __init__(
         self,
@@ -110,8 +125,10 @@ class ZmqFront:
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[Any]],
         *,
         max_bytes: int = 4 << 20,
+        peers: Callable[[], tuple[RouterAddress, ...]] = tuple,
     ) -> None:
         self._service = service
+        self._peers = peers
         self._spawn = spawn
         self._connections: dict[bytes, ZmqConnection] = {}
         self._socket: RouterSocket[ClientMessage] = RouterSocket(
@@ -131,6 +148,12 @@ class ZmqFront:
     def num_connections(self) -> int:
         """Connections that have spoken."""
         return len(self._connections)
+
+    def say_stopping(self) -> None:
+        """Tell clients that this router takes nothing new: they may go on at another."""
+        for connection in list(self._connections.values()):
+            if connection.has_pinged and not connection.is_cut:
+                self.reply(connection, self._pong(0))
 
     def close(self) -> None:
         """Close the socket."""
@@ -216,6 +239,10 @@ class ZmqFront:
             request_id = connection.open.get(message.id)
             if request_id:
                 self._service.abort(request_id)
+        elif isinstance(message, Ping):
+            connection.has_pinged = True
+            if not connection.is_cut:
+                self.reply(connection, self._pong(message.id))
         elif connection.is_cut:
             return  # nobody would read the answer
         elif isinstance(message, ListModels):
@@ -225,6 +252,9 @@ class ZmqFront:
             self.reply(connection, msgspec.structs.replace(report, id=message.id))
         else:
             self._ask(connection, message)
+
+    def _pong(self, number: int) -> Pong:
+        return Pong(number, is_stopping=self._service.draining, routers=self._peers())
 
     def _submit(self, connection: ZmqConnection, request: SubmitRequest) -> None:
         number = request.id

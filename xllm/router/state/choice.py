@@ -21,6 +21,7 @@ class ChoiceState:
 
     __slots__ = (
         "_text",
+        "border",
         "finish_reason",
         "ids",
         "index",
@@ -38,6 +39,8 @@ class ChoiceState:
         self.matches = matches
         self.ids: list[int] = []
         self.num_sent = 0
+        self.border = 0
+        """A delta ends exactly behind so many tokens, once they are there; 0: it is passed."""
         self.logprobs: list[TokenLogprobs] | None = None
         self.finish_reason = ""
         self.stop_reason: str | int | None = None

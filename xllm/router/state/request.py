@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from xllm.errors import (
     DeadlineError,
     EngineError,
@@ -18,7 +20,7 @@ from xllm.errors import (
     UnavailableError,
     WorkerLostError,
 )
-from xllm.protocol.client import ResumePoint
+from xllm.protocol.client import ResumePoint, next_life
 from xllm.protocol.instance import CancelRequest, RequestEnded, TokenItem
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.router.state.choice import ChoiceState
@@ -76,10 +78,16 @@ class RequestLife:
 
     def resume(self, point: ResumePoint) -> Sequence[Instruction]:
         """Before `place`: take over what the client already holds. The answer may be complete:
-        then this ends the request."""
-        self.attempt = point.attempt + 1
+        then this ends the request. Where something of those tokens must be said that only the
+        engine knows, it draws them again; a client that has them drops them as doubles."""
+        self.attempt = next_life(point.attempt)
+        sampling = self.spec.sampling
+        again = sampling.prompt_logprobs is not None
+        again |= sampling.logprobs is not None and not self.spec.stream
         for choice, ids in zip(self.choices, point.outputs, strict=True):
-            if ids:
+            if again:
+                choice.border = len(ids)
+            elif ids:
                 choice.resume(ids, self.spec)
         if self._all_finished():
             return self._finish()
@@ -137,6 +145,8 @@ class RequestLife:
         choice = choices[number]
         if choice.finish_reason:
             return _NOTHING
+        if choice.border:
+            return self._up_to_border(choice, item)
         new = item.token_ids
         logprobs = item.logprobs
         have = len(choice.ids)
@@ -200,6 +210,43 @@ class RequestLife:
         if self.ended or now < self.spec.deadline:
             return _NOTHING
         return self._fail(DeadlineError.code, "the request's time is over")
+
+    # -- borders -----------------------------------------------------------------------------
+
+    def _up_to_border(self, choice: ChoiceState, item: TokenItem) -> Sequence[Instruction]:
+        """Tokens of a choice that is not behind its border yet: those up to it are said apart
+        from those beyond, and from the end."""
+        border, choice.border = choice.border, 0
+        ids, logprobs = item.token_ids, item.logprobs
+        cut = border - item.first_index
+        if cut > len(ids) or (cut == len(ids) and item.finish_reason and item.stop_id >= 0):
+            # The border is further on, or behind a stop id, which has no text.
+            said = self.tokens(item)
+            if len(choice.ids) < border:
+                choice.border = border
+            return said
+        first = msgspec.structs.replace(
+            item,
+            token_ids=ids[:cut],
+            finish_reason="",
+            stop_id=-1,
+            logprobs=None if logprobs is None else logprobs[:cut],
+        )
+        parts = list(self.tokens(first))
+        if len(choice.ids) < border:
+            choice.border = 0 if choice.finish_reason else border
+            return parts  # it ended, or the attempt was lost, before the border
+        if self.spec.stream and choice.num_sent < len(choice.ids):
+            parts.append(choice.delta(self.spec.client_id, self.attempt))
+        if cut < len(ids) or item.finish_reason:
+            rest = msgspec.structs.replace(
+                item,
+                first_index=border,
+                token_ids=ids[cut:],
+                logprobs=None if logprobs is None else logprobs[cut:],
+            )
+            parts += self.tokens(rest)
+        return parts
 
     # -- the ends ----------------------------------------------------------------------------
 

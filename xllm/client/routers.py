@@ -1,0 +1,56 @@
+"""The routers that a client may speak with: those that it was given, and those that they name.
+
+Pure. Invariant: a client that was given addresses of other machines is never led to its own
+loopback interface, nor one with keys to a router without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from xllm.config.exposure import is_local_endpoint
+from xllm.protocol.client import RouterAddress
+
+MAX_ROUTERS = 64
+"""Known at a time; further names are not learnt."""
+
+
+class RouterList:
+    """Routers in the order in which they are tried; one of them is the present one."""
+
+    def __init__(self, endpoints: Sequence[str], server_key: str, *, discover: bool) -> None:
+        self._given = [RouterAddress(one, server_key) for one in dict.fromkeys(endpoints)]
+        self._named: list[RouterAddress] = []
+        self._discover = discover
+        self._at = self._given[0]
+
+    @property
+    def present(self) -> RouterAddress:
+        """The one spoken with, or tried."""
+        return self._at
+
+    def __len__(self) -> int:
+        return len(self._given) + len(self._named)
+
+    def __str__(self) -> str:
+        return ", ".join(one.endpoint for one in (*self._given, *self._named))
+
+    def learn(self, named: Iterable[RouterAddress]) -> None:
+        """The present router named the others that it knows: they replace what was named before."""
+        if not self._discover:
+            return
+        known = {one.endpoint for one in self._given}
+        self._named = [one for one in named if self._fits(one) and one.endpoint not in known]
+        del self._named[max(0, MAX_ROUTERS - len(self._given)) :]
+
+    def turn(self) -> None:
+        """To the next one; behind the last comes the first."""
+        every = [*self._given, *self._named]
+        places = [place for place, one in enumerate(every) if one.endpoint == self._at.endpoint]
+        self._at = every[(places[0] + 1) % len(every)] if places else every[0]
+
+    def _fits(self, named: RouterAddress) -> bool:
+        given = self._given[0]
+        return bool(named.public_key) == bool(given.public_key) and (
+            is_local_endpoint(given.endpoint) or not is_local_endpoint(named.endpoint)
+        )
