@@ -20,7 +20,7 @@ from xllm.cli.supervision import (
 def test_delays_double_until_it_is_given_up():
     policy = RestartPolicy()
     steps = [policy.exited(-9, float(i), was_ready=True, needed=True) for i in range(MAX_CRASHES)]
-    assert steps[:4] == [Restart(0.5), Restart(1.0), Restart(2.0), Restart(4.0)]
+    assert steps[:4] == [Restart(0.0), Restart(0.5), Restart(1.0), Restart(2.0)]
     assert isinstance(steps[4], GiveUp)
     assert steps[4].exit_code == 70
 
@@ -29,7 +29,19 @@ def test_old_crashes_are_forgotten():
     policy = RestartPolicy()
     for i in range(20):
         step = policy.exited(70, i * WINDOW_S, was_ready=True, needed=True)
-        assert step == Restart(0.5)
+        assert step == Restart(0.0)
+
+
+def test_a_child_that_worked_for_a_while_starts_again_at_once():
+    policy = RestartPolicy()
+    steps = [policy.exited(-9, t, was_ready=True, needed=True) for t in (0.0, 10.0, 15.0, 25.0)]
+    assert steps == [Restart(0.0), Restart(0.0), Restart(1.0), Restart(0.0)]
+
+
+def test_a_child_that_never_was_ready_is_not_started_at_once():
+    policy = RestartPolicy()
+    steps = [policy.exited(70, float(i), was_ready=False, needed=True) for i in range(3)]
+    assert steps == [Restart(0.5), Restart(1.0), Restart(2.0)]
 
 
 def test_a_fenced_process_starts_at_once():
@@ -81,7 +93,7 @@ def test_a_child_that_is_not_needed_is_tried_again_slowly():
         again = policy.exited(-9, 4 + i * QUARANTINE_S, was_ready=True, needed=False)
         assert again == Quarantine(QUARANTINE_S)  # and no second line about it
     later = policy.exited(-9, 4 + 9 * QUARANTINE_S + WINDOW_S, was_ready=True, needed=False)
-    assert later == Restart(0.5)
+    assert later == Restart(0.0)
     assert not policy.quarantined
 
 

@@ -52,14 +52,25 @@ def test_a_higher_attempt_moves_a_request_to_its_router():
 
 def test_restarts_back_off_and_end():
     restarts = WorkerRestarts()
-    assert [restarts.ended(-9, t, was_ready=True) for t in (0, 1, 2, 3)] == [0.5, 1.0, 2.0, 4.0]
+    assert [restarts.ended(-9, t, was_ready=True) for t in (0, 1, 2, 3)] == [0.0, 0.5, 1.0, 2.0]
     assert restarts.ended(-9, 4, was_ready=True) is None
     assert restarts.exit_code == 70
 
 
+def test_a_worker_that_worked_for_a_while_starts_again_at_once():
+    restarts = WorkerRestarts()
+    assert [restarts.ended(-9, t, was_ready=True) for t in (0, 10, 15, 25)] == [0.0, 0.0, 1.0, 0.0]
+    assert restarts.ended(-9, 40, was_ready=True) is None
+
+
+def test_a_worker_that_never_was_ready_is_not_started_at_once():
+    restarts = WorkerRestarts()
+    assert [restarts.ended(-9, t, was_ready=False) for t in (0, 1, 2)] == [0.5, 1.0, 2.0]
+
+
 def test_restarts_forget_what_is_long_ago():
     restarts = WorkerRestarts()
-    assert all(restarts.ended(70, 61.0 * k, was_ready=True) == 0.5 for k in range(20))
+    assert all(restarts.ended(70, 61.0 * k, was_ready=True) == 0.0 for k in range(20))
     assert restarts.num_recent == 1
 
 

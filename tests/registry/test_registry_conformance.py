@@ -9,6 +9,7 @@ import pytest
 
 from xllm.errors import ClosedError, FencedError, InvalidRequestError
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
+from xllm.protocol.registry.interface import MAX_GUARDED_WRITES, MAX_VALUE_BYTES
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.open import open_registry
 from xllm.protocol.registry.store import RegistryStore
@@ -106,6 +107,55 @@ def test_compare_and_set_elects_one(run):
         changed = await two.compare_and_set("/leader", winner.entry.mod_revision, b"new")
         assert changed.ok
         assert changed.entry.create_revision == winner.entry.create_revision
+
+    run(check)
+
+
+def test_a_guarded_write_is_one_change_or_none(run):
+    async def check(one, two):
+        lease = await one.grant(60)
+        claim = await one.compare_and_set("/leader", 0, b"one", lease.id)
+        epoch = claim.entry.create_revision
+        await one.put("/m/old", b"x")
+        seen = Seen()
+        await two.watch("/m/", seen, after=await two.list("/m/"))
+        puts, deletes = [("/m/1", b"a"), ("/m/2", b"b")], ["/m/old", "/m/never"]
+        assert await one.write_guarded("/leader", epoch, puts, deletes)
+        await seen.until(3)
+        assert sorted(seen.summary(), key=str) == [
+            ("/m/1", b"a"),
+            ("/m/2", b"b"),
+            ("/m/old", None),
+        ]
+        assert len({change.revision for change in seen.changes}) == 1
+        assert (await two.get("/m/1")).lease_id == 0
+        await one.put("/leader", b"still one", lease.id)  # written again is not created again
+        assert await one.write_guarded("/leader", epoch, [("/m/1", b"c")])
+        await one.revoke(lease.id)
+        assert not await one.write_guarded("/leader", epoch, [("/m/1", b"late")], ["/m/2"])
+        later = await two.compare_and_set("/leader", 0, b"two")
+        assert later.entry.create_revision > epoch
+        assert not await one.write_guarded("/leader", epoch, [("/m/1", b"late")])
+        assert (await two.get("/m/1")).value == b"c"
+        assert (await two.get("/m/2")).value == b"b"
+        assert await two.write_guarded("/leader", later.entry.create_revision)
+
+    run(check)
+
+
+def test_a_guarded_write_is_bounded(run):
+    async def check(one, two):
+        epoch = (await one.compare_and_set("/leader", 0, b"one")).entry.create_revision
+        many = [(f"/m/{n}", b"x") for n in range(MAX_GUARDED_WRITES)]
+        with pytest.raises(InvalidRequestError):
+            await one.write_guarded("/leader", epoch, many, ["/m/more"])
+        with pytest.raises(InvalidRequestError):
+            await one.write_guarded("/leader", epoch, [("/m/1", b"x")], ["/m/1"])
+        with pytest.raises(InvalidRequestError):
+            await one.write_guarded("/leader", epoch, [("/m/1", bytes(MAX_VALUE_BYTES + 1))])
+        assert (await two.list("/m/")).entries == ()
+        assert await one.write_guarded("/leader", epoch, many)
+        assert len((await two.list("/m/")).entries) == MAX_GUARDED_WRITES
 
     run(check)
 

@@ -18,6 +18,7 @@ EXIT_SYSTEM = 71
 MAX_CRASHES = 5
 WINDOW_S = 60.0
 FIRST_DELAY_S = 0.5
+CALM_S = 10.0
 MAX_DELAY_S = 30.0
 QUARANTINE_S = 30.0
 
@@ -75,7 +76,10 @@ class RestartPolicy:
             return GiveUp(code if code > 0 else XllmError.exit_code, reason)
         if code == FencedError.exit_code:
             return Restart(0.0)
-        return Restart(min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** (len(self._crashes) - 1)))
+        if was_ready and (len(self._crashes) == 1 or now - self._crashes[-2] >= CALM_S):
+            return Restart(0.0)
+        num_waits = len(self._crashes) - was_ready
+        return Restart(min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** (num_waits - 1)))
 
     def _why_hopeless(self, code: int, was_ready: bool) -> str:
         if code == ConfigError.exit_code:

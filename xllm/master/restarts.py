@@ -1,8 +1,9 @@
 """When a worker that ended is started again, and when the master gives up.
 
-Pure: it is told ends and the time. Backs off from 0.5 s to 30 s; five ends within a minute, or
-one that another try cannot help (a wrong setting, a missing thing before the first start), and
-it gives up.
+Pure: it is told ends and the time. A worker that had been ready, and did not end within the last
+CALM_S, is started again at once; others back off from 0.5 s to 30 s. Five ends within a minute, or
+one that another try cannot help (a wrong setting, a missing thing before the first start), and it
+gives up.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from xllm.errors import ConfigError, DependencyError, XllmError
 MAX_CRASHES = 5
 WINDOW_S = 60.0
 FIRST_DELAY_S = 0.5
+CALM_S = 10.0
 MAX_DELAY_S = 30.0
 _HOPELESS = (ConfigError.exit_code, DependencyError.exit_code)
 
@@ -42,5 +44,6 @@ class WorkerRestarts:
             return None
         if len(self._ends) >= MAX_CRASHES:
             return None
-        delay: float = FIRST_DELAY_S * 2 ** (len(self._ends) - 1)
-        return min(MAX_DELAY_S, delay)
+        if was_ready and (len(self._ends) == 1 or now - self._ends[-2] >= CALM_S):
+            return 0.0
+        return min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** (len(self._ends) - 1 - was_ready))

@@ -112,6 +112,16 @@ class CompareAndSet(ArrayMessage, frozen=True):
     lease_id: int = 0
 
 
+class GuardedWrite(ArrayMessage, frozen=True):
+    """Put and delete keys, under no lease, if the key `guard` was created at that revision."""
+
+    id: int
+    guard: str
+    create_revision: int
+    puts: tuple[tuple[str, bytes], ...] = ()
+    deletes: tuple[str, ...] = ()
+
+
 class OpenWatch(ArrayMessage, frozen=True):
     """Tell this connection of every change under a prefix after a revision of that registry
     incarnation."""
@@ -148,6 +158,7 @@ RegistryRequest = (
     | OpenWatch
     | CloseWatch
     | PingRegistry
+    | GuardedWrite
 )
 
 

@@ -23,6 +23,7 @@ from xllm.protocol.registry_wire import (
     EntryAnswer,
     GetEntry,
     GrantLease,
+    GuardedWrite,
     KeepLease,
     Lease,
     LeaseAnswer,
@@ -130,6 +131,9 @@ class EmbeddedRegistryServer:
             case CompareAndSet(id, key, expected, value, lease_id):
                 result = store.compare_and_set(key, expected, value, lease_id, now)
                 return WriteAnswer(id, result)
+            case GuardedWrite(id, guard, created, puts, deletes):
+                done = store.write_guarded(guard, created, puts, deletes, now)
+                return WriteAnswer(id, CasResult(done, store.revision))
             case OpenWatch(id):
                 return WatchAnswer(id, self._open_watch(identity, message), self.incarnation)
             case CloseWatch(id, watch):

@@ -24,6 +24,8 @@ MIN_TTL_S = 2.0
 MAX_TTL_S = 3600.0
 MAX_KEY_CHARS = 512
 MAX_VALUE_BYTES = 64 << 10
+MAX_GUARDED_WRITES = 64
+"""Puts and deletes of one guarded write; etcd takes 128 operations a transaction by default."""
 
 
 class Watch(Protocol):
@@ -65,6 +67,21 @@ class Registry(Protocol):
         self, key: str, expected_mod_revision: int, value: bytes, lease_id: int = 0
     ) -> CasResult:
         """Write the key if its mod_revision is the expected one (0: if it does not exist)."""
+
+    async def write_guarded(
+        self,
+        guard: str,
+        create_revision: int,
+        puts: Sequence[tuple[str, bytes]] = (),
+        deletes: Sequence[str] = (),
+    ) -> bool:
+        """Put (key, value)s, under no lease, and delete keys (those that there are), all at one
+        revision, if the key `guard` was created at `create_revision`: whether it was. For a
+        leader's writes: none is done once another leads.
+
+        In etcd: one transaction that compares CREATE of `guard` with `create_revision`, its
+        success a put or delete_range a key, no failure part. InvalidRequestError for a key named
+        twice, more than MAX_GUARDED_WRITES of them, or a key or value out of bounds."""
 
     async def watch(
         self, prefix: str, on_changes: OnChanges, *, after: Listing | None = None

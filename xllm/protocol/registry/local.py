@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from xllm.errors import ClosedError
 from xllm.protocol.registry.interface import OnChanges
@@ -112,6 +112,18 @@ class LocalRegistry:
         )
         self.changed()
         return result
+
+    async def write_guarded(
+        self,
+        guard: str,
+        create_revision: int,
+        puts: Sequence[tuple[str, bytes]] = (),
+        deletes: Sequence[str] = (),
+    ) -> bool:
+        """See Registry."""
+        done = self.store.write_guarded(guard, create_revision, puts, deletes, self._now())
+        self.changed()
+        return done
 
     async def watch(
         self, prefix: str, on_changes: OnChanges, *, after: Listing | None = None

@@ -9,6 +9,7 @@ for `RESTART_GRACE_S`. It decides nothing else, and knows no meaning of keys.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import TypeVar
@@ -27,6 +28,7 @@ from xllm.protocol.registry_wire import (
     EntryAnswer,
     GetEntry,
     GrantLease,
+    GuardedWrite,
     KeepLease,
     Lease,
     LeaseAnswer,
@@ -136,11 +138,23 @@ class RemoteRegistry:
         request = CompareAndSet(next(self._ids), key, expected_mod_revision, value, lease_id)
         return (await self._call(request, WriteAnswer)).result
 
+    async def write_guarded(
+        self,
+        guard: str,
+        create_revision: int,
+        puts: Sequence[tuple[str, bytes]] = (),
+        deletes: Sequence[str] = (),
+    ) -> bool:
+        """See Registry."""
+        request = GuardedWrite(next(self._ids), guard, create_revision, tuple(puts), tuple(deletes))
+        return (await self._call(request, WriteAnswer)).result.ok
+
     async def watch(
         self, prefix: str, on_changes: OnChanges, *, after: Listing | None = None
     ) -> RemoteWatch:
         """See Registry. Later losses of the connection are repaired behind the scenes."""
-        watch = RemoteWatch(self, prefix, on_changes, after)
+        failed = functools.partial(self._transport.handler_failed, "registry watch")
+        watch = RemoteWatch(self, prefix, on_changes, after, failed)
         self._open_watches.add(watch)
         try:
             await watch.synchronize()
@@ -172,10 +186,6 @@ class RemoteRegistry:
         """That watch is over."""
         self._open_watches.discard(watch)
         self.forget_watch(watch.number)
-
-    def handler_failed(self, error: Exception) -> None:
-        """A watch's handler raised outside of the socket's own calls."""
-        self._transport.handler_failed("registry watch", error)
 
     async def close(self) -> None:
         """See Registry."""

@@ -7,7 +7,7 @@ that began anew aside (those wait for `RESTART_GRACE_S`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from xllm.errors import BackpressureError, BrokenError
@@ -24,7 +24,8 @@ _RETRY_S = 0.2
 
 
 class RemoteWatch:
-    """A watch of a RemoteRegistry. `number` names its current life at the server."""
+    """A watch of a RemoteRegistry. `number` names its current life at the server; `failed` is
+    told what `on_changes` raised."""
 
     def __init__(
         self,
@@ -32,11 +33,13 @@ class RemoteWatch:
         prefix: str,
         on_changes: OnChanges,
         after: Listing | None,
+        failed: Callable[[Exception], None],
     ) -> None:
         self.prefix = prefix
         self.number = 0
         self._registry = registry
         self._on_changes = on_changes
+        self._failed = failed
         self._known = KnownEntries(after)
         self._incarnation = ""
         self._task: asyncio.Task[None] | None = None
@@ -102,7 +105,7 @@ class RemoteWatch:
         try:
             self._on_changes(news)
         except Exception as error:
-            self._registry.handler_failed(error)
+            self._failed(error)
 
     def _grace_over(self) -> None:
         self._grace = None

@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
+from collections.abc import Sequence
 
 from xllm.errors import FencedError, InvalidRequestError, InvariantError, OverloadedError
 from xllm.protocol.registry.interface import (
+    MAX_GUARDED_WRITES,
     MAX_KEY_CHARS,
     MAX_TTL_S,
     MAX_VALUE_BYTES,
@@ -145,6 +147,36 @@ class RegistryStore:
         entry = self._write(key, value, lease_id)
         return CasResult(True, self._revision, entry)
 
+    def write_guarded(
+        self,
+        guard: str,
+        create_revision: int,
+        puts: Sequence[tuple[str, bytes]],
+        deletes: Sequence[str],
+        now: float,
+    ) -> bool:
+        """Put and delete at one revision if `guard` was created at that one: whether it was."""
+        self.expire(now)
+        names = [*(key for key, _ in puts), *deletes]
+        if len(names) > MAX_GUARDED_WRITES or len(set(names)) != len(names):
+            raise InvalidRequestError(
+                f"a guarded write names at most {MAX_GUARDED_WRITES} keys, each once", param="puts"
+            )
+        for key, value in puts:
+            self._check_write(key, value, 0)
+        entry = self._entries.get(guard)
+        if entry is None or entry.create_revision != create_revision:
+            return False
+        present = [key for key in deletes if key in self._entries]
+        if puts or present:
+            self._revision += 1
+        for key, value in puts:
+            self._put_at_revision(key, value, 0)
+        for key in present:
+            self._remove(key)
+        self._trim()
+        return True
+
     def changes_after(self, prefix: str, revision: int) -> tuple[Change, ...] | None:
         """The changes under a prefix after a revision; None if the history does not reach back
         that far (or the revision was never given out)."""
@@ -208,6 +240,11 @@ class RegistryStore:
 
     def _write(self, key: str, value: bytes, lease_id: int) -> Entry:
         self._revision += 1
+        entry = self._put_at_revision(key, value, lease_id)
+        self._trim()
+        return entry
+
+    def _put_at_revision(self, key: str, value: bytes, lease_id: int) -> Entry:
         old = self._entries.get(key)
         created = old.create_revision if old is not None else self._revision
         if old is not None and old.lease_id:
@@ -217,7 +254,6 @@ class RegistryStore:
         entry = Entry(key, value, created, self._revision, lease_id)
         self._entries[key] = entry
         self._history.append(Change(key, self._revision, entry))
-        self._trim()
         return entry
 
     def _remove(self, key: str) -> None:
