@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import re
 import time
 import urllib.parse
@@ -20,7 +21,7 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.load_zmq import POOL_SIZE, percentile, prompts
+from benchmarks.load_zmq import add_prompt_flags, percentile, prompt_pool
 from xllm.config.exposure import is_loopback
 from xllm.errors import ConfigError
 
@@ -30,7 +31,7 @@ _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 def make_pool(options: argparse.Namespace, url: urllib.parse.SplitResult) -> list[bytes]:
     """The requests as bytes, made before the clock runs."""
     made = []
-    for prompt in prompts(options.prompt_chars, min(options.shared_chars, options.prompt_chars)):
+    for prompt in prompt_pool(options):
         body: dict[str, object] = {
             "model": options.model or "xllm-demo",
             "max_tokens": options.tokens,
@@ -44,7 +45,7 @@ def make_pool(options: argparse.Namespace, url: urllib.parse.SplitResult) -> lis
             body["messages"] = [{"role": "user", "content": prompt}]
         else:
             body["prompt"] = prompt
-        data = json.dumps(body).encode()
+        data = json.dumps(body, separators=(",", ":")).encode()
         head = (
             f"POST {url.path} HTTP/1.1\r\nhost: {url.netloc}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
@@ -69,6 +70,9 @@ class Connection(asyncio.Protocol):
             self.load.error("connection lost")
 
     def fire(self) -> None:
+        if self.load.ended:
+            self.transport.close()
+            return
         self.buffer, self.head, self.first, self.num_events = b"", b"", 0.0, 0
         self.left, self.chunked = 0, False
         self.sent = time.perf_counter()
@@ -112,6 +116,9 @@ class Connection(asyncio.Protocol):
             load.num_tokens += tokens
         if load.ended:
             self.transport.close()
+        elif load.options.pause_ms:
+            pause_s = load.options.pause_ms / 1e3 * random.uniform(0.5, 1.5)
+            asyncio.get_running_loop().call_later(pause_s, self.fire)
         else:
             self.fire()
 
@@ -133,7 +140,7 @@ class HttpLoad:
 
     def next_request(self) -> bytes:
         self.number += 1
-        return self.pool[self.number % POOL_SIZE]
+        return self.pool[self.number % len(self.pool)]
 
     def error(self, what: str) -> None:
         self.errors[what] = self.errors.get(what, 0) + 1
@@ -168,8 +175,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--count", choices=("usage", "events"), default="usage")
-    parser.add_argument("--prompt-chars", type=int, default=512)
-    parser.add_argument("--shared-chars", type=int, default=256)
+    parser.add_argument("--pause-ms", type=float, default=0, help="mean, before the next request")
+    add_prompt_flags(parser)
     options = parser.parse_args()
     if not is_loopback(urllib.parse.urlsplit(options.url).hostname or ""):
         raise ConfigError("load is sent to loopback addresses only")

@@ -15,6 +15,7 @@ import asyncio
 import json
 import random
 import time
+from typing import Any
 
 import uvloop
 
@@ -25,26 +26,51 @@ from xllm.protocol.client import (
     SubmitRequest,
     TokenDelta,
 )
-from xllm.protocol.codec import Decoder
+from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.endpoint import is_local
 
 WORDS = ["alpha", "beta", "gamma", "delta", "token", "cache", "batch", "model", "page", "queue"]
-POOL_SIZE = 16_384
-"""Different prompts: more than any cache of encoded texts holds."""
+POOL_SIZE = 32_768
+"""Different prompts: more than are asked in a run. Those of another run are others, so that
+nothing that a router remembers of texts helps it."""
 
 
-def prompts(num_chars: int, shared_chars: int) -> list[str]:
+def add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """What is asked."""
+    parser.add_argument("--prompt-chars", type=int, default=512)
+    parser.add_argument("--shared-chars", type=int, default=256)
+    parser.add_argument("--prompt-ids", type=int, default=0, help="so many ids in place of a text")
+    parser.add_argument("--vocab-size", type=int, default=1024, help="ids are below")
+    parser.add_argument("--pool", type=int, default=POOL_SIZE, help="different prompts")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts; 0: others each time")
+
+
+def prompt_pool(options: argparse.Namespace) -> list[Any]:
+    """The prompts of a run: texts, or lists of ids of which the first half is the same in all."""
+    seed = options.seed or random.SystemRandom().randrange(1, 1 << 40)
+    if not options.prompt_ids:
+        shared_chars = min(options.shared_chars, options.prompt_chars)
+        return list(prompts(options.prompt_chars, shared_chars, options.pool, seed))
+    half = options.prompt_ids // 2
+    some = random.Random(seed)
+    shared = some.choices(range(options.vocab_size), k=half)
+    rest = options.prompt_ids - half
+    return [shared + some.choices(range(options.vocab_size), k=rest) for _ in range(options.pool)]
+
+
+def prompts(num_chars: int, shared_chars: int, pool: int = POOL_SIZE, seed: int = 1) -> list[str]:
     """A pool of prompts of `num_chars` characters of which the first are the same in all."""
 
-    def text(count: int, seed: int) -> str:
-        words = random.Random(seed).choices(WORDS, k=count // 5 + 1)
-        return " ".join(words)[:count]
+    some = random.Random(seed)
 
-    shared = text(shared_chars, 0)
-    return [shared + text(num_chars - shared_chars, 1 + i) for i in range(POOL_SIZE)]
+    def text(count: int) -> str:
+        return " ".join(some.choices(WORDS, k=count // 5 + 1))[:count]
+
+    shared = text(shared_chars)
+    return [shared + text(num_chars - shared_chars) for _ in range(pool)]
 
 
 class Load:
@@ -52,8 +78,21 @@ class Load:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.pool = prompts(options.prompt_chars, min(options.shared_chars, options.prompt_chars))
-        self.sampling = SamplingParams(max_tokens=options.tokens, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=options.tokens, temperature=0.0, ignore_eos=True)
+        # Encoded once: the generator shares the machine with what it measures.
+        self.pool = [
+            encode(
+                SubmitRequest(
+                    id=number,
+                    prompt=tuple(prompt) if options.prompt_ids else prompt,
+                    sampling=sampling,
+                    stream=not options.batch,
+                    hold_ms=options.hold_ms,
+                )
+            )
+            for number, prompt in enumerate(prompt_pool(options))
+        ]
+        self.sockets: list[DealerSocket[RouterMessage]] = []
         self.next_id = 0
         self.sent_at: dict[int, float] = {}
         self.first_at: dict[int, float] = {}
@@ -69,18 +108,12 @@ class Load:
 
     def submit(self) -> None:
         self.next_id += 1
-        number = self.next_id
+        number = self.next_id % len(self.pool)
+        while number in self.sent_at:  # it is still open
+            number = (number + 1) % len(self.pool)
         self.sent_at[number] = time.perf_counter()
         self.received[number] = 0
-        self.socket.send(
-            SubmitRequest(
-                id=number,
-                prompt=self.pool[number % POOL_SIZE],
-                sampling=self.sampling,
-                stream=not self.options.batch,
-                hold_ms=self.options.hold_ms,
-            )
-        )
+        self.sockets[self.next_id % len(self.sockets)].send_encoded(self.pool[number])
 
     def on_message(self, message: RouterMessage, frames: list[bytes]) -> None:
         kind = type(message)
@@ -125,9 +158,10 @@ class Load:
 
     async def run(self) -> dict[str, object]:
         transport = Transport()
-        self.socket: DealerSocket[RouterMessage] = DealerSocket(
-            transport, self.options.endpoint, Decoder(RouterMessage), self.on_message
-        )
+        self.sockets = [
+            DealerSocket(transport, endpoint, Decoder(RouterMessage), self.on_message)
+            for endpoint in self.options.endpoint.split(",")
+        ]
         for _ in range(self.options.concurrency):
             self.submit()
         await asyncio.sleep(self.options.warm)
@@ -137,7 +171,8 @@ class Load:
         self.ended = True
         async with asyncio.timeout(60):
             await self.drained.wait()
-        self.socket.close()
+        for socket in self.sockets:
+            socket.close()
         transport.close()
         return {
             "requests": len(self.latencies),
@@ -159,17 +194,16 @@ def percentile(values: list[float], q: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--endpoint", required=True)
+    parser.add_argument("--endpoint", required=True, help="or several, with commas")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("--warm", type=float, default=1)
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--hold-ms", type=int, default=20)
-    parser.add_argument("--prompt-chars", type=int, default=512)
-    parser.add_argument("--shared-chars", type=int, default=256)
+    add_prompt_flags(parser)
     parser.add_argument("--batch", action="store_true", help="one terminal message, no deltas")
     options = parser.parse_args()
-    if not is_local(options.endpoint):
+    if not all(map(is_local, options.endpoint.split(","))):
         raise ConfigError("load is sent to loopback addresses only")
 
     async def run() -> dict[str, object]:

@@ -103,3 +103,30 @@ def test_a_router_keeps_the_ports_it_was_given():
     own = decode_settings(kept.spec.args[0])
     assert (own.router.port, own.router.zmq_port) == (1234, 7)
     assert keep_ports(router, ServiceAddresses()) == router
+
+
+def test_routers_share_a_port_and_have_ports_of_their_own():
+    flags = {"serve.routers": 3, "router.port": 80, "router.zmq_port": 90}
+    routers = [c for c in plan_children(load(flags, None, {}), "/r") if c.kind == "router"]
+    assert [one.name for one in routers] == ["router-0", "router-1", "router-2"]
+    own = [decode_settings(one.spec.args[0]).router for one in routers]
+    assert [(one.name, one.port, one.zmq_port) for one in own] == [
+        ("router-0", 80, 90), ("router-1", 80, 91), ("router-2", 80, 92),
+    ]  # fmt: skip
+    assert all(one.share_port for one in own)
+    alone = [c for c in plan_children(load({}, None, {}), "/r") if c.kind == "router"]
+    assert [one.settings.router.share_port for one in alone] == [False]
+    with pytest.raises(ConfigError, match="need ports up to 65536"):
+        plan_children(load({"serve.routers": 2, "router.zmq_port": 65535}, None, {}), "/r")
+
+
+def test_each_router_is_told_of_and_keeps_its_own_ports():
+    startup = Startup(["r-0", "r-1"])
+    for number in (1, 0):
+        addresses = (("http", "http://h:1"), ("zmq", f"tcp://h:{number + 2}"))
+        startup.handle(ProcessReady("router", f"r-{number}", 7, addresses))
+    assert startup.addresses == ServiceAddresses("http://h:1", "tcp://h:2", ("tcp://h:3",))
+    assert startup.addresses_of("r-1").zmq == "tcp://h:3"
+    assert startup.addresses_of("r-2") == ServiceAddresses()
+    lines = announcement(["m"], startup.addresses, 1.0)
+    assert [line.split()[1] for line in lines if "ZeroMQ" in line] == ["tcp://h:2", "tcp://h:3"]

@@ -6,6 +6,7 @@ from tests.master.toy_instance import ToyInstance
 from xllm.errors import BadMessageError, InvariantError
 from xllm.kvcache.hashing import chain_hashes, root_hash
 from xllm.protocol.step import ItemKind, StepResult
+from xllm.protocol.token_bytes import pack_tokens
 from xllm.worker.toy.faults import ToyFaults
 from xllm.worker.toy.stream import predict
 
@@ -40,6 +41,9 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
         (PROMPT, {"block_hashes": b"x" * 31}, "block_hashes"),
         (PROMPT, {"block_hashes": b"x" * 96}, "block_hashes"),
         (PROMPT, {"salt": b"short"}, "salt"),
+        (PROMPT, {"packed_prompt": pack_tokens(PROMPT)}, "prompt"),
+        ((), {"packed_prompt": b"123"}, "prompt"),
+        ((), {"packed_prompt": pack_tokens([1, 1000])}, "prompt"),
     ],
 )
 def test_bad_requests_are_refused_by_field(prompt, options, param):
@@ -48,6 +52,22 @@ def test_bad_requests_are_refused_by_field(prompt, options, param):
     assert refusal is not None
     assert refusal.param == param
     assert not one.step()
+
+
+def test_a_packed_prompt_is_the_same_prompt():
+    one = ToyInstance(block_size=4)
+    hashes = chain_hashes(root_hash(""), PROMPT, 4)
+    for fields in ({}, {"block_hashes": hashes, "salt": root_hash("")}):
+        plain, packed = ToyInstance(block_size=4), ToyInstance(block_size=4)
+        assert plain.admit("a", PROMPT, **fields) is None
+        assert packed.admit("a", (), packed_prompt=pack_tokens(PROMPT), **fields) is None
+        plain.run()
+        packed.run()
+        plain.verify("a")
+        assert packed.streams == plain.streams
+        assert packed.scheduler.snapshot_blocks() == plain.scheduler.snapshot_blocks()
+    refusal = one.admit("b", (), packed_prompt=pack_tokens(range(20, 620)))
+    assert "600 tokens" in refusal.message
 
 
 def test_the_waiting_queue_is_bounded():

@@ -89,6 +89,7 @@ class ToyInstance:
             "ttft_ms",
             "tpot_ms",
             "embed",
+            "packed_prompt",
         ):
             if name in options:
                 fields[name] = options.pop(name)

@@ -34,6 +34,7 @@ ALIASES: dict[str, str] = {
     "worker.engine": "--engine",
     "worker.deterministic": "--deterministic",
     "serve.instances": "--instances",
+    "serve.routers": "--routers",
     "cluster.registry": "--registry",
     "cluster.log_level": "--log-level",
     "cluster.log_dir": "--log-dir",

@@ -16,6 +16,7 @@ from xllm.cli.targets import run_kvcache, run_master, run_router
 from xllm.config.cpu_list import is_list, share_cpus
 from xllm.config.load import encode_settings
 from xllm.config.settings import Settings, WorkerSettings
+from xllm.errors import ConfigError
 from xllm.protocol.actor.children import ChildSpec
 
 
@@ -50,13 +51,33 @@ def plan_children(settings: Settings, run_dir: str) -> list[PlannedChild]:
         worker = dataclasses.replace(base.worker, cpu_affinity=share)
         own = dataclasses.replace(base, master=master, worker=worker)
         planned.append(_child("master", name, run_master, own))
-    name = base.router.name or "router-0"
-    own = dataclasses.replace(base, router=dataclasses.replace(base.router, name=name))
-    planned.append(_child("router", name, run_router, own))
+    planned += _plan_routers(base)
     if settings.serve.kvcache:
         name = base.kvcache.name or "kvcache-0"
         own = dataclasses.replace(base, kvcache=dataclasses.replace(base.kvcache, name=name))
         planned.append(_child("kvcache", name, run_kvcache, own))
+    return planned
+
+
+def _plan_routers(base: Settings) -> list[PlannedChild]:
+    """One HTTP port for all, and for each a ZeroMQ port from the given one on (0: any free)."""
+    known, count = base.router, base.serve.routers
+    if known.zmq_port and known.zmq_port + count > 65536:
+        raise ConfigError(
+            f"{count} routers need ports up to {known.zmq_port + count - 1}",
+            param="router.zmq_port",
+        )
+    planned = []
+    for index in range(count):
+        name = known.name or "router"
+        router = dataclasses.replace(
+            known,
+            name=f"{name}-{index}" if count > 1 or not known.name else name,
+            zmq_port=known.zmq_port and known.zmq_port + index,
+            share_port=known.share_port or count > 1,
+        )
+        own = dataclasses.replace(base, router=router)
+        planned.append(_child("router", router.name, run_router, own))
     return planned
 
 
@@ -104,8 +125,7 @@ def announcement(
     lines = [f"ready in {took_s:.1f} s: {', '.join(models)}"]
     if addresses.http:
         lines.append(f"  HTTP    {addresses.http}/v1")
-    if addresses.zmq:
-        lines.append(f"  ZeroMQ  {addresses.zmq}")
+    lines += [f"  ZeroMQ  {zmq}" for zmq in (addresses.zmq, *addresses.more_zmq) if zmq]
     if addresses.http:
         path = "chat/completions"
         what: dict[str, object] = {"messages": [{"role": "user", "content": _QUESTION}]}

@@ -7,12 +7,14 @@ hangs, the service goes on; when it dies, everything ends with it.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import time
 from collections.abc import Callable
 
 from xllm.cli.launch_plan import PlannedChild, announcement, keep_ports, plan_children
 from xllm.cli.screen import LaunchScreen
+from xllm.cli.shared_port import SharedPort
 from xllm.cli.startup import ServiceAddresses, Startup
 from xllm.cli.supervision import (
     QUARANTINE_S,
@@ -63,6 +65,7 @@ class LaunchedService(Actor):
         self._registry: EmbeddedRegistryServer | None = None
         self._reports: RouterSocket[LaunchMessage] | None = None
         self._children: Children | None = None
+        self._port: SharedPort | None = None
         self._planned: dict[str, PlannedChild] = {}
         self._policies: dict[str, RestartPolicy] = {}
         self._startup = Startup(())
@@ -93,7 +96,12 @@ class LaunchedService(Actor):
             name="launch",
         )
         self._children = Children(self._child_ended)
-        planned = self._plan(self._settings, self._directory.path)
+        settings = self._settings
+        if settings.serve.routers > 1:
+            self._port = SharedPort(settings.router.host, settings.router.port)
+            router = dataclasses.replace(settings.router, port=self._port.number)
+            settings = dataclasses.replace(settings, router=router)
+        planned = self._plan(settings, self._directory.path)
         self._planned = {child.name: child for child in planned}
         self._policies = {name: RestartPolicy() for name in self._planned}
         self._startup = Startup(self._planned)
@@ -106,9 +114,11 @@ class LaunchedService(Actor):
         if self._children is not None:
             shutdown_s = 0.0 if self._gave_up else self._settings.cluster.shutdown_s
             routers = [child.name for child in self._planned.values() if child.kind == "router"]
-            for name in routers:
-                await self._children.stop(name, shutdown_s + STOP_GRACE_S)
+            grace_s = shutdown_s + STOP_GRACE_S
+            await asyncio.gather(*(self._children.stop(name, grace_s) for name in routers))
             await self._children.stop_all(STOP_GRACE_S)
+        if self._port is not None:
+            self._port.close()
         if self._reports is not None:
             self._reports.close()
         if self._registry is not None:
@@ -158,7 +168,8 @@ class LaunchedService(Actor):
     def _keep_ports(self, name: str) -> None:
         """A router that starts again listens where clients know it."""
         if name in self._planned:
-            self._planned[name] = keep_ports(self._planned[name], self._startup.addresses)
+            addresses = self._startup.addresses_of(name)
+            self._planned[name] = keep_ports(self._planned[name], addresses)
 
     async def _announce(self, addresses: ServiceAddresses) -> None:
         """Ask the service itself until it is ready, then say so."""
@@ -231,14 +242,15 @@ class LaunchedService(Actor):
 
     def _is_needed(self, name: str) -> bool:
         """Whether there is no service without this child, or there was none yet."""
-        if not self._was_ready or self._planned[name].kind == "router":
+        kind = self._planned[name].kind
+        if not self._was_ready:
             return True
-        if self._planned[name].kind != "master":
+        if kind not in ("router", "master"):
             return False
         return not any(
             self._startup.is_ready(other.name) or not self._policies[other.name].quarantined
             for other in self._planned.values()
-            if other.kind == "master" and other.name != name
+            if other.kind == kind and other.name != name
         )
 
     def _start_again(self, name: str) -> None:

@@ -48,7 +48,9 @@ def serve(model: str, settings: Settings) -> int:
     for one in each_model(settings):
         check_model_files(one)
     check_free(settings.router.host, settings.router.port, "--port")
-    check_free(settings.router.zmq_host, settings.router.zmq_port, "--zmq-port")
+    first = settings.router.zmq_port
+    for index in range(settings.serve.routers if first else 0):
+        check_free(settings.router.zmq_host, min(first + index, 65535), "--zmq-port")
     return run_launcher(settings)
 
 

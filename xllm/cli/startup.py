@@ -24,6 +24,8 @@ class ServiceAddresses:
 
     http: str = ""
     zmq: str = ""
+    more_zmq: tuple[str, ...] = ()
+    """Those of further routers."""
 
 
 class Startup:
@@ -34,7 +36,20 @@ class Startup:
         self._ready: set[str] = set()
         self._failures: dict[str, ProcessFailed] = {}
         self._last_failure: ProcessFailed | None = None
-        self.addresses = ServiceAddresses()
+        self._addresses: dict[str, ServiceAddresses] = {}
+        """Of each router that was ready once."""
+
+    @property
+    def addresses(self) -> ServiceAddresses:
+        """The first router's, and where the others are reached."""
+        first, *others = [self._addresses[name] for name in sorted(self._addresses)] or [
+            ServiceAddresses()
+        ]
+        return dataclasses.replace(first, more_zmq=tuple(one.zmq for one in others if one.zmq))
+
+    def addresses_of(self, name: str) -> ServiceAddresses:
+        """Where one router listens, or listened; empty while that is not known."""
+        return self._addresses.get(name, ServiceAddresses())
 
     @property
     def all_ready(self) -> bool:
@@ -54,7 +69,7 @@ class Startup:
             case ProcessReady(kind, name, pid, addresses, detail):
                 self._ready.add(name)
                 if kind == "router":
-                    self.addresses = _find_addresses(addresses)
+                    self._addresses[name] = _find_addresses(addresses)
                 return _line(kind, name, f"ready (pid {pid})", detail)
             case ProcessFailed(kind, name, _, text):
                 known = self._failures.get(name)

@@ -97,6 +97,11 @@ class RouterSettings:
     name: str = setting("", "Unique name of this router; empty: one is made.")
     host: str = setting("127.0.0.1", "Address that the HTTP server listens on.")
     port: int = setting(8010, "Port of the HTTP server; 0: any free one.", low=0, high=65535)
+    share_port: bool = setting(
+        False,
+        "Let other routers of this machine and user listen on the same HTTP port: the kernel "
+        "spreads new connections over them.",
+    )
     zmq_host: str = setting("127.0.0.1", "Address that the ZeroMQ endpoint listens on.")
     zmq_port: int = setting(
         8011, "Port of the ZeroMQ endpoint; 0: any free one.", low=0, high=65535
@@ -105,6 +110,20 @@ class RouterSettings:
     bus_endpoint: str = setting("", "Where presence is published; empty: ipc in the run directory.")
     max_inflight: int = setting(4096, "Open requests at most; more are refused.", low=1)
     max_body_bytes: int = setting(4 << 20, "Largest HTTP body.", unit="bytes", low=1024)
+    text_cache_bytes: int = setting(
+        64 << 20,
+        "Encoded texts that are remembered for the next turn of their conversation, each model; "
+        "0: none.",
+        unit="bytes",
+        low=0,
+    )
+    hash_cache_bytes: int = setting(
+        16 << 20,
+        "Block hashes that are remembered for prompts which begin like an earlier one, each "
+        "model; 0: none.",
+        unit="bytes",
+        low=0,
+    )
     max_prompts: int = setting(64, "Prompts in one completion request at most.", low=1)
     max_inputs: int = setting(2048, "Inputs of one embeddings request at most.", low=1)
     max_choices: int = setting(128, "n times prompts of one request at most.", low=1)
@@ -294,6 +313,13 @@ class ServeSettings:
     """`xllm serve`: everything on one machine."""
 
     instances: int = setting(1, "Model instances to start.", low=1, high=64)
+    routers: int = setting(
+        1,
+        "Router processes to start: all listen on the HTTP port, each on a ZeroMQ port of its own "
+        "(zmq_port and those behind it).",
+        low=1,
+        high=64,
+    )
     kvcache: bool = setting(True, "Start a KV cache daemon.")
 
 

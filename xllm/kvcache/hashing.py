@@ -8,18 +8,16 @@ This module knows nothing of blocks, pools or who asks. Nothing depends on Pytho
 
 from __future__ import annotations
 
-import sys
-from array import array
 from collections.abc import Sequence
 from hashlib import sha256
+
+from xllm.protocol.token_bytes import TOKEN_BYTES, pack_tokens
 
 HASH_BYTES = 32
 """Length of a content hash."""
 
 FORMAT_VERSION = 1
 """Part of every root: a change of the scheme changes every hash."""
-
-_LITTLE_ENDIAN = sys.byteorder == "little"
 
 
 def root_hash(
@@ -39,22 +37,25 @@ def root_hash(
 
 def next_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """The hash of one full block with these tokens (0 to 2**32 - 1) after `parent`."""
-    return sha256(parent + _token_bytes(token_ids)).digest()
+    return sha256(parent + pack_tokens(token_ids)).digest()
 
 
 def chain_hashes(root: bytes, token_ids: Sequence[int], block_size: int) -> bytes:
     """Hashes of the full blocks of `token_ids`, in order, concatenated (32 bytes each).
 
     A last block that is not full has no hash. OverflowError for ids outside 32 bits."""
-    num_blocks = len(token_ids) // block_size
-    if num_blocks == 0:
+    if len(token_ids) < block_size:
         return b""
-    stride = 4 * block_size
-    data = _token_bytes(token_ids)
+    return chain_packed(root, pack_tokens(token_ids), block_size)
+
+
+def chain_packed(root: bytes, packed: bytes, block_size: int) -> bytes:
+    """The same for ids that are bytes already (see token_bytes)."""
+    stride = TOKEN_BYTES * block_size
     hashes = []
     parent = root
-    for start in range(0, num_blocks * stride, stride):
-        parent = sha256(parent + data[start : start + stride]).digest()
+    for start in range(0, len(packed) - stride + 1, stride):
+        parent = sha256(parent + packed[start : start + stride]).digest()
         hashes.append(parent)
     return b"".join(hashes)
 
@@ -69,10 +70,3 @@ def extend(hashes: bytes, root: bytes, token_ids: Sequence[int], block_size: int
 def split_hashes(hashes: bytes) -> list[bytes]:
     """The single hashes of a concatenation."""
     return [hashes[i : i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES)]
-
-
-def _token_bytes(token_ids: Sequence[int]) -> bytes:
-    packed = array("I", token_ids)
-    if not _LITTLE_ENDIAN:
-        packed.byteswap()
-    return packed.tobytes()

@@ -7,6 +7,8 @@ choices and forks, or, after a resume, one sequence a choice. Never decides when
 
 from __future__ import annotations
 
+import msgspec
+
 from xllm.errors import (
     ConflictError,
     InvalidRequestError,
@@ -20,6 +22,20 @@ from xllm.master.lifecycle import InstanceState
 from xllm.master.request import RequestState
 from xllm.master.sequence import Sequence
 from xllm.protocol.instance import AdmitRequest, RequestEnded, TokenItem
+from xllm.protocol.token_bytes import TOKEN_BYTES, unpack_tokens
+
+
+def unpacked(message: AdmitRequest) -> AdmitRequest:
+    """The same request with its prompt as ids. InvalidRequestError where that is none."""
+    packed = message.packed_prompt
+    if message.prompt_ids or len(packed) % TOKEN_BYTES:
+        raise InvalidRequestError(
+            f"packed_prompt has {len(packed)} bytes beside {len(message.prompt_ids)} prompt_ids: "
+            f"give one of them, {TOKEN_BYTES} bytes an id",
+            param="prompt",
+        )
+    ids = tuple(unpack_tokens(packed))
+    return msgspec.structs.replace(message, prompt_ids=ids, packed_prompt=b"")
 
 
 class Admission:
@@ -40,6 +56,8 @@ class Admission:
         try:
             if old is not None and message.attempt < old.attempt:
                 raise ConflictError(f"attempt {old.attempt} of this request runs here")
+            if message.packed_prompt:
+                message = unpacked(message)
             request = self._make(message, now)
         except XllmError as error:
             return RequestEnded(

@@ -40,6 +40,8 @@ class AdmitRequest(ArrayMessage, frozen=True):
     """Objectives for the first token and for each later one; 0: the instance's own."""
     embed: bool = False
     """Asks for the prompt's vector and for no token: `sampling` has max_tokens 0 and n 1."""
+    packed_prompt: bytes = b""
+    """The prompt's ids in 32 bits each, little-endian, in place of `prompt_ids`."""
 
 
 class CancelRequest(ArrayMessage, frozen=True):

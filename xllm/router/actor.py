@@ -82,7 +82,8 @@ class RouterActor(Actor):
         self._closers.append(self._reporter.close)
         self._reporter.started()
         models = [one.model for one in each_model(settings)]
-        texts = {model_name(one.name, one.path): load_text_model(one.path) for one in models}
+        kept = settings.router.text_cache_bytes
+        texts = {model_name(one.name, one.path): load_text_model(one.path, kept) for one in models}
         first = next(iter(texts))
         self.service = RouterService(
             settings,

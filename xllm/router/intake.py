@@ -9,16 +9,18 @@ Threads may lose an entry of those to each other; they never see a wrong one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from xllm.config.settings import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError, UnavailableError
-from xllm.kvcache.hashing import chain_hashes, root_hash
+from xllm.kvcache.hashing import root_hash
 from xllm.protocol.client import ChatMessage, ModelInfo, SubmitRequest, TokenizeText
 from xllm.protocol.records import InstanceRecord
 from xllm.protocol.sampling import SamplingParams
+from xllm.protocol.token_bytes import TOKEN_BYTES, pack_tokens, unpack_tokens
+from xllm.router.block_names import BlockNames
 from xllm.router.embedding import VECTOR_SAMPLING, check_task
 from xllm.router.front import Tenant
 from xllm.router.state.spec import RequestSpec
@@ -31,6 +33,9 @@ from xllm.router.validation import (
     check_text_bytes,
 )
 
+PACK_FROM = 512
+"""Prompts of so many tokens travel as bytes."""
+
 
 class Intake:
     """What one served model accepts."""
@@ -42,6 +47,7 @@ class Intake:
         self._record: InstanceRecord | None = None
         self._facts: ModelFacts | None = None
         self._roots: dict[tuple[str, bytes], bytes] = {}
+        self.block_names = BlockNames(limits.hash_cache_bytes)
 
     def learn(self, record: InstanceRecord) -> None:
         """An instance of this model registered: its facts bound requests from now on."""
@@ -75,19 +81,19 @@ class Intake:
         check_task(request, self._record.task, self.name)
         check_request(request, self._limits, facts)
 
-    def encode(self, request: SubmitRequest, owner: bytes = b"") -> tuple[int, ...]:
-        """The prompt's token ids. `owner`: the salt of the tenant that asks."""
+    def pack(self, request: SubmitRequest, owner: bytes = b"") -> bytes:
+        """The prompt's token ids as bytes. `owner`: the salt of the tenant that asks."""
         prompt = request.prompt
         if isinstance(prompt, tuple):
-            return prompt
+            return pack_tokens(prompt)
         if prompt is not None:
-            ids = self.text.encode(prompt, owner=owner)
+            packed = self.text.pack(prompt, owner=owner)
         else:
             assert request.messages is not None
-            ids = self._encode_talk(request.messages, request.chat_template_kwargs, owner)
-        if not ids:
+            packed = self._pack_talk(request.messages, request.chat_template_kwargs, owner)
+        if not packed:
             raise InvalidRequestError("the prompt has no tokens", param="prompt")
-        return tuple(ids)
+        return packed
 
     def prepare(
         self,
@@ -100,10 +106,11 @@ class Intake:
         """Encode and hash a request that was checked."""
         record = self._record
         assert record is not None
-        prompt_ids = self.encode(request, tenant.salt)
+        packed = self.pack(request, tenant.salt)
+        num_tokens = len(packed) // TOKEN_BYTES
         asked = VECTOR_SAMPLING if request.embed else request.sampling
         max_tokens = check_context(
-            len(prompt_ids), asked.max_tokens, asked.min_tokens, record.max_model_len
+            num_tokens, asked.max_tokens, asked.min_tokens, record.max_model_len
         )
         seed = asked.seed
         if request.resume is not None:
@@ -111,6 +118,13 @@ class Intake:
         sampling = _resolve(asked, drawn_seed if seed is None else seed, max_tokens)
         root = self._root(record.revision, tenant.salt, request.cache_salt)
         stop_ids = frozenset(asked.stop_token_ids)
+        travels_packed = num_tokens >= PACK_FROM
+        prompt_ids: Sequence[int]
+        if isinstance(request.prompt, tuple):
+            prompt_ids = request.prompt
+        else:
+            ids = unpack_tokens(packed)
+            prompt_ids = ids if travels_packed else tuple(ids)
         return RequestSpec(
             request_id,
             request.id,
@@ -120,7 +134,7 @@ class Intake:
             deadline,
             request.stream and not request.embed,
             request.hold_ms / 1000,
-            chain_hashes(root, prompt_ids, record.block_size),
+            self.block_names.chain(root, packed, record.block_size),
             root,
             request.priority,
             request.offline,
@@ -131,6 +145,7 @@ class Intake:
             request.tpot_ms,
             request.embed,
             request.dimensions,
+            packed if travels_packed else b"",
         )
 
     def _root(self, revision: str, tenant_salt: bytes, cache_salt: str) -> bytes:
@@ -146,9 +161,11 @@ class Intake:
     def encode_text(self, request: TokenizeText) -> tuple[int, ...]:
         """The ids that `tokenize` answers with."""
         if request.text is not None:
-            return tuple(self.text.encode(request.text, request.add_special_tokens))
-        assert request.messages is not None
-        return tuple(self._encode_talk(request.messages, {}))
+            packed = self.text.pack(request.text, request.add_special_tokens)
+        else:
+            assert request.messages is not None
+            packed = self._pack_talk(request.messages, {})
+        return tuple(unpack_tokens(packed))
 
     def check_text(self, request: TokenizeText) -> ModelInfo:
         """RequestError for a `tokenize` that is out of bounds."""
@@ -175,11 +192,11 @@ class Intake:
             raise UnavailableError("no instance of the model has come up yet")
         return self._facts
 
-    def _encode_talk(
+    def _pack_talk(
         self, messages: tuple[ChatMessage, ...], kwargs: Mapping[str, object], owner: bytes = b""
-    ) -> list[int]:
+    ) -> bytes:
         # The template writes the special tokens itself.
-        return self.text.encode(self.text.render(messages, kwargs), False, owner)
+        return self.text.pack(self.text.render(messages, kwargs), False, owner)
 
 
 def _resolve(asked: SamplingParams, seed: int, max_tokens: int) -> SamplingParams:

@@ -39,6 +39,7 @@ from xllm.router.models import ServedModels
 from xllm.router.placement import Placement
 from xllm.router.policy import make_policy
 from xllm.router.probe import Prober
+from xllm.router.remembered import RememberedFigures
 from xllm.router.report import degraded_parts, merged_metrics, process_list
 from xllm.router.sleeping import SleepSetter
 from xllm.router.submission import Submission
@@ -74,6 +75,7 @@ class RouterService:
         self.registry = CollectorRegistry()
         """The router's own metrics; front ends add theirs here."""
         self.metrics = RouterMetrics(self.registry, lambda: self.num_open)
+        RememberedFigures(self.registry, self.served)
         policy = make_policy(settings.router.policy)
         placement = Placement(self.view, policy, links)
         self.dispatcher = Dispatcher(placement, links, self.metrics, clock)

@@ -61,7 +61,8 @@ class HttpFront:
 
     async def start(self) -> str:
         """Listen, and return the address as `http://host:port`."""
-        sock = bind(self._settings.router.host, self._settings.router.port)
+        router = self._settings.router
+        sock = bind(router.host, router.port, shared=router.share_port)
         host, port = sock.getsockname()[:2]
         server = QuietServer(self._config())
         self._server = server
@@ -121,8 +122,9 @@ class HttpFront:
         self._arm_sweep()
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens on one address; ListenError where it cannot."""
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A socket that listens on one address; ListenError where it cannot. `shared`: other sockets
+    of this user may listen there too, and each new connection goes to one of them."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, number, _, address = found[0]
@@ -131,6 +133,8 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"{host}: {error.strerror}", param="router.host") from error
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(address)
         sock.listen(BACKLOG)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from xllm.protocol.instance import AdmitRequest
 from xllm.protocol.sampling import SamplingParams
@@ -16,7 +17,8 @@ class RequestSpec:
     request_id: str
     client_id: int
     model: str
-    prompt_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
+    """A tuple, or an array of a long prompt: see `packed_prompt`."""
     sampling: SamplingParams
     deadline: float
     stream: bool = True
@@ -34,6 +36,8 @@ class RequestSpec:
     embed: bool = False
     """Its prompt's vector is wanted, and no choice."""
     dimensions: int = 0
+    packed_prompt: bytes = b""
+    """The ids as bytes, where that is how they travel."""
 
     def admit(
         self,
@@ -47,7 +51,7 @@ class RequestSpec:
             self.request_id,
             attempt,
             self.model,
-            self.prompt_ids,
+            () if self.packed_prompt else tuple(self.prompt_ids),
             self.sampling,
             self.block_hashes,
             outputs,
@@ -63,4 +67,5 @@ class RequestSpec:
             self.ttft_ms,
             self.tpot_ms,
             self.embed,
+            self.packed_prompt,
         )

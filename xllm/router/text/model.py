@@ -19,11 +19,12 @@ from tokenizers import Tokenizer
 from xllm.errors import DependencyError, InvalidRequestError
 from xllm.protocol.client import ChatMessage
 from xllm.protocol.sampling import SamplingParams
+from xllm.protocol.token_bytes import pack_tokens, unpack_tokens
 from xllm.router.text.detokenizer import Detokenizer, PieceDetokenizer, WindowDetokenizer
 from xllm.router.text.model_files import read_object
 from xllm.router.text.output import TextOutput
 from xllm.router.text.pieces import ByteLevelScheme, PieceScheme, PieceTable, find_scheme
-from xllm.router.text.segments import SegmentEncoder, make_segment_encoder
+from xllm.router.text.segments import MAX_BYTES, SegmentEncoder, make_segment_encoder
 from xllm.router.text.stops import StopMatcher
 from xllm.router.text.template import ChatTemplate, find_template
 
@@ -42,8 +43,13 @@ class TextModel:
     """What turns text into this model's tokens and back."""
 
     def __init__(
-        self, tokenizer: Tokenizer, scheme: PieceScheme | None, template: ChatTemplate | None
+        self,
+        tokenizer: Tokenizer,
+        scheme: PieceScheme | None,
+        template: ChatTemplate | None,
+        kept_bytes: int = MAX_BYTES,
     ) -> None:
+        """`kept_bytes`: of encoded texts that are remembered for the next turn, at most."""
         self._tokenizer = tokenizer
         self._scheme = scheme
         self._template = template
@@ -52,9 +58,10 @@ class TextModel:
         table_scheme = scheme or PieceScheme()
         self._all_pieces = PieceTable(tokenizer, table_scheme, frozenset())
         self._shown_pieces = PieceTable(tokenizer, table_scheme, self._special_ids)
-        self._segments: SegmentEncoder | None = None
+        self.segments: SegmentEncoder | None = None
+        """What remembers encoded texts, where the tokenizer lets it."""
         if isinstance(scheme, ByteLevelScheme):
-            self._segments = make_segment_encoder(tokenizer)
+            self.segments = make_segment_encoder(tokenizer, kept_bytes)
         self._adds_tokens = tokenizer.num_special_tokens_to_add(is_pair=False) > 0
         self.longest_token_bytes = _longest(tokenizer, scheme)
         """No token stands for more bytes: more than context x this cannot fit the context."""
@@ -72,11 +79,14 @@ class TextModel:
 
     def encode(self, text: str, add_special_tokens: bool = True, owner: bytes = b"") -> list[int]:
         """Token ids of a text. `owner`: whose earlier texts may shorten the work."""
-        if self._segments is not None and not (add_special_tokens and self._adds_tokens):
-            return self._segments.encode(text, owner)
+        return unpack_tokens(self.pack(text, add_special_tokens, owner)).tolist()
+
+    def pack(self, text: str, add_special_tokens: bool = True, owner: bytes = b"") -> bytes:
+        """The same as bytes (see token_bytes)."""
+        if self.segments is not None and not (add_special_tokens and self._adds_tokens):
+            return self.segments.pack(text, owner)
         fast = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = fast[0].ids
-        return ids
+        return pack_tokens(fast[0].ids)
 
     def render(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> str:
         """A conversation as text, special tokens included: encode it without adding any."""
@@ -123,8 +133,9 @@ class TextModel:
         return PieceDetokenizer(pieces, 0 if continues else self._scheme.strip_start)
 
 
-def load_text_model(path: str) -> TextModel:
-    """The text side of the model in a directory; DependencyError where it has none."""
+def load_text_model(path: str, kept_bytes: int = MAX_BYTES) -> TextModel:
+    """The text side of the model in a directory; DependencyError where it has none. `kept_bytes`
+    as in TextModel."""
     directory = Path(path)
     file = directory / "tokenizer.json"
     if not file.is_file():
@@ -140,7 +151,7 @@ def load_text_model(path: str) -> TextModel:
     special_tokens = _special_tokens(directory, config)
     source = find_template(directory, config)
     template = ChatTemplate(source, special_tokens) if source is not None else None
-    return TextModel(tokenizer, find_scheme(decoder), template)
+    return TextModel(tokenizer, find_scheme(decoder), template, kept_bytes)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

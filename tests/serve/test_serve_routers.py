@@ -1,0 +1,80 @@
+"""`xllm serve --routers N`: one HTTP port for all of them, and none without which nobody serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import urllib.request
+
+import pytest
+
+from tests.cli.toy_model import expected_ids, make_toy_model
+from tests.serve.served import Served, wait_until
+from xllm import Client
+
+pytestmark = pytest.mark.process
+PROMPT = (70, 71, 72)
+
+
+@pytest.fixture
+def model(tmp_path_factory):
+    return make_toy_model(tmp_path_factory.mktemp("toy") / "toy-model")
+
+
+@pytest.fixture
+def served(model, tmp_path_factory):
+    with Served(model, f"/tmp/{tmp_path_factory.mktemp('xr').name}", "--routers", "2") as served:
+        yield served
+    assert served.process.returncode == 0
+    assert not served.run_dir.exists() or list(served.run_dir.iterdir()) == []
+    if served.run_dir.exists():
+        served.run_dir.rmdir()
+
+
+def answering_router(served) -> str:
+    """Which router a new connection comes to; it is asked for tokens, too."""
+    base = served.http.removesuffix("/v1")
+    body = {"model": "toy-model", "prompt": list(PROMPT), "max_tokens": 3, "temperature": 0}
+    request = urllib.request.Request(
+        f"{base}/v1/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert json.load(answer)["usage"]["completion_tokens"] == 3
+    with urllib.request.urlopen(f"{base}/metrics", timeout=30) as answer:
+        return re.search(r'xllm_router_\w+{[^}]*instance="([^"]+)"', answer.read().decode())[1]
+
+
+def endpoints(served) -> list[str]:
+    return re.findall(r"ZeroMQ\s+(\S+)", served.text)
+
+
+def test_routers_share_a_port_and_stand_in_for_each_other(served, model):
+    assert len(set(endpoints(served))) == 2
+    for endpoint in endpoints(served):
+        with Client(endpoint, timeout_s=30) as client:
+            done = client.generate(PROMPT, max_tokens=20, seed=4)
+            assert done.token_ids == expected_ids(model, PROMPT, 20, seed=4)
+    seen = set()
+    wait_until(lambda: seen.add(answering_router(served)) or len(seen) == 2, 30, "both routers")
+
+    # One dies: the other serves, and it comes again where it was.
+    started = re.findall(r"router-1: ready \(pid (\d+)\)", served.text)
+    os.kill(int(started[-1]), signal.SIGKILL)
+    first, second = endpoints(served)
+    with Client(first, timeout_s=30) as client:
+        done = client.generate(PROMPT, max_tokens=20, seed=4)
+        assert done.token_ids == expected_ids(model, PROMPT, 20, seed=4)
+    wait_until(
+        lambda: len(re.findall(r"router-1: ready", served.text)) == len(started) + 1,
+        30,
+        "router-1 again",
+    )
+    with Client(second, timeout_s=30) as client:
+        wait_until(lambda: client.health().ready, 30, "the new router's instance")
+        done = client.generate(PROMPT, max_tokens=20, seed=4)
+        assert done.token_ids == expected_ids(model, PROMPT, 20, seed=4)
+    assert served.process.poll() is None
