@@ -14,7 +14,7 @@ from xllm.worker.attention.plan import Span
 from xllm.worker.kernels.attention import StepArrays
 from xllm.worker.kernels.compiled import load
 from xllm.worker.kernels.experts import ExpertSizes, PackedExperts
-from xllm.worker.kernels.fused import FusedHead, FusedLayer, LayerParts, arg_max
+from xllm.worker.kernels.fused import FusedHead, FusedLayer, FusedLayers, LayerParts, arg_max
 from xllm.worker.kernels.linear import Part, pack_gate_up, pack_linear
 from xllm.worker.kernels.packing import Kind
 from xllm.worker.kernels.structures import PHASES
@@ -129,6 +129,49 @@ def test_a_layer(team: Team, variant: int, norms: bool, sparse: bool) -> None:
     parts = [run(a, b) for a, b in itertools.pairwise(borders)]
     assert torch.equal(torch.cat(parts), whole)
     assert team.progress > before
+
+
+def layers_of(case: Case, variant: int) -> list[FusedLayer]:
+    """The case's weights as both layers of its memory."""
+    layer_bytes = case.memory.layout.layer_bytes
+    return [FusedLayer(case.team, case.parts, k, 0, layer_bytes, variant) for k in (0, 1)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("rows", [1, 530])
+def test_layers_together_are_the_layers_one_by_one(
+    team: Team, variant: int, sparse: bool, rows: int
+) -> None:
+    case = Case(team, variant, norms=True, sparse=sparse)
+    angles = torch.randn(rows, DIM // 2)
+    x, layers = torch.randn(rows, HIDDEN), layers_of(case, variant)
+    arrays = StepArrays([Span(0, rows, array("q", range(40)))], case.memory)
+    arrays.set_angles(angles.cos(), angles.sin())
+    alone, together = x.clone(), x.clone()
+    for layer in layers:
+        layer(alone, arrays)
+    before = team.progress
+    FusedLayers(team, layers, variant)(together, arrays)
+    assert torch.equal(together, alone)
+    assert team.progress - before >= 2 * 4  # it moves with every product of each layer
+    FusedLayers(team, [], variant)(together, arrays)
+    assert torch.equal(together, alone)
+
+
+def test_of_layers_together_the_one_with_a_wrong_table_is_named(team: Team) -> None:
+    good, bad = (Case(team, 0, norms=True, sparse=True) for _ in range(2))
+    layers = [layers_of(good, 0)[0], layers_of(bad, 0)[1]]
+    assert bad.parts.experts is not None
+    bad.parts.experts.slots[0] = 2
+    arrays = StepArrays([Span(0, 1, array("q", [0]))], good.memory)
+    angles = torch.randn(1, DIM // 2)
+    arrays.set_angles(angles.cos(), angles.sin())
+    x = torch.randn(1, HIDDEN)
+    hidden = x.clone()
+    with pytest.raises(EngineError, match="outside of 0 to 1: \\[2, 0, 1\\]"):
+        FusedLayers(team, layers)(hidden, arrays)
+    assert torch.equal(hidden, x)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -23,7 +23,7 @@ from xllm.worker.execution.rank_loop import (
     split_spans,
 )
 from xllm.worker.kernels.attention import KernelAttention, StepArrays
-from xllm.worker.kernels.fused import FusedLayer
+from xllm.worker.kernels.fused import FusedLayer, FusedLayers
 from xllm.worker.kernels.team import Team
 from xllm.worker.layers.decoder import Attention
 from xllm.worker.memory.cpu_memory import CpuKvMemory
@@ -42,9 +42,10 @@ class LayerHook(Protocol):
 
 
 class LayerLoop:
-    """Runs rows through all layers of a model over one pool. `tick` is called after each
-    bounded piece of work inside a layer. With a `team` the compiled kernels do all of a native
-    model's layers, and the attention of other models; what each phase of a layer takes is added
+    """Runs rows through all layers of a model over one pool. `tick` is called after each layer and
+    each bounded piece of work inside of one. With a `team`, which counts such pieces itself, the
+    compiled kernels do all of a native model's layers, in one call where no hook wants to be called
+    between them, and the attention of other models; what each phase of a layer takes is added
     to `phase_ns` then, if given (int64, as kernels.structures.PHASES)."""
 
     def __init__(
@@ -69,6 +70,7 @@ class LayerLoop:
         self._workspace = AttentionWorkspace(pool, dtype, device)
         self._windows = model.config.layer_windows
         self._fused: list[FusedLayer] | None = None
+        self._together: tuple[FusedLayers, FusedLayers] | None = None
         self.batch_invariant = False
         """Whether a row's bits do not depend on the rows beside it, nor on their count where the
         team keeps to one variant."""
@@ -79,6 +81,10 @@ class LayerLoop:
                 FusedLayer(team, part, index, self._windows[index], step_bytes)
                 for index, part in enumerate(parts)
             ]
+            self._together = (
+                FusedLayers(team, self._fused),
+                FusedLayers(team, self._fused[:-1]),
+            )
             self.batch_invariant = True
 
     def share(self, ranks: Ranks, micro_batch_rows: int) -> None:
@@ -130,6 +136,7 @@ class LayerLoop:
                 hook.before_layer(index)
 
         def after(index: int) -> None:
+            self._tick()
             for hook in hooks:
                 hook.after_layer(index, hidden)
 
@@ -182,12 +189,19 @@ class LayerLoop:
         hidden = model.embed(token_ids).float()
         arrays = StepArrays(spans, pool, self._phase_ns)
         arrays.set_angles(*model.angles(positions))
+        last = layers[-1]
+        is_cut = read is not None and 2 * len(read) <= len(hidden) and last.is_dense
+        if not hooks:
+            assert self._together is not None
+            self._together[is_cut](hidden, arrays)
+            if is_cut:
+                last.for_rows(hidden, arrays, self._index(read or ()))
+            return hidden
         for index, layer in enumerate(layers):
             for hook in hooks:
                 hook.before_layer(index)
-            is_last = index == len(layers) - 1
-            if is_last and read is not None and 2 * len(read) <= len(hidden) and layer.is_dense:
-                layer.for_rows(hidden, arrays, self._index(read))
+            if is_cut and layer is last:
+                layer.for_rows(hidden, arrays, self._index(read or ()))
             else:
                 layer(hidden, arrays)
             for hook in hooks:
@@ -206,6 +220,7 @@ class LayerLoop:
                 hook.before_layer(index)
 
         def after(index: int, hidden: torch.Tensor) -> None:
+            self._tick()
             for hook in hooks:
                 hook.after_layer(index, hidden)
 

@@ -80,7 +80,7 @@ class NativeExecutor:
         self._is_asleep = False
         self._settings = settings
         self._progress = ProgressCounter()
-        self._hooks: tuple[LayerHook, ...] = (self._progress, *hooks)
+        self._hooks = tuple(hooks)
         self._engine: LoadedEngine | None = None
         self._num_steps = 0
         self._ranks = make_ranks(settings, self._progress.tick)
@@ -260,7 +260,7 @@ class NativeExecutor:
         if self._settings.worker.deterministic and not loop.batch_invariant:
             hidden = loop.run_single_rows(batch.single_rows(), batch.token_ids, self._hooks)
         else:
-            is_read_whole = engine.pooler is not None or len(self._hooks) > 1
+            is_read_whole = engine.pooler is not None or bool(self._hooks)
             read = None if is_read_whole else batch.read_rows()
             hidden = loop.run(batch.spans, batch.token_ids, self._hooks, read)
         engine.drawer.draw(batch, hidden, outputs)

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-import torch
-
 from xllm.worker.platform.platform import DeviceMark
 
 _TICKS_A_MARK = 4
@@ -20,8 +18,8 @@ _TICKS_A_MARK = 4
 
 
 class ProgressCounter:
-    """Counts pieces of work, and layers as a hook of the loop. One thread ticks, another may
-    read `value`: each field has one writer."""
+    """Counts pieces of work. One thread ticks, another may read `value`: each field has one
+    writer."""
 
     def __init__(self) -> None:
         self._launched = 0
@@ -68,10 +66,3 @@ class ProgressCounter:
         # A reader may still hold the old queue: what it finds there is not above this.
         self._pending = deque()
         self._settled = self._launched
-
-    def before_layer(self, index: int) -> None:
-        """Nothing."""
-
-    def after_layer(self, index: int, hidden: torch.Tensor) -> None:
-        """One more layer is done."""
-        self.tick()

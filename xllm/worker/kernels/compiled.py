@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
-_ABI = 5
+_ABI = 6
 
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _F64 = ctypes.c_double
@@ -51,6 +51,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "xk_product_peak": (_F64, [_POINTER, _I32, _F64]),
     "xk_layer_scratch": (_I64, [_POINTER, _POINTER, _POINTER]),
     "xk_layer": (_I32, [_POINTER, _I32, _POINTER, _POINTER, _POINTER, _I32, _POINTER]),
+    "xk_layers_scratch": (_I64, [_POINTER, _POINTER, _I32, _POINTER]),
+    "xk_layers": (_I32, [_POINTER, _I32, _POINTER, _I32, _POINTER, _POINTER]),
     "xk_head_scratch": (_I64, [_POINTER, _I32]),
     "xk_head": (
         None,

@@ -18,7 +18,7 @@ from xllm.worker.kernels.packing import BLOCK, Kind, num_blocks
 from xllm.worker.kernels.structures import CExperts
 from xllm.worker.kernels.team import Team
 
-_NO_SUCH_SLOT = -2  # cpu/layer_api.cpp
+NO_SUCH_SLOT = -2  # cpu/layer_api.cpp
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class PackedExperts:
 
     def refuse(self, failed: int) -> None:
         """EngineError where what a kernel gave says that the table is wrong."""
-        if failed == _NO_SUCH_SLOT:
+        if failed == NO_SUCH_SLOT:
             raise EngineError(
                 f"the table of experts names slots outside of 0 to {self.sizes.num_slots - 1}: "
                 f"{self.slots.tolist()}"

@@ -1,4 +1,4 @@
-"""Decoder layers and the head by the compiled kernels: one call a layer, whatever the step holds.
+"""Decoder layers and the head by the compiled kernels: one call for all layers, or one each.
 
 The hidden state is fp32 [rows, hidden] and changed in place.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from xllm.worker.kernels.attention import StepArrays
-from xllm.worker.kernels.experts import PackedExperts
+from xllm.worker.kernels.experts import NO_SUCH_SLOT, PackedExperts
 from xllm.worker.kernels.linear import PackedLinear
 from xllm.worker.kernels.structures import (
     ATTENTION_HALF,
@@ -95,6 +96,17 @@ class FusedLayer:
         self._run(hidden, arrays, BOTH_HALVES, None)
 
     @property
+    def address(self) -> int:
+        """Of what the kernels know of it; valid as long as it lives."""
+        return ctypes.addressof(self._layer)
+
+    def refuse(self, failed: int) -> None:
+        """EngineError where what a kernel gave says that the layer's table of experts is wrong."""
+        if self._parts.experts is not None:
+            self._parts.experts.refuse(failed)
+        assert not failed
+
+    @property
     def is_dense(self) -> bool:
         """Whether it has no experts, which count all rows."""
         return self._parts.experts is None
@@ -128,8 +140,30 @@ class FusedLayer:
         assert out is None or (out.is_contiguous() and out.shape == hidden.shape)
         to = None if out is None else out.data_ptr()
         failed = c.xk_layer(team.handle, self._variant, layer, step, hidden.data_ptr(), halves, to)
-        if self._parts.experts is not None:
-            self._parts.experts.refuse(failed)
+        self.refuse(failed)
+
+
+class FusedLayers:
+    """Layers that follow each other, in one call: what lies between two calls of a layer is then a
+    barrier of the team's threads, not Python."""
+
+    def __init__(self, team: Team, layers: Sequence[FusedLayer], variant: int = 0) -> None:
+        self._team = team
+        self._variant = variant
+        self._layers = layers
+        self._addresses = (ctypes.c_void_p * len(layers))(*(layer.address for layer in layers))
+
+    def __call__(self, hidden: torch.Tensor, arrays: StepArrays) -> None:
+        """All of them, of all rows of a step."""
+        if not self._layers:
+            return
+        c, team, step = self._team.compiled.c, self._team, ctypes.byref(arrays.step)
+        layers, count = self._addresses, len(self._layers)
+        wanted = c.xk_layers_scratch(team.handle, layers, count, step)
+        arrays.set_scratch(team.scratch(wanted), wanted)
+        failed = c.xk_layers(team.handle, self._variant, layers, count, step, hidden.data_ptr())
+        if failed <= NO_SUCH_SLOT:
+            self._layers[NO_SUCH_SLOT - failed].refuse(NO_SUCH_SLOT)
         assert not failed
 
 

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int32_t kAbi = 5;
+constexpr int32_t kAbi = 6;
 constexpr size_t kHugePage = size_t{2} << 20;
 
 struct ProductCall {

@@ -201,6 +201,16 @@ void run_layer(Team& team, const Kernels& kernels, const Layer& layer, const Ste
   on_team(team, work);
 }
 
+void run_layers(Team& team, const Kernels& kernels, const Layer* const* layers, int32_t count,
+                const Step& step, float* hidden) {
+  auto work = [&](int thread) {
+    // A layer ends with the barrier of its last product, so the next may read what it left.
+    for (int32_t i = 0; i < count; ++i)
+      LayerRun(team, thread, kernels, *layers[i], step, hidden, nullptr).run(kBothHalves);
+  };
+  on_team(team, work);
+}
+
 void run_head(Team& team, const Kernels& kernels, const Head& head, const float* hidden,
               const int32_t* rows, int32_t num_rows, float* logits, char* scratch) {
   auto* normed = reinterpret_cast<float*>(scratch);

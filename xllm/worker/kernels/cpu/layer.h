@@ -69,6 +69,9 @@ int64_t head_scratch_bytes(const Head& head, int32_t num_rows);
 // which leaves hidden as it is.
 void run_layer(Team& team, const Kernels& kernels, const Layer& layer, const Step& step,
                float* hidden, int32_t halves, float* out);
+// `count` layers one after the other, hidden in place; the step's scratch serves each.
+void run_layers(Team& team, const Kernels& kernels, const Layer* const* layers, int32_t count,
+                const Step& step, float* hidden);
 // logits [num_rows, weight.n]
 void run_head(Team& team, const Kernels& kernels, const Head& head, const float* hidden,
               const int32_t* rows, int32_t num_rows, float* logits, char* scratch);

@@ -33,6 +33,25 @@ int32_t xk_layer(Team* team, int32_t variant, const Layer* layer, const Step* st
   return 0;
 }
 
+int64_t xk_layers_scratch(const Team* team, const Layer* const* layers, int32_t count,
+                          const Step* step) {
+  int64_t most = 0;
+  for (int32_t i = 0; i < count; ++i)
+    most = std::max(most, layer_scratch_bytes(*layers[i], *step, team->size()));
+  return most;
+}
+
+// `count` layers of all rows, one after the other, hidden [rows, hidden] in place. -1 as above; -2 - i:
+// the experts of layer i are in slots that there are not. Then nothing was computed.
+int32_t xk_layers(Team* team, int32_t variant, const Layer* const* layers, int32_t count,
+                  const Step* step, float* hidden) {
+  if (xk_layers_scratch(team, layers, count, step) > step->scratch_bytes) return -1;
+  for (int32_t i = 0; i < count; ++i)
+    if (layers[i]->experts != nullptr && !slots_exist(*layers[i]->experts)) return -2 - i;
+  run_layers(*team, kernels_of(variant), layers, count, *step, hidden);
+  return 0;
+}
+
 int64_t xk_experts_scratch(const Team* team, const Experts* experts, int32_t rows) {
   return experts_scratch_bytes(*experts, std::min(rows, kSliceRows), team->size());
 }
