@@ -226,6 +226,11 @@ def test_commands_of_older_epochs_are_refused(run_dir):
             one.router.send(DrainInstance(100, epoch=3))
             await one.router.until(lambda: len(one.router.answers) == 2)
             assert one.master.models[0].state == "ready"
+            assert one.router.beats[-1].role == "prefill"
+            assert one.master.models[0].metrics.num_stale_commands == 2
+            one.router.send(AssignRole("boss", 8))
+            one.router.send(AssignRole("both", 8))
+            await one.router.until(lambda: one.router.beats[-1].role == "both")
 
     asyncio.run(scenario())
 

@@ -21,14 +21,17 @@ _FILE_WIDTH = 240
 @service_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON list instead of a table.")
 def status(connect: Callable[[], Client], as_json: bool) -> None:
-    """Show the processes of a service, their roles and their load."""
+    """Show the processes of a service, who leads, roles and load, and what is amiss."""
     with connect() as client:
         processes = client.status()
+        degraded = client.health().degraded
     if as_json:
         full = [{name: getattr(p, name) for name in p.__struct_fields__} for p in processes]
         click.echo(msgspec.json.encode(full).decode())
         return
     _show_table(processes)
+    for part in degraded:
+        click.echo(f"degraded: {part}")
 
 
 def status_row(process: ProcessStatus) -> tuple[str, ...]:
@@ -40,7 +43,7 @@ def status_row(process: ProcessStatus) -> tuple[str, ...]:
     return (
         process.name,
         process.kind,
-        process.role,
+        f"{process.role} (epoch {process.epoch})" if process.epoch else process.role,
         process.model,
         process.state,
         str(process.num_waiting),

@@ -15,16 +15,17 @@ import msgspec
 import structlog
 
 from xllm.errors import BackpressureError, BrokenError, ConflictError, UnavailableError, XllmError
+from xllm.master.fencing import EpochGate
 from xllm.master.outcome import StepOutcome
 from xllm.master.routes import RequestRoutes
 from xllm.protocol.codec import Decoder
 from xllm.protocol.instance import (
+    ROLES,
     AdmitRequest,
     AssignRole,
     CancelRequest,
     Drained,
     DrainInstance,
-    EpochRefused,
     FrameRefused,
     InstanceRequest,
     PooledVector,
@@ -60,7 +61,7 @@ class RouterConversation:
         self._master = master
         self.routes = RequestRoutes()
         self.role = "both"
-        self.highest_epoch = 0
+        self.epochs = EpochGate()
         self._probes: dict[int, tuple[bytes, int]] = {}
         # Attempts of which a router that did not read has lost words, until it was told.
         self._voids: dict[bytes, dict[str, int]] = {}
@@ -159,14 +160,8 @@ class RouterConversation:
             self._send(router, self._master.snapshot())
         elif isinstance(message, SetSleep):
             self._master.spawn(self._set_sleep(router, message))
-        elif isinstance(message, AssignRole):
-            if self._is_current(router, message.epoch):
-                _log.info("role_assigned", role=message.role, epoch=message.epoch)
-                self.role = message.role
-                self._master.beat()
-        elif isinstance(message, DrainInstance) and self._is_current(router, message.epoch):
-            self._master.begin_drain()
-            self._master.spawn(self._drain(router, message.timeout_ms / 1000))
+        elif isinstance(message, AssignRole | DrainInstance):
+            self._command(router, message)
 
     async def _set_sleep(self, router: bytes, message: SetSleep) -> None:
         try:
@@ -239,12 +234,21 @@ class RouterConversation:
             self.routes.remove(message.request_id)
             steps.pump()
 
-    def _is_current(self, router: bytes, epoch: int) -> bool:
-        if epoch < self.highest_epoch:
-            self._send(router, EpochRefused(epoch, self.highest_epoch))
-            return False
-        self.highest_epoch = epoch
-        return True
+    def _command(self, router: bytes, message: AssignRole | DrainInstance) -> None:
+        refusal = self.epochs.refusal(message.epoch)
+        if refusal is not None:
+            self._master.metrics.num_stale_commands += 1
+            _log.warning("epoch_refused", epoch=refusal.epoch, highest=refusal.highest)
+            self._send(router, refusal)
+        elif isinstance(message, DrainInstance):
+            self._master.begin_drain()
+            self._master.spawn(self._drain(router, message.timeout_ms / 1000))
+        elif message.role not in ROLES:
+            _log.error("unknown_role", role=message.role[:40], epoch=message.epoch)
+        elif message.role != self.role:
+            _log.info("role_assigned", role=message.role, epoch=message.epoch)
+            self.role = message.role
+            self._master.beat()
 
     async def _drain(self, router: bytes, timeout_s: float) -> None:
         num_aborted = await self._master.drain(timeout_s)

@@ -27,6 +27,7 @@ class MasterMetrics:
         self.num_vectors = 0
         self.num_cached_tokens = 0
         self.num_worker_ends = 0
+        self.num_stale_commands = 0
         self._statistics: SchedulerStatistics | None = None
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -59,6 +60,7 @@ class MasterMetrics:
             ("vectors", "Vectors sent to routers.", self.num_vectors),
             ("cached_prompt_tokens", "Prompt tokens found cached.", self.num_cached_tokens),
             ("worker_ends", "Workers lost.", self.num_worker_ends),
+            ("stale_commands", "Commands of replaced leaders, refused.", self.num_stale_commands),
         )
         for name, text, value in counters:
             yield CounterMetricFamily(f"xllm_master_{name}", text, value=value)

@@ -266,6 +266,8 @@ class ProcessStatus(MapPart, frozen=True):
     num_free_blocks: int = 0
     num_blocks: int = 0
     heartbeat_age_ms: int = 0
+    epoch: int = 0
+    """Of the router that leads (its role is then "leader"): of its leadership."""
 
 
 class StatusReport(MapMessage, tag="status", frozen=True):

@@ -6,6 +6,9 @@ from xllm.protocol.bus import SnapshotOfBlocks
 from xllm.protocol.message import ArrayMessage, ArrayPart
 from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 
+ROLES = ("both", "prefill", "decode")
+"""What an instance may be for."""
+
 
 class AdmitRequest(ArrayMessage, frozen=True):
     """Run this request. All text is tokens here; bounds were checked, the seed is drawn.

@@ -57,6 +57,14 @@ class RouterRecord(MapPart, frozen=True):
     public_key: str = ""
 
 
+class LeaderRecord(MapPart, frozen=True):
+    """`leader`: the router that leads. Its epoch is the entry's create revision."""
+
+    name: str
+    incarnation: str
+    zmq_endpoint: str = ""
+
+
 def cluster_prefix(cluster: str) -> str:
     """The root of a cluster's keys."""
     return f"/xllm/{cluster}/"
@@ -75,3 +83,33 @@ def daemon_key(cluster: str, name: str) -> str:
 def router_key(cluster: str, name: str) -> str:
     """Key of a RouterRecord."""
     return f"{cluster_prefix(cluster)}routers/{name}"
+
+
+def leader_key(cluster: str) -> str:
+    """Key of the LeaderRecord."""
+    return f"{cluster_prefix(cluster)}leader"
+
+
+def roles_key(cluster: str) -> str:
+    """Key of the role table: a JSON object, role by instance."""
+    return f"{cluster_prefix(cluster)}roles"
+
+
+def slo_key(cluster: str) -> str:
+    """Key of the live objectives: a JSON object with ttft_ms and tpot_ms."""
+    return f"{cluster_prefix(cluster)}slo"
+
+
+def load_key(cluster: str, name: str) -> str:
+    """Key of an instance's mirrored load: a JSON object."""
+    return f"{cluster_prefix(cluster)}load/{name}"
+
+
+def experts_key(cluster: str, name: str) -> str:
+    """Key of an instance's mirrored expert-load report."""
+    return f"{cluster_prefix(cluster)}experts/{name}"
+
+
+def kv_key(cluster: str, name: str) -> str:
+    """Key of the mirrored digest of an instance's cached blocks."""
+    return f"{cluster_prefix(cluster)}kv/{name}"

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
+import msgspec
 import structlog
 
 from xllm.config.exposure import check_exposure
@@ -23,7 +25,7 @@ from xllm.protocol.actor.reporter import LaunchReporter
 from xllm.protocol.bus import RouterPresence
 from xllm.protocol.codec import encode
 from xllm.protocol.instance import InstanceRequest
-from xllm.protocol.records import RouterRecord, router_key
+from xllm.protocol.records import LeaderRecord, RouterRecord, router_key
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.keeper import Registration
 from xllm.protocol.registry.open import open_registry
@@ -32,6 +34,7 @@ from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.pubsub import PublisherSocket
 from xllm.protocol.transport.security import Security
 from xllm.router.http.server import HttpFront
+from xllm.router.leadership.part import Leadership
 from xllm.router.membership import Membership
 from xllm.router.peers import Peers
 from xllm.router.service import RouterService
@@ -63,6 +66,7 @@ class RouterActor(Actor):
         self._registry: Registry | None = None
         self._registration: Registration | None = None
         self._http: HttpFront | None = None
+        self.leadership: Leadership | None = None
         self._seq = 0
         self.http_address = ""
 
@@ -117,6 +121,7 @@ class RouterActor(Actor):
         self._http = HttpFront(self.service, settings)
         self.http_address = await self._http.start()
         await self._register()
+        await self._run_for_leader()
         addresses = (("http", self.http_address), ("zmq", self.zmq.endpoint))
         _log.info("router_ready", http=self.http_address, zmq=self.zmq.endpoint)
         names = ", ".join(one.name for one in self.service.served)
@@ -148,6 +153,21 @@ class RouterActor(Actor):
             cluster.lease_s,
         )
         await wait_registry(cluster, self._registration.start)
+
+    async def _run_for_leader(self) -> None:
+        assert self._registry is not None
+        self.leadership = Leadership(
+            LeaderRecord(
+                name=self.name, incarnation=self.incarnation, zmq_endpoint=self.zmq.endpoint
+            ),
+            self._settings.cluster,
+            self._registry,
+            self.membership,
+            self.service,
+            self.spawn,
+        )
+        self._closers.append(self.leadership.close)
+        await self.leadership.start()
 
     def _bus_endpoint(self) -> str:
         configured = self._settings.router.bus_endpoint
@@ -186,11 +206,15 @@ class RouterActor(Actor):
             close()
 
     async def _withdraw(self, timeout_s: float) -> None:
-        """End the registration; where the registry does not answer in time, its lease will."""
-        if self._registration is None:
-            return
+        """End leadership and registration; where the registry does not answer in time, their
+        leases will."""
+        ends: list[Coroutine[Any, Any, None]] = []
+        if self.leadership is not None:
+            ends.append(self.leadership.resign())
+        if self._registration is not None:
+            ends.append(self._registration.withdraw())
         try:
-            await asyncio.wait_for(self._registration.withdraw(), max(timeout_s, LAST_WORD_S))
+            await asyncio.wait_for(asyncio.gather(*ends), max(timeout_s, LAST_WORD_S))
         except TimeoutError:
             _log.warning("withdrawal_unanswered")
 
@@ -210,6 +234,10 @@ class RouterActor(Actor):
         self._seq += 1
         inflight = tuple((one.name, one.num_inflight) for one in self.service.view)
         word = RouterPresence(self.name, self.incarnation, self._seq, inflight)
+        if self.leadership is not None:
+            self.leadership.tick()
+            epoch, roles = self.leadership.epoch, self.leadership.roles
+            word = msgspec.structs.replace(word, leader_epoch=epoch, roles=roles)
         self._bus.publish(_TOPIC, word)
 
 

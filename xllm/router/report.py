@@ -20,6 +20,8 @@ def process_list(
             incarnation=incarnation,
             state="draining" if draining else "ready",
             num_running=num_open,
+            role=_router_role(view, name),
+            epoch=_epoch(view, name),
         )
     ]
     found += [
@@ -28,6 +30,8 @@ def process_list(
             kind="router",
             incarnation=router.presence.incarnation,
             num_running=sum(count for _, count in router.presence.inflight),
+            role=_router_role(view, router_name),
+            epoch=_epoch(view, router_name),
             heartbeat_age_ms=int((now - router.heard_at) * 1000),
         )
         for router_name, router in sorted(view.routers.items())
@@ -62,6 +66,14 @@ def merged_metrics(view: ClusterView, name: str, own: bytes) -> bytes:
         for daemon, seen in view.daemons.items()
     ]
     return merge_texts(texts)
+
+
+def _router_role(view: ClusterView, name: str) -> str:
+    return "leader" if view.standing.leader == name else ""
+
+
+def _epoch(view: ClusterView, name: str) -> int:
+    return view.standing.epoch if view.standing.leader == name else 0
 
 
 def _daemon(name: str, daemon: DaemonView, now: float) -> ProcessStatus:

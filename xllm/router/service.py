@@ -34,6 +34,7 @@ from xllm.router.dispatcher import Dispatcher
 from xllm.router.effort import LONG_IDS, is_long_talk, is_long_text
 from xllm.router.front import Sink, Tenant
 from xllm.router.inflight import InstanceLinks
+from xllm.router.leadership.objectives import LiveObjectives
 from xllm.router.metrics import RouterMetrics
 from xllm.router.models import ServedModels
 from xllm.router.placement import Placement
@@ -48,6 +49,8 @@ from xllm.router.text.pool import TextPool
 from xllm.router.view import ClusterView, ViewChange
 
 _log = structlog.get_logger("router")
+STALL_S = 1.0
+"""A loop that has not turned for so long serves nobody in time."""
 
 
 class RouterService:
@@ -82,6 +85,10 @@ class RouterService:
         self.prober = Prober(lambda instance, message: _ignore(links.send(instance, message)))
         self.sleeping = SleepSetter(self.served, self.view, links.send)
         self._pool = TextPool()
+        self.objectives = LiveObjectives()
+        self.complaints: list[Callable[[], tuple[str, ...]]] = []
+        """What further parts find amiss, for health reports."""
+        self._ticked_at = 0.0
         self.registry_degraded = False
         """Set by the actor: the registry does not answer."""
         self.submission = Submission(
@@ -96,7 +103,7 @@ class RouterService:
         Never raises for a fault of the request: `sink` gets deltas (where `request.stream`; the
         last one of each choice has its `finish_reason`), then exactly one RequestFinished or
         RequestFailed, possibly before this returns."""
-        return self.submission.submit(request, tenant, sink)
+        return self.submission.submit(self.objectives.fill(request), tenant, sink)
 
     def abort(self, request_id: str) -> None:
         """Stop a request: its sink gets RequestFailed with code `aborted`. Unknown: ignored."""
@@ -156,7 +163,7 @@ class RouterService:
 
     def tick(self) -> ViewChange:
         """Several times a second; what that changed is for `dispatcher.changed`."""
-        now = self._clock()
+        now = self._ticked_at = self._clock()
         self.dispatcher.tick(now)
         return self.view.tick(now)
 
@@ -191,13 +198,18 @@ class RouterService:
         return self.served.find(model).text.token_bytes(token_id)
 
     async def health(self, probe: bool) -> HealthReport:
-        """`live`: this process works. `ready`: an instance of each model that is awake is; with
-        `probe`, one answered through its worker within 1 s."""
+        """`live`: this process works. `ready`: an instance of each model that is awake is, and
+        this loop turns; with `probe`, one answered through its worker within 1 s."""
         usable = self.served.usable_instances()
-        ready = self.served.are_ready() and not self.draining
+        stood_s = self._clock() - self._ticked_at if self._ticked_at else 0.0
+        ready = self.served.are_ready() and not self.draining and stood_s < STALL_S
         if ready and probe:
             ready = await self.prober.probe(usable)
         degraded = degraded_parts(self.view, self.registry_degraded, self.draining)
+        if stood_s >= STALL_S:
+            degraded += (f"this router's loop stood still for {stood_s:.1f} s",)
+        for complain in self.complaints:
+            degraded += complain()
         if usable and probe and not ready and not self.draining:
             degraded = (*degraded, "no instance answered within 1 s")
         return HealthReport(id=0, live=True, ready=ready, degraded=degraded, version=__version__)

@@ -21,6 +21,7 @@ from xllm.protocol.bus import (
     WorkerState,
 )
 from xllm.protocol.records import InstanceRecord
+from xllm.router.leadership.standing import Standing
 
 MISSED_HEARTBEATS = 3
 
@@ -97,6 +98,8 @@ class ClusterView:
         self._instances: dict[str, InstanceView] = {}
         self._daemons: dict[str, DaemonView] = {}
         self._routers: dict[str, RouterView] = {}
+        self.standing = Standing()
+        """Who leads."""
         self._ticked_at = 0.0
         self._usable: dict[str, tuple[InstanceView, ...]] = {}
         """By model; made anew after each change."""
@@ -210,7 +213,8 @@ class ClusterView:
         self._daemons[word.publisher] = DaemonView(word, now)
 
     def router_presence(self, word: RouterPresence, now: float) -> None:
-        """Another router speaks."""
+        """Another router speaks; what a replaced leader says of its leadership is ignored."""
+        self.standing.heard(word)
         self._routers[word.publisher] = RouterView(word, now)
 
     def publisher_gone(self, name: str) -> None:

@@ -1,0 +1,201 @@
+"""What the leader decides and what everybody believes of it, without sockets: the role table, the
+mirror, live objectives, standings."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xllm.errors import InvalidRequestError
+from xllm.protocol.bus import InstanceHeartbeat, InstanceLoad, RouterPresence
+from xllm.protocol.client import SubmitRequest
+from xllm.protocol.records import experts_key, load_key
+from xllm.protocol.registry.interface import MAX_GUARDED_WRITES
+from xllm.router.leadership.mirror import MAX_EXPERTS_BYTES, Mirror
+from xllm.router.leadership.objectives import LiveObjectives, read_objectives
+from xllm.router.leadership.roles import MAX_ROWS, TELL_AGAIN_S, RoleTable, decode_roles
+from xllm.router.leadership.standing import Standing
+
+# -- roles ---------------------------------------------------------------------------------------
+
+
+def test_everybody_is_told_once_a_term_and_again_where_it_did_not_help():
+    table = RoleTable()
+    table.begin(b'{"a": "prefill"}')
+    there = [("a", "1", "both"), ("b", "1", "both")]
+    assert table.due(there, 0.0) == [("a", "prefill"), ("b", "both")]
+    for name, role in table.due(there, 0.0):
+        table.told(name, "1", role, 0.0)
+    assert table.due(there, TELL_AGAIN_S / 2) == []
+    assert table.due(there, TELL_AGAIN_S) == [("a", "prefill")]
+    there[0] = ("a", "1", "prefill")
+    assert table.due(there, 100.0) == []
+    there[1] = ("b", "2", "both")  # another incarnation heard nothing yet
+    assert table.due(there, 100.0) == [("b", "both")]
+    table.begin(table.encode())
+    assert len(table.due(there, 100.0)) == 2, "a new epoch is told to all"
+
+
+def test_a_table_is_written_until_the_registry_has_it():
+    table = RoleTable()
+    table.begin(b"")
+    table.registered("a")
+    table.registered("a")
+    assert table.is_changed
+    old = table.encode()
+    table.assign("a", "decode")
+    table.written(old)
+    assert table.is_changed, "what was written is older"
+    table.written(table.encode())
+    assert not table.is_changed
+    table.assign("a", "decode")
+    assert not table.is_changed
+    assert decode_roles(table.encode()) == {"a": "decode"}
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "param"),
+    [
+        ("", "both", "instance"),
+        ("a" * 201, "both", "instance"),
+        ("a", "boss", "role"),
+        ("a", "", "role"),
+    ],
+)
+def test_rows_are_bounded(name, role, param):
+    table = RoleTable()
+    with pytest.raises(InvalidRequestError) as caught:
+        table.assign(name, role)
+    assert caught.value.param == param
+    assert table.rows == ()
+
+
+def test_a_full_table_takes_no_more_rows():
+    table = RoleTable()
+    for number in range(MAX_ROWS + 5):
+        table.registered(f"i{number}")
+    assert len(table.rows) == MAX_ROWS
+    with pytest.raises(InvalidRequestError, match=str(MAX_ROWS)):
+        table.assign("more", "both")
+
+
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_any_value_is_a_table_or_an_error(value):
+    table = RoleTable()
+    table.begin(b'{"a": "decode"}')
+    before = table.rows
+    try:
+        table.begin(value)
+    except InvalidRequestError:
+        assert table.rows == before
+
+
+# -- the mirror ----------------------------------------------------------------------------------
+
+
+def beat(name, seq=1, running=0, experts=b""):
+    load = InstanceLoad(num_running=running)
+    return InstanceHeartbeat(name, "1", seq, "ready", load=load, expert_load=experts)
+
+
+def test_only_what_changed_is_written_and_what_is_gone_is_deleted():
+    mirror = Mirror("c")
+    mirror.begin([load_key("c", "dead"), experts_key("c", "dead")])
+    mirror.heard(beat("a"))
+    puts, deletes = mirror.batch(["a"])
+    assert [key for key, _ in puts] == [load_key("c", "a")]
+    assert msgspec.json.decode(puts[0][1])["state"] == "ready"
+    assert set(deletes) == {load_key("c", "dead"), experts_key("c", "dead")}
+    assert mirror.batch(["a"]) == (puts, deletes), "until it is known to be done"
+    mirror.wrote(puts, deletes, 1.0)
+    mirror.heard(beat("a", seq=2))
+    assert mirror.batch(["a"]) == ([], [])
+    mirror.heard(beat("a", seq=3, running=1, experts=b"x" * MAX_EXPERTS_BYTES))
+    puts, deletes = mirror.batch(["a"])
+    assert [key for key, _ in puts] == [experts_key("c", "a"), load_key("c", "a")]
+    mirror.wrote(puts, deletes, 2.0)
+    puts, deletes = mirror.batch([])
+    assert puts == []
+    assert set(deletes) == {load_key("c", "a"), experts_key("c", "a")}
+
+
+def test_a_report_that_is_too_large_is_counted_and_left_out():
+    mirror = Mirror("c")
+    mirror.heard(beat("a", experts=b"x" * (MAX_EXPERTS_BYTES + 1)))
+    assert [key for key, _ in mirror.batch(["a"])[0]] == [load_key("c", "a")]
+    assert mirror.num_oversized == 1
+
+
+def test_batches_are_bounded_and_everybody_has_a_turn():
+    mirror = Mirror("c")
+    names = [f"i{number:03}" for number in range(3 * MAX_GUARDED_WRITES)]
+    mirror.begin([load_key("c", f"dead{number}") for number in range(MAX_GUARDED_WRITES + 8)])
+    left = {load_key("c", name) for name in names}
+    for turn in range(1, 6):
+        for name in names:
+            mirror.heard(beat(name, seq=turn, running=turn))
+        puts, deletes = mirror.batch(names)
+        assert 0 < len(puts) + len(deletes) <= MAX_GUARDED_WRITES
+        mirror.wrote(puts, deletes, float(turn))
+        left -= {key for key, _ in puts}
+    assert left == set()
+
+
+# -- objectives ----------------------------------------------------------------------------------
+
+
+def test_objectives_fill_what_a_request_leaves_open():
+    live = LiveObjectives()
+    request = SubmitRequest(id=1, prompt="x", tpot_ms=7)
+    assert live.fill(request) is request
+    live.changed(b'{"ttft_ms": 500, "tpot_ms": 50}')
+    filled = live.fill(request)
+    assert (filled.ttft_ms, filled.tpot_ms) == (500, 7)
+    vector = SubmitRequest(id=1, prompt="x", embed=True)
+    assert live.fill(vector) is vector
+    live.changed(None)
+    assert live.fill(request) is request
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b"[]",
+        b"fast",
+        b"\xff",
+        b'{"ttft_ms": -1}',
+        b'{"tpot_ms": 3600001}',
+        b'{"ttft": 5}',
+        b'{"ttft_ms": 1.5}',
+        b'{"ttft_ms": "5"}',
+    ],
+)
+def test_bad_objectives_change_nothing(value):
+    live = LiveObjectives()
+    live.changed(b'{"ttft_ms": 500}')
+    with pytest.raises(InvalidRequestError, match="slo"):
+        live.changed(value)
+    assert live.now == read_objectives(b'{"ttft_ms": 500}')
+
+
+# -- standings -----------------------------------------------------------------------------------
+
+
+def test_a_lower_epoch_is_ignored_and_counted():
+    standing = Standing()
+    standing.elected("a", 10, "tcp://a")
+    roles = (("i", "both"),)
+    assert standing.heard(RouterPresence("b", "1", 1, (), 11, roles))
+    assert (standing.leader, standing.epoch, standing.roles) == ("b", 11, roles)
+    assert standing.address == ""
+    standing.elected("b", 11, "tcp://b")
+    assert not standing.heard(RouterPresence("a", "1", 1, (), 10, (("i", "decode"),)))
+    standing.elected("a", 10, "tcp://a")
+    assert (standing.leader, standing.address, standing.roles) == ("b", "tcp://b", roles)
+    assert standing.num_stale == 1
+    assert standing.heard(RouterPresence("c", "1", 1))
+    standing.vacant()
+    assert (standing.leader, standing.epoch) == ("", 11)

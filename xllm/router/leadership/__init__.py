@@ -1,0 +1,1 @@
+"""One router leads: the election, and what only the leader does."""

@@ -1,0 +1,61 @@
+"""Objectives that hold for requests that name none, and can be changed while routers run. Pure.
+
+The registry's key `slo` holds them as a JSON object, {"ttft_ms": 500, "tpot_ms": 50}; every router
+watches it. A value that is out of bounds changes nothing.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from xllm.errors import InvalidRequestError
+from xllm.protocol.client import SubmitRequest
+from xllm.router.validation import MAX_OBJECTIVE_MS
+
+
+class ServiceObjectives(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Milliseconds to the first token and between later ones; 0: the instance's own setting."""
+
+    ttft_ms: int = 0
+    tpot_ms: int = 0
+
+
+def read_objectives(value: bytes) -> ServiceObjectives:
+    """The objectives of a registry's value; InvalidRequestError naming field and bound."""
+    try:
+        found = msgspec.json.decode(value, type=ServiceObjectives)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"slo: {error}", param="slo") from error
+    for param, objective in (("ttft_ms", found.ttft_ms), ("tpot_ms", found.tpot_ms)):
+        if not 0 <= objective <= MAX_OBJECTIVE_MS:
+            raise InvalidRequestError(
+                f"slo: {param} must be from 0 to {MAX_OBJECTIVE_MS}, not {objective}", param=param
+            )
+    return found
+
+
+class LiveObjectives:
+    """What is in force at one router."""
+
+    def __init__(self) -> None:
+        self._now = ServiceObjectives()
+
+    @property
+    def now(self) -> ServiceObjectives:
+        """In force now."""
+        return self._now
+
+    def changed(self, value: bytes | None) -> None:
+        """The key was written, or (None) is gone. InvalidRequestError changes nothing."""
+        self._now = read_objectives(value) if value is not None else ServiceObjectives()
+
+    def fill(self, request: SubmitRequest) -> SubmitRequest:
+        """The request with these objectives where it has none of its own."""
+        now = self._now
+        if request.embed or not (now.ttft_ms or now.tpot_ms):
+            return request
+        return msgspec.structs.replace(
+            request,
+            ttft_ms=request.ttft_ms or now.ttft_ms,
+            tpot_ms=request.tpot_ms or now.tpot_ms,
+        )

@@ -1,0 +1,134 @@
+"""The leader's duties while it leads: roles are told, loads are mirrored into the registry.
+
+A shell around `roles` and `mirror`: `tick` runs each heartbeat, writes go out once a second, in one
+guarded transaction. Invariant: nothing is sent or written unless the candidate says, just before,
+that it leads; and what is written only takes effect while the registry agrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from xllm.errors import InvalidRequestError, XllmError
+from xllm.protocol.bus import InstanceHeartbeat
+from xllm.protocol.instance import AssignRole
+from xllm.protocol.records import cluster_prefix, leader_key, roles_key
+from xllm.protocol.registry.interface import MAX_GUARDED_WRITES, Registry
+from xllm.router.leadership.candidate import Candidate
+from xllm.router.leadership.mirror import MIRRORED, Mirror
+from xllm.router.leadership.roles import RoleTable
+from xllm.router.view import ClusterView
+
+_log = structlog.get_logger("leadership")
+
+WRITE_PERIOD_S = 1.0
+
+
+class Office:
+    """What one router does whenever it leads. `send(instance, message)`: whether it could be
+    reached; `spawn` runs a coroutine."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        cluster: str,
+        candidate: Candidate,
+        view: ClusterView,
+        send: Callable[[str, AssignRole], bool],
+        spawn: Callable[[Coroutine[Any, Any, None]], Any],
+    ) -> None:
+        self.roles = RoleTable()
+        self.mirror = Mirror(cluster)
+        self.num_writes = 0
+        self._registry = registry
+        self._cluster = cluster
+        self._candidate = candidate
+        self._view = view
+        self._send = send
+        self._spawn = spawn
+        self._epoch = 0
+        """For which the table and the mirrored keys were read; 0: none."""
+        self._is_busy = False
+        self._wrote_at = 0.0
+        self._is_failing = False
+
+    def heard(self, word: InstanceHeartbeat) -> None:
+        """An instance speaks. Every router keeps its last word, so as to know when it leads."""
+        self.mirror.heard(word)
+
+    def tick(self, now: float) -> None:
+        """Each heartbeat."""
+        epoch = self._candidate.epoch
+        if not epoch:
+            self._epoch = 0
+            return
+        if self._epoch == epoch:
+            for one in self._view:
+                if not one.leaving:
+                    self.roles.registered(one.name)
+            self._tell_roles(epoch, now)
+        if not self._is_busy and (
+            self._epoch != epoch or self.roles.is_changed or now >= self._wrote_at + WRITE_PERIOD_S
+        ):
+            self._is_busy = True
+            self._wrote_at = now
+            self._spawn(self._work(epoch, now))
+
+    def _tell_roles(self, epoch: int, now: float) -> None:
+        reachable = [
+            (one.name, one.record.incarnation, one.role) for one in self._view if one.connected
+        ]
+        for name, role in self.roles.due(reachable, now):
+            one = self._view.get(name)
+            if one is not None and self._send(name, AssignRole(role, epoch)):
+                self.roles.told(name, one.record.incarnation, role, now)
+
+    async def _work(self, epoch: int, now: float) -> None:
+        """Read what the leader before has left, once; then write what changed."""
+        try:
+            if self._epoch != epoch:
+                await self._read(epoch)
+            else:
+                await self._write(epoch, now)
+            self._is_failing = False
+        except XllmError as error:
+            if not self._is_failing:
+                _log.warning("leader_write_failed", epoch=epoch, error=error.message)
+            self._is_failing = True
+        finally:
+            self._is_busy = False
+
+    async def _read(self, epoch: int) -> None:
+        standing: list[str] = []
+        for kind in MIRRORED:
+            listing = await self._registry.list(f"{cluster_prefix(self._cluster)}{kind}/")
+            standing += [entry.key for entry in listing.entries]
+        entry = await self._registry.get(roles_key(self._cluster))
+        try:
+            self.roles.begin(entry.value if entry is not None else b"")
+        except InvalidRequestError as error:
+            _log.error("bad_role_table", error=error.message)
+        self.mirror.begin(standing)
+        self._epoch = epoch
+
+    async def _write(self, epoch: int, now: float) -> None:
+        names = {one.name for one in self._view}
+        puts, deletes = self.mirror.batch(names)
+        mirrored = puts[: MAX_GUARDED_WRITES - 1 - len(deletes)] if self.roles.is_changed else puts
+        table = self.roles.encode()
+        roles = [(roles_key(self._cluster), table)] if self.roles.is_changed else []
+        if not roles and not mirrored and not deletes:
+            return
+        done = await self._registry.write_guarded(
+            leader_key(self._cluster), epoch, [*roles, *mirrored], deletes
+        )
+        if not done:
+            self._candidate.disproved(epoch)
+            return
+        self.num_writes += 1
+        self.mirror.wrote(mirrored, deletes, now)
+        if roles:
+            self.roles.written(table)

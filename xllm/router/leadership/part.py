@@ -1,0 +1,205 @@
+"""Leadership as a part of a router: it runs for leader, does a leader's duties while it leads, and
+knows who leads else.
+
+A shell that ties the candidate, the office, the live objectives and the router's view together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any
+
+import structlog
+
+from xllm.config.settings import ClusterSettings
+from xllm.errors import BadMessageError, InvalidRequestError, UnavailableError
+from xllm.protocol.bus import BusMessage, InstanceHeartbeat, RouterPresence
+from xllm.protocol.codec import Decoder, encode
+from xllm.protocol.instance import EpochRefused
+from xllm.protocol.records import InstanceRecord, LeaderRecord, leader_key, slo_key
+from xllm.protocol.registry.interface import Registry
+from xllm.protocol.registry.waiting import wait_registry
+from xllm.protocol.registry_wire import Change, Entry
+from xllm.router.leadership.candidate import Candidate, boot_clock
+from xllm.router.leadership.figures import LeadershipFigures
+from xllm.router.leadership.office import Office
+from xllm.router.leadership.roles import check_row
+from xllm.router.membership import Membership, MembershipListener
+from xllm.router.service import RouterService
+
+_log = structlog.get_logger("leadership")
+
+ELECTION_S = 1.5
+"""What an election may take after the end of the last leader's lease."""
+RESIGN_S = 1.0
+"""How long the registry gets to take a resignation; else the lease ends by itself."""
+
+
+class Leadership(MembershipListener):
+    """One router's. `record`: what its entry says where it leads; `spawn` runs a coroutine."""
+
+    def __init__(
+        self,
+        record: LeaderRecord,
+        cluster: ClusterSettings,
+        registry: Registry,
+        membership: Membership,
+        service: RouterService,
+        spawn: Callable[[Coroutine[Any, Any, None]], Any],
+        clock: Callable[[], float] = boot_clock,
+    ) -> None:
+        self._record = record
+        self._cluster = cluster
+        self._registry = registry
+        self._service = service
+        self._clock = clock
+        self._standing = service.view.standing
+        self._decoder: Decoder[LeaderRecord] = Decoder(LeaderRecord)
+        self._entry: Entry | None = None
+        self._was_epoch = 0
+        self._led_at = clock()
+        self._candidate = Candidate(
+            registry,
+            leader_key(cluster.name),
+            encode(record),
+            cluster.lease_s,
+            self._changed,
+            spawn,
+            clock,
+        )
+        self.office = Office(
+            registry, cluster.name, self._candidate, service.view, membership.send, spawn
+        )
+        self.figures = LeadershipFigures(
+            service.registry, self._standing, self.office, lambda: self.epoch
+        )
+        membership.listeners.append(self)
+        membership.answers(EpochRefused, self._refused)
+        service.complaints.append(self.complaints)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch while this router leads for certain, else 0."""
+        return self._candidate.epoch
+
+    @property
+    def roles(self) -> tuple[tuple[str, str], ...]:
+        """The role table, while this router leads."""
+        return self.office.roles.rows if self.epoch else ()
+
+    async def start(self) -> None:
+        """Watch the live objectives, and run for leader."""
+        watch_slo = partial(self._registry.watch, slo_key(self._cluster.name), self._slo_changed)
+        await wait_registry(self._cluster, watch_slo)
+        await wait_registry(self._cluster, self._candidate.start)
+
+    def tick(self) -> None:
+        """Each heartbeat."""
+        now = self._clock()
+        self._candidate.tick()
+        self._candidate.outbid(self._standing.epoch)
+        if self._standing.leader:
+            self._led_at = now
+        self.office.tick(now)
+
+    async def resign(self) -> None:
+        """Let another lead at once; returns when the registry knows, or does not answer."""
+        try:
+            async with asyncio.timeout(RESIGN_S):
+                await self._candidate.resign()
+        except TimeoutError:
+            _log.warning("resignation_unanswered")
+
+    def close(self) -> None:
+        """Run no more; a lease that stands is left to lapse."""
+        self._candidate.close()
+
+    def assign(self, instance: str, role: str) -> None:
+        """Give an instance a role, from the next heartbeat on. UnavailableError, saying who leads,
+        where this router does not; InvalidRequestError for another role or instance."""
+        check_row(instance, role)
+        if not self.epoch:
+            where = f"{self._standing.leader} at {self._standing.address}"
+            who = f"{where} leads: ask there" if self._standing.leader else "no leader is known"
+            raise UnavailableError(f"this router does not lead; {who}")
+        if self._service.view.get(instance) is None:
+            raise InvalidRequestError(f"no instance {instance[:80]!r} is there", param="instance")
+        self.office.roles.assign(instance, role)
+        self.office.tick(self._clock())
+
+    def complaints(self) -> tuple[str, ...]:
+        """What is amiss, for health reports."""
+        silent_s = self._clock() - self._led_at
+        if self._standing.leader or silent_s < self._cluster.lease_s + ELECTION_S:
+            return ()
+        return ("no router leads the cluster",)
+
+    # -- MembershipListener --------------------------------------------------------------------
+
+    def instance_registered(self, record: InstanceRecord) -> None:
+        """Another incarnation was told nothing yet."""
+        self.office.roles.gone(record.name)
+
+    def instance_connected(self, name: str) -> None:
+        """What was sent over the connection before may be lost."""
+        self.office.roles.gone(name)
+
+    def instance_gone(self, name: str) -> None:
+        """It will be told again if it comes back."""
+        self.office.roles.gone(name)
+
+    def heard(self, message: BusMessage) -> None:
+        """Loads are kept; a higher epoch ends a lower one."""
+        if isinstance(message, InstanceHeartbeat):
+            self.office.heard(message)
+        elif isinstance(message, RouterPresence):
+            self._candidate.outbid(self._standing.epoch)
+
+    # -- what happens --------------------------------------------------------------------------
+
+    def _changed(self) -> None:
+        """This router begins or ceases to lead, or the leader key changed."""
+        entry = self._candidate.entry
+        if entry is not self._entry:
+            self._entry = entry
+            self._name_leader(entry)
+        epoch = self._candidate.epoch
+        if epoch != self._was_epoch:
+            if epoch:
+                self.figures.num_terms += 1
+                _log.info("leadership_begins", epoch=epoch)
+            else:
+                _log.warning("leadership_ends", epoch=self._was_epoch)
+            self._was_epoch = epoch
+
+    def _name_leader(self, entry: Entry | None) -> None:
+        if entry is None:
+            self._standing.vacant()
+            return
+        try:
+            record = self._decoder.decode(entry.value)
+        except BadMessageError as error:
+            _log.error("bad_record", key=entry.key, error=error.message)
+            return
+        self._standing.elected(record.name, entry.create_revision, record.zmq_endpoint)
+
+    def _refused(self, instance: str, word: EpochRefused) -> None:
+        """An instance knows a higher epoch than a command of ours had."""
+        self.figures.num_refused += 1
+        _log.warning("epoch_refused", instance=instance, epoch=word.epoch, highest=word.highest)
+        self._candidate.outbid(word.highest)
+
+    def _slo_changed(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            if change.key != slo_key(self._cluster.name):
+                continue
+            value = change.entry.value if change.entry is not None else None
+            objectives = self._service.objectives
+            try:
+                objectives.changed(value)
+            except InvalidRequestError as error:
+                _log.error("bad_slo", error=error.message, kept=str(objectives.now))
+            else:
+                _log.info("slo_changed", slo=str(objectives.now))

@@ -1,0 +1,45 @@
+"""Who leads, as far as this router knows: from the registry's key, and from what routers say. Pure.
+
+Invariant: `epoch` only grows. What is said under a lower one is counted and changes nothing.
+"""
+
+from __future__ import annotations
+
+from xllm.protocol.bus import RouterPresence
+
+
+class Standing:
+    """The cluster's leader, seen from one router."""
+
+    def __init__(self) -> None:
+        self.leader = ""
+        """Its name; "": none is known."""
+        self.address = ""
+        """Its ZeroMQ endpoint, where the registry told it."""
+        self.epoch = 0
+        """The highest one heard of, of a leader that may be gone."""
+        self.roles: tuple[tuple[str, str], ...] = ()
+        """The leader's table, (instance, role), as it last said."""
+        self.num_stale = 0
+        """Words of replaced leaders that were ignored."""
+
+    def elected(self, leader: str, epoch: int, address: str) -> None:
+        """The registry's key names a leader."""
+        if epoch >= self.epoch:
+            self.leader, self.epoch, self.address = leader, epoch, address
+
+    def vacant(self) -> None:
+        """The registry's key is gone."""
+        self.leader = self.address = ""
+
+    def heard(self, word: RouterPresence) -> bool:
+        """A router speaks: whether to believe what it says of its leadership."""
+        if not word.leader_epoch:
+            return True
+        if word.leader_epoch < self.epoch:
+            self.num_stale += 1
+            return False
+        if word.leader_epoch > self.epoch:
+            self.address = ""
+        self.leader, self.epoch, self.roles = word.publisher, word.leader_epoch, word.roles
+        return True
