@@ -34,12 +34,16 @@ class PlannedChild:
         return self.spec.name
 
 
+Plan = Callable[[Settings, str], list[PlannedChild]]
+"""Makes the processes from settings and a run directory."""
+
+
 def plan_children(settings: Settings, run_dir: str) -> list[PlannedChild]:
     """The processes of a service whose launcher listens in `run_dir`; the slowest start first."""
     cluster = dataclasses.replace(
         settings.cluster,
         run_dir=run_dir,
-        registry=f"ipc://{run_dir}/registry",
+        registry=settings.cluster.registry or f"ipc://{run_dir}/registry",
         launcher=f"ipc://{run_dir}/launch",
     )
     base = dataclasses.replace(settings, cluster=cluster, worker=share_cores(settings))
@@ -88,9 +92,7 @@ def keep_ports(router: PlannedChild, addresses: ServiceAddresses) -> PlannedChil
     known = router.settings.router
     http, zmq = _port(addresses.http), _port(addresses.zmq)
     own = dataclasses.replace(known, port=http or known.port, zmq_port=zmq or known.zmq_port)
-    settings = dataclasses.replace(router.settings, router=own)
-    spec = dataclasses.replace(router.spec, args=(encode_settings(settings),))
-    return PlannedChild(router.kind, spec, settings)
+    return with_settings(router, dataclasses.replace(router.settings, router=own))
 
 
 def _port(address: str) -> int:
@@ -141,6 +143,12 @@ def announcement(
         lines.append(f"    -d '{json.dumps({'model': models[0], **what})}'")
     lines.append("Ctrl-C stops")
     return lines
+
+
+def with_settings(child: PlannedChild, settings: Settings) -> PlannedChild:
+    """The same child with other settings."""
+    spec = dataclasses.replace(child.spec, args=(encode_settings(settings),))
+    return PlannedChild(child.kind, spec, settings)
 
 
 def _child(

@@ -1,7 +1,7 @@
 """`xllm serve`'s own process: starts the others, watches them, ends them in order.
 
-Owns the run directory, the embedded registry and the children. It carries no request: when it
-hangs, the service goes on; when it dies, everything ends with it.
+Owns the run directory, the children, and the embedded registry where no other one was named. It
+carries no request: when it hangs, the service goes on; when it dies, everything ends with it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import Callable
 
-from xllm.cli.launch_plan import PlannedChild, announcement, keep_ports, plan_children
+from xllm.cli.launch_plan import Plan, PlannedChild, announcement, keep_ports, plan_children
 from xllm.cli.screen import LaunchScreen
 from xllm.cli.shared_port import SharedPort
 from xllm.cli.startup import ServiceAddresses, Startup
@@ -54,7 +53,7 @@ class LaunchedService(Actor):
         self,
         settings: Settings,
         screen: LaunchScreen,
-        plan: Callable[[Settings, str], list[PlannedChild]] = plan_children,
+        plan: Plan = plan_children,
     ) -> None:
         super().__init__("launcher")
         self._plan = plan
@@ -87,7 +86,9 @@ class LaunchedService(Actor):
     async def start(self) -> None:
         """Make the run directory, the registry and the children; all of them start at once."""
         self._directory = RunDirectory(self._settings.cluster.run_dir or runtime_base())
-        self._registry = EmbeddedRegistryServer(self.transport, self._directory.ipc("registry"))
+        if not self._settings.cluster.registry:
+            where = self._directory.ipc("registry")
+            self._registry = EmbeddedRegistryServer(self.transport, where)
         self._reports = RouterSocket(
             self.transport,
             self._directory.ipc("launch"),

@@ -47,6 +47,9 @@ COMMANDS: dict[str, CommandEntry] = {
     "bench": CommandEntry(
         "xllm.cli.bench.command", "bench", "Measure endpoints, models, this machine."
     ),
+    "chaos": CommandEntry(
+        "xllm.cli.chaos.command", "chaos", "Break a local cluster under load; count its tokens."
+    ),
     "version": CommandEntry("xllm.cli.version", "version", "Show versions."),
 }
 

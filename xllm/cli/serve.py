@@ -12,6 +12,7 @@ import socket
 import click
 
 from xllm.cli.flags import settings_options
+from xllm.cli.launch_plan import Plan, plan_children
 from xllm.cli.model_source import resolve_models
 from xllm.cli.preflight import check_device, check_model_files, check_settings
 from xllm.config.models import each_model
@@ -27,7 +28,8 @@ SECTIONS = ("model", "router", "serve", "worker", "scheduler", "master", "kvcach
 def serve(model: str, settings: Settings) -> int:
     """Serve a model on this machine: router, masters, workers and KV cache daemon, with an
     OpenAI-compatible HTTP endpoint and a ZeroMQ one. MODEL, or --model, is its directory; without
-    either, the demo model; further models by --more-models."""
+    either, the demo model; further models by --more-models. The registry is one of its own, or
+    the one that --registry names."""
     if model:
         if settings.model.path not in ("", model):
             raise ConfigError(
@@ -37,11 +39,6 @@ def serve(model: str, settings: Settings) -> int:
             )
         own = dataclasses.replace(settings.model, path=model)
         settings = dataclasses.replace(settings, model=own)
-    if settings.cluster.registry:
-        raise ConfigError(
-            "serve brings a registry of its own: --cluster-registry belongs to single roles",
-            param="cluster.registry",
-        )
     check_settings(settings)
     check_device(settings)
     settings = resolve_models(settings)
@@ -54,18 +51,18 @@ def serve(model: str, settings: Settings) -> int:
     return run_launcher(settings)
 
 
-def run_launcher(settings: Settings) -> int:
-    """Run the service to its end; returns the exit code."""
+def run_launcher(settings: Settings, plan: Plan = plan_children) -> int:
+    """Run the service to its end; returns the exit code. `plan` says which processes it has."""
     import uvloop
 
     from xllm.protocol.actor.process_limits import set_process_limits
 
     set_process_limits()  # its children inherit them
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_main(settings))
+        return runner.run(_main(settings, plan))
 
 
-async def _main(settings: Settings) -> int:
+async def _main(settings: Settings, plan: Plan) -> int:
     from xllm.cli.launcher import LaunchedService
     from xllm.cli.screen import LaunchScreen
     from xllm.protocol.actor.logs import configure_logs
@@ -77,7 +74,7 @@ async def _main(settings: Settings) -> int:
         log_format=cluster.log_format,
         log_dir=cluster.log_dir,
     )
-    service = LaunchedService(settings, LaunchScreen())
+    service = LaunchedService(settings, LaunchScreen(), plan)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, service.interrupt, number)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from xllm.config.chaos import ChaosSettings
 from xllm.config.field import setting
 from xllm.config.scheduling import FAIRNESS, PREEMPTION, STRATEGIES
 
@@ -211,6 +212,12 @@ class MasterSettings:
     bus_endpoint: str = setting(
         "", "Where heartbeats are published; empty: ipc in the run directory."
     )
+    advertised_endpoint: str = setting(
+        "",
+        "What the registry tells routers to connect to, where that is not `endpoint`: an address "
+        "in front of this one, behind which a NAT or a proxy passes connections on.",
+    )
+    advertised_bus_endpoint: str = setting("", "The same for `bus_endpoint`.")
     worker_endpoint: str = setting(
         "",
         "Where workers connect; empty: ipc in the run directory. A worker of another node adds "
@@ -335,3 +342,4 @@ class Settings:
     worker: WorkerSettings = WorkerSettings()
     kvcache: KvCacheSettings = KvCacheSettings()
     serve: ServeSettings = ServeSettings()
+    chaos: ChaosSettings = dataclasses.field(default_factory=ChaosSettings)

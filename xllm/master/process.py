@@ -15,5 +15,9 @@ def main(settings: bytes, worker_target: WorkerTarget | None = None) -> None:
     (masters and workers do not import each other); needed where `master.spawn_workers` is on."""
     decoded = decode_settings(settings)
     run_role(
-        "master", master_name(decoded), decoded.cluster, lambda: MasterActor(decoded, worker_target)
+        "master",
+        master_name(decoded),
+        decoded.cluster,
+        lambda: MasterActor(decoded, worker_target),
+        fault_hooks=decoded.chaos.hooks,
     )

@@ -166,13 +166,14 @@ class ServedModel:
         """What the registry says of this instance; it must be ready."""
         assert self.ready is not None
         security = self.transport.security
+        own = self.settings.master
         return make_record(
             self.ready,
             self.settings,
             name=self.name,
             incarnation=self._master.incarnation,
-            endpoint=self.conversation.endpoint,
-            bus_endpoint=self.bus_endpoint,
+            endpoint=own.advertised_endpoint or self.conversation.endpoint,
+            bus_endpoint=own.advertised_bus_endpoint or self.bus_endpoint,
             public_key=security.public_key if security is not None else "",
         )
 

@@ -10,4 +10,10 @@ from xllm.router.actor import RouterActor, router_name
 def main(settings: bytes) -> None:
     """Run one router to its end; `settings` as `encode_settings` wrote them. Never returns."""
     decoded = decode_settings(settings)
-    run_role("router", router_name(decoded), decoded.cluster, lambda: RouterActor(decoded))
+    run_role(
+        "router",
+        router_name(decoded),
+        decoded.cluster,
+        lambda: RouterActor(decoded),
+        fault_hooks=decoded.chaos.hooks,
+    )

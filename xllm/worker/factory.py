@@ -16,8 +16,9 @@ def make_executor(settings: Settings) -> Executor:
     several."""
     if settings.worker.engine == "toy":
         from xllm.worker.toy.executor import make_toy_models
+        from xllm.worker.toy.faults import parse_faults
 
-        return make_toy_models(settings)
+        return make_toy_models(settings, parse_faults(settings.chaos.toy_faults))
     from xllm.worker.execution.native import make_hosted_executor, make_native_executor
     from xllm.worker.memory.sharing import SharedPages
 

@@ -14,5 +14,9 @@ def main(settings: bytes) -> None:
     prepare_environment()
     decoded = decode_settings(settings)
     run_role(
-        "worker", worker_name(decoded), decoded.cluster, lambda: WorkerActor(decoded, make_executor)
+        "worker",
+        worker_name(decoded),
+        decoded.cluster,
+        lambda: WorkerActor(decoded, make_executor),
+        fault_hooks=decoded.chaos.hooks,
     )

@@ -32,6 +32,14 @@ class CutError(Exception):
     """The connection ended, or spoke no HTTP, before the answer was complete."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServerEvent:
+    """One event of a stream; `id` is empty where it has none."""
+
+    data: bytes
+    id: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class HttpAddress:
     """Where a server listens, and the path that its API begins with."""
@@ -141,8 +149,18 @@ class HttpStreams:
     async def post_events(self, path: str, body: bytes) -> AsyncGenerator[bytes, None]:
         """The `data` of each event of the answer to a POST. RefusedError where the server does
         not answer with success, CutError where the answer is cut, OSError where none comes."""
+        async with contextlib.aclosing(self.post_stream(path, body)) as events:
+            async for event in events:
+                yield event.data
+
+    async def post_stream(
+        self, path: str, body: bytes, last_id: str = ""
+    ) -> AsyncGenerator[ServerEvent, None]:
+        """The same with the id of each event. `last_id`: of the last one that came of an answer
+        that was cut, to go on from there."""
+        last = f"Last-Event-ID: {last_id}\r\n" if last_id else ""
         head = (
-            f"POST {self.address.path}{path} HTTP/1.1\r\n{self._headers}"
+            f"POST {self.address.path}{path} HTTP/1.1\r\n{self._headers}{last}"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         buffer = b""
@@ -153,10 +171,10 @@ class HttpStreams:
                     buffer = buffer.replace(b"\r\n", b"\n")
                 *events, buffer = buffer.split(b"\n\n")
                 for event in events:
-                    if data := _data_of(event):
-                        yield data
-        if data := _data_of(buffer):
-            yield data
+                    if data := _field_of(event, b"data"):
+                        yield ServerEvent(data, _field_of(event, b"id").decode("latin-1"))
+        if data := _field_of(buffer, b"data"):
+            yield ServerEvent(data, _field_of(buffer, b"id").decode("latin-1"))
 
     def close(self) -> None:
         """Close what is idle; connections in use close with their requests."""
@@ -206,7 +224,8 @@ class HttpStreams:
         return _Connection(reader, writer)
 
 
-def _data_of(event: bytes) -> bytes:
-    """The data lines of one event, joined as the standard says."""
-    lines = [line[5:].removeprefix(b" ") for line in event.split(b"\n") if line[:5] == b"data:"]
-    return b"\n".join(lines)
+def _field_of(event: bytes, name: bytes) -> bytes:
+    """The lines of one field of an event, joined as the standard says."""
+    mark = name + b":"
+    lines = [line.removeprefix(mark) for line in event.split(b"\n") if line.startswith(mark)]
+    return b"\n".join([line.removeprefix(b" ") for line in lines])

@@ -22,6 +22,7 @@ import uvloop
 from xllm.config.settings import ClusterSettings
 from xllm.errors import XllmError
 from xllm.protocol.actor.base import Actor
+from xllm.protocol.actor.fault_hooks import install_fault_hooks
 from xllm.protocol.actor.logs import LogStream, configure_logs
 from xllm.protocol.actor.process_limits import set_process_limits
 from xllm.protocol.actor.reporter import LaunchReporter
@@ -40,10 +41,22 @@ class Outcome(NamedTuple):
     reason: str = ""
 
 
-def run_role(kind: str, name: str, cluster: ClusterSettings, make: Callable[[], Actor]) -> NoReturn:
+def run_role(
+    kind: str,
+    name: str,
+    cluster: ClusterSettings,
+    make: Callable[[], Actor],
+    *,
+    fault_hooks: bool = False,
+) -> NoReturn:
     """Run a role as the whole of this process: its logs, the actor that `make` gives, its exit.
 
-    `kind` and `name` as in LaunchMessages; `cluster.launcher` hears of a failure."""
+    `kind` and `name` as in LaunchMessages; `cluster.launcher` hears of a failure. `fault_hooks`:
+    see there."""
+
+    def make_hooked() -> Actor:
+        install_fault_hooks(asyncio.get_running_loop(), name, cluster.log_dir)
+        return make()
 
     def run() -> Outcome:
         configure_logs(
@@ -52,7 +65,7 @@ def run_role(kind: str, name: str, cluster: ClusterSettings, make: Callable[[], 
             log_format=cluster.log_format,
             log_dir=cluster.log_dir,
         )
-        return run_actor(make)
+        return run_actor(make_hooked if fault_hooks else make)
 
     outcome = _outcome_of(run)
     if outcome.reason:

@@ -91,6 +91,7 @@ class ToyExecutor:
         self._rank = rank
         self._faults = faults
         self._has_faults = faults is not NO_FAULTS
+        self._extra_s = 0.0
         self._arena = arena or PageArena(num_blocks, block_size)
         self._slots = ToySlots(num_slots)
         self._sequences: dict[int, ToySequence] = {}
@@ -248,7 +249,7 @@ class ToyExecutor:
                 f"sequence {item.seq} has {len(history)} tokens, not those of [{start}, {end})"
             )
         if self._has_faults:
-            self._faults.harm(history[start:end])
+            self._extra_s += self._faults.harm(history[start:end])
         if self._memory:
             self._write(sequence, start, end)
         if item.num_samples == 0:
@@ -286,9 +287,10 @@ class ToyExecutor:
         return draw_token(page, sequence.seed, choice, position, self._ids, sequence.broken)
 
     def _rest(self, started_ns: int) -> None:
-        if self._step_s <= 0:
+        step_s, self._extra_s = self._step_s + self._extra_s, 0.0
+        if step_s <= 0:
             return
-        end = started_ns * 1e-9 + self._step_s
+        end = started_ns * 1e-9 + step_s
         while (left := end - time.perf_counter_ns() * 1e-9) > 0:
             time.sleep(min(left, SLICE_S))
             self.counter += 1

@@ -1,0 +1,118 @@
+"""The ledger and the comparison: they must find what is wrong, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xllm.cli.chaos.comparing import EQUAL, Differences, compare
+from xllm.cli.chaos.ledger import Ledger
+from xllm.cli.chaos.oracle import expected_streams
+from xllm.cli.chaos.verdict import Injection, Limits, judge, section
+from xllm.cli.model_source import demo_model_path
+from xllm.protocol.sampling import SamplingParams
+
+STREAM = tuple(range(100, 130))
+
+
+@pytest.mark.parametrize(
+    ("got", "found"),
+    [
+        (STREAM, EQUAL),
+        (STREAM[:7] + STREAM[8:], Differences(lost=1)),
+        (STREAM[:7] + STREAM[6:], Differences(duplicated=1)),
+        (STREAM[:7] + STREAM[4:7] + STREAM[7:], Differences(duplicated=3)),
+        ((*STREAM[:7], STREAM[8], STREAM[7], *STREAM[9:]), Differences(reordered=1)),
+        ((*STREAM[:7], 5, *STREAM[8:]), Differences(lost=1, foreign=1)),
+        ((*STREAM[:7], 5, *STREAM[7:]), Differences(foreign=1)),
+        ((), Differences(lost=30)),
+    ],
+)
+def test_each_kind_of_difference(got, found):
+    assert compare(STREAM, got) == found
+
+
+def test_a_failed_stream_may_stop_but_not_differ():
+    assert compare(STREAM, STREAM[:9], ended=False) == EQUAL
+    assert compare(STREAM, STREAM[1:9], ended=False)
+    assert compare(STREAM, (*STREAM, 7), ended=False) == Differences(foreign=1)
+
+
+@given(st.lists(st.integers(0, 20), max_size=40), st.lists(st.integers(0, 20), max_size=40))
+def test_only_equal_streams_are_equal(expected, got):
+    assert bool(compare(expected, got)) == (expected != got)
+    assert compare("".join(map(chr, expected)), "".join(map(chr, expected))) == EQUAL
+
+
+def test_pauses_and_moves():
+    ledger = Ledger()
+    key = ledger.opened("zmq", (STREAM,), 0.0)
+    ledger.heard(key, 0, STREAM[:10], 1.0, attempt=1)
+    ledger.heard(key, 0, STREAM[10:20], 1.05, attempt=1)
+    assert [one.key for one in ledger.streaming(10)] == [key]
+    assert ledger.streaming(11) == []
+    ledger.heard(key, 0, STREAM[20:], 1.4, attempt=2)
+    ledger.finished(key, 1.5)
+    ledger.check()
+    assert ledger.num_interrupted == 1
+    assert not ledger.differences
+    record = ledger.touching(1.2, 2.0)[0]
+    assert record.longest_pause(1.2, 2.0).length == pytest.approx(0.35)
+    assert record.longest_pause(1.41, 2.0) is None
+
+
+def test_an_open_stream_pauses_until_now():
+    ledger = Ledger()
+    key = ledger.opened("http", ("abc",), 0.0)
+    ledger.heard(key, 0, "a", 1.0)
+    assert ledger.open[key].longest_pause(2.0, 4.0).length == 3.0
+
+
+def test_words_after_the_end_are_counted():
+    ledger = Ledger()
+    key = ledger.opened("zmq", (STREAM,), 0.0)
+    ledger.failed(key, "unavailable", 1.0)
+    ledger.heard(key, 0, STREAM, 1.0)
+    ledger.finished(key, 1.0)
+    assert ledger.num_after_end == 2
+    assert ledger.failures == {"unavailable": 1}
+    ledger.check()
+
+
+def test_differing_requests_are_named():
+    ledger = Ledger()
+    for wrong in (False, True):
+        key = ledger.opened("zmq", (STREAM, STREAM), 0.0)
+        ledger.heard(key, 0, STREAM, 1.0)
+        ledger.heard(key, 1, STREAM[wrong:], 1.0)
+        ledger.finished(key, 1.0)
+    assert ledger.differing == [2]
+    assert ledger.differences == Differences(lost=1)
+
+
+def test_a_broken_promise_is_found():
+    limits = Limits(gap_p50_ms=300, gap_max_ms=1000, detect_ms=1000)
+    kept = Injection("F01", "a", 1.0, 32, gaps_s=[0.1, 0.2], longest_s=0.5, detect_s=0.01)
+    assert all(one.passed for one in judge(limits, [kept], 1.0))
+    slow = Injection("F01", "a", 1.0, 32, gaps_s=[0.5, 0.5], longest_s=1.5, detect_s=2.0)
+    assert [one.name for one in judge(limits, [slow], 1.0) if not one.passed] == [
+        "gap_p50_ms", "gap_max_ms", "detect_ms",
+    ]  # fmt: skip
+    assert all(one.passed for one in judge(limits, [slow], 3.0))
+    failing = Injection("F01", "a", 1.0, 32, failures={"unavailable": 1})
+    found = section("t", limits, [failing], 1.0)
+    assert not found["passed"]
+    assert section("t", Limits(may_fail=True), [failing], 1.0)["passed"]
+    unseen = Injection("F01", "a", 1.0, 32, broken=["nobody noticed"])
+    assert not section("t", limits, [unseen], 1.0)["passed"]
+
+
+def test_the_oracle_depends_on_all_of_a_request():
+    model = demo_model_path()
+    one = SamplingParams(max_tokens=20, temperature=1.0, seed=3, n=2)
+    streams = expected_streams(model, (40, 41, 42), one)
+    assert [len(stream) for stream in streams] == [20, 20]
+    assert streams[0] != streams[1]
+    assert streams == expected_streams(model, (40, 41, 42), one)
+    assert streams != expected_streams(model, (40, 42, 41), one)

@@ -1,0 +1,84 @@
+"""Each fault once, in clusters of real processes under load: every token is compared, and each
+fault proves that it happened and that there were streams to feel it. Times are looked at with much
+slack: this machine does other things, too."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from xllm.cli.chaos.command import choose
+from xllm.cli.chaos.options import ChaosOptions
+from xllm.cli.chaos.scenarios.table import SCENARIOS, Scenario
+from xllm.cli.chaos.session import ChaosSession
+from xllm.cli.chaos.verdict import Limits
+from xllm.errors import ConfigError
+
+pytestmark = pytest.mark.process
+
+OPTIONS = ChaosOptions(tokens=60, seconds=0, slack=20)
+
+
+def run(scenarios, options=OPTIONS):
+    session = ChaosSession(options, scenarios, lambda line: print(line, file=sys.stderr))
+    return asyncio.run(session.run()).as_json()
+
+
+def check(found, names):
+    """Nothing wrong with any token, and each fault was real."""
+    counts = {name: found[name] for name in ("lost", "duplicated", "reordered", "foreign")}
+    assert counts == dict.fromkeys(counts, 0)
+    assert (found["unended"], found["after_end"], found["leftovers"]) == (0, 0, [])
+    assert found["invalid"] == []
+    assert found["streaming_min"] >= OPTIONS.streams
+    for name in names:
+        one = found["scenarios"][name]
+        assert one["faults"] == 1, name
+        assert one["proofs"], name
+        assert one["passed"], (name, one)
+    assert found["passed"], found
+
+
+def test_faults_one_after_the_other():
+    """All on one cluster with proxies, which do nothing until told; the last one ends it."""
+    names = ["F01", "F03-kill", "F04", "F05", "F18", "F20-cut", "F26"]
+    found = run([dataclasses.replace(SCENARIOS[name], cluster="proxied") for name in names])
+    check(found, names)
+    assert found["interrupted"] >= OPTIONS.streams
+    for name in ("F01", "F03-kill", "F04", "F05", "F18"):
+        assert found["scenarios"][name]["interrupted"] > 0, name
+        assert found["scenarios"][name]["detect_ms"]["max"] > 0, name
+
+
+def test_a_fault_that_does_not_happen_proves_nothing():
+    async def act(stage):
+        await stage.wait_load()
+        injection = stage.strike("F00", "nobody", lambda: None)
+        await stage.prove(injection, "somebody is gone", lambda: False, 0.1)
+
+    found = run([Scenario("F00", "nothing", act, Limits())])
+    assert found["invalid"] == ["F00: somebody is gone did not come within 0.1 s"]
+    assert not found["valid"]
+    assert not found["passed"]
+
+
+def test_names_of_faults():
+    assert [one.name for one in choose("f03")] == ["F03-kill", "F03-segv", "F03-exit"]
+    assert len(choose("all")) == len(SCENARIOS)
+    with pytest.raises(ConfigError, match="no fault is called 'F99'"):
+        choose("F01,F99")
+
+
+def test_the_list_costs_nothing():
+    command = [sys.executable, "-m", "xllm", "chaos", "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(SCENARIOS)
+
+
+def test_the_report_is_json():
+    assert json.loads(json.dumps(run([])))["requests"] == 0

@@ -1,0 +1,35 @@
+"""What a chaos run is asked for, and what its cluster looks like."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ChaosOptions:
+    """One run. `streams`: that many are in the middle of their tokens at each fault."""
+
+    engine: str = "toy"
+    instances: int = 2
+    routers: int = 2
+    streams: int = 32
+    tokens: int = 200
+    step_ms: float = 20.0
+    """Of a toy step: each stream gets a token in that time."""
+    seconds: float = 60.0
+    registry: str = "embedded"
+    """embedded, or the address of one that runs."""
+    model: str = ""
+    """Directory or hub id; empty: the bundled demo model."""
+    seed: int = 0
+    slack: float = 1.0
+    """Bounds of times are multiplied by it: for machines that do other things, too."""
+    flags: tuple[str, ...] = ()
+    """Further flags of `xllm serve`."""
+    keep: bool = False
+    """Leave the directory with logs behind."""
+
+    @property
+    def num_loops(self) -> int:
+        """Requests kept open: some of them are between two streams at any time."""
+        return self.streams + max(4, self.streams // 4)

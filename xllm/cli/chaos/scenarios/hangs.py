@@ -1,0 +1,74 @@
+"""Processes that live and do nothing, and one that does a lot and must not be taken for dead."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from xllm.cli.chaos.processes import is_alive
+from xllm.cli.chaos.stage import LOST, Stage
+from xllm.errors import XllmError
+from xllm.protocol.actor.fault_hooks import HANG_S
+from xllm.worker.toy.faults import SLOW_S
+
+WORKER_LOST = ("worker_lost", *LOST)
+_ANSWER_S = 60.0
+
+
+async def hang_master(stage: Stage) -> None:
+    """A master's interpreter is held in a C call: ZeroMQ's thread answers pings all the while."""
+    await stage.wait_load()
+    victim = stage.pick("master")
+    injection = stage.strike("F05", victim.name, lambda: os.kill(victim.pid, signal.SIGUSR1))
+    await stage.notice(injection, word=victim.name)
+    injection.proofs.append(f"{victim.name}: SIGUSR1, a call of {HANG_S:g} s")
+    await stage.pause(max(0.0, HANG_S - injection.detect_s))
+    await stage.settle(injection)
+
+
+async def hang_engine(stage: Stage) -> None:
+    """An engine's step stands still: its progress counter does not move."""
+    await stage.wait_load()
+    injection = stage.strike("F05-engine", "an engine", lambda: None)
+    poisoned = stage.ask_with(stage.poison["hang"], max_tokens=4)
+    await stage.notice(injection, ("worker_lost",), seconds=20.0)
+    injection.proofs.append("an engine got the prompt that stops it")
+    # The prompt hangs the next instance, too; then it is given up.
+    try:
+        await poisoned
+        injection.broken.append("a prompt that hangs every engine was answered")
+    except XllmError:
+        pass  # as it should be
+    await stage.settle(injection)
+
+
+async def slow_step(stage: Stage) -> None:
+    """A step of 8 s whose counter moves: nobody may be taken for dead."""
+    await stage.wait_load()
+    injection = stage.strike("F06", "an engine", lambda: None)
+    began = time.monotonic()
+    await stage.ask_with(stage.poison["slow"], max_tokens=4)
+    took_s = time.monotonic() - began
+    await stage.prove(injection, f"a prompt took {took_s:.1f} s", lambda: took_s >= SLOW_S)
+    num_deaths = stage.count_events(injection, WORKER_LOST)
+    if num_deaths:
+        injection.broken.append(f"{num_deaths} times somebody was taken for dead")
+    injection.notes["step_s"] = round(took_s, 1)
+    await stage.settle(injection)
+
+
+async def crash_engine(stage: Stage) -> None:
+    """A prompt that ends the worker that computes it: it may take two of them, never a third."""
+    await stage.wait_load()
+    pids = [one.pid for one in stage.cluster.named("worker")]
+    injection = stage.strike("F03-exit", "workers", lambda: None)
+    try:
+        await stage.ask_with(stage.poison["crash"], max_tokens=4)
+        injection.broken.append("a prompt that ends every worker was answered")
+    except XllmError:
+        pass  # as it should be
+    dead = [pid for pid in pids if not is_alive(pid)]
+    await stage.prove(injection, f"pids {dead} are gone", lambda: dead)
+    await stage.notice(injection, ("worker_lost",))
+    await stage.settle(injection)

@@ -1,0 +1,103 @@
+"""All scenarios: what each does, on which cluster, and what it promises."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable
+
+from xllm.cli.chaos.scenarios import clients, hangs, instances, network, orderly, routers, whole
+from xllm.cli.chaos.stage import Stage
+from xllm.cli.chaos.verdict import Limits
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """One fault. `cluster`: plain; proxied (a fault proxy before each instance); poisoned (tokens
+    that harm the toy engine); doomed (does not outlive its fault)."""
+
+    name: str
+    title: str
+    act: Callable[[Stage], Awaitable[None]]
+    limits: Limits
+    cluster: str = "plain"
+
+
+_KILLED = Limits(gap_p50_ms=300, gap_max_ms=1000, detect_ms=1000, recover_ms=10_000)
+_SILENT = Limits(gap_max_ms=2000, detect_ms=1000, recover_ms=5000)
+_ASKED = Limits(gap_max_ms=1000, recover_ms=40_000)
+_POISONED = Limits(recover_ms=30_000, may_fail=True)
+
+_ALL = (
+    Scenario("F01", "an instance's master is killed", instances.kill_master, _KILLED),
+    Scenario(
+        "F02",
+        "all instances are killed at once",
+        instances.kill_all,
+        Limits(detect_ms=1000, recover_ms=15_000, may_fail=True),
+    ),
+    Scenario("F03-kill", "a worker is killed", instances.kill_worker, _KILLED),
+    Scenario("F03-segv", "a worker crashes (SIGSEGV)", instances.crash_worker, _KILLED),
+    Scenario("F03-exit", "a prompt ends workers", hangs.crash_engine, _POISONED, "poisoned"),
+    Scenario("F04", "an instance is frozen", instances.freeze_master, _SILENT),
+    Scenario(
+        "F04-worker",
+        "a worker is frozen",
+        instances.freeze_worker,
+        Limits(gap_max_ms=3000, detect_ms=2000, recover_ms=10_000),
+    ),
+    Scenario("F05", "a master hangs in a call into C", hangs.hang_master, _SILENT),
+    Scenario(
+        "F05-engine",
+        "an engine's step stands still",
+        hangs.hang_engine,
+        dataclasses.replace(_POISONED, detect_ms=2000),
+        "poisoned",
+    ),
+    Scenario("F06", "a lawful step of 8 s", hangs.slow_step, Limits(recover_ms=20_000), "poisoned"),
+    Scenario("F07", "a router is killed", routers.kill_router, _KILLED),
+    Scenario(
+        "F07-freeze",
+        "a router is frozen",
+        routers.freeze_router,
+        Limits(gap_max_ms=5000, recover_ms=10_000),
+    ),
+    Scenario("F18", "routers and an instance are parted", network.part, _SILENT, "proxied"),
+    Scenario("F19-down", "an instance is not heard", network.lose_words, _SILENT, "proxied"),
+    Scenario(
+        "F19-up",
+        "an instance does not hear",
+        network.lose_requests,
+        Limits(gap_max_ms=4000, detect_ms=3000, recover_ms=5000),
+        "proxied",
+    ),
+    Scenario("F19-half", "half-open connections", network.half_open, _SILENT, "proxied"),
+    Scenario(
+        "F20",
+        "delays and resets",
+        network.bad_network,
+        Limits(gap_max_ms=2000, recover_ms=20_000),
+        "proxied",
+    ),
+    Scenario("F20-cut", "connections are reset", network.cut_connections, _SILENT, "proxied"),
+    Scenario("F20-spoil", "a byte is wrong", network.spoil_bytes, _SILENT, "proxied"),
+    Scenario("F24-slow", "clients do not read", clients.slow_readers, Limits(gap_max_ms=2000)),
+    Scenario("F24-storm", "clients ask and go", clients.disconnect_storm, Limits(gap_max_ms=2000)),
+    Scenario("F25-master", "a master is asked to end", orderly.end_master, _ASKED),
+    Scenario("F25-router", "a router is asked to end", orderly.end_router, _ASKED),
+    Scenario("F25-worker", "a worker is asked to end", orderly.end_worker, _ASKED),
+    Scenario("F25-kvcache", "the daemon is asked to end", orderly.end_daemon, _ASKED),
+    Scenario(
+        "F26",
+        "the launcher is killed",
+        whole.kill_launcher,
+        Limits(may_fail=True),
+        "doomed",
+    ),
+    Scenario(
+        "F27", "no descriptors are left", clients.exhaust_descriptors, Limits(gap_max_ms=2000)
+    ),
+    Scenario("F28", "everything is restarted in turn", orderly.restart_all, _ASKED),
+)
+
+SCENARIOS: dict[str, Scenario] = {one.name: one for one in _ALL}
+"""By name, in the order of their numbers."""

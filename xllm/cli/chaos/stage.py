@@ -1,0 +1,228 @@
+"""What a scenario acts on: the cluster, the load, the ledger; and how it waits and notes.
+
+A scenario calls `wait_load`, `strike` at the moment of the fault, `prove` that it happened,
+`notice` for who saw it, and `settle` at its end. Without load or proof a run is invalid, which is
+neither passed nor failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Callable, Collection
+
+from xllm.cli.bench.http_stream import HttpAddress
+from xllm.cli.chaos.cluster import POLL_S, ChaosCluster, KnownProcess
+from xllm.cli.chaos.fault_proxy import FaultProxy
+from xllm.cli.chaos.ledger import Ledger
+from xllm.cli.chaos.load import StreamLoad
+from xllm.cli.chaos.verdict import Injection
+from xllm.client.results import Completion
+from xllm.errors import DeadlineError, XllmError
+
+LOAD_S = 30.0
+SETTLE_S = 60.0
+MIN_LEFT = 10
+"""A stream counts as load while so many tokens of it are to come."""
+LOST = ("instance_lost", "instance_silent")
+"""What a router says of an instance that it gives up."""
+
+
+class InvalidRunError(Exception):
+    """A fault did not happen, or nobody was there to feel it."""
+
+
+class Stage:
+    """One cluster under load."""
+
+    def __init__(
+        self,
+        cluster: ChaosCluster,
+        load: StreamLoad,
+        rng: random.Random,
+        proxies: dict[str, FaultProxy],
+        poison: dict[str, int],
+    ) -> None:
+        self.cluster = cluster
+        self.load = load
+        self.ledger: Ledger = load.ledger
+        self.rng = rng
+        self.proxies = proxies
+        self.poison = poison
+        """Tokens that do harm in the engines of this cluster, by what they do."""
+        self.injections: list[Injection] = []
+        self._wall_offset = time.time() - time.monotonic()
+
+    # -- before and at the fault ---------------------------------------------------------------
+
+    async def wait_load(self) -> None:
+        """Until enough streams are in their middle, some of them at each instance, and those that
+        felt the fault before have ended; InvalidRunError where that does not come. A request
+        that loses two instances is given up on purpose: no fault is to meet the last one's."""
+        options = self.cluster.options
+        at_each = options.streams // (4 * options.instances)
+        since = self.injections[-1].settled_at if self.injections else 0.0
+        end = time.monotonic() + LOAD_S
+        while True:
+            self.cluster.read()
+            num = len(self.ledger.streaming(MIN_LEFT))
+            num_old = sum(one.opened_at < since for one in self.ledger.open.values())
+            if num >= options.streams and not num_old:
+                fewest = await self._fewest_running()
+                if fewest >= at_each:
+                    return
+            if time.monotonic() > end:
+                self.load.raise_broken()
+                raise InvalidRunError(
+                    f"after {LOAD_S:g} s {num} streams are open, not {options.streams}, or not at "
+                    f"each instance, or {num_old} are left of the last fault"
+                )
+            await asyncio.sleep(POLL_S)
+
+    async def _fewest_running(self) -> int:
+        """Sequences at the instance that has the fewest; 0 where nobody says."""
+        try:
+            processes = await self.load.probes[0].status(timeout_s=2.0)
+        except XllmError:
+            return 0
+        found = [one.num_running for one in processes if one.kind == "instance"]
+        return min(found, default=0)
+
+    def pick(self, kind: str) -> KnownProcess:
+        """A random process of a kind that is ready."""
+        return self.rng.choice([one for one in self.cluster.named(kind) if one.is_ready])
+
+    def strike(self, scenario: str, victim: str, act: Callable[[], object]) -> Injection:
+        """Do it, and note the moment just before."""
+        streaming = len(self.ledger.streaming(MIN_LEFT))
+        injection = Injection(scenario, victim, time.monotonic(), streaming)
+        self.injections.append(injection)
+        act()
+        return injection
+
+    async def prove(
+        self, injection: Injection, proof: str, condition: Callable[[], object], seconds: float = 5
+    ) -> None:
+        """The fault is real once this holds; InvalidRunError where it does not come to hold."""
+        try:
+            await self.cluster.until(condition, seconds, proof)
+        except DeadlineError as error:
+            raise InvalidRunError(f"{injection.scenario}: {error.message}") from None
+        injection.proofs.append(f"{injection.victim}: {proof}")
+
+    def ask_with(self, token_id: int, max_tokens: int) -> asyncio.Task[Completion]:
+        """A request beside the load, whose prompt begins with this token."""
+        prompt = (token_id, *self.rng.sample(range(100, 200), 8))
+        client = self.load.probes[0]
+        return asyncio.create_task(client.generate(prompt, max_tokens=max_tokens))
+
+    @property
+    def http_port(self) -> int:
+        """The HTTP port of all routers."""
+        return HttpAddress.parse(self.cluster.http).port
+
+    # -- after it ------------------------------------------------------------------------------
+
+    async def notice(
+        self,
+        injection: Injection,
+        names: Collection[str] = LOST,
+        word: str = "",
+        seconds: float = 10.0,
+    ) -> None:
+        """Until a process logs one of these events about `word`; notes how long that took."""
+        since = injection.at + self._wall_offset
+        events = self.cluster.events
+        try:
+            await self.cluster.until(
+                lambda: events.find(names, since, word), seconds, f"a notice of {injection.victim}"
+            )
+        except DeadlineError as error:
+            injection.broken.append(error.message)
+            return
+        event = events.find(names, since, word)
+        assert event is not None
+        injection.detect_s = max(0.0, event.at - since)
+
+    async def pause(self, seconds: float) -> None:
+        """Let the load run on."""
+        await asyncio.sleep(seconds)
+        self.cluster.read()
+
+    def count_events(self, injection: Injection, names: Collection[str]) -> int:
+        """How many events of these names there were since the fault."""
+        self.cluster.read()
+        return self.cluster.events.count(names, injection.at + self._wall_offset)
+
+    async def settle(self, injection: Injection, *, whole: bool = True) -> None:
+        """Until every stream that was open at the fault went on or ended and, if `whole`, all
+        processes are back and every router may use every instance; then note what it cost."""
+        began = injection.at
+        try:
+            await self.cluster.until(
+                lambda: not self._stuck(injection), SETTLE_S, "the streams' going on"
+            )
+            if whole:
+                await self.wait_whole()
+                injection.recover_s = time.monotonic() - began
+        except DeadlineError as error:
+            injection.broken.append(error.message)
+        self._note(injection)
+
+    async def wait_whole(self, seconds: float = SETTLE_S) -> None:
+        """Until all processes run and every router may use every instance. DeadlineError."""
+        end = time.monotonic() + seconds
+        await self.cluster.until(self.cluster.is_whole, seconds, "the return of all processes")
+        while not await self._all_known():
+            if time.monotonic() > end:
+                raise DeadlineError(f"not every router knew every instance after {seconds:g} s")
+            await asyncio.sleep(0.05)
+
+    async def _all_known(self) -> bool:
+        wanted = len(self.cluster.named("master"))
+        for client in self.load.probes:
+            try:
+                processes = await client.status(timeout_s=2.0)
+            except XllmError:
+                return False
+            ready = [one for one in processes if one.kind == "instance" and one.state == "ready"]
+            if len(ready) < wanted:
+                return False
+        return True
+
+    def _stuck(self, injection: Injection) -> bool:
+        """Whether a stream of before the fault has not been heard of since."""
+        return any(
+            one.heard_at and one.heard_at <= injection.at and one.opened_at < injection.at
+            for one in self.ledger.open.values()
+        )
+
+    def _note(self, injection: Injection) -> None:
+        now = injection.settled_at = time.monotonic()
+        for record in self.ledger.touching(injection.at, now):
+            if record.ended_at and record.code:
+                injection.failures[record.code] = injection.failures.get(record.code, 0) + 1
+            if record.opened_at >= injection.at:
+                continue
+            longest = record.longest_pause(injection.at, now)
+            if longest is not None:
+                injection.longest_s = max(injection.longest_s, longest.length)
+            moved = [p.length for p in record.pauses if p.moved and p.end > injection.at]
+            injection.gaps_s += moved[:1]
+
+    def describe(self, injection: Injection) -> str:
+        """One line about a fault that is over."""
+        words = [f"{injection.scenario} {injection.victim}: {injection.num_streaming} streams"]
+        if injection.detect_s >= 0:
+            words.append(f"noticed in {injection.detect_s * 1000:.0f} ms")
+        if injection.gaps_s:
+            middle = statistics.median(injection.gaps_s) * 1000
+            words.append(f"{len(injection.gaps_s)} moved, median gap {middle:.0f} ms")
+        words.append(f"longest pause {injection.longest_s * 1000:.0f} ms")
+        if injection.recover_s >= 0:
+            words.append(f"whole in {injection.recover_s:.1f} s")
+        if injection.failures:
+            words.append(f"failed {injection.failures}")
+        return ", ".join([*words, *injection.broken])
