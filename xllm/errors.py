@@ -20,6 +20,7 @@ XllmError
 │   ├── DeadlineError
 │   ├── EngineError
 │   ├── OverloadedError
+│   │   └── RateLimitError
 │   ├── RequestAbortedError
 │   ├── UnavailableError
 │   └── WorkerLostError
@@ -180,6 +181,13 @@ class OverloadedError(ServiceError):
     ) -> None:
         super().__init__(message, param=param)
         self.retry_after_s = retry_after_s
+
+
+class RateLimitError(OverloadedError):
+    """The tenant has used up what it may: requests or tokens a minute, or open requests.
+    `retry_after_s` says when there will be more."""
+
+    code = "rate_limit_exceeded"
 
 
 class RequestAbortedError(ServiceError):

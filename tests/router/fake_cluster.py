@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.router.model_dirs import CHAT_TEMPLATE, byte_level_tokenizer
+from xllm.config.admission import AdmissionSettings
+from xllm.config.routing import RoutingSettings
 from xllm.config.settings import RouterSettings, Settings
 from xllm.protocol.bus import InstanceHeartbeat
 from xllm.protocol.client import (
@@ -125,13 +127,19 @@ class FakeCluster:
         self,
         *names: str,
         clock: Callable[[], float] | None = None,
+        admission: AdmissionSettings | None = None,
         task: str = "generate",
+        routing: RoutingSettings | None = None,
         **router: Any,
     ) -> None:
         self.task = task
         self.clock = FakeClock()
         self.links = FakeLinks()
-        self.settings = Settings(router=RouterSettings(**router))
+        self.settings = Settings(
+            router=RouterSettings(**router),
+            routing=routing or RoutingSettings(),
+            admission=admission or AdmissionSettings(),
+        )
         self.service = RouterService(
             self.settings, "m", text_model(), self.links, clock=clock or self.clock
         )
@@ -172,7 +180,7 @@ class FakeCluster:
     def beat(self, name: str, incarnation: str = "1", state: str = "ready", **more: Any) -> None:
         self._seq[name] = self._seq.get(name, 0) + 1
         word = InstanceHeartbeat(name, incarnation, self._seq[name], state, **more)
-        self.change(self.service.view.heartbeat(word, self.clock.now))
+        self.change(self.service.heard(word))
 
     def ask(self, prompt: Any = "hello", **more: Any) -> tuple[str, ListSink]:
         sink = ListSink()
@@ -191,6 +199,8 @@ class FakeCluster:
             "tpot_ms",
             "embed",
             "dimensions",
+            "session",
+            "offline",
         )
         fields = {key: more.pop(key) for key in keys if key in more}
         if "messages" not in fields:

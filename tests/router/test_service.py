@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.router.fake_cluster import CONTEXT, TENANT, FakeCluster, in_loop, text_model
+from xllm.config.admission import AdmissionSettings
 from xllm.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from xllm.kvcache.hashing import chain_hashes
 from xllm.protocol.bus import DaemonHeartbeat, InstanceLoad, RouterPresence, WorkerState
@@ -219,7 +220,7 @@ async def test_an_unreachable_instance_does_not_get_stuck_requests():
 @in_loop
 async def test_instances_that_are_full_are_overloaded():
     """What is written to them finds no room, though they are connected."""
-    cluster = FakeCluster("a", "b")
+    cluster = FakeCluster("a", "b", admission=AdmissionSettings(queue_size=0))
     cluster.links.unreachable |= {"a", "b"}
     _, sink = cluster.ask()
     async with asyncio.timeout(5):
@@ -554,3 +555,44 @@ async def test_a_tenants_long_texts_wait_for_its_own():
     with pytest.raises(ZeroDivisionError):
         await failing
     pool.close()
+
+
+@in_loop
+async def test_a_session_goes_to_one_instance_and_survives_its_end():
+    cluster = FakeCluster("a", "b", "c")
+    for _ in range(6):
+        cluster.ask(session="talk")
+    homes = {name for name, _ in cluster.links.sent}
+    assert len(homes) == 1
+    [home] = homes
+    cluster.links.unreachable.add(home)
+    cluster.change(cluster.service.view.disconnected(home))
+    second = {name for name, _ in cluster.links.sent[6:]}
+    assert len(second) == 1
+    assert second != homes
+    assert all(word.attempt == 2 for _, word in cluster.links.sent[6:])
+    _, sink = cluster.ask(session="x" * 257)
+    assert (sink.last.code, sink.last.param) == ("invalid_value", "session")
+    cluster.close()
+
+
+@in_loop
+async def test_a_draining_refusing_or_silent_instance_is_never_chosen():
+    for harm in ("draining", "refusing", "suspect", "disconnected"):
+        cluster = FakeCluster("a", "b", policy="prefix-aware")
+        if harm == "draining":
+            cluster.beat("a", state="draining")
+        elif harm == "refusing":
+            cluster.service.view.refused("a")
+        elif harm == "suspect":
+            for _ in range(9):
+                cluster.clock.now += 0.1
+                cluster.beat("b")
+                cluster.tick()
+        else:
+            cluster.change(cluster.service.view.disconnected("a"))
+        for _ in range(5):
+            cluster.ask(session="talk")
+            cluster.ask()
+        assert {name for name, _ in cluster.links.sent} == {"b"}, harm
+        cluster.close()

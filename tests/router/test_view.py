@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
-from xllm.errors import ConfigError
 from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat, InstanceLoad
 from xllm.protocol.records import InstanceRecord
-from xllm.router.policy import make_policy
 from xllm.router.view import ClusterView, ViewChange
 
 NOTHING = ViewChange()
@@ -133,40 +129,3 @@ def test_daemons_come_and_go():
     assert view.daemons["d"].heartbeat.dram_blocks == 3
     view.publisher_gone("d")
     assert not view.daemons
-
-
-def test_least_load_counts_what_it_sent_and_what_others_sent():
-    view = ready_view("a", "b", "c")
-    view.heartbeat(beat("a", seq=2, num_running=4), 0.1)
-    view.placed("b")
-    policy = make_policy("least-load")
-    chosen = []
-    for _ in range(6):
-        [(role, name)] = policy.choose(view.usable("m"), 10)
-        assert role == "both"
-        view.placed(name)
-        chosen.append(name)
-    assert chosen == ["c", "b", "c", "b", "c", "b"]
-    view.left("c")
-    assert policy.choose(view.usable("m"), 1) == (("both", "c"),)
-
-
-def test_least_load_spreads_equals():
-    view = ready_view("a", "b", "c")
-    policy = make_policy("least-load")
-    chosen = {policy.choose(view.usable("m"), 1)[0][1] for _ in range(3)}
-    assert chosen == {"a", "b", "c"}
-
-
-def test_round_robin_takes_turns():
-    view = ready_view("b", "a", "c")
-    policy = make_policy("round-robin")
-    chosen = [policy.choose(view.usable("m"), 1)[0][1] for _ in range(4)]
-    assert chosen == ["a", "b", "c", "a"]
-    view.disconnected("b")
-    assert policy.choose(view.usable("m"), 1)[0][1] == "c"
-
-
-def test_unknown_policies_are_refused():
-    with pytest.raises(ConfigError):
-        make_policy("best")

@@ -45,7 +45,7 @@ def status_row(process: ProcessStatus) -> tuple[str, ...]:
         process.kind,
         f"{process.role} (epoch {process.epoch})" if process.epoch else process.role,
         process.model,
-        process.state,
+        f"{process.state}, breaker {process.breaker}" if process.breaker else process.state,
         str(process.num_waiting),
         str(process.num_running),
         used,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from xllm.config.admission import AdmissionSettings
 from xllm.config.chaos import ChaosSettings
 from xllm.config.field import setting
+from xllm.config.routing import POLICIES, RoutingSettings
 from xllm.config.scheduling import FAIRNESS, PREEMPTION, STRATEGIES
 
 
@@ -141,7 +143,7 @@ class RouterSettings:
         high=1000,
     )
     policy: str = setting(
-        "least-load", "How an instance is chosen.", choices=("least-load", "round-robin")
+        "least-load", "How an instance is chosen (docs/routing.md).", choices=POLICIES
     )
 
 
@@ -337,6 +339,8 @@ class Settings:
     cluster: ClusterSettings = ClusterSettings()
     model: ModelSettings = ModelSettings()
     router: RouterSettings = RouterSettings()
+    admission: AdmissionSettings = dataclasses.field(default_factory=AdmissionSettings)
+    routing: RoutingSettings = dataclasses.field(default_factory=RoutingSettings)
     scheduler: SchedulerSettings = SchedulerSettings()
     master: MasterSettings = MasterSettings()
     worker: WorkerSettings = WorkerSettings()

@@ -119,4 +119,5 @@ def make_record(
         public_key=public_key,
         task=ready.task,
         embedding_size=ready.embedding_size,
+        max_num_seqs=settings.scheduler.max_num_seqs,
     )

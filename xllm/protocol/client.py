@@ -85,6 +85,8 @@ class SubmitRequest(MapMessage, tag="submit", frozen=True):
     key: str = ""
     """128 random bits in hex, drawn by the client and the same at each router that it asks: the
     request's later attempts replace its earlier ones, wherever they run. "": none."""
+    session: str = ""
+    """Requests of one session (and tenant) go to one instance while that is not overrun."""
 
 
 class AbortRequest(MapMessage, tag="abort", frozen=True):
@@ -268,6 +270,8 @@ class ProcessStatus(MapPart, frozen=True):
     heartbeat_age_ms: int = 0
     epoch: int = 0
     """Of the router that leads (its role is then "leader"): of its leadership."""
+    breaker: str = ""
+    """open or half-open: this router keeps requests from an instance that failed them."""
 
 
 class StatusReport(MapMessage, tag="status", frozen=True):

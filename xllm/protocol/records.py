@@ -32,6 +32,8 @@ class InstanceRecord(MapPart, frozen=True):
     """generate or embed: what its model is served for."""
     embedding_size: int = 0
     """Numbers of a vector, where it embeds."""
+    max_num_seqs: int = 0
+    """Sequences that it runs at once at most; 0: not said."""
 
 
 class DaemonRecord(MapPart, frozen=True):

@@ -13,7 +13,7 @@ from typing import Concatenate, ParamSpec
 
 import structlog
 
-from xllm.errors import DeadlineError, InvariantError, UnavailableError, WorkerLostError, XllmError
+from xllm.errors import DeadlineError, InvariantError, XllmError
 from xllm.protocol.client import RequestFailed, RequestFinished, TokenDelta
 from xllm.protocol.instance import (
     CancelRequest,
@@ -22,7 +22,7 @@ from xllm.protocol.instance import (
 )
 from xllm.protocol.transport.context import describe_error
 from xllm.router.flush import FlushTimer
-from xllm.router.inflight import DispatcherStatistics, InflightRequest, InstanceLinks
+from xllm.router.inflight import AdmissionDoor, DispatcherStatistics, InflightRequest, InstanceLinks
 from xllm.router.metrics import RouterMetrics
 from xllm.router.placement import Placement
 from xllm.router.state.endings import failed
@@ -33,8 +33,6 @@ from xllm.router.view import ViewChange
 
 _log = structlog.get_logger("router")
 P = ParamSpec("P")
-_NOT_NOW = (UnavailableError.code, WorkerLostError.code)
-"""What an instance ends requests with that takes none at present."""
 
 
 class Dispatcher:
@@ -52,6 +50,8 @@ class Dispatcher:
         self._metrics = metrics
         self._clock = clock
         self.open: dict[str, InflightRequest] = {}
+        self.door: AdmissionDoor | None = None
+        """Who hears of ends, and takes requests back that all instances refuse."""
         self._homeless: dict[str, InflightRequest] = {}
         self._timer = FlushTimer(clock, self._flush)
         self._empty = asyncio.Event()
@@ -127,8 +127,8 @@ class Dispatcher:
             self._metrics.num_dropped += 1
             return
         if isinstance(word, RequestEnded):
-            if word.code in _NOT_NOW and word.attempt == state.attempt:
-                self._placement.refused(request)
+            if word.attempt == state.attempt:
+                self._placement.ended(request, word)
             self._tell(request, RequestLife.engine_ended, word)
         else:
             self._tell(request, RequestLife.prompt_word, word)
@@ -169,6 +169,8 @@ class Dispatcher:
         """Instances were lost or became usable."""
         for name in change.lost:
             _log.warning("instance_lost", instance=name)
+            if name not in change.left:
+                self._placement.died(name)
             self._move_all(name, died=name not in change.left)
         if change.suspect:
             _log.warning("instance_silent", instances=change.suspect)
@@ -247,6 +249,8 @@ class Dispatcher:
         if stages is not None:
             self._carry_out(request, state.place(stages, now))
             return
+        if self.door is not None and self.door.take_back(request):
+            return
         self._carry_out(request, state.unplaceable(now))
         if not state.ended:
             self._homeless[state.spec.request_id] = request
@@ -270,6 +274,8 @@ class Dispatcher:
             self._first_token(request)
         self._metrics.ended(last, self._clock() - request.started)
         self._deliver(request, last)
+        if self.door is not None:
+            self.door.left(request, last)
         if not self.open:
             self._empty.set()
 

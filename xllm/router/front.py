@@ -20,6 +20,8 @@ class Tenant:
 
     name: str = "default"
     salt: bytes = b""
+    account: str = ""
+    """Under whose limits it falls; empty: its own name's."""
 
 
 class Sink(Protocol):

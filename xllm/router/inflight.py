@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from typing import Any, Protocol
 
+from xllm.protocol.client import RequestFailed, RequestFinished
 from xllm.protocol.instance import InstanceRequest
 from xllm.router.front import Sink
 from xllm.router.state.request import RequestLife
@@ -19,10 +20,34 @@ class InstanceLinks(Protocol):
         ...
 
 
-class InflightRequest:
-    """A request without a terminal message. `state` is None while its text is encoded."""
+class AdmissionDoor(Protocol):
+    """Where requests came in, as far as they go out or come back there."""
 
-    __slots__ = ("client_id", "deadline", "encoding", "placed", "sink", "started", "state", "told")
+    def left(self, request: InflightRequest, last: RequestFinished | RequestFailed) -> None:
+        """A request got its terminal message."""
+        ...
+
+    def take_back(self, request: InflightRequest) -> bool:
+        """No instance takes it now: whether it waits for one that does, without a state."""
+        ...
+
+
+class InflightRequest:
+    """A request without a terminal message. `state` is None while its text is encoded, and while
+    it waits for an instance with room."""
+
+    __slots__ = (
+        "account",
+        "client_id",
+        "counted",
+        "deadline",
+        "encoding",
+        "placed",
+        "sink",
+        "started",
+        "state",
+        "told",
+    )
 
     def __init__(self, client_id: int, sink: Sink, started: float, deadline: float) -> None:
         self.client_id = client_id
@@ -35,6 +60,10 @@ class InflightRequest:
         """The instance whose requests it counts among."""
         self.told = False
         """Whether a first token was handed out."""
+        self.account = ""
+        """Under whose limits it falls, once it was let in."""
+        self.counted = False
+        """Whether its account has limits, and counts it among its open requests."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +72,6 @@ class DispatcherStatistics:
 
     num_open: int
     num_encoding: int
-    """Whose text is still being encoded."""
+    """Whose text is still being encoded, or that wait for an instance with room."""
     num_homeless: int
     """That lost their instance and wait for another."""

@@ -146,6 +146,7 @@ class Intake:
             request.embed,
             request.dimensions,
             packed if travels_packed else b"",
+            request.session,
         )
 
     def _root(self, revision: str, tenant_salt: bytes, cache_salt: str) -> bytes:

@@ -6,30 +6,102 @@ Knows the view, the policy and the links; the states of requests say what they w
 
 from __future__ import annotations
 
-from xllm.errors import OverloadedError, UnavailableError
-from xllm.protocol.instance import AdmitRequest
+from collections.abc import Callable, Mapping, Sequence
+
+from xllm.errors import OverloadedError, UnavailableError, WorkerLostError
+from xllm.protocol.instance import AdmitRequest, RequestEnded
+from xllm.router.admission.breaker import CircuitBreakers
 from xllm.router.inflight import InflightRequest, InstanceLinks
-from xllm.router.policy import Policy, Stages
+from xllm.router.policies.load import takes_more
+from xllm.router.policies.question import (
+    CachedTiers,
+    Policy,
+    PrefixSource,
+    RouteFigures,
+    RouteQuestion,
+    Stages,
+)
 from xllm.router.state.instructions import SendTo
 from xllm.router.state.request import RequestLife
-from xllm.router.view import ClusterView
+from xllm.router.traffic import Traffic
+from xllm.router.view import ClusterView, InstanceView
+
+_NOT_NOW = (UnavailableError.code, WorkerLostError.code)
+"""What an instance ends requests with that takes none at present."""
 
 
 class Placement:
-    """Chooses instances and sends words to them."""
+    """Chooses instances and sends words to them. `source`: who knows what is cached where;
+    `most_waiting`: an instance where so many requests wait gets another only if all have."""
 
-    def __init__(self, view: ClusterView, policy: Policy, links: InstanceLinks) -> None:
+    def __init__(
+        self,
+        view: ClusterView,
+        policy: Policy,
+        links: InstanceLinks,
+        clock: Callable[[], float],
+        *,
+        figures: RouteFigures | None = None,
+        source: PrefixSource | None = None,
+        breakers: CircuitBreakers | None = None,
+        most_waiting: int = 0,
+    ) -> None:
         self._view = view
         self._policy = policy
         self._links = links
+        self._clock = clock
+        self._source = source
+        self._most_waiting = most_waiting
+        self.breakers = breakers or CircuitBreakers(0, 1.0, 1.0)
+        self.figures = figures or RouteFigures()
+        self.traffic = Traffic(view)
+        self._planned = ("", 0)
+        """The request that was placed last, and its prompt tokens to compute there."""
 
     def choose(self, state: RequestLife) -> Stages | None:
         """The route of a request's next attempt, or None where nobody may take it now."""
-        usable = self._view.usable(state.spec.model)
+        usable: Sequence[InstanceView] = self._view.usable(state.spec.model)
         avoid = state.moves.avoid
         if avoid:
-            usable = tuple(one for one in usable if one.name not in avoid)
-        return self._policy.choose(usable, len(state.spec.prompt_ids)) if usable else None
+            usable = [one for one in usable if one.name not in avoid]
+        if not usable:
+            return None
+        if len(usable) > 1:
+            usable = self.breakers.passable(usable, self._clock())
+            most = self._bound(state.spec.offline)
+            usable = [one for one in usable if takes_more(one, most)] or usable
+        ask = self._question(state, usable)
+        stages = self._policy.choose(usable, ask)
+        held = ask.cached.get(stages[0][1])
+        num_cached = 0 if held is None else held.device * ask.block_size
+        self._planned = (state.spec.request_id, max(1, ask.num_prompt_tokens - num_cached))
+        return stages
+
+    def has_room(self, model: str, offline: bool) -> bool | None:
+        """Whether an instance takes one more request; None: none is usable."""
+        usable = self._view.usable(model)
+        if not usable:
+            return None
+        most = self._bound(offline)
+        passable = self.breakers.passable(usable, self._clock())
+        return any(takes_more(one, most) for one in passable)
+
+    def _bound(self, offline: bool) -> int:
+        """Half is for online requests alone."""
+        most = self._most_waiting
+        return max(1, most // 2) if offline and most else most
+
+    def _question(self, state: RequestLife, usable: Sequence[InstanceView]) -> RouteQuestion:
+        spec = state.spec
+        block_size = usable[0].record.block_size
+        num_tokens = len(spec.prompt_ids)
+        if state.attempt > 1:
+            num_tokens += sum(len(choice.ids) for choice in state.choices)
+        cached: Mapping[str, CachedTiers] = {}
+        if self._source is not None and spec.block_hashes:
+            cached = self._source.match(spec.model, spec.block_hashes)
+            self.figures.prompt_blocks += len(spec.prompt_ids) // block_size
+        return RouteQuestion(num_tokens, block_size, cached, spec.session, spec.tenant)
 
     def send(self, request: InflightRequest, one: SendTo) -> str:
         """Send a word of a request. Returns "", or the code of why an attempt did not reach its
@@ -38,23 +110,46 @@ class Placement:
         if type(one.message) is not AdmitRequest:
             return ""
         request.placed = one.instance
-        self._view.placed(one.instance)
+        planned, num_tokens = self._planned
+        if planned != one.message.request_id:
+            num_tokens = len(one.message.prompt_ids)
+        now = self._clock()
+        self.traffic.placed(one.instance, num_tokens, now)
         if reached:
+            self.breakers.sent(one.instance, one.message.request_id, now)
             return ""
         known = self._view.get(one.instance)
+        if known is None or not known.connected:
+            return UnavailableError.code
         # A connection that stands and takes nothing is full of what was sent before.
-        full = known is not None and known.connected
-        return OverloadedError.code if full else UnavailableError.code
+        self.traffic.refused(one.instance)
+        return OverloadedError.code
 
     def leave(self, request: InflightRequest) -> None:
         """The request runs nowhere from now on."""
         if request.placed:
-            self._view.left(request.placed)
+            if request.state is not None:
+                self.breakers.left(request.placed, request.state.spec.request_id)
+            self.traffic.left(request.placed)
             request.placed = ""
 
-    def refused(self, request: InflightRequest) -> None:
-        """Its instance takes no requests at present."""
-        self._view.refused(request.placed)
+    def ended(self, request: InflightRequest, word: RequestEnded) -> None:
+        """Its instance ended the present attempt."""
+        name, code = request.placed, word.code
+        self.breakers.ended(name, word.request_id, code, self._clock())
+        if code in _NOT_NOW:
+            self._view.refused(name)
+        elif code == OverloadedError.code:
+            self.traffic.refused(name)
+
+    def died(self, name: str) -> None:
+        """An instance was lost in the midst of its work."""
+        self.breakers.died(name, self._clock())
+
+    def tick(self, now: float) -> None:
+        """Call now and then: what is long past is forgotten."""
+        self.traffic.forget(now)
+        self.breakers.forget(now)
 
     def deserted(self) -> list[str]:
         """Silent instances whose requests have a better place to go to."""

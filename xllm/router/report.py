@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from xllm.protocol.client import ProcessStatus
 from xllm.router.exposition import merge_texts
 from xllm.router.view import ClusterView, DaemonView, InstanceView
 
 
 def process_list(
-    view: ClusterView, own: tuple[str, str, bool, int], now: float
+    view: ClusterView,
+    own: tuple[str, str, bool, int, int],
+    now: float,
+    breaker: Callable[[str], str],
 ) -> tuple[ProcessStatus, ...]:
-    """This router (`own`: name, incarnation, whether it drains, open requests), the others, then
-    instances, each before its workers, and daemons, by name."""
-    name, incarnation, draining, num_open = own
+    """This router (`own`: name, incarnation, whether it drains, its requests that wait for room and
+    others), the other routers, then instances, each before its workers, and daemons, by name.
+    `breaker`: the state of an instance's circuit breaker."""
+    name, incarnation, draining, num_waiting, num_running = own
     found = [
         ProcessStatus(
             name=name,
             kind="router",
             incarnation=incarnation,
             state="draining" if draining else "ready",
-            num_running=num_open,
+            num_waiting=num_waiting,
+            num_running=num_running,
             role=_router_role(view, name),
             epoch=_epoch(view, name),
         )
@@ -37,7 +44,7 @@ def process_list(
         for router_name, router in sorted(view.routers.items())
     ]
     for one in sorted(view, key=lambda one: one.name):
-        found += [_instance(one, now), *_workers(one, now)]
+        found += [_instance(one, now, breaker(one.name)), *_workers(one, now)]
     found += [_daemon(name, daemon, now) for name, daemon in sorted(view.daemons.items())]
     return tuple(found)
 
@@ -92,7 +99,7 @@ def _daemon(name: str, daemon: DaemonView, now: float) -> ProcessStatus:
     )
 
 
-def _instance(one: InstanceView, now: float) -> ProcessStatus:
+def _instance(one: InstanceView, now: float, breaker: str) -> ProcessStatus:
     load = one.load
     return ProcessStatus(
         name=one.name,
@@ -106,6 +113,7 @@ def _instance(one: InstanceView, now: float) -> ProcessStatus:
         num_free_blocks=load.num_free_blocks,
         num_blocks=load.num_blocks or one.record.num_blocks,
         heartbeat_age_ms=int((now - one.heard_at) * 1000),
+        breaker="" if breaker == "closed" else breaker,
     )
 
 

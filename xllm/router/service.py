@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import structlog
@@ -30,19 +30,25 @@ from xllm.protocol.client import (
 )
 from xllm.protocol.instance import InstanceReply, ProbeAnswer, SleepSet, TokenBatch
 from xllm.protocol.records import InstanceRecord
+from xllm.router.admission.breaker import CircuitBreakers
+from xllm.router.admission.control import AdmissionControl
+from xllm.router.decision_metrics import DecisionMetrics
 from xllm.router.dispatcher import Dispatcher
 from xllm.router.effort import LONG_IDS, is_long_talk, is_long_text
 from xllm.router.front import Sink, Tenant
-from xllm.router.inflight import InstanceLinks
+from xllm.router.inflight import InflightRequest, InstanceLinks
 from xllm.router.leadership.objectives import LiveObjectives
 from xllm.router.metrics import RouterMetrics
 from xllm.router.models import ServedModels
 from xllm.router.placement import Placement
-from xllm.router.policy import make_policy
+from xllm.router.policies.make import make_policy
+from xllm.router.policies.question import RouteFigures
 from xllm.router.probe import Prober
 from xllm.router.remembered import RememberedFigures
 from xllm.router.report import degraded_parts, merged_metrics, process_list
 from xllm.router.sleeping import SleepSetter
+from xllm.router.state.instructions import Instruction
+from xllm.router.state.request import RequestLife
 from xllm.router.submission import Submission
 from xllm.router.text.model import TextModel
 from xllm.router.text.pool import TextPool
@@ -79,9 +85,26 @@ class RouterService:
         """The router's own metrics; front ends add theirs here."""
         self.metrics = RouterMetrics(self.registry, lambda: self.num_open)
         RememberedFigures(self.registry, self.served)
-        policy = make_policy(settings.router.policy)
-        placement = Placement(self.view, policy, links)
-        self.dispatcher = Dispatcher(placement, links, self.metrics, clock)
+        routes = RouteFigures()
+        policy = make_policy(settings.router.policy, settings.routing, routes)
+        limits = settings.admission
+        self.placement = Placement(
+            self.view,
+            policy,
+            links,
+            clock,
+            figures=routes,
+            breakers=CircuitBreakers(
+                limits.breaker_failures, limits.breaker_window_s, limits.breaker_open_s
+            ),
+            most_waiting=limits.instance_waiting,
+        )
+        self.dispatcher = Dispatcher(self.placement, links, self.metrics, clock)
+        self.admission = AdmissionControl(
+            limits, self.placement.has_room, self._start, self.dispatcher.fail, clock
+        )
+        self.dispatcher.door = self.admission
+        DecisionMetrics(self.registry, self.view, self.placement, self.admission, clock)
         self.prober = Prober(lambda instance, message: _ignore(links.send(instance, message)))
         self.sleeping = SleepSetter(self.served, self.view, links.send)
         self._pool = TextPool()
@@ -92,8 +115,14 @@ class RouterService:
         self.registry_degraded = False
         """Set by the actor: the registry does not answer."""
         self.submission = Submission(
-            self.served, self._pool, self.dispatcher, settings.router, clock
+            self.served, self._pool, self.dispatcher, settings.router, self.admission, clock
         )
+
+    def _start(
+        self, request: InflightRequest, state: RequestLife, instructions: Sequence[Instruction]
+    ) -> None:
+        request.state = state
+        self.dispatcher.start(request, instructions)
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -154,17 +183,22 @@ class RouterService:
     def heard(self, word: BusMessage) -> ViewChange:
         """A heartbeat; what that changed is for `dispatcher.changed`."""
         if isinstance(word, InstanceHeartbeat):
-            return self.view.heartbeat(word, self._clock())
+            change = self.view.heartbeat(word, self._clock())
+            self.placement.traffic.heartbeat(word, self._clock())
+            return change
         if isinstance(word, DaemonHeartbeat):
             self.view.daemon_heartbeat(word, self._clock())
         elif isinstance(word, RouterPresence):
             self.view.router_presence(word, self._clock())
+            self.placement.traffic.presence(word, self._clock())
         return ViewChange()
 
     def tick(self) -> ViewChange:
         """Several times a second; what that changed is for `dispatcher.changed`."""
         now = self._ticked_at = self._clock()
         self.dispatcher.tick(now)
+        self.admission.tick()
+        self.placement.tick(now)
         return self.view.tick(now)
 
     # -- questions ---------------------------------------------------------------------------
@@ -216,8 +250,13 @@ class RouterService:
 
     def status(self) -> StatusReport:
         """The router's view of the cluster."""
-        own = (self._name, self._incarnation, self.draining, self.num_open)
-        return StatusReport(id=0, processes=process_list(self.view, own, self._clock()))
+        now = self._clock()
+        num_waiting = self.admission.num_waiting
+        num_running = self.num_open - num_waiting
+        own = (self._name, self._incarnation, self.draining, num_waiting, num_running)
+        breakers = self.placement.breakers
+        found = process_list(self.view, own, now, lambda name: breakers.state(name, now))
+        return StatusReport(id=0, processes=found)
 
     def metrics_text(self) -> bytes:
         """Prometheus text of all processes, labelled by role and instance."""

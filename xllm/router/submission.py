@@ -25,6 +25,7 @@ from xllm.errors import (
 )
 from xllm.protocol.client import RequestFailed, SubmitRequest, next_life
 from xllm.protocol.transport.context import describe_error
+from xllm.router.admission.control import AdmissionControl
 from xllm.router.dispatcher import Dispatcher
 from xllm.router.effort import is_long_request
 from xllm.router.front import Sink, Tenant
@@ -50,12 +51,14 @@ class Submission:
         pool: TextPool,
         dispatcher: Dispatcher,
         limits: RouterSettings,
+        admission: AdmissionControl,
         clock: Callable[[], float],
     ) -> None:
         self._served = served
         self._pool = pool
         self._dispatcher = dispatcher
         self._limits = limits
+        self._admission = admission
         self._clock = clock
         self.draining = False
         """Refuse whatever comes."""
@@ -84,6 +87,7 @@ class Submission:
         self._dispatcher.enter(request_id, opened)
         try:
             self._check_room()
+            self._admission.arrive(opened, tenant.account or tenant.name)
             intake = self._served.find(request.model)
             intake.check(request)
             self._served.check_awake(intake.name)
@@ -135,8 +139,8 @@ class Submission:
         return state, _PLACE if request.resume is None else state.resume(request.resume)
 
     def _start(self, opened: InflightRequest, beginning: Beginning) -> None:
-        opened.state, instructions = beginning
-        self._dispatcher.start(opened, instructions)
+        state, instructions = beginning
+        self._admission.enter(opened, state, instructions)
 
     def _begun(
         self, request_id: str, opened: InflightRequest, done: asyncio.Future[Beginning]

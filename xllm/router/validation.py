@@ -21,6 +21,7 @@ from xllm.router.text.template import MAX_KWARG_CHARS, TEMPLATE_KWARGS
 MAX_SEED = (1 << 64) - 1
 MAX_MESSAGES = 4096
 MAX_SALT_CHARS = 128
+MAX_SESSION_CHARS = 256
 MAX_PRIORITY = 1 << 31
 MAX_TRACEPARENT_CHARS = 256
 MAX_OBJECTIVE_MS = 3_600_000
@@ -72,6 +73,8 @@ def check_request(request: SubmitRequest, limits: RouterSettings, facts: ModelFa
             raise refuse(param, f"must be from 0 to {MAX_OBJECTIVE_MS}, not {objective}")
     if len(request.cache_salt) > MAX_SALT_CHARS or not _SALT.fullmatch(request.cache_salt):
         raise refuse("cache_salt", f"must be at most {MAX_SALT_CHARS} letters, digits or ._~+/=-")
+    if len(request.session) > MAX_SESSION_CHARS:
+        raise refuse("session", f"must have at most {MAX_SESSION_CHARS} characters")
     if len(request.traceparent) > MAX_TRACEPARENT_CHARS:
         raise refuse("traceparent", f"must have at most {MAX_TRACEPARENT_CHARS} characters")
     if request.key and not _KEY.fullmatch(request.key):

@@ -43,6 +43,15 @@ class InstanceView:
     workers: tuple[WorkerState, ...] = ()
     num_inflight: int = 0
     """Requests of this router that run there."""
+    inflight_then: int = 0
+    """Those of them that its last heartbeat counts."""
+    num_elsewhere: int = 0
+    """Requests of other routers there, as these last said."""
+    unseen_tokens: int = 0
+    """Prompt tokens sent there since its last heartbeat, less what is cached."""
+    full_from: int = -1
+    """With so many requests of this router it said that its queue is full; -1: it did not say so
+    since its last heartbeat."""
     num_gaps: int = 0
     suspect: bool = False
     leaving: bool = False
@@ -259,20 +268,6 @@ class ClusterView:
             return _UNCHANGED
         self._usable.clear()
         return ViewChange(ready=(one.name,)) if one.usable else _UNCHANGED
-
-    # -- counts ------------------------------------------------------------------------------
-
-    def placed(self, name: str) -> None:
-        """A request of this router was sent there."""
-        one = self._instances.get(name)
-        if one is not None:
-            one.num_inflight += 1
-
-    def left(self, name: str) -> None:
-        """A request of this router ended there or was moved away."""
-        one = self._instances.get(name)
-        if one is not None and one.num_inflight:
-            one.num_inflight -= 1
 
     def check(self) -> None:
         """InvariantError if the state cannot be."""

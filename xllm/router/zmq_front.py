@@ -62,6 +62,8 @@ RETRY_S = 0.2
 MAX_REFUSALS = 4096
 """Refused submits that a cut connection will be told of; further ones are dropped."""
 
+ANYONE = Tenant().name
+"""Whose limits hold for a client that no key names, over HTTP or here."""
 NOT_READ = "this connection does not read its answers"
 
 
@@ -93,7 +95,8 @@ class ZmqConnection:
         self.torn: set[int] = set()
         """Open requests of which a delta was dropped: they cannot end well any more."""
         # Each connection is its own tenant to the text pool; prefixes are shared by all.
-        self.tenant = Tenant(f"zmq-{identity.hex()[:32]}")
+        # Under limits they are one, or a client could have more by connecting more often.
+        self.tenant = Tenant(f"zmq-{identity.hex()[:32]}", account=ANYONE)
 
 
 class ZmqSink:

@@ -143,11 +143,13 @@ class HttpApplication:
         try:
             tenant = self._admit(scope)
             connection = scope["connection"]
-            trace = ""
+            trace = session = ""
             for name, value in scope["headers"]:
                 if name == b"traceparent":
                     trace = trace_of(value)
-            scope["caller"] = Caller(tenant, connection, trace)
+                elif name == b"x-session-id":
+                    session = value.decode("latin-1")
+            scope["caller"] = Caller(tenant, connection, trace, session)
             await self._router(scope, receive, send)
         except ClientGone:
             return

@@ -41,6 +41,8 @@ class FrontContext:
     limits: HttpLimits
     started_at: int
     """Seconds since 1970."""
+    users_are_sessions: bool = False
+    """Whether a `user` field names a session (routing.sessions)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ class Caller:
     tenant: Tenant
     connection: Connection
     trace: str
+    session: str = ""
+    """The x-session-id header."""
 
 
 def caller_of(scope: Scope) -> Caller:

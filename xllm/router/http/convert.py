@@ -26,7 +26,9 @@ def trace_of(value: bytes) -> str:
     return value.decode("ascii") if TRACEPARENT.fullmatch(value) else ""
 
 
-def chat_request(body: ChatBody, settings: RouterSettings, trace: str) -> SubmitRequest:
+def chat_request(
+    body: ChatBody, settings: RouterSettings, trace: str, session: str = ""
+) -> SubmitRequest:
     """The request of a chat completion; its id is 0."""
     check_generation(body)
     if body.top_logprobs is not None and not body.logprobs:
@@ -58,11 +60,16 @@ def chat_request(body: ChatBody, settings: RouterSettings, trace: str) -> Submit
         traceparent=trace,
         ttft_ms=body.ttft_ms or 0,
         tpot_ms=body.tpot_ms or 0,
+        session=session,
     )
 
 
 def completion_requests(
-    body: CompletionBody, prompts: list[Prompt], settings: RouterSettings, trace: str
+    body: CompletionBody,
+    prompts: list[Prompt],
+    settings: RouterSettings,
+    trace: str,
+    session: str = "",
 ) -> list[SubmitRequest]:
     """One request for each prompt, numbered from 0."""
     scoring = bool(body.echo) and body.max_tokens == 0
@@ -85,6 +92,7 @@ def completion_requests(
             traceparent=trace,
             ttft_ms=body.ttft_ms or 0,
             tpot_ms=body.tpot_ms or 0,
+            session=session,
         )
         for index, prompt in enumerate(prompts)
     ]

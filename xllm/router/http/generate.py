@@ -42,6 +42,7 @@ from xllm.router.http.problem import (
 )
 from xllm.router.http.respond import Receive, Scope, Send, read_body, send_body
 from xllm.router.http.schema import ChatBody, CompletionBody, GenerationBody, decode_body
+from xllm.router.http.sessions import session_of
 from xllm.router.http.shape import DONE, AnswerShape, Envelope, total_usage
 
 LOG = structlog.get_logger(__name__)
@@ -66,7 +67,8 @@ class ChatEndpoint:
         """Answer one request."""
         caller = caller_of(scope)
         body = decode_body(self._decoder, await read_body(receive))
-        request = chat_request(body, self._context.settings, caller.trace)
+        session = session_of(body, caller.session, self._context.users_are_sessions)
+        request = chat_request(body, self._context.settings, caller.trace, session)
         await Generation(self._context, caller, body, [request], ChatShape).run(send)
 
 
@@ -88,7 +90,8 @@ class CompletionEndpoint:
         echo: Echo | None = None
         if body.echo:
             prompts, echo = await self._echo(body, prompts, caller)
-        requests = completion_requests(body, prompts, settings, caller.trace)
+        session = session_of(body, caller.session, self._context.users_are_sessions)
+        requests = completion_requests(body, prompts, settings, caller.trace, session)
         num_choices = requests[0].sampling.n
 
         def shape(envelope: Envelope) -> AnswerShape:

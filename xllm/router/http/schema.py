@@ -131,6 +131,8 @@ class GenerationBody(RefusedFields, frozen=True, kw_only=True, gc=False):
     cache_salt: str | None = None
     ttft_ms: Int | None = None
     tpot_ms: Int | None = None
+    user: str | None = None
+    metadata: dict[str, msgspec.Raw] | None = None
 
 
 class ContentBody(msgspec.Struct, frozen=True, gc=False):

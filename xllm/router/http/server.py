@@ -52,7 +52,13 @@ class HttpFront:
         gate = Gate(read_key_file(path) if path else {})
         self._settings = settings
         self._limits = limits or limits_of(settings.router)
-        context = FrontContext(service, settings.router, self._limits, int(time.time()))
+        context = FrontContext(
+            service,
+            settings.router,
+            self._limits,
+            int(time.time()),
+            settings.routing.sessions == "user",
+        )
         self._figures = HttpFigures(service.registry, lambda: self.num_connections)
         self._application = HttpApplication(context, gate, self._figures)
         self._server: QuietServer | None = None

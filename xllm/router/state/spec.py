@@ -38,6 +38,7 @@ class RequestSpec:
     dimensions: int = 0
     packed_prompt: bytes = b""
     """The ids as bytes, where that is how they travel."""
+    session: str = ""
 
     def admit(
         self,

@@ -1,0 +1,331 @@
+"""Limits, the line of those who wait, and breakers, in a router's service over fakes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from tests.router.fake_cluster import FakeCluster, ListSink, in_loop
+from xllm.config.admission import AdmissionSettings
+from xllm.protocol.bus import InstanceLoad
+from xllm.protocol.client import RequestFinished, SubmitRequest
+from xllm.protocol.sampling import SamplingParams
+from xllm.router.front import Tenant
+
+BUSY = InstanceLoad(num_running=4, num_waiting=8)
+IDLE = InstanceLoad(num_running=1)
+
+
+def cluster_with(*names: str, **settings) -> FakeCluster:
+    return FakeCluster(*names, admission=AdmissionSettings(**settings))
+
+
+def ask(cluster: FakeCluster, tenant: str = "t", **more) -> tuple[str, ListSink]:
+    sink = ListSink()
+    request = SubmitRequest(id=1, prompt="hello", sampling=SamplingParams(max_tokens=5), **more)
+    return cluster.service.submit(request, Tenant(tenant), sink), sink
+
+
+def sent_to(cluster: FakeCluster) -> list[str]:
+    admits = {word.request_id for word in cluster.links.admits()}
+    return [name for name, word in cluster.links.sent if word.request_id in admits]
+
+
+def metrics(cluster: FakeCluster) -> str:
+    return cluster.service.metrics_text().decode()
+
+
+def close(cluster: FakeCluster) -> None:
+    cluster.service.admission.check()
+    cluster.close()
+
+
+@in_loop
+async def test_requests_wait_while_all_instances_are_saturated():
+    cluster = cluster_with("a", "b", instance_waiting=8)
+    for name in "ab":
+        cluster.beat(name, load=BUSY)
+    asked = [ask(cluster) for _ in range(3)]
+    assert not cluster.links.admits()
+    assert cluster.service.admission.num_waiting == 3
+    own = cluster.service.status().processes[0]
+    assert (own.num_waiting, own.num_running) == (3, 0)
+    assert "xllm_router_queue_length" in metrics(cluster)
+    cluster.beat("b", load=IDLE)
+    cluster.tick()
+    assert sent_to(cluster) == ["b"] * 3
+    for request_id, sink in asked:
+        cluster.say(request_id, 0, "a", "length")
+        cluster.end(request_id)
+        assert isinstance(sink.last, RequestFinished)
+    assert cluster.service.admission.num_waiting == 0
+    close(cluster)
+
+
+@in_loop
+async def test_a_request_that_ends_makes_room_at_once():
+    cluster = cluster_with("a", instance_waiting=2)
+    cluster.beat("a", load=InstanceLoad(num_running=1, num_waiting=1))
+    first, _ = ask(cluster)
+    waiting = [ask(cluster) for _ in range(2)]
+    assert len(cluster.links.admits()) == 1
+    cluster.say(first, 0, "a", "length")
+    cluster.end(first)
+    assert [word.request_id for word in cluster.links.admits()] == [first, waiting[0][0]]
+    close(cluster)
+
+
+@in_loop
+async def test_nothing_waits_where_it_is_turned_off():
+    cluster = cluster_with("a", instance_waiting=0)
+    cluster.beat("a", load=InstanceLoad(num_running=1, num_waiting=500))
+    ask(cluster)
+    assert len(cluster.links.admits()) == 1
+    close(cluster)
+
+
+@in_loop
+async def test_whoever_waits_too_long_learns_when_to_come_back():
+    cluster = cluster_with("a", instance_waiting=1, queue_timeout_s=5)
+    cluster.beat("a", load=BUSY)
+    _, urgent = ask(cluster, ttft_ms=1000)
+    _, patient = ask(cluster)
+    _, offline = ask(cluster, offline=True)
+    for _ in range(12):
+        cluster.clock.now += 0.1
+        cluster.beat("a", load=BUSY)
+        cluster.tick()
+    assert (urgent.last.code, urgent.last.retry_after_ms > 0) == ("overloaded", True)
+    assert not patient.messages
+    for _ in range(40):
+        cluster.clock.now += 0.1
+        cluster.beat("a", load=BUSY)
+        cluster.tick()
+    assert patient.last.code == "overloaded"
+    assert not offline.messages  # best effort has all its time
+    assert 'xllm_router_rejections_total{reason="timeout",tenant="t"' in metrics(cluster)
+    close(cluster)
+
+
+@in_loop
+async def test_who_waits_for_an_instance_that_is_gone_hears_that():
+    cluster = cluster_with("a", instance_waiting=1, queue_timeout_s=3)
+    cluster.beat("a", load=BUSY)
+    _, sink = ask(cluster)
+    cluster.change(cluster.service.view.disconnected("a"))
+    for _ in range(31):
+        cluster.tick()
+        cluster.clock.now += 0.1
+    assert (sink.last.code, sink.last.retry_after_ms) == ("unavailable", 1000)
+    close(cluster)
+
+
+@in_loop
+async def test_an_abort_and_a_deadline_end_who_waits():
+    cluster = cluster_with("a", instance_waiting=1)
+    cluster.beat("a", load=BUSY)
+    request_id, aborted = ask(cluster)
+    _, late = ask(cluster, timeout_ms=500)
+    cluster.service.abort(request_id)
+    assert aborted.last.code == "aborted"
+    assert cluster.service.admission.num_waiting == 1
+    for _ in range(6):
+        cluster.clock.now += 0.1
+        cluster.beat("a", load=BUSY)
+        cluster.tick()
+    assert late.last.code in ("deadline_exceeded", "overloaded")
+    assert cluster.service.admission.num_waiting == 0
+    assert cluster.service.num_open == 0
+    close(cluster)
+
+
+@in_loop
+async def test_a_full_line_sheds_offline_first_and_says_so_quickly():
+    cluster = cluster_with("a", instance_waiting=1, queue_size=3)
+    cluster.beat("a", load=BUSY)
+    _, offline = ask(cluster, offline=True)
+    _, low = ask(cluster, priority=-1)
+    _, plain = ask(cluster)
+    began = time.perf_counter()
+    _, urgent = ask(cluster, priority=1)
+    ask(cluster)
+    _, refused = ask(cluster, priority=-2)
+    assert time.perf_counter() - began < 0.5
+    assert (offline.last.code, low.last.code) == ("overloaded", "overloaded")
+    assert refused.last.code == "overloaded"
+    assert "requests wait for an instance" in refused.last.message
+    assert not plain.messages
+    assert not urgent.messages
+    text = metrics(cluster)
+    assert 'reason="shed",tenant="t"' in text
+    assert 'reason="queue",tenant="t"' in text
+    close(cluster)
+
+
+@in_loop
+async def test_a_flood_of_one_tenant_does_not_hold_up_another():
+    cluster = cluster_with("a", instance_waiting=1)
+    cluster.beat("a", load=InstanceLoad(num_running=1))
+    running, _ = ask(cluster, "flood")
+    cluster.beat("a", load=BUSY)
+    for _ in range(50):
+        ask(cluster, "flood")
+    small, _ = ask(cluster, "small")
+    cluster.beat("a", load=InstanceLoad(num_running=1))
+    for _ in range(3):
+        cluster.tick()
+        newest = cluster.links.admits()[-1].request_id
+        cluster.say(newest, 0, "a", "length")
+        cluster.end(newest)
+    first = [word.request_id for word in cluster.links.admits()][:3]
+    assert first[0] == running
+    assert small in first
+    close(cluster)
+
+
+@in_loop
+async def test_a_request_that_all_instances_refuse_waits_for_room():
+    cluster = cluster_with("a", "b")
+    request_id, sink = ask(cluster)
+    for attempt in (1, 2):
+        cluster.end(request_id, attempt, code="overloaded")
+    assert [word.attempt for word in cluster.links.admits()] == [1, 2]
+    assert cluster.service.admission.num_waiting == 1
+    cluster.tick()
+    assert len(cluster.links.admits()) == 2  # both are still full
+    cluster.beat("b")
+    cluster.tick()
+    assert cluster.links.admits()[-1].attempt == 3
+    assert cluster.links.sent[-1][0] == "b"
+    cluster.say(request_id, 0, "a", "length", 3)
+    cluster.end(request_id, 3)
+    assert isinstance(sink.last, RequestFinished)
+    close(cluster)
+
+
+@in_loop
+async def test_instances_that_take_nothing_are_asked_again():
+    cluster = cluster_with("a", "b", queue_timeout_s=2)
+    cluster.links.unreachable |= {"a", "b"}
+    _, sink = ask(cluster)
+    for _ in range(30):
+        await asyncio.sleep(0)
+    assert cluster.service.admission.num_waiting == 1
+    cluster.links.unreachable.clear()
+    cluster.beat("a")
+    cluster.tick()
+    assert sent_to(cluster) == ["a"]
+    assert not sink.messages
+    close(cluster)
+
+
+# -- limits of tenants ------------------------------------------------------------------------
+
+
+@in_loop
+async def test_limits_hold_for_each_tenant_and_say_when_to_come_back(tmp_path):
+    path = tmp_path / "limits.toml"
+    path.write_text("[small]\nconcurrency = 1\n[slow]\nrequests_per_minute = 2\n")
+    cluster = cluster_with("a", tenant_limits_file=str(path))
+    for _ in range(30):
+        ask(cluster, "free")
+    open_one, _ = ask(cluster, "small")
+    _, refused = ask(cluster, "small")
+    assert (refused.last.code, refused.last.retry_after_ms >= 100) == ("rate_limit_exceeded", True)
+    cluster.say(open_one, 0, "a", "length")
+    cluster.end(open_one)
+    _, again = ask(cluster, "small")
+    assert not again.messages
+    ask(cluster, "slow")
+    ask(cluster, "slow")
+    _, refused = ask(cluster, "slow")
+    assert refused.last.retry_after_ms == pytest.approx(30_000, abs=10)
+    assert 'reason="limit",tenant="slow"' in metrics(cluster)
+    close(cluster)
+
+
+@in_loop
+async def test_tokens_are_limited_and_a_refused_request_is_not_counted_as_open():
+    cluster = cluster_with("a", tokens_per_minute=60, concurrency=2)
+    _, too_long = ask(cluster)
+    request = SubmitRequest(id=1, prompt=tuple([5] * 61), sampling=SamplingParams(max_tokens=1))
+    for _ in range(3):
+        sink = ListSink()
+        cluster.service.submit(request, Tenant("t"), sink)
+        assert (sink.last.code, sink.last.param) == ("invalid_value", "prompt")
+    assert not too_long.messages
+    spent = SubmitRequest(id=1, prompt=tuple([5] * 60), sampling=SamplingParams(max_tokens=1))
+    sink = ListSink()
+    cluster.service.submit(spent, Tenant("t"), sink)
+    assert sink.last.code == "rate_limit_exceeded"
+    assert sink.last.retry_after_ms > 500
+    _, second = ask(cluster)
+    assert not second.messages
+    close(cluster)
+
+
+@in_loop
+async def test_connections_without_a_name_share_their_limits():
+    cluster = cluster_with("a", concurrency=1)
+    for number, name in enumerate(("zmq-1", "zmq-2")):
+        sink = ListSink()
+        request = SubmitRequest(id=1, prompt="hello", sampling=SamplingParams(max_tokens=5))
+        cluster.service.submit(request, Tenant(name, account="default"), sink)
+        assert bool(sink.messages) == bool(number)
+    close(cluster)
+
+
+# -- breakers ---------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_an_instance_that_fails_requests_is_left_alone_and_tried_again():
+    cluster = cluster_with("a", "b", breaker_failures=2, breaker_open_s=5)
+
+    def fail_at(name: str) -> None:
+        while True:
+            request_id, sink = ask(cluster)
+            where = cluster.links.sent[-1][0]
+            if where == name:
+                cluster.end(request_id, code="engine_error")
+                assert sink.last.code == "engine_error"
+                return
+            cluster.say(request_id, 0, "a", "length")
+            cluster.end(request_id)
+
+    for _ in range(2):
+        fail_at("a")
+        cluster.clock.now += 0.5
+    found = {one.name: one.breaker for one in cluster.service.status().processes}
+    assert found["a"] == "open"
+    assert found["b"] == ""
+    assert 'xllm_router_breaker_state{target="a"' in metrics(cluster)
+    cluster.links.sent.clear()
+    for _ in range(6):
+        ask(cluster)
+    assert set(sent_to(cluster)) == {"b"}
+    cluster.clock.now += 5
+    for name in "ab":
+        cluster.beat(name)
+    asked = [ask(cluster)[0] for _ in range(4)]
+    by_place = dict(zip(sent_to(cluster)[-4:], asked, strict=True))
+    assert sent_to(cluster)[-4:].count("a") == 1  # the trial
+    cluster.say(by_place["a"], 0, "a", "length")
+    cluster.end(by_place["a"])
+    found = {one.name: one.breaker for one in cluster.service.status().processes}
+    assert found["a"] == ""
+    close(cluster)
+
+
+@in_loop
+async def test_requests_that_are_bad_themselves_open_no_breaker():
+    cluster = cluster_with("a", "b", breaker_failures=1)
+    for code in ("invalid_value", "context_length_exceeded", "deadline_exceeded", "aborted"):
+        for _ in range(4):
+            request_id, _ = ask(cluster)
+            cluster.clock.now += 1
+            cluster.end(request_id, code=code)
+    assert all(one.breaker == "" for one in cluster.service.status().processes)
+    close(cluster)

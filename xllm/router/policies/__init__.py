@@ -1,0 +1,1 @@
+"""How an instance is chosen: one decision a file, interchangeable."""
