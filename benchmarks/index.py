@@ -1,0 +1,164 @@
+"""What the index of cached blocks costs a router: events applied, prompts matched, bytes held.
+
+    python -m benchmarks.index [--json] [--entries 1000000] [--instances 64] [--batch 500]
+        [--blocks 1000] [--seconds 2]
+
+One process, one thread, the index alone; hashes are random, as content hashes are. It is filled
+with `--entries` distinct blocks: chains of `--blocks`, a tenth of each (a system prompt) held by
+all instances, the rest by one or two. Then:
+
+events: decoded heartbeats with `--batch` new blocks of one instance, and as many removed ones, in
+    turn, for `--seconds`, so that the number of blocks stays; decoding of the message is counted.
+match: the prompt's blocks are on all instances up to a point of its own each (`spread`, the
+    dearest), shared in part as in the filling (`typical`), or nowhere (`miss`).
+snapshot: 100,000 blocks of one instance replaced.
+
+`match_us_p50` is that of `spread`. `bytes_per_entry`: of the arrays, by distinct block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import time
+from typing import Any
+
+from xllm.kvcache.hashing import HASH_BYTES
+from xllm.kvcache.index import KvIndex
+from xllm.protocol.bus import BlockEvents, BusMessage, InstanceHeartbeat
+from xllm.protocol.codec import Decoder, encode
+
+MAX_BYTES = 1 << 30
+SNAPSHOT_BLOCKS = 100_000
+
+
+def fresh(count: int) -> bytes:
+    """So many hashes that nobody had."""
+    return os.urandom(HASH_BYTES * count)
+
+
+def fill(index: KvIndex, names: list[str], entries: int, blocks: int) -> list[bytes]:
+    """The chains that it was filled with."""
+    rng = random.Random(1)
+    system = fresh(blocks // 10)
+    for name in names:
+        index.apply(name, system)
+    chains = []
+    while index.statistics().num_keys < entries:
+        own = fresh(blocks - blocks // 10)
+        for name in rng.sample(names, min(len(names), rng.choice((1, 1, 2)))):
+            index.apply(name, own)
+        chains.append(system + own)
+    return chains
+
+
+def measure_events(index: KvIndex, names: list[str], batch: int, seconds: float) -> float:
+    """Events a second."""
+    decoder: Decoder[BusMessage] = Decoder(BusMessage)
+    spent, count, turn = 0.0, 0, 0
+    held: dict[str, bytes] = dict.fromkeys(names, b"")
+    while spent < seconds:
+        name = names[turn % len(names)]
+        stored = fresh(batch)
+        events = (BlockEvents(stored, held[name]),)
+        held[name] = stored
+        word = encode(InstanceHeartbeat(name, "1", turn + 1, "ready", events=events))
+        turn += 1
+        began = time.perf_counter()
+        beat = decoder.decode(word)
+        assert isinstance(beat, InstanceHeartbeat)
+        for one in beat.events:
+            index.apply(name, one.stored, one.removed, one.tier)
+        spent += time.perf_counter() - began
+        count += (len(events[0].stored) + len(events[0].removed)) // HASH_BYTES
+    for name, rest in held.items():
+        index.apply(name, b"", rest)
+    return count / spent
+
+
+def measure_match(index: KvIndex, prompts: list[bytes], seconds: float) -> dict[str, float]:
+    """Microseconds, median and 99th percentile."""
+    times = []
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds or len(times) < 200:
+        prompt = prompts[len(times) % len(prompts)]
+        start = time.perf_counter_ns()
+        index.match(prompt)
+        times.append((time.perf_counter_ns() - start) / 1000)
+    p99 = statistics.quantiles(times, n=100)[98]
+    return {"p50": round(statistics.median(times), 1), "p99": round(p99, 1)}
+
+
+def spread_prompts(index: KvIndex, names: list[str], blocks: int, count: int) -> list[bytes]:
+    """Prompts of which each instance has another part."""
+    prompts = []
+    for number in range(count):
+        prompt = fresh(blocks)
+        for at, name in enumerate(names):
+            length = 1 + (at + number) % len(names) * (blocks - 1) // max(1, len(names) - 1)
+            index.apply(name, prompt[: length * HASH_BYTES])
+        prompts.append(prompt)
+    return prompts
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All figures."""
+    names = [f"instance-{number}" for number in range(args.instances)]
+    index = KvIndex(MAX_BYTES)
+    chains = fill(index, names, args.entries, args.blocks)
+    events = measure_events(index, names, args.batch, args.seconds)
+    spread = spread_prompts(index, names, args.blocks, 50)
+    random.Random(2).shuffle(chains)
+    part = args.seconds / 3
+    match = {
+        "spread": measure_match(index, spread, part),
+        "typical": measure_match(index, chains, part),
+        "miss": measure_match(index, [fresh(args.blocks) for _ in range(50)], part),
+    }
+    snapshot = fresh(SNAPSHOT_BLOCKS)
+    index.replace(names[0], "device", snapshot)
+    began = time.perf_counter()
+    index.replace(names[0], "device", snapshot)
+    replaced = time.perf_counter() - began
+    counts = index.statistics()
+    began = time.perf_counter()
+    index._table.rebuild(0)
+    rebuilt = time.perf_counter() - began
+    return {
+        "events_per_s": round(events),
+        "match_us_p50": match["spread"]["p50"],
+        "bytes_per_entry": round(counts.num_bytes / counts.num_keys, 1),
+        "entries": counts.num_keys,
+        "entries_by_publisher": counts.num_entries,
+        "instances": args.instances,
+        "batch": args.batch,
+        "blocks": args.blocks,
+        "match_us": match,
+        "snapshot_ms": round(replaced * 1000, 1),
+        "rebuild_ms": round(rebuilt * 1000, 1),
+        "bytes": counts.num_bytes,
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="The index of cached blocks.")
+    parser.add_argument("--entries", type=int, default=1_000_000)
+    parser.add_argument("--instances", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=500)
+    parser.add_argument("--blocks", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    figures = measure(parser.parse_args())
+    if parser.parse_args().json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:22} {value}")
+
+
+if __name__ == "__main__":
+    main()
