@@ -33,7 +33,7 @@ from xllm.router.validation import (
     check_text_bytes,
 )
 
-PACK_FROM = 512
+PACK_FROM = 64
 """Prompts of so many tokens travel as bytes."""
 
 

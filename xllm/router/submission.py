@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -27,6 +26,7 @@ from xllm.protocol.client import RequestFailed, SubmitRequest, next_life
 from xllm.protocol.transport.context import describe_error
 from xllm.router.admission.control import AdmissionControl
 from xllm.router.dispatcher import Dispatcher
+from xllm.router.drawing import RandomBytes
 from xllm.router.effort import is_long_request
 from xllm.router.front import Sink, Tenant
 from xllm.router.inflight import InflightRequest
@@ -60,12 +60,13 @@ class Submission:
         self._limits = limits
         self._admission = admission
         self._clock = clock
+        self._random = RandomBytes()
         self.draining = False
         """Refuse whatever comes."""
 
     def submit(self, request: SubmitRequest, tenant: Tenant, sink: Sink) -> str:
         """See RouterService.submit."""
-        drawn = os.urandom(24)
+        drawn = self._random.take(24)
         request_id = drawn[:16].hex()
         if request.key:
             request_id = bound_id(request.key, tenant)
@@ -91,12 +92,12 @@ class Submission:
             intake = self._served.find(request.model)
             intake.check(request)
             self._served.check_awake(intake.name)
-            begin = partial(self._begin, intake, request, tenant, request_id, seed, opened.deadline)
+            begin = (intake, request, tenant, request_id, seed, opened.deadline)
             if is_long_request(request):
-                opened.encoding = self._pool.run(tenant.name, begin)
+                opened.encoding = self._pool.run(tenant.name, partial(self._begin, *begin))
                 opened.encoding.add_done_callback(partial(self._begun, request_id, opened))
             else:
-                self._start(opened, begin())
+                self._start(opened, self._begin(*begin))
         except Exception as error:
             self._refuse(request_id, opened, error)
         return request_id

@@ -63,6 +63,8 @@ class Channel:
         self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._socket = transport.socket(kind)
+        # The compiled method itself: what pyzmq puts before it is for options not used here.
+        self._send_part = super(zmq.Socket, self._socket).send
         self._fd: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]  # FD is an int
         self._outboxes: dict[bytes, _Outbox] = {}
         self._look_scheduled = False
@@ -186,11 +188,11 @@ class Channel:
             self._loop.call_soon(self._look)
 
     def _try_send(self, parts: Sequence[bytes]) -> bool:
-        socket = self._socket
+        send = self._send_part
         last = len(parts) - 1
         try:
             for index, part in enumerate(parts):
-                socket.send(part, _NOBLOCK if index == last else _NOBLOCK_MORE)
+                send(part, _NOBLOCK if index == last else _NOBLOCK_MORE)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:

@@ -7,6 +7,7 @@ every value. Knows no sockets and no tokenizer.
 from __future__ import annotations
 
 import re
+from typing import cast
 
 from xllm.config.settings import RouterSettings
 from xllm.errors import InvalidRequestError
@@ -19,6 +20,7 @@ COMPLETION_MAX_TOKENS = 16
 
 TRACEPARENT = re.compile(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 Prompt = str | tuple[int, ...]
+_Many = list[str | list[int]]
 
 
 def trace_of(value: bytes) -> str:
@@ -134,14 +136,12 @@ def prompts_of(prompt: str | list[str | int | list[int]], name: str = "prompt") 
         return [prompt]
     if not prompt:
         raise InvalidRequestError(f"{name} is empty", param=name)
-    if all(isinstance(item, int) for item in prompt):
-        return [tuple(item for item in prompt if isinstance(item, int))]
-    prompts: list[Prompt] = []
-    for item in prompt:
-        if isinstance(item, int) or isinstance(item, str) != isinstance(prompt[0], str):
-            raise InvalidRequestError(f"{name} mixes texts and token ids", param=name)
-        prompts.append(item if isinstance(item, str) else tuple(item))
-    return prompts
+    kinds = set(map(type, prompt))  # not a loop of ours: there may be fifty thousand ids
+    if len(kinds) > 1:
+        raise InvalidRequestError(f"{name} mixes texts and token ids", param=name)
+    if kinds == {int}:
+        return [cast("tuple[int, ...]", tuple(prompt))]
+    return [one if isinstance(one, str) else tuple(one) for one in cast("_Many", prompt)]
 
 
 def chat_messages(bodies: list[MessageBody]) -> tuple[ChatMessage, ...]:

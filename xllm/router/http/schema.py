@@ -7,6 +7,7 @@ here, are refused by name rather than silently dropped.
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import Annotated, Literal, TypeVar
 
@@ -49,6 +50,9 @@ REFUSED: dict[str, tuple[bytes, ...]] = {
 }
 """Fields that only these values (or null) may have."""
 
+_REFUSED_FIELDS = operator.attrgetter(*REFUSED)
+_ALL_ABSENT = (ABSENT,) * len(REFUSED)
+
 
 class RefusedFields(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What no client may ask for."""
@@ -81,6 +85,8 @@ class RefusedFields(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     def check_refused(self) -> None:
         """InvalidRequestError for the first field that asks for something."""
+        if _REFUSED_FIELDS(self) == _ALL_ABSENT:
+            return
         for name, harmless in REFUSED.items():
             raw = getattr(self, name)
             if raw is ABSENT:

@@ -6,15 +6,15 @@ deliver them to the sink, in order; the latter two are the last.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
+
+import msgspec
 
 from xllm.protocol.client import RequestFailed, RequestFinished, TokenDelta
 from xllm.protocol.instance import AdmitRequest, CancelRequest
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SendTo:
+class SendTo(msgspec.Struct, frozen=True, gc=False):
     """Send a message to an instance; if it cannot be reached, the words are dropped."""
 
     instance: str

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+
+import msgspec
 
 from xllm.protocol.instance import AdmitRequest
 from xllm.protocol.sampling import SamplingParams
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RequestSpec:
+class RequestSpec(msgspec.Struct, frozen=True, gc=False):
     """A request as the state machine needs it. `sampling` is resolved: its seed is drawn and its
     max_tokens set. `deadline`: monotonic seconds."""
 

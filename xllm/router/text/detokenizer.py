@@ -40,7 +40,8 @@ class PieceDetokenizer:
 
     def __init__(self, pieces: PieceTable, strip_start: int = 0) -> None:
         self._pieces = pieces
-        self._decoder = _make_decoder("replace")
+        self._decoder: codecs.IncrementalDecoder | None = None
+        """Made where a character is cut for the first time: most texts need none."""
         self._strip = strip_start
 
     def feed(self, token_ids: Sequence[int]) -> str:
@@ -48,6 +49,11 @@ class PieceDetokenizer:
         data = b"".join(map(self._pieces.__getitem__, token_ids))
         if self._strip and data:
             data = self._begin(data, token_ids)
+        if self._decoder is None:
+            try:
+                return data.decode()
+            except UnicodeDecodeError:
+                self._decoder = _make_decoder("replace")
         return self._decoder.decode(data)
 
     def _begin(self, data: bytes, token_ids: Sequence[int]) -> bytes:
@@ -60,7 +66,7 @@ class PieceDetokenizer:
 
     def finish(self) -> str:
         """What was held back."""
-        return self._decoder.decode(b"", True)
+        return "" if self._decoder is None else self._decoder.decode(b"", True)
 
 
 class WindowDetokenizer:
