@@ -24,7 +24,7 @@ TTL_S = 2.0
 KEY = "/leader"
 ANSWER_S = 1.5
 """What an election takes at most, after the lease of the one before."""
-SKEW = 0.02
+SKEW = 0.03
 """Clocks run so much faster or slower than they should, at most."""
 
 
@@ -39,7 +39,7 @@ class World:
         self.quiet_at = float("inf")
         self._counter = itertools.count()
         self._heap: list = []
-        self.rate = 1 + self.random.uniform(-SKEW, SKEW)
+        self.rate = self.clock_rate()
         self.store = RegistryStore(first_revision=self.random.randrange(1, 1000))
         self.epochs: list[int] = []
         self.routers = [Router(self, number) for number in range(num_routers)]
@@ -51,11 +51,16 @@ class World:
         """How long a word is on its way; those of the bad times are over when they are."""
         if self.now >= self.quiet_at:
             return self.random.uniform(0.0, 0.02)
-        usual = self.random.uniform(0.0, 0.02)
+        usual = self.random.uniform(0.0, 0.005)
         late = self.random.uniform(0.0, self.slowest_s)
         return min(usual if self.random.random() < 0.6 else late, self.quiet_at - self.now)
 
-    def is_lost(self) -> bool:
+    def clock_rate(self) -> float:
+        return 1 + self.random.choice((-SKEW, 0.0, SKEW))
+
+    def is_lost(self, router: Router) -> bool:
+        if self.now < router.cut_until:
+            return True
         return self.now < self.quiet_at and self.random.random() < self.loss
 
     def registry_now(self) -> float:
@@ -101,11 +106,12 @@ class Router:
     def __init__(self, world: World, number: int) -> None:
         self.world = world
         self.number = number
-        self.rate = 1 + world.random.uniform(-SKEW, SKEW)
+        self.rate = world.clock_rate()
         self.offset = world.random.uniform(0, 1e6)
         self.election = Election(TTL_S)
         self.is_dead = False
         self.resumes_at = 0.0
+        self.cut_until = 0.0
         self.heard_at = 0.0
         self.answered: set[int] = set()
 
@@ -138,7 +144,7 @@ class Router:
     def make(self, call) -> None:
         world = self.world
         world.at(world.now + call.timeout_s / self.rate, self.act, lambda: self.answer(call, None))
-        if not world.is_lost():
+        if not world.is_lost(self):
             world.at(world.now + world.delay(), self.reach, call)
 
     def reach(self, call) -> None:
@@ -159,7 +165,7 @@ class Router:
                 return None
 
         result = self.world.registry(carry_out)
-        if not self.world.is_lost():
+        if not self.world.is_lost(self):
             back = self.world.now + self.world.delay()
             self.world.at(back, self.act, lambda: self.answer(call, result))
 
@@ -179,12 +185,17 @@ class Router:
 
     def watch_hears(self, change) -> None:
         """In order, and never lost, but late."""
-        self.heard_at = max(self.heard_at, self.world.now + self.world.delay())
+        come_at = max(self.world.now, self.cut_until) + self.world.delay()
+        self.heard_at = max(self.heard_at, come_at)
         told = lambda: self.election.seen(change.entry, change.revision)  # noqa: E731
         self.world.at(self.heard_at, self.act, told)
 
     def pause(self, seconds: float) -> None:
         self.resumes_at = max(self.resumes_at, self.world.now + seconds)
+
+    def cut_off(self, seconds: float) -> None:
+        """It reaches nobody, and what it watches comes when it is over."""
+        self.cut_until = max(self.cut_until, self.world.now + seconds)
 
     def die(self) -> None:
         self.is_dead = True
@@ -197,11 +208,12 @@ class Router:
     loss=st.sampled_from((0.0, 0.05, 0.3)),
     slowest_s=st.sampled_from((0.05, 1.0, 4.0)),
     num_pauses=st.integers(0, 12),
+    num_cuts=st.integers(0, 6),
     num_resignations=st.integers(0, 1),
     num_deaths=st.integers(0, 2),
 )
 def test_never_two_leaders_and_soon_one(
-    seed, num_routers, loss, slowest_s, num_pauses, num_resignations, num_deaths
+    seed, num_routers, loss, slowest_s, num_pauses, num_cuts, num_resignations, num_deaths
 ):
     world = World(seed, num_routers, loss, slowest_s)
     bad_s = 20.0
@@ -211,6 +223,8 @@ def test_never_two_leaders_and_soon_one(
         victim = world.random.choice(world.routers)
         length = world.random.choice((0.3, 1.0, 2.5, 6.0))
         world.at(world.random.uniform(0, bad_s - length), victim.pause, length)
+    for _ in range(num_cuts):
+        world.at(world.random.uniform(0, bad_s - 3.0), cut_leader, world, 3.0)
     survivors = world.routers[1:]
     for event in ["die"] * num_deaths + ["resign"] * num_resignations:
         if survivors:
@@ -232,6 +246,12 @@ def test_never_two_leaders_and_soon_one(
     for router in world.routers:
         if not router.is_dead:
             assert router.election.entry.create_revision == epoch
+
+
+def cut_leader(world: World, seconds: float) -> None:
+    """Who leads, if anybody does, is cut off from the registry."""
+    for leader in world.leaders():
+        leader.cut_off(seconds)
 
 
 def grown(ttl_s=TTL_S):
