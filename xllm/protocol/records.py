@@ -115,3 +115,8 @@ def experts_key(cluster: str, name: str) -> str:
 def kv_key(cluster: str, name: str) -> str:
     """Key of the mirrored digest of an instance's cached blocks."""
     return f"{cluster_prefix(cluster)}kv/{name}"
+
+
+def secret_key(cluster: str, name: str) -> str:
+    """Key of what a kind of processes shares: made by the first that needs it, under no lease."""
+    return f"{cluster_prefix(cluster)}secrets/{name}"

@@ -8,6 +8,7 @@ fronts the clients. A further part is made in `start`, hears of the cluster as a
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import uuid
 from collections.abc import Callable, Coroutine
@@ -38,6 +39,7 @@ from xllm.router.leadership.part import Leadership
 from xllm.router.membership import Membership
 from xllm.router.peers import Peers
 from xllm.router.service import RouterService
+from xllm.router.shared_key import shared_key
 from xllm.router.text.model import load_text_model
 from xllm.router.zmq_front import ZmqFront
 
@@ -133,6 +135,9 @@ class RouterActor(Actor):
             raise ConfigError("cluster.registry is not set", param="cluster.registry")
         registry = self._registry = open_registry(cluster.registry, self.transport)
         await self.membership.join(registry, cluster)
+        self.service.event_key = await wait_registry(
+            cluster, functools.partial(shared_key, registry, cluster.name)
+        )
 
     async def _register(self) -> None:
         assert self._registry is not None

@@ -7,6 +7,7 @@ message, whatever happens.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -112,6 +113,8 @@ class RouterService:
         self.complaints: list[Callable[[], tuple[str, ...]]] = []
         """What further parts find amiss, for health reports."""
         self._ticked_at = 0.0
+        self.event_key = os.urandom(32)
+        """Signs the ids of events of HTTP streams; the actor sets the cluster's."""
         self.registry_degraded = False
         """Set by the actor: the registry does not answer."""
         self.submission = Submission(
@@ -126,13 +129,16 @@ class RouterService:
 
     # -- requests ----------------------------------------------------------------------------
 
-    def submit(self, request: SubmitRequest, tenant: Tenant, sink: Sink) -> str:
-        """Start a request and return the server's id of it (128 random bits, hex).
+    def submit(
+        self, request: SubmitRequest, tenant: Tenant, sink: Sink, borders: Sequence[int] = ()
+    ) -> str:
+        """Start a request and return the server's id of it (128 random bits, hex). `borders`: for
+        each choice, behind how many tokens a delta must end; 0: wherever it does.
 
         Never raises for a fault of the request: `sink` gets deltas (where `request.stream`; the
         last one of each choice has its `finish_reason`), then exactly one RequestFinished or
         RequestFailed, possibly before this returns."""
-        return self.submission.submit(self.objectives.fill(request), tenant, sink)
+        return self.submission.submit(self.objectives.fill(request), tenant, sink, borders)
 
     def abort(self, request_id: str) -> None:
         """Stop a request: its sink gets RequestFailed with code `aborted`. Unknown: ignored."""

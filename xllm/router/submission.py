@@ -64,7 +64,9 @@ class Submission:
         self.draining = False
         """Refuse whatever comes."""
 
-    def submit(self, request: SubmitRequest, tenant: Tenant, sink: Sink) -> str:
+    def submit(
+        self, request: SubmitRequest, tenant: Tenant, sink: Sink, borders: Sequence[int] = ()
+    ) -> str:
         """See RouterService.submit."""
         drawn = self._random.take(24)
         request_id = drawn[:16].hex()
@@ -92,7 +94,7 @@ class Submission:
             intake = self._served.find(request.model)
             intake.check(request)
             self._served.check_awake(intake.name)
-            begin = (intake, request, tenant, request_id, seed, opened.deadline)
+            begin = (intake, request, tenant, request_id, seed, opened.deadline, borders)
             if is_long_request(request):
                 opened.encoding = self._pool.run(tenant.name, partial(self._begin, *begin))
                 opened.encoding.add_done_callback(partial(self._begun, request_id, opened))
@@ -131,12 +133,15 @@ class Submission:
         request_id: str,
         seed: int,
         deadline: float,
+        borders: Sequence[int],
     ) -> Beginning:
         """The dear part: no part of it touches what other requests have, save caches."""
         spec = intake.prepare(request, tenant, request_id, seed, deadline)
         text = intake.text
         sampling, prompt_ids = spec.sampling, spec.prompt_ids
         state = RequestLife(spec, [text.output(sampling, prompt_ids) for _ in range(sampling.n)])
+        for choice, border in zip(state.choices, borders, strict=False):
+            choice.border = border
         return state, _PLACE if request.resume is None else state.resume(request.resume)
 
     def _start(self, opened: InflightRequest, beginning: Beginning) -> None:

@@ -51,6 +51,7 @@ class FakeService(RouterService):
 
     def __init__(self, *, held: bool = False, num_tokens: int = 5) -> None:
         self.registry = CollectorRegistry()
+        self.event_key = b"k" * 32
         self.held = held
         self.num_tokens = num_tokens
         self.failure: RequestFailed | None = None
@@ -61,7 +62,9 @@ class FakeService(RouterService):
         self.num_probes = 0
         self._numbers = itertools.count(1)
 
-    def submit(self, request: SubmitRequest, tenant: Tenant, sink: Sink) -> str:
+    def submit(
+        self, request: SubmitRequest, tenant: Tenant, sink: Sink, borders: tuple[int, ...] = ()
+    ) -> str:
         request_id = f"{next(self._numbers):032x}"
         self.submitted.append((request, tenant))
         self.open[request_id] = OpenRequest(request, tenant, sink)

@@ -127,12 +127,21 @@ def raw_post(path, body, *, headers=()):
 def sse_events(text):
     """The values of a stream's events; the last one is "[DONE]" where it ended well."""
     events = []
+    for _, data in sse_blocks(text):
+        events.append(data if data == "[DONE]" else json.loads(data))
+    return events
+
+
+def sse_blocks(text):
+    """(id, data) of each event of a stream."""
+    blocks = []
     for block in text.split("\n\n"):
         if block:
-            assert block.startswith("data: ")
-            data = block.removeprefix("data: ")
-            events.append(data if data == "[DONE]" else json.loads(data))
-    return events
+            name, data = block.split("\n")
+            assert name.startswith("id: ")
+            assert data.startswith("data: ")
+            blocks.append((name.removeprefix("id: "), data.removeprefix("data: ")))
+    return blocks
 
 
 def chat(content="hi", **fields):

@@ -18,6 +18,7 @@ from xllm.protocol.sampling import TokenLogprobs
 from xllm.router.http.answer import MERGE_FROM, StreamedAnswer, WholeAnswer, merge_deltas
 from xllm.router.http.chat_shape import ChatShape
 from xllm.router.http.completion_shape import CompletionShape
+from xllm.router.http.event_ids import EventStage
 from xllm.router.http.logprob_shape import chat_logprobs, legacy_logprobs
 from xllm.router.http.shape import Envelope, total_usage
 
@@ -156,7 +157,7 @@ def test_merging_keeps_every_token(items):
 def test_templates_carry_any_text(text):
     for shape in (ChatShape(envelope()), CompletionShape(envelope(), 1, None)):
         shape.delta(0, delta(0, 0, "first"))
-        data = shape.delta(0, delta(0, 1, text))
+        [(_, data)] = shape.delta(0, delta(0, 1, text))
         assert data.startswith(b"data: ")
         assert data.endswith(b"\n\n")
         assert data.count(b"\n") == 2
@@ -166,24 +167,27 @@ def test_templates_carry_any_text(text):
 
 def test_templates_survive_a_model_named_like_the_mark():
     shape = ChatShape(Envelope("r", 1, "\x01text\x01", lambda token: b"x"))
-    events = shape.delta(0, delta(0, 0, "hello")).split(b"\n\n")
-    shown = json.loads(events[1][6:])
+    events = shape.delta(0, delta(0, 0, "hello"))
+    shown = json.loads(events[1][1][6:])
     assert shown["model"] == "\x01text\x01"
     assert shown["choices"][0]["delta"]["content"] == "hello"
 
 
 def test_a_choice_ends_once():
     shape = ChatShape(envelope())
-    assert b'"finish_reason":"stop"' in shape.delta(0, delta(0, 0, "a", finish_reason="stop"))
-    assert shape.finish(0, finished().choices[0]) == b""
-    assert b"assistant" in shape.finish(1, finished().choices[0])
-    assert shape.finish(1, finished().choices[0]) == b""
+    stages = [EventStage.NOTHING, EventStage.LAST_TEXT, EventStage.ENDED]
+    events = shape.delta(0, delta(0, 0, "a", finish_reason="stop"))
+    assert [stage for stage, _ in events] == stages
+    assert b'"finish_reason":"stop"' in events[-1][1]
+    assert shape.finish(0, finished().choices[0]) == []
+    assert b"assistant" in shape.finish(1, finished().choices[0])[0][1]
+    assert shape.finish(1, finished().choices[0]) == []
 
 
 def test_empty_deltas_are_no_events():
     shape = ChatShape(envelope())
     shape.delta(0, delta(0, 0, "a"))
-    assert shape.delta(0, delta(0, 1, "")) == b""
+    assert shape.delta(0, delta(0, 1, "")) == []
 
 
 def test_logprobs_of_odd_bytes():

@@ -102,6 +102,7 @@ class StreamedAnswer:
         "_pending_bytes",
         "_waiter",
         "done",
+        "merges",
     )
 
     def __init__(
@@ -119,6 +120,8 @@ class StreamedAnswer:
         self._merge_at = MERGE_FROM
         self._pending_bytes = 0
         self._waiter: asyncio.Future[None] | None = None
+        self.merges = True
+        """Whether deltas that wait may become one: not while it matters where they end."""
         self.done = False
 
     def send(self, message: RouterMessage) -> None:
@@ -128,7 +131,7 @@ class StreamedAnswer:
         self._messages.append(message)
         if type(message) is TokenDelta:
             self._pending_bytes += cost_of(message)
-            if len(self._messages) >= self._merge_at:
+            if self.merges and len(self._messages) >= self._merge_at:
                 self._merge()
             if self._pending_bytes > self._max_pending_bytes:
                 self._give_up()

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from xllm.protocol.client import ChoiceResult, RequestFinished, TokenDelta, Usage
+from xllm.router.http.event_ids import EventStage
 from xllm.router.http.logprob_shape import chat_logprobs
 from xllm.router.http.shape import (
     ENCODER,
     MARK,
     Envelope,
+    Events,
     EventTemplate,
     event,
     usage_fields,
@@ -29,28 +31,31 @@ class ChatShape:
         self._templates: dict[int, EventTemplate] = {}
         self._ended: set[int] = set()
 
-    def delta(self, choice: int, delta: TokenDelta) -> bytes:
+    def delta(self, choice: int, delta: TokenDelta) -> Events:
         """See AnswerShape."""
         template = self._templates.get(choice)
-        parts = []
+        events = []
         if template is None:
-            parts.append(self._begin(choice))
+            events.append((EventStage.NOTHING, self._begin(choice)))
             template = self._templates[choice]
+        said = EventStage.LAST_TEXT if delta.finish_reason else EventStage.SAID
         if delta.logprobs:
             logprobs = chat_logprobs(delta.logprobs, self._envelope.bytes_of)
-            parts.append(self._event(choice, {"content": delta.text}, None, logprobs))
+            events.append((said, self._event(choice, {"content": delta.text}, None, logprobs)))
         elif delta.text:
-            parts.append(template.text(delta.text))
+            events.append((said, template.text(delta.text)))
         if delta.finish_reason:
-            parts.append(self._end(choice, delta.finish_reason))
-        return b"".join(parts)
+            events.append((EventStage.ENDED, self._end(choice, delta.finish_reason)))
+        return events
 
-    def finish(self, choice: int, result: ChoiceResult) -> bytes:
+    def finish(self, choice: int, result: ChoiceResult) -> Events:
         """See AnswerShape."""
-        if choice in self._ended:
-            return b""
-        begin = b"" if choice in self._templates else self._begin(choice)
-        return begin + self._end(choice, result.finish_reason)
+        events: Events = []
+        if choice not in self._ended:
+            if choice not in self._templates:
+                events.append((EventStage.NOTHING, self._begin(choice)))
+            events.append((EventStage.ENDED, self._end(choice, result.finish_reason)))
+        return events
 
     def usage(self, usage: Usage) -> bytes:
         """See AnswerShape."""

@@ -13,11 +13,13 @@ from typing import Any
 import msgspec
 
 from xllm.protocol.client import ChoiceResult, RequestFinished, TokenDelta, Usage
+from xllm.router.http.event_ids import EventStage
 from xllm.router.http.logprob_shape import legacy_logprobs
 from xllm.router.http.shape import (
     ENCODER,
     MARK,
     Envelope,
+    Events,
     EventTemplate,
     event,
     usage_fields,
@@ -45,31 +47,34 @@ class CompletionShape:
         self._offsets: dict[int, int] = {}
         self._ended: set[int] = set()
 
-    def delta(self, choice: int, delta: TokenDelta) -> bytes:
+    def delta(self, choice: int, delta: TokenDelta) -> Events:
         """See AnswerShape."""
         template = self._templates.get(choice)
-        parts = []
+        events = []
         if template is None:
-            parts.append(self._begin(choice))
+            events += self._begin(choice)
             template = self._templates[choice]
+        said = EventStage.LAST_TEXT if delta.finish_reason else EventStage.SAID
         if not self._scoring:
             if delta.logprobs:
                 shown, self._offsets[choice] = legacy_logprobs(
                     delta.logprobs, self._envelope.bytes_of, self._offsets[choice]
                 )
-                parts.append(event(self._chunk(choice, delta.text, None, shown)))
+                events.append((said, event(self._chunk(choice, delta.text, None, shown))))
             elif delta.text:
-                parts.append(template.text(delta.text))
+                events.append((said, template.text(delta.text)))
         if delta.finish_reason:
-            parts.append(self._end(choice, delta.finish_reason))
-        return b"".join(parts)
+            events.append((EventStage.ENDED, self._end(choice, delta.finish_reason)))
+        return events
 
-    def finish(self, choice: int, result: ChoiceResult) -> bytes:
+    def finish(self, choice: int, result: ChoiceResult) -> Events:
         """See AnswerShape."""
-        if choice in self._ended:
-            return b""
-        begin = b"" if choice in self._templates else self._begin(choice)
-        return begin + self._end(choice, result.finish_reason)
+        events: Events = []
+        if choice not in self._ended:
+            if choice not in self._templates:
+                events += self._begin(choice)
+            events.append((EventStage.ENDED, self._end(choice, result.finish_reason)))
+        return events
 
     def usage(self, usage: Usage) -> bytes:
         """See AnswerShape."""
@@ -114,13 +119,13 @@ class CompletionShape:
             "stop_reason": choice.stop_reason,
         }
 
-    def _begin(self, choice: int) -> bytes:
+    def _begin(self, choice: int) -> Events:
         self._templates[choice] = EventTemplate(self._chunk(choice, MARK, None), MARK)
         self._offsets[choice] = 0
         if self._echo is None:
-            return b""
+            return []
         text = self._echo.texts[choice // self._num_choices]
-        return self._templates[choice].text(text)
+        return [(EventStage.NOTHING, self._templates[choice].text(text))]
 
     def _end(self, choice: int, reason: str) -> bytes:
         self._ended.add(choice)

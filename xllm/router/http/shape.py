@@ -12,10 +12,15 @@ from typing import Any, Protocol
 import msgspec
 
 from xllm.protocol.client import ChoiceResult, RequestFinished, TokenDelta, Usage
+from xllm.router.http.event_ids import EventStage
 from xllm.router.http.logprob_shape import BytesOf
 
 ENCODER = msgspec.json.Encoder()
 DONE = b"data: [DONE]\n\n"
+
+Events = list[tuple[EventStage, bytes]]
+"""Server-sent events of one choice, each with how far it takes the choice; a choice's first one,
+which says nothing of its tokens, has EventStage.NOTHING."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,12 +38,12 @@ class Envelope:
 class AnswerShape(Protocol):
     """How one kind of answer is written. Choices are numbered over all prompts."""
 
-    def delta(self, choice: int, delta: TokenDelta) -> bytes:
+    def delta(self, choice: int, delta: TokenDelta) -> Events:
         """The events of one delta: its text and, if it is the last, how the choice ended."""
         ...
 
-    def finish(self, choice: int, result: ChoiceResult) -> bytes:
-        """The last event of a choice whose deltas did not end it; b"" if they did."""
+    def finish(self, choice: int, result: ChoiceResult) -> Events:
+        """The last events of a choice whose deltas did not end it; none if they did."""
         ...
 
     def usage(self, usage: Usage) -> bytes:
