@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -61,6 +62,38 @@ def test_no_module_of_the_service_brings_torch(package):
     assert len(modules) > 3
     done = run_fresh("\n".join(f"import {module}" for module in modules))
     assert done.returncode == 0, done.stderr
+
+
+SPEAKS_ETCD = "xllm.protocol.registry.etcd"
+"""With what follows: modules that load gRPC. Addresses and files of etcd are light."""
+LIGHT = ("xllm.protocol.registry.etcd_address", "xllm.protocol.registry.etcd_files")
+
+
+def test_only_those_who_speak_to_etcd_load_its_client():
+    packages = ("router", "master", "kvcache", "protocol", "client", "cli", "config")
+    found = [one for package in packages for one in modules_of(f"xllm.{package}")]
+    light = [one for one in found if not one.startswith(SPEAKS_ETCD) or one in LIGHT]
+    assert len(found) - len(light) >= 5
+    done = run_fresh(
+        "\n".join(f"import {module}" for module in light)
+        + "\nbrought = {'grpc', 'etcd3', 'google.protobuf'} & set(sys.modules)\n"
+        "assert not brought, brought"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_etcd_client_refuses_another_protobuf():
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {SPEAKS_ETCD}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "upb"},
+    )
+    assert done.returncode != 0
+    assert "DependencyError" in done.stderr
+    assert "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=python" in done.stderr
 
 
 def test_the_import_contracts_hold():

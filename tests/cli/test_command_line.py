@@ -163,6 +163,15 @@ def test_a_standard_error_that_takes_nothing_changes_no_exit_code(redirect):
     assert done.returncode == 64
 
 
-def test_a_registry_given_to_serve_is_refused(capsys):
-    assert run_command(["serve", "--cluster-registry", "tcp://127.0.0.1:1"]) == 64
-    assert "brings a registry of its own" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--cluster-registry", "http://127.0.0.1:1"], "etcd:// is expected"),
+        (["--cluster-registry", "etcd://nowhere"], "'nowhere' is not host:port"),
+        (["--cluster-registry", "etcds://h:1", "--etcd-ca-file", "/no/file"], "etcd.ca_file"),
+        (["--cluster-registry", "etcd://h:1", "--etcd-key-file", "/no/file"], "without TLS"),
+    ],
+)
+def test_what_is_wrong_with_a_registry_is_said_before_anything_starts(flags, what, capsys):
+    assert run_command(["serve", *flags]) == 64
+    assert what in capsys.readouterr().err

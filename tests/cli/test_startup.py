@@ -54,6 +54,18 @@ def test_a_plan_names_each_process_once():
         assert own.model.name == "m"
 
 
+def test_in_a_registry_of_others_names_are_this_runs_own():
+    flags = {"cluster.registry": "etcd://h:1", "serve.instances": 2}
+    planned = plan_children(load(flags, None, {}), "/run/xllm/run-abcdef012345")
+    names = ["instance-012345-0", "instance-012345-1", "router-012345-0", "kvcache-012345-0"]
+    assert [child.name for child in planned] == names
+    for child in planned:
+        assert decode_settings(child.spec.args[0]).cluster.registry == "etcd://h:1"
+    flags |= {"master.name": "m", "router.name": "r", "kvcache.name": "k"}
+    planned = plan_children(load(flags, None, {}), "/run/xllm/run-abcdef012345")
+    assert [child.name for child in planned] == ["m-0", "m-1", "r", "k"]
+
+
 def test_a_service_without_a_daemon():
     settings = load({"serve.kvcache": False}, None, {})
     assert [child.kind for child in plan_children(settings, "/r")] == ["master", "router"]

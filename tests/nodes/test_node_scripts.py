@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from tests.nodes.node_scripts import free_port, pids, run_script, stopped_at_the_end, wait_until
+from tests.registry.etcd_server import one_etcd
 from xllm.protocol.codec import Decoder
 from xllm.protocol.records import DaemonRecord
 from xllm.protocol.registry.open import open_registry
@@ -167,3 +168,23 @@ def test_with_keys_only_those_who_are_allowed_get_in(run_dir, tmp_path):
 
         with pytest.raises(Exception, match="cannot be reached"):
             asyncio.run(stranger())
+
+
+@pytest.mark.etcd
+def test_a_node_whose_registry_is_etcd(run_dir, tmp_path):
+    with one_etcd(tmp_path) as server:
+        file, port = write_node(run_dir, tmp_path)
+        text = file.read_text().replace(f"tcp://127.0.0.1:{port}", server.address)
+        file.write_text(text[: text.rindex("[[process]]")])  # etcd is its own server
+        with stopped_at_the_end(file):
+            done = run_script("node-start", file)
+            assert done.returncode == 0, done.stderr
+            keys = ["get", "--prefix", "/xllm/", "--keys-only"]
+            assert server.ctl(*keys).stdout.split() == ["/xllm/default/daemons/n-kvcache"]
+            assert run_script("node-stop", file).returncode == 0
+            assert server.ctl(*keys).stdout.split() == []
+        file.write_text(text)
+        with stopped_at_the_end(file):
+            done = run_script("node-start", file)
+            assert done.returncode == 69
+            assert "etcd is its own server" in done.stderr

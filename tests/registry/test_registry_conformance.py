@@ -19,7 +19,7 @@ DEADLINE_S = 10.0
 
 
 @contextlib.asynccontextmanager
-async def opened(kind, tmp_path):
+async def opened(kind, tmp_path, address):
     """Two registries that are the same one, as two processes would see it."""
     if kind == "local":
         registry = LocalRegistry(RegistryStore())
@@ -27,6 +27,17 @@ async def opened(kind, tmp_path):
         await registry.close()
         return
     transport = Transport()
+    if kind == "etcd":
+        one, two = open_registry(address, transport), open_registry(address, transport)
+        for entry in (await one.list("")).entries:  # of the test before
+            await one.delete(entry.key)
+        try:
+            yield one, two
+        finally:
+            await one.close()
+            await two.close()
+            transport.close()
+        return
     endpoint = "inproc://registry" if kind == "inproc" else f"ipc://{tmp_path}/registry"
     server = EmbeddedRegistryServer(transport, endpoint)
     one = open_registry(server.endpoint, transport)
@@ -40,14 +51,15 @@ async def opened(kind, tmp_path):
         transport.close()
 
 
-@pytest.fixture(params=["local", "inproc", "ipc"])
+@pytest.fixture(params=["local", "inproc", "ipc", pytest.param("etcd", marks=pytest.mark.etcd)])
 def run(request, tmp_path):
     """Runs a test's coroutine function with two views of one registry."""
+    address = request.getfixturevalue("etcd").address if request.param == "etcd" else ""
 
     def runner(test):
         async def main():
             async with asyncio.timeout(DEADLINE_S):
-                async with opened(request.param, tmp_path) as views:
+                async with opened(request.param, tmp_path, address) as views:
                     await test(*views)
 
         asyncio.run(main())

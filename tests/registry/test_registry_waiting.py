@@ -8,7 +8,15 @@ import time
 import pytest
 
 from xllm.config.settings import ClusterSettings
-from xllm.errors import BrokenError, ClosedError, DependencyError, InvalidRequestError, XllmError
+from xllm.errors import (
+    BrokenError,
+    ClosedError,
+    ConfigError,
+    DependencyError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    XllmError,
+)
 from xllm.protocol.registry import keeper, waiting
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
 from xllm.protocol.registry.keeper import Registration
@@ -76,6 +84,14 @@ def test_what_waiting_does_not_help_is_raised_at_once(cluster, error):
     run(main())
 
 
+def test_who_is_refused_need_not_wait(cluster):
+    async def call():
+        raise PermissionDeniedError("not yours", param="etcd.user_file")
+
+    with pytest.raises(ConfigError, match="not yours"):
+        run(wait_registry(cluster, call))
+
+
 class MoodyRegistry(LocalRegistry):
     """Fails renewals with what is in `errors`, one after the other."""
 
@@ -109,6 +125,53 @@ def test_no_failure_of_a_renewal_ends_the_renewals(monkeypatch):
         while registration.degraded:
             await asyncio.sleep(0.01)
         assert (await registry.get("/me")).value == b"x"
+        await registration.withdraw()
+        await registry.close()
+
+    run(main())
+
+
+def test_after_an_outage_owners_do_not_come_back_all_at_once(monkeypatch):
+    monkeypatch.setattr(keeper, "_MIN_PAUSE_S", 0.01)
+    monkeypatch.setattr(keeper, "_MAX_PAUSE_S", 0.01)
+    spreads = []
+
+    def spread():
+        spreads.append(0.01)
+        return spreads[-1]
+
+    async def main():
+        registry = MoodyRegistry(time.monotonic)
+        registration = Registration(registry, "/me", lambda: b"x", 2.0, spread=spread)
+        await registration.start()
+        await registry.revoke(registration.lease_id)
+        registration._expires_at = 0.0  # due at once
+        while registration.num_registrations < 2:
+            await asyncio.sleep(0.01)
+        assert spreads == []  # there was no outage: at once
+        registry.errors = [BrokenError("silent")] * 3
+        await registry.revoke(registration.lease_id)
+        while registration.num_registrations < 3:
+            await asyncio.sleep(0.01)
+        assert spreads == [0.01]
+        await registration.withdraw()
+        await registry.close()
+
+    run(main())
+
+
+def test_long_leases_are_renewed_often_enough_to_miss_them_soon(monkeypatch):
+    monkeypatch.setattr(keeper, "_RENEWAL_S", 0.01)
+    monkeypatch.setattr(keeper, "_MIN_PAUSE_S", 0.01)
+
+    async def main():
+        registry = MoodyRegistry(time.monotonic)
+        registration = Registration(registry, "/me", lambda: b"x", 120.0)
+        await registration.start()
+        await registry.revoke(registration.lease_id)
+        while registration.num_registrations < 2:
+            await asyncio.sleep(0.01)
+        assert (await registry.get("/me")).lease_id == registration.lease_id
         await registration.withdraw()
         await registry.close()
 

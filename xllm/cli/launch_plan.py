@@ -19,6 +19,9 @@ from xllm.config.settings import Settings, WorkerSettings
 from xllm.errors import ConfigError
 from xllm.protocol.actor.children import ChildSpec
 
+_MARK_CHARS = 6
+"""Of the run directory's random name."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PlannedChild:
@@ -39,31 +42,34 @@ Plan = Callable[[Settings, str], list[PlannedChild]]
 
 
 def plan_children(settings: Settings, run_dir: str) -> list[PlannedChild]:
-    """The processes of a service whose launcher listens in `run_dir`; the slowest start first."""
+    """The processes of a service whose launcher listens in `run_dir`; the slowest start first.
+    In a registry that others use too, names that nobody chose are this run's own."""
+    own_registry = not settings.cluster.registry
+    mark = "" if own_registry else f"-{os.path.basename(run_dir)[-_MARK_CHARS:]}"
     cluster = dataclasses.replace(
         settings.cluster,
         run_dir=run_dir,
-        registry=settings.cluster.registry or f"ipc://{run_dir}/registry",
+        registry=f"ipc://{run_dir}/registry" if own_registry else settings.cluster.registry,
         launcher=f"ipc://{run_dir}/launch",
     )
     base = dataclasses.replace(settings, cluster=cluster, worker=share_cores(settings))
     planned = []
     for index in range(settings.serve.instances):
-        name = f"{settings.master.name or 'instance'}-{index}"
+        name = f"{settings.master.name or f'instance{mark}'}-{index}"
         master = dataclasses.replace(base.master, name=name)
         share = share_cpus(base.worker.cpu_affinity, index, settings.serve.instances)
         worker = dataclasses.replace(base.worker, cpu_affinity=share)
         own = dataclasses.replace(base, master=master, worker=worker)
         planned.append(_child("master", name, run_master, own))
-    planned += _plan_routers(base)
+    planned += _plan_routers(base, mark)
     if settings.serve.kvcache:
-        name = base.kvcache.name or "kvcache-0"
+        name = base.kvcache.name or f"kvcache{mark}-0"
         own = dataclasses.replace(base, kvcache=dataclasses.replace(base.kvcache, name=name))
         planned.append(_child("kvcache", name, run_kvcache, own))
     return planned
 
 
-def _plan_routers(base: Settings) -> list[PlannedChild]:
+def _plan_routers(base: Settings, mark: str) -> list[PlannedChild]:
     """One HTTP port for all, and for each a ZeroMQ port from the given one on (0: any free)."""
     known, count = base.router, base.serve.routers
     if known.zmq_port and known.zmq_port + count > 65536:
@@ -73,7 +79,7 @@ def _plan_routers(base: Settings) -> list[PlannedChild]:
         )
     planned = []
     for index in range(count):
-        name = known.name or "router"
+        name = known.name or f"router{mark}"
         router = dataclasses.replace(
             known,
             name=f"{name}-{index}" if count > 1 or not known.name else name,

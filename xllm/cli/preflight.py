@@ -12,6 +12,9 @@ from pathlib import Path
 from xllm.config.exposure import check_exposure
 from xllm.config.settings import Settings
 from xllm.errors import DependencyError
+from xllm.protocol.registry.etcd_address import is_etcd, parse_etcd_address
+from xllm.protocol.registry.etcd_files import check_etcd_settings
+from xllm.protocol.registry.open import split_address
 from xllm.protocol.transport.security import Security
 from xllm.router.http.auth import read_key_file
 
@@ -25,6 +28,10 @@ def check_settings(settings: Settings) -> None:
         read_key_file(settings.router.api_key_file)
     if settings.cluster.keys_dir:
         Security.load(settings.cluster.keys_dir)
+    if settings.cluster.registry:
+        split_address(settings.cluster.registry)
+    if is_etcd(settings.cluster.registry):
+        check_etcd_settings(parse_etcd_address(settings.cluster.registry), settings.etcd)
 
 
 def check_device(settings: Settings) -> None:

@@ -19,7 +19,7 @@ from xllm.protocol.actor.rundir import RunDirectory
 
 
 @click.command()
-@settings_options("cluster", "router", "model")
+@settings_options("cluster", "etcd", "router", "model")
 def router(settings: Settings) -> None:
     """Run one router: the HTTP and ZeroMQ front of a cluster."""
     _need_registry(settings)
@@ -27,7 +27,7 @@ def router(settings: Settings) -> None:
 
 
 @click.command()
-@settings_options("cluster", "model", "master", "scheduler", "worker")
+@settings_options("cluster", "etcd", "model", "master", "scheduler", "worker")
 def master(settings: Settings) -> None:
     """Run one instance's master, which starts its workers."""
     _need_registry(settings)
@@ -46,7 +46,7 @@ def worker(settings: Settings) -> None:
 
 
 @click.command()
-@settings_options("cluster", "kvcache")
+@settings_options("cluster", "etcd", "kvcache")
 def kvcache(settings: Settings) -> None:
     """Run a node's KV cache daemon."""
     _need_registry(settings)

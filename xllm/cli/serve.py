@@ -19,7 +19,10 @@ from xllm.config.models import each_model
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
 
-SECTIONS = ("model", "router", "serve", "worker", "scheduler", "master", "kvcache", "cluster")
+SECTIONS = (
+    *("model", "router", "serve", "worker", "scheduler", "master", "kvcache"),
+    *("cluster", "etcd"),
+)
 
 
 @click.command(context_settings={"max_content_width": 100})

@@ -10,6 +10,7 @@ import dataclasses
 
 from xllm.config.admission import AdmissionSettings
 from xllm.config.chaos import ChaosSettings
+from xllm.config.etcd import EtcdSettings
 from xllm.config.field import setting
 from xllm.config.routing import POLICIES, RoutingSettings
 from xllm.config.scheduling import FAIRNESS, PREEMPTION, STRATEGIES
@@ -23,7 +24,7 @@ class ClusterSettings:
     registry: str = setting(
         "",
         "Address of the registry: ipc://... of a launcher, tcp://host:port[;key=...] of "
-        "`xllm registry`, or etcd://host:port[,host:port].",
+        "`xllm registry`, or etcd://host:port[,host:port] (etcds:// with TLS).",
     )
     launcher: str = setting(
         "", "Where this process reports its start (set by the launcher); empty: nowhere."
@@ -337,6 +338,7 @@ class Settings:
     """All settings of a process."""
 
     cluster: ClusterSettings = ClusterSettings()
+    etcd: EtcdSettings = dataclasses.field(default_factory=EtcdSettings)
     model: ModelSettings = ModelSettings()
     router: RouterSettings = RouterSettings()
     admission: AdmissionSettings = dataclasses.field(default_factory=AdmissionSettings)

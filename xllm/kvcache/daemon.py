@@ -91,7 +91,9 @@ class KvCacheDaemon(Actor):
         )
         self.every(settings.cluster.heartbeat_s, self._beat)
         if settings.cluster.registry:
-            self._registry = open_registry(settings.cluster.registry, self.transport)
+            self._registry = open_registry(
+                settings.cluster.registry, self.transport, etcd=settings.etcd
+            )
             self._registration = Registration(
                 self._registry,
                 daemon_key(settings.cluster.name, self.name),

@@ -10,7 +10,7 @@ import asyncio
 
 import structlog
 
-from xllm.config.settings import ClusterSettings, Settings
+from xllm.config.settings import Settings
 from xllm.errors import TransportError
 from xllm.protocol.codec import encode
 from xllm.protocol.records import InstanceRecord, instance_key
@@ -27,7 +27,8 @@ _AGAIN_S = 1.0
 class InstanceRegistration:
     """Registers one instance; nowhere if the cluster has no registry."""
 
-    def __init__(self, cluster: ClusterSettings, name: str, transport: Transport) -> None:
+    def __init__(self, settings: Settings, name: str, transport: Transport) -> None:
+        cluster = settings.cluster
         self._registry: Registry | None = None
         self._record: InstanceRecord | None = None
         self._cluster = cluster
@@ -36,7 +37,7 @@ class InstanceRegistration:
         self._withdrawn = False
         self._writing = asyncio.Lock()
         if cluster.registry:
-            self._registry = open_registry(cluster.registry, transport)
+            self._registry = open_registry(cluster.registry, transport, etcd=settings.etcd)
 
     async def publish(self, record: InstanceRecord) -> None:
         """Write the record, or write it anew; returns when it is there."""

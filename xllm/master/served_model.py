@@ -63,7 +63,7 @@ class ServedModel:
             self.metrics,
         )
         pump.loops[settings.model.name] = self.steps
-        self._registration = InstanceRegistration(settings.cluster, self.name, self.transport)
+        self._registration = InstanceRegistration(settings, self.name, self.transport)
 
     @property
     def model(self) -> str:

@@ -133,7 +133,9 @@ class RouterActor(Actor):
         cluster = self._settings.cluster
         if not cluster.registry:
             raise ConfigError("cluster.registry is not set", param="cluster.registry")
-        registry = self._registry = open_registry(cluster.registry, self.transport)
+        registry = self._registry = open_registry(
+            cluster.registry, self.transport, etcd=self._settings.etcd
+        )
         await self.membership.join(registry, cluster)
         self.service.event_key = await wait_registry(
             cluster, functools.partial(shared_key, registry, cluster.name)

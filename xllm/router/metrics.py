@@ -74,6 +74,7 @@ class RouterMetrics(Collector):
         self.cached_tokens = 0
         self.num_moves = 0
         self.num_dropped = 0
+        self.registry_degraded = False
         self.ttft = Histogram()
         self.duration = Histogram()
         registry.register(self)
@@ -100,6 +101,11 @@ class RouterMetrics(Collector):
         yield ended
         yield GaugeMetricFamily(
             "xllm_router_open_requests", "Requests without a terminal message.", self._num_open()
+        )
+        yield GaugeMetricFamily(
+            "xllm_registry_degraded",
+            "1: the registry does not answer, or takes no writes.",
+            float(self.registry_degraded),
         )
         for name, text, value in (
             ("prompt_tokens", "Prompt tokens of finished requests.", self.prompt_tokens),

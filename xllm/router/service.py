@@ -266,6 +266,7 @@ class RouterService:
 
     def metrics_text(self) -> bytes:
         """Prometheus text of all processes, labelled by role and instance."""
+        self.metrics.registry_degraded = self.registry_degraded
         return merged_metrics(self.view, self._name, generate_latest(self.registry))
 
     @property

@@ -2,7 +2,8 @@
 
 The semantics are etcd's. Revisions are global and only grow. A lease that is not kept alive
 ends, and its keys with it. A watch never misses a change and never tells one twice: where an
-implementation lost its history or its connection, it lists anew and tells the difference.
+implementation lost its history or its connection, it lists anew and tells the difference. A
+deletion that may be the work of an outage (leases lapse, their owners live) may be told late.
 
 Errors: `InvalidRequestError` for a key, value or time out of bounds; `FencedError` for a write
 under a lease that is gone; `BrokenError` where the registry does not answer in time (the write

@@ -1,13 +1,15 @@
 """Keeps a process registered: one key under one lease, for as long as the process wants.
 
-It renews at half of what remains, counted from when the last renewal was sent; a lease that is
-gone is replaced and the same key put again. A registry that does not answer changes nothing here
-(fail static): `degraded` says so, and trying goes on. It does not know what the record means.
+It renews at half of what remains, counted from when the last renewal was sent, and every
+`_RENEWAL_S` at least; a lease that is gone is replaced and the same key put again, after an outage
+not by all at once. A registry that does not answer changes nothing here (fail static): `degraded`
+says so, and trying goes on. It does not know what the record means.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Callable
 
@@ -20,6 +22,10 @@ from xllm.protocol.transport.context import describe_error
 _log = structlog.get_logger("registration")
 _MIN_PAUSE_S = 0.2
 _MAX_PAUSE_S = 2.0
+_RENEWAL_S = 1.5
+"""A lease that somebody revoked is missed within this time."""
+_JITTER_S = 1.0
+"""Owners whose leases lapsed in an outage come back within this time of its end."""
 
 
 class Registration:
@@ -33,6 +39,7 @@ class Registration:
         ttl_s: float,
         *,
         clock: Callable[[], float] = time.monotonic,
+        spread: Callable[[], float] = random.random,
     ) -> None:
         self.key = key
         self.lease_id = 0
@@ -41,6 +48,7 @@ class Registration:
         self._value = value
         self._ttl_s = ttl_s
         self._clock = clock
+        self._spread = spread
         self._expires_at = 0.0
         self._degraded = False
         self._is_stale = False
@@ -106,12 +114,14 @@ class Registration:
             self._degraded = False
             return
         _log.warning("lease_lost", key=self.key)
+        if self._degraded:
+            await asyncio.sleep(_JITTER_S * self._spread())
         await self._register()
 
     async def _keep(self) -> None:
         pause_s = _MIN_PAUSE_S
         while True:
-            half = (self._expires_at - self._clock()) / 2
+            half = min((self._expires_at - self._clock()) / 2, _RENEWAL_S)
             await asyncio.sleep(pause_s if self._degraded else max(half, _MIN_PAUSE_S))
             try:
                 await self._renew()

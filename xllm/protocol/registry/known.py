@@ -38,6 +38,10 @@ class KnownEntries:
             self.revision = news[-1].revision
         return news
 
+    def advance(self, revision: int) -> None:
+        """Nothing changed up to this revision that was not told."""
+        self.revision = max(self.revision, revision)
+
     def replace(self, listing: Listing, *, keep_missing: bool = False) -> tuple[Change, ...]:
         """Take over a listing: deletions of what is gone (unless those are to be kept), then
         writes by revision. A deletion carries the listing's revision: its own is unknown."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from xllm.errors import ConfigError, DependencyError
+from xllm.config.etcd import EtcdSettings
+from xllm.errors import ConfigError
+from xllm.protocol.registry.etcd_address import is_etcd, parse_etcd_address
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.remote import RemoteRegistry
 from xllm.protocol.transport.context import Transport
@@ -11,11 +13,14 @@ from xllm.protocol.transport.endpoint import split_key
 
 def split_address(address: str) -> tuple[str, str]:
     """(endpoint, public key or "") of an address; ConfigError where it is malformed."""
+    if is_etcd(address):
+        parse_etcd_address(address)
+        return address, ""
     endpoint, server_key = split_key(address, "cluster.registry")
     scheme, separator, rest = endpoint.partition("://")
-    if scheme not in ("ipc", "inproc", "tcp", "etcd") or not separator or not rest:
+    if scheme not in ("ipc", "inproc", "tcp") or not separator or not rest:
         raise ConfigError(
-            f"registry address {address!r}: ipc://, inproc:// or tcp:// is expected",
+            f"registry address {address!r}: ipc://, inproc://, tcp:// or etcd:// is expected",
             param="cluster.registry",
         )
     return endpoint, server_key
@@ -25,20 +30,28 @@ def open_registry(
     address: str,
     transport: Transport,
     *,
+    etcd: EtcdSettings | None = None,
     timeout_s: float = 3.0,
     first_timeout_s: float = 8.0,
 ) -> Registry:
-    """The registry at `ipc://path`, `inproc://name` or `tcp://host:port[;key=PUBLIC_KEY]`.
+    """The registry at `ipc://path`, `inproc://name`, `tcp://host:port[;key=PUBLIC_KEY]`,
+    `etcd://host:port[,host:port...]` or, with TLS, `etcds://...`.
 
     The key is the public key of the node that serves the registry; without it a process that has
-    keys expects its own node's. Returns at once: the first call waits for the connection. Raises
-    ConfigError for no or a malformed address, DependencyError for etcd, which is not spoken yet."""
-    endpoint, server_key = split_address(address)
-    if endpoint.startswith("etcd://"):
-        raise DependencyError(
-            f"{address}: etcd is not supported yet; use the embedded registry (xllm registry)",
-            param="cluster.registry",
+    keys expects its own node's. `etcd` says which certificates and which user. Returns at once:
+    the first call waits for the connection. Raises ConfigError for no or a malformed address, and
+    for files that cannot be used; DependencyError where etcd's client cannot be loaded."""
+    if is_etcd(address):
+        # gRPC and etcd's stubs: only for those who speak to one.
+        from xllm.protocol.registry.etcd import EtcdRegistry
+
+        return EtcdRegistry(
+            parse_etcd_address(address),
+            etcd,
+            timeout_s=timeout_s,
+            first_timeout_s=first_timeout_s,
         )
+    endpoint, server_key = split_address(address)
     if endpoint.startswith("tcp://") and not server_key and transport.security is not None:
         server_key = transport.security.public_key
     return RemoteRegistry(

@@ -15,6 +15,7 @@ from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
 from xllm.protocol.actor.run import run_role
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
+from xllm.protocol.registry.etcd_address import is_etcd
 from xllm.protocol.registry.open import split_address
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.security import Security
@@ -41,9 +42,12 @@ class RegistryActor(Actor):
         cluster = self._settings.cluster
         self._reporter = LaunchReporter(self.transport, cluster.launcher, "registry", self.name)
         self._reporter.started()
+        if is_etcd(cluster.registry):
+            raise ConfigError(
+                f"{cluster.registry}: etcd is its own server; no xllm registry is needed",
+                param="cluster.registry",
+            )
         endpoint, _ = split_address(cluster.registry)
-        if endpoint.startswith("etcd://"):
-            raise ConfigError("etcd is its own server", param="cluster.registry")
         self.server = EmbeddedRegistryServer(self.transport, endpoint)
         _log.info("registry_ready", endpoint=self.server.endpoint)
         self._reporter.ready((("registry", self.server.endpoint),))

@@ -8,18 +8,12 @@ exactly as long as the lease (or until deleted or written again).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Sequence
 
-from xllm.errors import FencedError, InvalidRequestError, InvariantError, OverloadedError
-from xllm.protocol.registry.interface import (
-    MAX_GUARDED_WRITES,
-    MAX_KEY_CHARS,
-    MAX_TTL_S,
-    MAX_VALUE_BYTES,
-    MIN_TTL_S,
-)
+from xllm.errors import FencedError, InvariantError, OverloadedError
+from xllm.protocol.registry.bounds import check_guarded, check_ttl, check_write
+from xllm.protocol.registry.interface import MIN_TTL_S
 from xllm.protocol.registry_wire import CasResult, Change, Entry, Lease, Listing
 
 
@@ -74,8 +68,7 @@ class RegistryStore:
 
     def grant(self, ttl_s: float, now: float) -> Lease:
         """A new lease; InvalidRequestError out of bounds, OverloadedError beyond `max_leases`."""
-        if not (math.isfinite(ttl_s) and 0 < ttl_s <= MAX_TTL_S):
-            raise InvalidRequestError(f"ttl_s must be in (0, {MAX_TTL_S:g}]", param="ttl_s")
+        check_ttl(ttl_s)
         self.expire(now)
         if len(self._leases) >= self._max_leases:
             raise OverloadedError(f"{self._max_leases} leases are the most", param="ttl_s")
@@ -157,11 +150,7 @@ class RegistryStore:
     ) -> bool:
         """Put and delete at one revision if `guard` was created at that one: whether it was."""
         self.expire(now)
-        names = [*(key for key, _ in puts), *deletes]
-        if len(names) > MAX_GUARDED_WRITES or len(set(names)) != len(names):
-            raise InvalidRequestError(
-                f"a guarded write names at most {MAX_GUARDED_WRITES} keys, each once", param="puts"
-            )
+        check_guarded(puts, deletes)
         for key, value in puts:
             self._check_write(key, value, 0)
         entry = self._entries.get(guard)
@@ -227,12 +216,7 @@ class RegistryStore:
             last = change.revision
 
     def _check_write(self, key: str, value: bytes, lease_id: int) -> None:
-        if not 0 < len(key) <= MAX_KEY_CHARS:
-            raise InvalidRequestError(f"a key has 1 to {MAX_KEY_CHARS} characters", param="key")
-        if len(value) > MAX_VALUE_BYTES:
-            raise InvalidRequestError(
-                f"{len(value)} bytes; a value has at most {MAX_VALUE_BYTES}", param="value"
-            )
+        check_write(key, value)
         if lease_id and lease_id not in self._leases:
             raise FencedError(f"lease {lease_id} is gone", param="lease_id")
         if key not in self._entries and len(self._entries) >= self._max_keys:

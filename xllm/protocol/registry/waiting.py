@@ -15,9 +15,11 @@ import structlog
 from xllm.config.settings import ClusterSettings
 from xllm.errors import (
     ClosedError,
+    ConfigError,
     DependencyError,
     FencedError,
     OverloadedError,
+    PermissionDeniedError,
     TransportError,
 )
 
@@ -29,7 +31,7 @@ T = TypeVar("T")
 
 async def wait_registry(cluster: ClusterSettings, call: Callable[[], Awaitable[T]]) -> T:
     """What `call` gives, tried again until the registry answers it, with a line in the log for
-    each try. DependencyError after `cluster.registry_wait_s`."""
+    each try. DependencyError after `cluster.registry_wait_s`; ConfigError where it refuses us."""
     limit_s = cluster.registry_wait_s
     try:
         async with asyncio.timeout(limit_s):
@@ -38,6 +40,8 @@ async def wait_registry(cluster: ClusterSettings, call: Callable[[], Awaitable[T
                     return await call()
                 except ClosedError:
                     raise
+                except PermissionDeniedError as error:
+                    raise ConfigError(error.message, param=error.param) from error
                 except (TransportError, FencedError, OverloadedError) as error:
                     _log.warning("registry_awaited", limit_s=limit_s, error=error.message)
                 await asyncio.sleep(_AGAIN_S)
