@@ -19,10 +19,7 @@ from xllm.config.models import each_model
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
 
-SECTIONS = (
-    *("model", "router", "serve", "worker", "scheduler", "master", "kvcache"),
-    *("cluster", "etcd"),
-)
+SECTIONS = tuple(field.name for field in dataclasses.fields(Settings))
 
 
 @click.command(context_settings={"max_content_width": 100})
