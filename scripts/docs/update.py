@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from scripts.docs.authority_page import authority_reference
 from scripts.docs.golden import current_entries, read_golden, write_golden
 from scripts.docs.protocol_page import protocol_reference
 from scripts.docs.settings_page import errors_reference, settings_reference
@@ -15,6 +16,7 @@ PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "messages": ("protocol.md", protocol_reference),
     "settings": ("operations.md", settings_reference),
     "errors": ("protocol.md", errors_reference),
+    "authority": ("security.md", authority_reference),
 }
 """Name of a part: its page and who makes it."""
 

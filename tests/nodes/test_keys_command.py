@@ -79,3 +79,61 @@ def test_systemd_units_name_commands_that_exist(name):
     assert command[0] == "/opt/xllm/.venv/bin/xllm"
     roles = ROLES if command[1] == "%i" else (command[1],)
     assert all(role in COMMANDS for role in roles)
+
+
+def test_who_is_admitted_is_listed_with_roles(tmp_path, capsys):
+    directory = str(tmp_path / "a")
+    assert run_command(["keys", "make", directory]) == 0
+    own = capsys.readouterr().out.strip()
+    allow_peer(directory, "b", "b" * 40)
+    allow_peer(directory, "c", "c" * 40, client=True)
+    allow_peer(directory, "d", "d" * 40, roles=("master", "worker"))
+    allow_peer(directory, "e", "e" * 40, roles=("admin",))
+    assert run_command(["keys", "list", directory]) == 0
+    assert [line.split("\t") for line in capsys.readouterr().out.splitlines()] == [
+        ["b", "allowed", "any", "b" * 40],
+        ["d", "allowed", "master,worker", "d" * 40],
+        ["self", "allowed", "any", own],
+        ["c", "clients", "client", "c" * 40],
+        ["e", "clients", "admin", "e" * 40],
+    ]
+
+
+def test_a_revoked_key_goes_with_all_its_names(tmp_path, capsys):
+    directory = str(tmp_path / "a")
+    create_keys(directory)
+    allow_peer(directory, "b", "b" * 40)
+    allow_peer(directory, "b-again", "b" * 40, roles=("router",))
+    allow_peer(directory, "b-client", "b" * 40, client=True)
+    allow_peer(directory, "c", "c" * 40)
+    assert run_command(["keys", "revoke", directory, "b"]) == 0
+    assert "b, b-again, b-client: revoked" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "a" / "allowed")) == ["c.key", "self.key"]
+    assert os.listdir(tmp_path / "a" / "clients") == []
+    assert run_command(["keys", "revoke", directory, "b"]) == 64
+    assert run_command(["keys", "revoke", directory, "self"]) == 64
+    assert run_command(["keys", "revoke", directory, "../c"]) == 64
+    assert sorted(os.listdir(tmp_path / "a" / "allowed")) == ["c.key", "self.key"]
+
+
+def test_a_list_is_never_half_written(tmp_path):
+    directory = str(tmp_path / "a")
+    create_keys(directory)
+    path = allow_peer(directory, "b", "b" * 40)
+    inode = path.stat().st_ino
+    allow_peer(directory, "b", "c" * 40)
+    assert path.stat().st_ino != inode
+    assert sorted(os.listdir(path.parent)) == ["b.key", "self.key"]
+    # A link of that name is replaced, not followed.
+    (tmp_path / "victim").write_text("mine")
+    (path.parent / "l.key").symlink_to(tmp_path / "victim")
+    allow_peer(directory, "l", "d" * 40)
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_roles_that_are_none_are_refused(tmp_path):
+    directory = str(tmp_path / "a")
+    create_keys(directory)
+    assert run_command(["keys", "allow", directory, "b", "b" * 40, "--role", "king"]) == 64
+    (tmp_path / "a" / "allowed" / "k.key").write_text(f'roles = "king"\npublic-key = "{"k" * 40}"')
+    assert run_command(["keys", "list", directory]) == 64

@@ -42,6 +42,9 @@ class FakeSocket:
     def num_queued(self, identity) -> int:
         return self.num_waiting
 
+    def peer(self, identity) -> None:
+        """There are no keys."""
+
     def close(self) -> None:
         """Nothing to close."""
 

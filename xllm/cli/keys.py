@@ -1,22 +1,29 @@
-"""`xllm keys`: a node's CURVE key pair and its list of allowed peers.
+"""`xllm keys`: a node's CURVE key pair and its lists of allowed peers and clients.
 
 What is secret is 0600 and never printed. A node's processes admit exactly the public keys in
-`allowed/`; the port that a router has for clients admits those in `clients/` too.
+`allowed/`; the port that a router has for clients admits those in `clients/` too. Running processes
+look at the lists twice a second: who is taken off is cut.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from xllm.errors import ConfigError
-from xllm.protocol.transport.security import Security, create_keys
+from xllm.protocol.authority import CLIENT_ROLES, EVERY_ROLE, PeerRole, Roles
+from xllm.protocol.transport.allow_list import SUFFIX, read_peer
+from xllm.protocol.transport.security import OWN_NAME, Security, create_keys
 
 _Z85 = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _PEER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_AT_CLIENT_PORT = frozenset((PeerRole.CLIENT, PeerRole.ADMIN))
+"""Roles of those who reach the routers' client port only."""
 
 
 @click.group()
@@ -26,8 +33,15 @@ def keys() -> None:
 
 @keys.command()
 @click.argument("directory")
-def create(directory: str) -> None:
+def make(directory: str) -> None:
     """Make a key pair in DIRECTORY and print the public key."""
+    click.echo(create_keys(directory))
+
+
+@keys.command()
+@click.argument("directory")
+def create(directory: str) -> None:
+    """The same as make."""
     click.echo(create_keys(directory))
 
 
@@ -38,30 +52,100 @@ def show(directory: str) -> None:
     click.echo(Security.load(directory).public_key)
 
 
+@keys.command(name="list")
+@click.argument("directory")
+def list_(directory: str) -> None:
+    """Print whom the node of DIRECTORY admits: name, list, roles, public key."""
+    security = Security.load(directory)
+    for folder, default in _lists(security):
+        for path in sorted(folder.glob("*" + SUFFIX)):
+            peer = read_peer(str(path), default)
+            roles = "any" if peer.roles == EVERY_ROLE else ",".join(sorted(peer.roles))
+            click.echo(f"{peer.name}\t{folder.name}\t{roles}\t{peer.public_key}")
+
+
 @keys.command()
 @click.argument("directory")
 @click.argument("name")
 @click.argument("public_key")
-@click.option("--client", is_flag=True, help="Admit it to the routers' client port only.")
-def allow(directory: str, name: str, public_key: str, client: bool) -> None:
+@click.option("--client", is_flag=True, help="The same as --role client.")
+@click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    type=click.Choice([str(role) for role in PeerRole]),
+    help="What it may act as; may be repeated. Without any: a node, which has every role.",
+)
+def allow(directory: str, name: str, public_key: str, client: bool, roles: tuple[str, ...]) -> None:
     """Admit the peer NAME, which has PUBLIC_KEY, to the node of DIRECTORY."""
-    allow_peer(directory, name, public_key, client=client)
-    click.echo(f"{name} is allowed; running processes read the list at their next start")
+    allow_peer(directory, name, public_key, client=client, roles=roles)
+    click.echo(f"{name} is allowed; running processes admit it within a second")
 
 
-def allow_peer(directory: str, name: str, public_key: str, *, client: bool = False) -> Path:
+@keys.command()
+@click.argument("directory")
+@click.argument("name")
+def revoke(directory: str, name: str) -> None:
+    """Take the peer NAME off the lists of DIRECTORY, with every other name of its key."""
+    names = revoke_peer(directory, name)
+    click.echo(f"{', '.join(names)}: revoked; running processes cut it within a second")
+
+
+def allow_peer(
+    directory: str,
+    name: str,
+    public_key: str,
+    *,
+    client: bool = False,
+    roles: Sequence[str] = (),
+) -> Path:
     """Write a peer's (or a client's) public key to its allow-list; returns the file. ConfigError
-    for a name or key that is none."""
+    for a name, key or role that is none. Peers with no role but client and admin are put on the
+    clients' list."""
     if not _PEER_NAME.fullmatch(name):
         raise ConfigError(f"{name!r} is no name of a peer: letters, digits, '.', '_', '-'")
     if not _Z85.fullmatch(public_key):
         raise ConfigError("a public key is 40 characters of Z85")
+    given = {*map(PeerRole, roles), *(CLIENT_ROLES if client else ())}
     security = Security.load(directory)
-    folder = Path(security.clients_dir if client else security.allowed_dir)
+    at_clients = bool(given) and given <= _AT_CLIENT_PORT
+    folder = Path(security.clients_dir if at_clients else security.allowed_dir)
     folder.mkdir(mode=0o700, exist_ok=True)
-    path = folder / f"{name}.key"
-    text = f'metadata\n    name = "{name}"\ncurve\n    public-key = "{public_key}"\n'
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    said = f'    roles = "{",".join(sorted(given))}"\n' if given - CLIENT_ROLES else ""
+    text = f'metadata\n    name = "{name}"\n{said}curve\n    public-key = "{public_key}"\n'
+    path = folder / f"{name}{SUFFIX}"
+    # Whole or not at all: processes that run read it.
+    fresh = folder / f".{name}.{secrets.token_hex(8)}"
+    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(fd, "w", encoding="ascii") as file:
         file.write(text)
+    os.replace(fresh, path)
     return path
+
+
+def revoke_peer(directory: str, name: str) -> list[str]:
+    """Remove the files of a peer's key from both lists; returns their names. ConfigError where
+    there is no such peer, or it is the node itself."""
+    security = Security.load(directory)
+    found = [
+        (path, read_peer(str(path), default).public_key)
+        for folder, default in _lists(security)
+        for path in sorted(folder.glob("*" + SUFFIX))
+    ]
+    revoked = {key for path, key in found if path.name == name + SUFFIX}
+    if not revoked:
+        raise ConfigError(f"{directory} admits nobody of the name {name!r}")
+    if name == OWN_NAME or security.public_key in revoked:
+        raise ConfigError(f"{name} is this node's own key: make a new pair instead")
+    paths = [path for path, key in found if key in revoked]
+    for path in paths:
+        path.unlink()
+    return sorted(path.name.removesuffix(SUFFIX) for path in paths)
+
+
+def _lists(security: Security) -> tuple[tuple[Path, Roles], ...]:
+    """Both lists, and the roles of a file that says none."""
+    return (
+        (Path(security.allowed_dir), EVERY_ROLE),
+        (Path(security.clients_dir), CLIENT_ROLES),
+    )

@@ -111,6 +111,9 @@ class RouterSettings:
         8011, "Port of the ZeroMQ endpoint; 0: any free one.", low=0, high=65535
     )
     api_key_file: str = setting("", "File with one `name:key` a line, mode 0600; empty: no keys.")
+    single_tenant: bool = setting(
+        False, "Everybody who asks is one tenant: cached prefixes are shared between API keys."
+    )
     bus_endpoint: str = setting("", "Where presence is published; empty: ipc in the run directory.")
     max_inflight: int = setting(4096, "Open requests at most; more are refused.", low=1)
     max_body_bytes: int = setting(4 << 20, "Largest HTTP body.", unit="bytes", low=1024)

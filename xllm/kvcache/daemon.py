@@ -167,7 +167,7 @@ class KvCacheDaemon(Actor):
         metrics = b""
         if now - self._metrics_at >= METRICS_PERIOD_S:
             self._metrics_at = now
-            metrics = self._service.metrics()
+            metrics = self._service.metrics() + self.transport.metrics()
         stored, removed = self.tier.take_events()
         events = (BlockEvents(stored, removed, "dram"),) if stored or removed else ()
         counts = self.tier.statistics()

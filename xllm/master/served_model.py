@@ -183,7 +183,7 @@ class ServedModel:
         """Publish a heartbeat; also ends requests whose deadline passed in a quiet time."""
         self.steps.pump()
         # What the worker counts is said once.
-        metrics = self.workers.metrics if self.index == 0 else b""
+        metrics = self.workers.metrics + self.transport.metrics() if self.index == 0 else b""
         beat = self._heartbeats.make(
             self.state, self.conversation.role, self.scheduler, metrics, self.workers.states
         )

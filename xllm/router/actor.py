@@ -41,6 +41,7 @@ from xllm.router.peers import Peers
 from xllm.router.service import RouterService
 from xllm.router.shared_key import shared_key
 from xllm.router.text.model import load_text_model
+from xllm.router.wire_figures import WireFigures
 from xllm.router.zmq_front import ZmqFront
 
 _log = structlog.get_logger("router")
@@ -101,6 +102,7 @@ class RouterActor(Actor):
             more=texts,
         )
         self._closers.append(self.service.close)
+        self.service.registry.register(WireFigures(self.transport))
         self.membership = Membership(self.name, self.transport, self.service)
         self._closers.append(self.membership.close)
         peers = Peers()

@@ -8,9 +8,13 @@ is terminal, and the last.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Protocol
 
+from xllm.protocol.authority import KnownPeer
 from xllm.protocol.client import RouterMessage
+
+_SALT_LABEL = b"xllm peer salt v1"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,6 +26,15 @@ class Tenant:
     salt: bytes = b""
     account: str = ""
     """Under whose limits it falls; empty: its own name's."""
+
+
+def tenant_of(identity: bytes, peer: KnownPeer | None) -> Tenant:
+    """The tenant of a ZeroMQ connection: by its key, or, without keys, one for itself to the text
+    pool that shares prefixes with all others of that kind. Under limits those are one, or a client
+    could have more by connecting more often."""
+    if peer is None:
+        return Tenant(f"zmq-{identity.hex()[:32]}", account=Tenant().name)
+    return Tenant(peer.name, hashlib.sha256(_SALT_LABEL + peer.public_key.encode()).digest())
 
 
 class Sink(Protocol):

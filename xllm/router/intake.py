@@ -106,7 +106,8 @@ class Intake:
         """Encode and hash a request that was checked."""
         record = self._record
         assert record is not None
-        packed = self.pack(request, tenant.salt)
+        salt = b"" if self._limits.single_tenant else tenant.salt
+        packed = self.pack(request, salt)
         num_tokens = len(packed) // TOKEN_BYTES
         asked = VECTOR_SAMPLING if request.embed else request.sampling
         max_tokens = check_context(
@@ -116,7 +117,7 @@ class Intake:
         if request.resume is not None:
             seed = request.resume.seed
         sampling = _resolve(asked, drawn_seed if seed is None else seed, max_tokens)
-        root = self._root(record.revision, tenant.salt, request.cache_salt)
+        root = self._root(record.revision, salt, request.cache_salt)
         stop_ids = frozenset(asked.stop_token_ids)
         travels_packed = num_tokens >= PACK_FROM
         prompt_ids: Sequence[int]

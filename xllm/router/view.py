@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import msgspec
+
 from xllm.errors import InvariantError
 from xllm.protocol.bus import (
     DaemonHeartbeat,
@@ -218,7 +220,10 @@ class ClusterView:
             self._usable.clear()
 
     def daemon_heartbeat(self, word: DaemonHeartbeat, now: float) -> None:
-        """A KV cache daemon speaks."""
+        """A KV cache daemon speaks. Its figures are not in each of its words."""
+        known = self._daemons.get(word.publisher)
+        if known is not None and not word.metrics:
+            word = msgspec.structs.replace(word, metrics=known.heartbeat.metrics)
         self._daemons[word.publisher] = DaemonView(word, now)
 
     def router_presence(self, word: RouterPresence, now: float) -> None:

@@ -20,6 +20,7 @@ import structlog
 from xllm.errors import (
     BackpressureError,
     OverloadedError,
+    PermissionDeniedError,
     TransportError,
     XllmError,
 )
@@ -44,11 +45,11 @@ from xllm.protocol.client import (
     TokenizeText,
 )
 from xllm.protocol.codec import Decoder
+from xllm.protocol.transport.allow_list import CLIENT_DOMAIN
 from xllm.protocol.transport.context import Transport, describe_error
 from xllm.protocol.transport.limits import client_limits
 from xllm.protocol.transport.router import RouterSocket
-from xllm.protocol.transport.security import CLIENT_DOMAIN
-from xllm.router.front import Tenant
+from xllm.router.front import Tenant, tenant_of
 from xllm.router.service import RouterService
 
 _log = structlog.get_logger("zmq_front")
@@ -62,7 +63,6 @@ RETRY_S = 0.2
 MAX_REFUSALS = 4096
 """Refused submits that a cut connection will be told of; further ones are dropped."""
 
-ANYONE = Tenant().name
 """Whose limits hold for a client that no key names, over HTTP or here."""
 NOT_READ = "this connection does not read its answers"
 
@@ -82,7 +82,7 @@ class ZmqConnection:
         "torn",
     )
 
-    def __init__(self, identity: bytes) -> None:
+    def __init__(self, identity: bytes, tenant: Tenant) -> None:
         self.identity = identity
         self.open: dict[int, str] = {}
         self.num_questions = 0
@@ -94,9 +94,7 @@ class ZmqConnection:
         self.owed: deque[RequestFinished | RequestFailed] = deque()
         self.torn: set[int] = set()
         """Open requests of which a delta was dropped: they cannot end well any more."""
-        # Each connection is its own tenant to the text pool; prefixes are shared by all.
-        # Under limits they are one, or a client could have more by connecting more often.
-        self.tenant = Tenant(f"zmq-{identity.hex()[:32]}", account=ANYONE)
+        self.tenant = tenant
 
 
 class ZmqSink:
@@ -141,6 +139,7 @@ class ZmqFront:
             self._on_message,
             on_gone=self._gone,
             bad_reply=lambda text: BadMessage(message=text),
+            denied_reply=lambda message, text: _failed(message.id, PermissionDeniedError(text)),
             limits=client_limits(max_bytes),
             domain=CLIENT_DOMAIN,
             name="clients",
@@ -235,7 +234,8 @@ class ZmqFront:
     def _on_message(self, identity: bytes, message: ClientMessage, frames: list[bytes]) -> None:
         connection = self._connections.get(identity)
         if connection is None:
-            connection = self._connections[identity] = ZmqConnection(identity)
+            tenant = tenant_of(identity, self._socket.peer(identity))
+            connection = self._connections[identity] = ZmqConnection(identity, tenant)
         if isinstance(message, SubmitRequest):
             self._submit(connection, message)
         elif isinstance(message, AbortRequest):

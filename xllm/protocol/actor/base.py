@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from xllm.errors import InvariantError, XllmError
-from xllm.protocol.transport.context import Transport, describe_error
+from xllm.protocol.transport.context import KEYS_PERIOD_S, Transport, describe_error
 
 _log = structlog.get_logger("actor")
 
@@ -116,6 +116,8 @@ class Actor:
         if self._given_transport is None:
             self.transport = self.make_transport()
         self.transport.on_fatal = self._fatal
+        if self.transport.security is not None:
+            self.every(KEYS_PERIOD_S, self.transport.refresh_keys)
         await self.start()
 
     async def close(self) -> None:

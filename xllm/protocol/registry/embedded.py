@@ -10,9 +10,10 @@ import time
 import uuid
 from collections.abc import Callable
 
-from xllm.errors import BackpressureError, BrokenError, XllmError
+from xllm.errors import BackpressureError, BrokenError, PermissionDeniedError, XllmError
 from xllm.protocol.codec import Decoder
 from xllm.protocol.registry.local import LocalRegistry
+from xllm.protocol.registry.ownership import Ownership
 from xllm.protocol.registry.store import RegistryStore
 from xllm.protocol.registry_wire import (
     CasResult,
@@ -78,6 +79,7 @@ class EmbeddedRegistryServer:
         self.registry.add_listener(self._tell_watches)
         self._store = store
         self._clock = clock
+        self._owners = Ownership(store)
         self._watches: dict[tuple[bytes, int], _ServedWatch] = {}
         self._socket: RouterSocket[RegistryRequest] = RouterSocket(
             transport,
@@ -86,6 +88,9 @@ class EmbeddedRegistryServer:
             self._on_message,
             on_gone=self._on_gone,
             bad_reply=lambda text: RegistryRefused(-1, "bad_message", text),
+            denied_reply=lambda message, text: RegistryRefused(
+                message.id, PermissionDeniedError.code, text
+            ),
             name="registry",
         )
 
@@ -101,8 +106,13 @@ class EmbeddedRegistryServer:
         await self.registry.close()
 
     def _on_message(self, identity: bytes, message: RegistryRequest, frames: list[bytes]) -> None:
+        peer = self._socket.peer(identity)
         try:
+            if peer is not None:
+                self._owners.check(peer, message, self._clock())
             reply = self._answer(identity, message)
+            if peer is not None:
+                self._owners.took_effect(peer, message, reply, self._clock())
         except XllmError as error:
             reply = RegistryRefused(message.id, error.code, error.message)
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from xllm.errors import FencedError, InvariantError, OverloadedError
 from xllm.protocol.registry.bounds import check_guarded, check_ttl, check_write
@@ -111,6 +111,11 @@ class RegistryStore:
         """The entry, or None."""
         self.expire(now)
         return self._entries.get(key)
+
+    @property
+    def lease_ids(self) -> Collection[int]:
+        """The leases as of the last call that named the time."""
+        return self._leases.keys()
 
     def list(self, prefix: str, now: float) -> Listing:
         """The entries under a prefix, by key."""

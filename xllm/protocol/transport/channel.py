@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
+import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import zmq
 
 from xllm.errors import BackpressureError, BrokenError, ClosedError, ListenError, XllmError
+from xllm.protocol.transport.allow_list import CLUSTER_DOMAIN
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.endpoint import PathLock, check_bindable, is_local
 from xllm.protocol.transport.limits import SocketLimits, apply_options
-from xllm.protocol.transport.security import (
-    CLUSTER_DOMAIN,
-    plain_client,
-    secure_client,
-    secure_server,
-)
+from xllm.protocol.transport.monitor import ConnectionMonitor
+from xllm.protocol.transport.security import plain_client, secure_client, secure_server
 
 _DRAIN_BATCH = 512
 _RETRY_S = 0.002
@@ -78,6 +77,18 @@ class Channel:
         self._num_bad = 0
         self._loop.add_reader(self._fd, self._look)
 
+    def _watch(
+        self,
+        on_event: Callable[[int, int], None],
+        on_refused: Callable[[str], None] | None = None,
+    ) -> ConnectionMonitor:
+        """Be told of connections. Where that fails the socket is closed before it raises."""
+        try:
+            return ConnectionMonitor(self._transport, self._socket, on_event, on_refused)
+        except XllmError:
+            self.close()
+            raise
+
     # -- opening -----------------------------------------------------------------------------
 
     def _bind(self, endpoint: str, domain: str = CLUSTER_DOMAIN) -> str:
@@ -91,7 +102,11 @@ class Channel:
                 secure_server(self._socket, security, domain)
             if endpoint.startswith("ipc://"):
                 self._lock = PathLock(endpoint.removeprefix("ipc://"))
-            self._socket.bind(endpoint)
+            previous = os.umask(0o077)  # for the socket's file, wherever it lies
+            try:
+                self._socket.bind(endpoint)
+            finally:
+                os.umask(previous)
         except zmq.ZMQError as error:
             self.close()
             raise ListenError(f"cannot listen on {endpoint}: {error.strerror}") from error
@@ -114,6 +129,8 @@ class Channel:
                 # Only TCP is bound with keys: an ipc path is guarded by its directory.
                 if security is None:
                     raise BrokenError(f"{endpoint} demands keys and this process has none")
+                if self._transport.was_revoked(server_key):
+                    raise BrokenError(f"the key of {endpoint} was revoked")
                 secure_client(self._socket, security, server_key)
             elif is_local(endpoint):
                 plain_client(self._socket)
@@ -123,6 +140,14 @@ class Channel:
         except zmq.ZMQError as error:
             raise BrokenError(f"cannot connect to {endpoint}: {error.strerror}") from error
         self._schedule_look()
+
+    def _disconnect(self, endpoint: str) -> None:
+        """End a connection that `_connect` began. One that there is not is ignored."""
+        try:
+            self._socket.disconnect(endpoint)
+        except zmq.ZMQError as error:
+            if error.errno != errno.ENOENT:
+                raise
 
     # -- receiving ---------------------------------------------------------------------------
 
@@ -161,8 +186,12 @@ class Channel:
         self._receive(parts)
         return True
 
-    def _discard_rest(self) -> None:
+    def _count_bad(self) -> None:
         self._num_bad += 1
+        self._transport.num_bad += 1
+
+    def _discard_rest(self) -> None:
+        self._count_bad()
         while self._socket.getsockopt(zmq.RCVMORE):
             self._socket.recv(_NOBLOCK)
 

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import structlog
 import zmq
 
-from xllm.errors import ClosedError, ConfigError, InvariantError
+from xllm.errors import BackpressureError, ClosedError, ConfigError, InvariantError
+from xllm.protocol.authority import KnownPeer
+from xllm.protocol.transport.allow_list import AllowList
 from xllm.protocol.transport.security import Authenticator, Security
 
 _log = structlog.get_logger("transport")
+MAX_SOCKETS = 8192
+"""Of one context. Connections that were accepted are none: limits bounds those."""
+KEYS_PERIOD_S = 0.4
+"""How often the allow-lists are looked at."""
+
+
+class KeyedSocket(Protocol):
+    """A socket that has connections with keys."""
+
+    def keys_changed(self) -> None:
+        """Cut the connections of those who are no longer admitted."""
+        ...
 
 
 def describe_error(error: BaseException) -> str:
@@ -37,12 +53,21 @@ class Transport:
     ) -> None:
         self._pid = os.getpid()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._context.set(zmq.MAX_SOCKETS, 8192)
+        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        self._allowed: AllowList | None = None
         self._authenticator: Authenticator | None = None
+        self._keyed: weakref.WeakSet[KeyedSocket] = weakref.WeakSet()
+        self.num_bad = 0
+        """Messages that did not decode."""
+        self.num_refused = 0
+        """Messages that their sender's roles may not say."""
+        self.num_cut = 0
+        """Connections that were cut: their key was revoked, or they were too many."""
         if security is not None:
             try:
-                self._authenticator = Authenticator(self._context, security)
-            except ConfigError:
+                self._allowed = AllowList(security.allowed_dir, security.clients_dir)
+                self._authenticator = Authenticator(self._context, self._allowed)
+            except (ConfigError, OSError):
                 self._context.destroy(linger=0)
                 raise
         self._closed = False
@@ -56,7 +81,10 @@ class Transport:
             raise ClosedError("the transport is closed")
         if os.getpid() != self._pid:
             raise InvariantError("a transport does not survive a fork")
-        return self._context.socket(kind)
+        try:
+            return self._context.socket(kind)
+        except zmq.ZMQError as error:
+            raise BackpressureError(f"no further socket: {error.strerror}") from error
 
     def handler_failed(self, where: str, error: Exception) -> None:
         """One message's handler raised: that message is lost, the actor goes on, unless an
@@ -66,10 +94,58 @@ class Transport:
         if isinstance(error, InvariantError) and self.on_fatal is not None:
             self.on_fatal(error)
 
-    def reload_allowed(self) -> None:
-        """Read the allow-lists again."""
-        if self._authenticator is not None:
-            self._authenticator.reload()
+    # -- keys --------------------------------------------------------------------------------
+
+    def watch_keys(self, socket: KeyedSocket) -> None:
+        """Tell a socket whenever the allow-lists changed."""
+        self._keyed.add(socket)
+
+    def peer(self, public_key: str, domain: str) -> KnownPeer | None:
+        """Whose key that is at sockets of a domain; None: it is not admitted, or not any more."""
+        return self._allowed.peer(public_key, domain) if self._allowed is not None else None
+
+    def was_revoked(self, public_key: str) -> bool:
+        """Whether that key was admitted since the start, and is no more."""
+        return self._allowed is not None and self._allowed.was_revoked(public_key)
+
+    def refresh_keys(self) -> None:
+        """Look at the allow-lists; where they changed, whoever is no longer admitted is cut.
+
+        The actor calls it each KEYS_PERIOD_S."""
+        if self._allowed is None or self._authenticator is None or self._closed:
+            return
+        if self._authenticator.revive():
+            _log.error("authenticator_died")
+        if self._allowed.refresh():
+            _log.info("keys_changed")
+            for socket in tuple(self._keyed):
+                socket.keys_changed()
+
+    # -- figures -----------------------------------------------------------------------------
+
+    def counts(self) -> tuple[tuple[str, str, int], ...]:
+        """(metric, what it says, value) of each counter of this process."""
+        return (
+            ("xllm_transport_bad_messages", "Messages that did not decode.", self.num_bad),
+            (
+                "xllm_transport_refused_messages",
+                "Messages that their sender's roles may not say.",
+                self.num_refused,
+            ),
+            (
+                "xllm_transport_cut_connections",
+                "Connections cut: their key was revoked, or they were too many.",
+                self.num_cut,
+            ),
+            ("xllm_transport_handler_errors", "Messages lost to a bug.", self.num_handler_errors),
+        )
+
+    def metrics(self) -> bytes:
+        """The counters as Prometheus text."""
+        return "".join(
+            f"# HELP {name}_total {text}\n# TYPE {name}_total counter\n{name}_total {value}\n"
+            for name, text, value in self.counts()
+        ).encode()
 
     def close(self) -> None:
         """Close the context. Sockets that are still open are closed with it."""

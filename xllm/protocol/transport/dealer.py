@@ -17,6 +17,7 @@ from xllm.protocol.transport.monitor import (
     CONNECTED,
     DISCONNECTED,
     REFUSED,
+    REFUSED_PAUSE_S,
     ConnectionMonitor,
 )
 
@@ -51,15 +52,33 @@ class DealerSocket(Channel, Generic[T]):
         self._on_gone = on_gone
         self._on_connected = on_connected
         self._on_refused = on_refused
+        self._server_key = server_key
+        self._is_suspended = False
         self._monitor: ConnectionMonitor | None = None
         self.connected = endpoint.startswith("inproc://")
         if not self.connected:
-            self._monitor = ConnectionMonitor(transport, self._socket, self._connection_event)
+            self._monitor = self._watch(self._connection_event)
         try:
             self._connect(endpoint, server_key)
         except XllmError:
             self.close()
             raise
+        if server_key:
+            transport.watch_keys(self)
+
+    def keys_changed(self) -> None:
+        """Leave a peer whose key was revoked, and come back to one that is admitted again."""
+        if self._closed:
+            return
+        is_revoked = self._transport.was_revoked(self._server_key)
+        if is_revoked and not self._is_suspended:
+            self._is_suspended = True
+            self._disconnect(self.endpoint)
+            self._transport.num_cut += 1
+            self._connection_event(DISCONNECTED, -1)
+        elif self._is_suspended and not is_revoked:
+            self._is_suspended = False
+            self._connect(self.endpoint, self._server_key)
 
     def send(self, message: msgspec.Struct, frames: Sequence[bytes] = ()) -> None:
         """Send, or queue while there is no connection. BackpressureError past the bound."""
@@ -78,7 +97,7 @@ class DealerSocket(Channel, Generic[T]):
         try:
             message = self._decode(parts[0])
         except BadMessageError:
-            self._num_bad += 1
+            self._count_bad()
             return
         self._on_message(message, parts[1:])
 
@@ -93,8 +112,16 @@ class DealerSocket(Channel, Generic[T]):
             self.connected = False
             # Later, so that what the peer said before it left is handled first.
             self._loop.call_soon(self._tell_gone)
-        elif event == REFUSED and self._on_refused is not None:
-            self._on_refused()
+        elif event == REFUSED:
+            self._loop.call_later(REFUSED_PAUSE_S, self._try_again)
+            if self._on_refused is not None:
+                self._on_refused()
+
+    def _try_again(self) -> None:
+        if self._closed or self._is_suspended or self.connected:
+            return
+        self._disconnect(self.endpoint)
+        self._connect(self.endpoint, self._server_key)
 
     def _tell_gone(self) -> None:
         if self._closed:

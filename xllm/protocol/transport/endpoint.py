@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 
 from xllm.config.exposure import is_loopback
 from xllm.errors import ConfigError, ListenError
@@ -16,6 +17,7 @@ from xllm.errors import ConfigError, ListenError
 MAX_IPC_PATH_BYTES = 107
 _KEY_MARK = ";key="
 _KEY_CHARS = 40
+_LOCK_FLAGS = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def split_key(address: str, param: str) -> tuple[str, str]:
@@ -49,6 +51,19 @@ def check_bindable(endpoint: str, *, has_keys: bool) -> None:
     scheme, _, path = endpoint.partition("://")
     if scheme == "ipc" and len(os.fsencode(path)) > MAX_IPC_PATH_BYTES:
         raise ConfigError(f"ipc path of {len(path)} characters: {MAX_IPC_PATH_BYTES} at most")
+    if scheme == "ipc":
+        _check_folder(os.path.dirname(path) or ".")
+
+
+def _check_folder(folder: str) -> None:
+    """Refuse a directory in which any user may replace our socket. (One that is absent is refused
+    by the bind.)"""
+    try:
+        mode = os.stat(folder).st_mode
+    except OSError:
+        return
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise ConfigError(f"{folder} may be written by everybody: no place for a socket")
 
 
 class PathLock:
@@ -56,7 +71,7 @@ class PathLock:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._fd = os.open(path + ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._fd = os.open(path + ".lock", _LOCK_FLAGS, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

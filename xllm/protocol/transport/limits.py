@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 
 import zmq
+
+SPARE_DESCRIPTORS = 32
+"""Open files that connections never use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +22,8 @@ class SocketLimits:
     max_queued_messages: int = 20_000
     """Messages kept for one peer that does not read, beyond ZeroMQ's own queue."""
     max_queued_bytes: int = 64 << 20
+    max_connections: int = 4096
+    """Accepted at a time; no process takes more than its open files leave room for."""
 
 
 def client_limits(max_bytes: int) -> SocketLimits:
@@ -29,6 +35,15 @@ def client_limits(max_bytes: int) -> SocketLimits:
         max_message_bytes=max_bytes,
         max_queued_bytes=32 << 20,
     )
+
+
+def connection_limit(limits: SocketLimits) -> int:
+    """How many connections a socket accepts: what is left of the process's open files is shared by
+    the few sockets that it has."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return limits.max_connections
+    return max(8, min(limits.max_connections, (soft - SPARE_DESCRIPTORS) // 2))
 
 
 def apply_options(socket: zmq.Socket[bytes], limits: SocketLimits, endpoint: str) -> None:

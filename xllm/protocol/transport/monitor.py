@@ -8,31 +8,45 @@ from collections.abc import Callable
 
 import zmq
 
+from xllm.errors import BackpressureError
 from xllm.protocol.transport.context import Transport
 
 CONNECTED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+ACCEPTED = int(zmq.EVENT_ACCEPTED)
 DISCONNECTED = int(zmq.EVENT_DISCONNECTED)
 REFUSED = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+REFUSED_PAUSE_S = 0.5
+"""ZeroMQ never tries a peer again that did not accept our key; we do, after this time: it may be
+admitted by then."""
 
 
 class ConnectionMonitor:
-    """Calls `on_event(event, descriptor)` for connections of one socket."""
+    """Calls `on_event(event, descriptor)` for connections of one socket, and `on_refused(endpoint)`
+    where a peer does not accept our key."""
 
     def __init__(
         self,
         transport: Transport,
         socket: zmq.Socket[bytes],
         on_event: Callable[[int, int], None],
+        on_refused: Callable[[str], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport = transport
         self._watched = socket
         self._on_event = on_event
+        self._on_refused = on_refused
         self._closed = False
         address = f"inproc://monitor-{id(self)}"
-        socket.monitor(address, CONNECTED | DISCONNECTED | REFUSED)
         self._socket = transport.socket(zmq.PAIR)
+        try:
+            socket.monitor(address, ACCEPTED | CONNECTED | DISCONNECTED | REFUSED)
+        except zmq.ZMQError as error:
+            self._socket.close(0)
+            raise BackpressureError(f"no further socket: {error.strerror}") from error
         self._socket.setsockopt(zmq.LINGER, 0)
+        # Else the context's I/O thread would wait here for a loop that is busy.
+        self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(address)
         self._fd: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]  # FD is an int
         self._loop.add_reader(self._fd, self.drain)
@@ -48,6 +62,8 @@ class ConnectionMonitor:
             event, value = struct.unpack("=Hi", parts[0])
             try:
                 self._on_event(event, value)
+                if event == REFUSED and self._on_refused is not None:
+                    self._on_refused(parts[1].decode())
             except Exception as error:
                 self._transport.handler_failed("monitor", error)
 

@@ -6,7 +6,6 @@ the messages' own sequence numbers and ask for a snapshot.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -14,16 +13,30 @@ import msgspec
 import zmq
 
 from xllm.errors import BadMessageError
+from xllm.protocol.authority import Subscribe, may_say
 from xllm.protocol.codec import Decoder, encode
+from xllm.protocol.transport.allow_list import CLUSTER_DOMAIN
 from xllm.protocol.transport.channel import Channel
 from xllm.protocol.transport.context import Transport
-from xllm.protocol.transport.limits import SocketLimits
+from xllm.protocol.transport.limits import SocketLimits, connection_limit
+from xllm.protocol.transport.monitor import (
+    ACCEPTED,
+    DISCONNECTED,
+    REFUSED_PAUSE_S,
+    ConnectionMonitor,
+)
+from xllm.protocol.transport.peers import AcceptedConnections
 
 T = TypeVar("T")
+MAX_TOPIC_BYTES = 256
+_NOBLOCK = zmq.NOBLOCK
+_SUBSCRIBES = b"\x01"
+_UNSUBSCRIBES = b"\x00"
 
 
 class PublisherSocket(Channel):
-    """Binds `endpoint` and publishes to everybody who subscribed."""
+    """Binds `endpoint` and publishes to everybody who subscribed, and may where keys are
+    demanded."""
 
     def __init__(
         self,
@@ -33,20 +46,76 @@ class PublisherSocket(Channel):
         limits: SocketLimits | None = None,
         name: str = "",
     ) -> None:
-        super().__init__(transport, zmq.PUB, limits or SocketLimits(), name or endpoint)
+        self._has_keys = endpoint.startswith("tcp://") and transport.security is not None
+        # An XPUB tells who subscribes, and waits for our word on each.
+        kind = zmq.XPUB if self._has_keys else zmq.PUB
+        super().__init__(transport, kind, limits or SocketLimits(), name or endpoint)
+        self._connections = AcceptedConnections(self.name, connection_limit(self._limits))
+        self._monitor: ConnectionMonitor | None = None
+        if self._has_keys:
+            self._socket.setsockopt(zmq.XPUB_MANUAL, 1)
+            self._monitor = self._watch(self._connection_event)
         self.endpoint = self._bind(endpoint)
+        if self._has_keys:
+            transport.watch_keys(self)
 
     def publish(self, topic: bytes, message: msgspec.Struct) -> None:
         """Send to the topic's subscribers, as far as they keep up."""
         self._send(b"", (topic, encode(message)))
 
+    def keys_changed(self) -> None:
+        """Cut the connections of those who are no longer admitted."""
+        self._transport.num_cut += self._connections.cut_unless(self._is_admitted)
+
+    def _is_admitted(self, key: str) -> bool:
+        peer = self._transport.peer(key, CLUSTER_DOMAIN)
+        return peer is not None and may_say(peer.roles, Subscribe)
+
     def _receive(self, parts: list[bytes]) -> None:
         raise AssertionError("a publisher hears nothing")
 
     def _receive_one(self) -> bool:
-        # Reading the events lets ZeroMQ process subscriptions; a PUB has nothing to receive.
-        self._socket.getsockopt(zmq.EVENTS)
-        return False
+        if not self._has_keys:
+            # Reading the events lets ZeroMQ process subscriptions; a PUB has nothing to receive.
+            self._socket.getsockopt(zmq.EVENTS)
+            return False
+        try:
+            frame = self._socket.recv(_NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        word = frame.bytes
+        if word[:1] == _SUBSCRIBES and len(word) <= MAX_TOPIC_BYTES:
+            self._subscribed(frame, word[1:])
+        elif word[:1] != _UNSUBSCRIBES:
+            self._count_bad()
+        while frame.more:
+            frame = self._socket.recv(_NOBLOCK, copy=False)
+        return True
+
+    def _subscribed(self, frame: zmq.Frame, topic: bytes) -> None:
+        key, descriptor = str(frame.get("User-Id")), frame.get(zmq.SRCFD)
+        assert self._monitor is not None
+        assert isinstance(descriptor, int)
+        self._monitor.drain()
+        if not self._connections.spoke(descriptor, b"", key):
+            return  # it has left
+        if self._is_admitted(key):
+            self._socket.setsockopt(zmq.SUBSCRIBE, topic)
+        else:
+            self._transport.num_refused += 1
+            self.keys_changed()
+
+    def _connection_event(self, event: int, descriptor: int) -> None:
+        if event == ACCEPTED and not self._connections.accepted(descriptor):
+            self._transport.num_cut += 1
+        elif event == DISCONNECTED:
+            self._connections.closed(descriptor)
+
+    def close(self) -> None:
+        """Close the monitor and the socket."""
+        if self._monitor is not None:
+            self._monitor.close()
+        super().close()
 
 
 class SubscriberSocket(Channel, Generic[T]):
@@ -65,27 +134,64 @@ class SubscriberSocket(Channel, Generic[T]):
         self._decode = decoder.decode
         self._on_message = on_message
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self._server_keys: dict[str, str] = {}
+        """Keys of the publishers that have one, by endpoint."""
+        self._suspended: set[str] = set()
+        self._monitor: ConnectionMonitor | None = None
+        if transport.security is not None:
+            self._monitor = self._watch(lambda event, descriptor: None, self._refused)
+        transport.watch_keys(self)
 
     def connect(self, endpoint: str, server_key: str = "") -> None:
         """Hear one more publisher; its address need not exist yet. BrokenError or ConfigError
         for an address that cannot be; the others are heard all the same."""
         self._connect(endpoint, server_key)
+        if server_key:
+            self._server_keys[endpoint] = server_key
 
     def disconnect(self, endpoint: str) -> None:
         """Stop hearing a publisher. Unknown addresses are ignored."""
-        try:
-            self._socket.disconnect(endpoint)
-        except zmq.ZMQError as error:
-            if error.errno != errno.ENOENT:
-                raise
+        self._server_keys.pop(endpoint, None)
+        self._suspended.discard(endpoint)
+        self._disconnect(endpoint)
+
+    def keys_changed(self) -> None:
+        """Stop hearing publishers whose keys were revoked, until they are admitted again."""
+        if self._closed:
+            return
+        for endpoint, key in self._server_keys.items():
+            is_revoked = self._transport.was_revoked(key)
+            if is_revoked and endpoint not in self._suspended:
+                self._suspended.add(endpoint)
+                self._transport.num_cut += 1
+                self._disconnect(endpoint)
+            elif endpoint in self._suspended and not is_revoked:
+                self._suspended.discard(endpoint)
+                self._connect(endpoint, key)
+
+    def _refused(self, endpoint: str) -> None:
+        self._loop.call_later(REFUSED_PAUSE_S, self._try_again, endpoint)
+
+    def _try_again(self, endpoint: str) -> None:
+        key = self._server_keys.get(endpoint)
+        if self._closed or key is None or endpoint in self._suspended:
+            return
+        self._disconnect(endpoint)
+        self._connect(endpoint, key)
+
+    def close(self) -> None:
+        """Close the monitor and the socket."""
+        if self._monitor is not None:
+            self._monitor.close()
+        super().close()
 
     def _receive(self, parts: list[bytes]) -> None:
         if len(parts) != 2:
-            self._num_bad += 1
+            self._count_bad()
             return
         try:
             message = self._decode(parts[1])
         except BadMessageError:
-            self._num_bad += 1
+            self._count_bad()
             return
         self._on_message(parts[0], message)

@@ -1,9 +1,9 @@
-"""CURVE keys of a node and the allow-lists of its peers.
+"""CURVE keys of a node, and the authenticator that asks its allow-lists.
 
 A keys directory holds `node.key` (public), `node.key_secret` (0600), `allowed/`, one public key
-file a peer of the cluster, and perhaps `clients/`, one a client. A server socket asks the
-authenticator of its context for every handshake, naming its domain: sockets of the cluster admit
-its peers only, a router's client front admits clients too. ZAP_ENFORCE_DOMAIN makes a dead
+file a peer of the cluster, and perhaps `clients/`, one a client (see allow_list). A server socket
+asks the authenticator of its context for every handshake, naming its domain: sockets of the cluster
+admit its peers only, a router's client front admits clients too. ZAP_ENFORCE_DOMAIN makes a dead
 authenticator refuse everybody instead of admitting them.
 """
 
@@ -18,12 +18,12 @@ import zmq.auth
 from zmq.auth.thread import ThreadAuthenticator
 
 from xllm.errors import ConfigError
+from xllm.protocol.transport.allow_list import CLIENT_DOMAIN, CLUSTER_DOMAIN, AllowList
 
-CLUSTER_DOMAIN = "xllm"
-"""Sockets between processes of the cluster."""
-CLIENT_DOMAIN = "xllm-clients"
-"""The sockets that clients reach."""
 NODE_KEY = "node"
+_ZAP = "inproc://zeromq.zap.01"
+OWN_NAME = "self"
+"""Of the node's own key among those that it allows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,61 +75,49 @@ def create_keys(keys_dir: str) -> str:
         os.umask(previous)
     os.chmod(secret_path, 0o600)
     os.chmod(directory, 0o700)
-    (allowed / "self.key").write_bytes(pathlib.Path(public_path).read_bytes())
+    (allowed / f"{OWN_NAME}.key").write_bytes(pathlib.Path(public_path).read_bytes())
     return public.decode()
 
 
-class AllowList:
-    """The keys that one domain admits, as pyzmq asks for them."""
+class Authenticator:
+    """The ZAP handler of one context, by its own thread: admits whom the allow-lists name."""
 
-    def __init__(self) -> None:
-        self.keys: frozenset[bytes] = frozenset()
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], allowed: AllowList) -> None:
+        self._context = context
+        self._allowed = allowed
+        self._thread = self._start()
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether that public key (Z85) is admitted. Called on the authenticator's thread."""
-        return key in self.keys
+        return self._allowed.peer(key.decode("ascii", "replace"), domain) is not None
 
-
-class Authenticator:
-    """The ZAP handler of one context: admits the keys of `allowed/` everywhere and those of
-    `clients/` where clients are served, by its own thread."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], security: Security) -> None:
-        self._security = security
-        self._peers = AllowList()
-        self._clients = AllowList()
-        self.reload()
-        self._thread = ThreadAuthenticator(context)
-        self._thread.configure_curve_callback(CLUSTER_DOMAIN, self._peers)
-        self._thread.configure_curve_callback(CLIENT_DOMAIN, self._clients)
-        self._thread.start()
-
-    def reload(self) -> None:
-        """Read the allow-lists again; ConfigError leaves them as they were. A key that left them
-        keeps its open connections until they close: revocation also needs those peers cut off."""
-        peers = _public_keys(self._security.allowed_dir)
-        clients = _public_keys(self._security.clients_dir)
-        self._peers.keys = peers
-        self._clients.keys = peers | clients
+    def revive(self) -> bool:
+        """Start the thread again if it died, which closes the sockets to everybody new; whether it
+        had."""
+        if self._thread.is_alive():
+            return False
+        self._thread.zap_socket.unbind(_ZAP)  # its close would free the name only later
+        self._end()
+        self._thread = self._start()
+        return True
 
     def close(self) -> None:
         """Stop the thread; from now on every handshake is refused."""
+        self._end()
+
+    def _start(self) -> ThreadAuthenticator:
+        thread = ThreadAuthenticator(self._context)
+        for domain in (CLUSTER_DOMAIN, CLIENT_DOMAIN):
+            thread.configure_curve_callback(domain, self)
+        thread.start()
+        return thread
+
+    def _end(self) -> None:
+        if not self._thread.is_alive() and self._thread.pipe is not None:
+            # Nobody reads the pipe any more: a word for the thread would wait for ever.
+            self._thread.pipe.close(0)
+            self._thread.pipe = None  # type: ignore[assignment]  # as its own `stop` leaves it
         self._thread.stop()
-
-
-def _public_keys(directory: str) -> frozenset[bytes]:
-    """The keys of a directory's `*.key` files; none where it does not exist. ConfigError for a
-    file that holds no key."""
-    if not os.path.isdir(directory):
-        return frozenset()
-    found = set()
-    for path in sorted(pathlib.Path(directory).glob("*.key")):
-        try:
-            public, _ = zmq.auth.load_certificate(path)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"no public key in {path}: {error}") from error
-        found.add(public)
-    return frozenset(found)
 
 
 def secure_server(socket: zmq.Socket[bytes], security: Security, domain: str) -> None:

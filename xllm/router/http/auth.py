@@ -14,6 +14,8 @@ import os
 import stat
 from collections.abc import Sequence
 
+import structlog
+
 from xllm.config.exposure import is_loopback
 from xllm.errors import AuthenticationError, ConfigError, InvalidRequestError, PermissionDeniedError
 from xllm.router.front import Tenant
@@ -25,9 +27,45 @@ MAX_KNOWN_HOSTS = 64
 SALT_LABEL = b"xllm tenant salt v1"
 
 Header = tuple[bytes, bytes]
+FileMark = tuple[int, int, int, int]
+
+_log = structlog.get_logger("api_keys")
 
 
-def read_key_file(path: str) -> dict[bytes, Tenant]:
+class KeyFile:
+    """The key file while it is in use: a key that leaves it opens nothing more."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._mark = _mark_of(path)
+        self.tenants = read_key_file(path)
+
+    def refresh(self) -> bool:
+        """Read it again if it changed; whether it did. A file that cannot be read, or has a line
+        that is none, leaves the keys as they were; one without keys opens to nobody."""
+        mark = _mark_of(self._path)
+        if mark == self._mark:
+            return False
+        self._mark = mark
+        try:
+            self.tenants = read_key_file(self._path, may_be_empty=True)
+        except ConfigError as error:
+            _log.error("api_keys_unreadable", error=error.message)
+            return False
+        _log.info("api_keys_changed", num_keys=len(self.tenants))
+        return True
+
+
+def _mark_of(path: str) -> FileMark | None:
+    """What changes with a file's content; None where it cannot be seen."""
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return None
+    return info.st_mtime_ns, info.st_ctime_ns, info.st_size, info.st_ino
+
+
+def read_key_file(path: str, *, may_be_empty: bool = False) -> dict[bytes, Tenant]:
     """Tenants by the SHA-256 of their keys, from `name:key` lines of a private file."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -57,7 +95,7 @@ def read_key_file(path: str) -> dict[bytes, Tenant]:
         # A name's later keys share the salt of its first: they are one tenant.
         salt = salts.setdefault(name, hmac.digest(key, SALT_LABEL + name, "sha256"))
         tenants[digest] = Tenant(name.decode("ascii"), salt)
-    if not tenants:
+    if not tenants and not may_be_empty:
         raise _bad_file(f"{path} holds no key")
     return tenants
 
@@ -70,6 +108,7 @@ class Gate:
     """Decides for each request whether it may enter, and as whom."""
 
     def __init__(self, tenants: dict[bytes, Tenant]) -> None:
+        self._needs_key = bool(tenants)
         self._tenants = list(tenants.items())
         self._known_hosts: set[bytes] = set()
         self._anyone = Tenant()
@@ -78,13 +117,17 @@ class Gate:
     @property
     def has_keys(self) -> bool:
         """Whether keys are required."""
-        return bool(self._tenants)
+        return self._needs_key
+
+    def replace(self, tenants: dict[bytes, Tenant]) -> None:
+        """The keys changed. A gate that needs one stays so, even where none is left."""
+        self._tenants = list(tenants.items())
 
     def admit(self, path: str, headers: Sequence[Header], client: str) -> Tenant:
         """The tenant of a request, or an error. `client` is the peer's address."""
         if path in PUBLIC_PATHS:
             return self._anyone
-        if self._tenants:
+        if self._needs_key:
             return self._tenant_of(headers)
         self._check_host(headers)
         if client != self._last_client:

@@ -20,7 +20,7 @@ from xllm.config.exposure import check_exposure
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError, ListenError
 from xllm.router.http.application import HttpApplication
-from xllm.router.http.auth import Gate, read_key_file
+from xllm.router.http.auth import Gate, KeyFile
 from xllm.router.http.context import FrontContext
 from xllm.router.http.figures import HttpFigures
 from xllm.router.http.limits import HttpLimits, limits_of
@@ -28,6 +28,8 @@ from xllm.router.http.protocol import GuardedProtocol
 from xllm.router.service import RouterService
 
 BACKLOG = 2048
+KEYS_PERIOD_S = 0.4
+"""How often the key file is looked at."""
 FLUSH_S = 2
 """What answers get to leave at a stop: their requests have ended, only bytes are on the way."""
 
@@ -49,7 +51,8 @@ class HttpFront:
     ) -> None:
         check_exposure(settings)
         path = settings.router.api_key_file
-        gate = Gate(read_key_file(path) if path else {})
+        self._key_file = KeyFile(path) if path else None
+        self._gate = Gate(self._key_file.tenants if self._key_file is not None else {})
         self._settings = settings
         self._limits = limits or limits_of(settings.router)
         context = FrontContext(
@@ -60,10 +63,11 @@ class HttpFront:
             settings.routing.sessions == "user",
         )
         self._figures = HttpFigures(service.registry, lambda: self.num_connections)
-        self._application = HttpApplication(context, gate, self._figures)
+        self._application = HttpApplication(context, self._gate, self._figures)
         self._server: QuietServer | None = None
         self._serving: asyncio.Task[None] | None = None
         self._sweep: asyncio.TimerHandle | None = None
+        self._key_look: asyncio.TimerHandle | None = None
 
     async def start(self) -> str:
         """Listen, and return the address as `http://host:port`."""
@@ -79,13 +83,15 @@ class HttpFront:
                 raise ConfigError(f"the HTTP server did not start on {host}:{port}")
             await asyncio.sleep(0.001)
         self._arm_sweep()
+        self._look_at_keys()
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def stop(self) -> None:
         """Accept nothing more, let open responses end (the service has ended their requests),
         close."""
-        if self._sweep is not None:
-            self._sweep.cancel()
+        for timer in (self._sweep, self._key_look):
+            if timer is not None:
+                timer.cancel()
         if self._server is None or self._serving is None:
             return
         self._server.should_exit = True
@@ -115,6 +121,14 @@ class HttpFront:
             timeout_keep_alive=cast("int", self._limits.keep_alive_s),
             timeout_graceful_shutdown=FLUSH_S,
         )
+
+    def _look_at_keys(self) -> None:
+        if self._key_file is None:
+            return
+        if self._key_file.refresh():
+            self._gate.replace(self._key_file.tenants)
+        loop = asyncio.get_running_loop()
+        self._key_look = loop.call_later(KEYS_PERIOD_S, self._look_at_keys)
 
     def _arm_sweep(self) -> None:
         loop = asyncio.get_running_loop()
