@@ -329,3 +329,31 @@ async def test_requests_that_are_bad_themselves_open_no_breaker():
             cluster.end(request_id, code=code)
     assert all(one.breaker == "" for one in cluster.service.status().processes)
     close(cluster)
+
+
+@in_loop
+async def test_an_instance_that_dies_again_and_again_under_its_work_is_left_alone():
+    cluster = cluster_with("a", "b", breaker_failures=2)
+    for incarnation in ("2", "3"):
+        for _ in range(4):
+            ask(cluster)
+        assert "a" in sent_to(cluster)
+        cluster.change(cluster.service.view.disconnected("a"))
+        cluster.clock.now += 1
+        assert cluster.service.placement.breakers.num_opened == (incarnation == "3")
+        cluster.join("a", incarnation)  # its old one is lost once more: that is no fault
+    cluster.links.sent.clear()
+    ask(cluster)
+    assert sent_to(cluster) == ["b"]
+    close(cluster)
+
+
+@in_loop
+async def test_an_idle_instance_that_comes_and_goes_opens_nothing():
+    cluster = cluster_with("a", "b", breaker_failures=1)
+    for incarnation in "234":
+        cluster.change(cluster.service.view.disconnected("a"))
+        cluster.clock.now += 1
+        cluster.join("a", incarnation)
+    assert cluster.service.placement.breakers.num_opened == 0
+    close(cluster)

@@ -36,7 +36,7 @@ class AdmissionSettings:
         4096, "Requests of a model that wait in the router at most; 0: none.", low=0, high=1_000_000
     )
     queue_timeout_s: float = setting(
-        60.0,
+        300.0,
         "Time that an online request waits in the router at most; a shorter ttft_ms of its own "
         "holds.",
         unit="s",

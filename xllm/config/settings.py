@@ -301,6 +301,13 @@ class WorkerSettings:
         low=0,
     )
     toy_step_ms: float = setting(0.0, "Time of a toy step.", unit="ms", low=0, high=60000)
+    toy_token_us: float = setting(
+        0.0,
+        "Further time of a toy step for each token that it computes.",
+        unit="us",
+        low=0,
+        high=1000000,
+    )
     toy_memory: bool = setting(
         True, "The toy engine writes and reads its KV pages; off: a cheaper hash without memory."
     )

@@ -143,8 +143,10 @@ class Placement:
             self.traffic.refused(name)
 
     def died(self, name: str) -> None:
-        """An instance was lost in the midst of its work."""
-        self.breakers.died(name, self._clock())
+        """An instance was lost: a fault of it, if it was in the midst of its work."""
+        known = self._view.get(name)
+        if known is not None and known.num_inflight:
+            self.breakers.died(name, self._clock())
 
     def tick(self, now: float) -> None:
         """Call now and then: what is long past is forgotten."""

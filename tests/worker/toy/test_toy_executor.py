@@ -253,6 +253,14 @@ def test_a_long_step_keeps_its_counter_moving() -> None:
     assert executor.counter >= 3
 
 
+def test_a_step_takes_time_for_each_token_that_it_computes() -> None:
+    driver = PlanDriver(ToyExecutor(token_s=0.004))
+    one = driver.admit(tuple(range(20, 52)), SamplingParams())
+    prefill = driver.run([(one, 32, 1)])
+    assert prefill.result.duration_ns >= 32 * 0.004 * 1e9
+    assert one.outputs == expected_stream(one, 1)
+
+
 @pytest.mark.parametrize(
     "options",
     [

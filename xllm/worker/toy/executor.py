@@ -73,6 +73,7 @@ class ToyExecutor:
         num_blocks: int = 4096,
         block_size: int = 16,
         step_s: float = 0.0,
+        token_s: float = 0.0,
         memory: bool = True,
         rank: int = 0,
         num_slots: int = 0,
@@ -87,6 +88,7 @@ class ToyExecutor:
         self._model_dir = model_dir
         self._max_model_len = max_model_len
         self._step_s = step_s
+        self._token_s = token_s
         self._memory = memory
         self._rank = rank
         self._faults = faults
@@ -183,6 +185,8 @@ class ToyExecutor:
                 if self._task.pooling:
                     tail = self._arena.read_tail if self._memory else None
                     vectors.add_item(index, item, self._sequences.get(item.seq), tail)
+        if self._token_s:
+            self._extra_s += self._token_s * sum(item.num_tokens for item in plan.items)
         self._rest(started)
         self.counter += 1
         self._num_steps += 1
@@ -317,6 +321,7 @@ def make_toy_executor(
         num_blocks=worker.toy_num_blocks,
         block_size=worker.block_size,
         step_s=worker.toy_step_ms / 1000,
+        token_s=worker.toy_token_us / 1e6,
         memory=worker.toy_memory,
         rank=worker.rank,
         num_slots=2 * settings.scheduler.max_num_seqs if worker.kv_memory == "xtensor" else 0,
