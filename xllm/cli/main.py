@@ -37,6 +37,8 @@ COMMANDS: dict[str, CommandEntry] = {
     "status": CommandEntry("xllm.cli.status", "status", "Show processes, roles and load."),
     "sleep": CommandEntry("xllm.cli.sleeping", "sleep", "Put a model to sleep."),
     "wake": CommandEntry("xllm.cli.sleeping", "wake", "Wake a model."),
+    "role": CommandEntry("xllm.cli.leading", "role", "Say what an instance is for."),
+    "slo": CommandEntry("xllm.cli.leading", "slo", "Set the objectives of all routers."),
     "router": CommandEntry("xllm.cli.roles", "router", "Run one router (bare-metal nodes)."),
     "master": CommandEntry("xllm.cli.roles", "master", "Run one instance's master."),
     "worker": CommandEntry("xllm.cli.roles", "worker", "Run one worker of an instance."),

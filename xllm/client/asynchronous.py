@@ -33,11 +33,15 @@ from xllm.protocol.client import (
     ModelInfo,
     ModelList,
     ModelSleepSet,
+    ObjectivesSet,
     ProcessStatus,
     QueryHealth,
     QueryStatus,
     RequestFinished,
+    RoleSet,
     SetModelSleep,
+    SetObjectives,
+    SetRole,
     StatusReport,
     TokenizedText,
 )
@@ -197,6 +201,21 @@ class AsyncClient:
         """Wake a model; returns once it takes requests."""
         question = SetModelSleep(id=self.connection.next_id(), model=model, asleep=False)
         await self._ask(question, ModelSleepSet, timeout_s)
+
+    async def assign_role(
+        self, instance: str, role: str, *, timeout_s: float | None = None
+    ) -> None:
+        """Say what an instance is for: both, prefill or decode. The router must be the leader."""
+        question = SetRole(id=self.connection.next_id(), instance=instance, role=role)
+        await self._ask(question, RoleSet, timeout_s)
+
+    async def set_objectives(
+        self, *, ttft_ms: int = 0, tpot_ms: int = 0, timeout_s: float | None = None
+    ) -> None:
+        """Set the objectives of requests that name none; both 0: each instance's own again. The
+        router must be the leader."""
+        question = SetObjectives(id=self.connection.next_id(), ttft_ms=ttft_ms, tpot_ms=tpot_ms)
+        await self._ask(question, ObjectivesSet, timeout_s)
 
     async def tokenize(
         self,

@@ -18,9 +18,11 @@ from xllm.protocol.client import (
     HealthReport,
     ModelList,
     ModelSleepSet,
+    ObjectivesSet,
     Pong,
     RequestFinished,
     ResumePoint,
+    RoleSet,
     StatusReport,
     SubmitRequest,
     TokenDelta,
@@ -37,6 +39,8 @@ EndMessage = (
     | DetokenizedText
     | ModelSleepSet
     | Pong
+    | RoleSet
+    | ObjectivesSet
 )
 """What ends a request or question well."""
 

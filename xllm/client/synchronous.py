@@ -136,6 +136,18 @@ class Client:
         """Wake a model; returns once it takes requests."""
         self._call(self._client.wake(model, timeout_s=timeout_s))
 
+    def assign_role(self, instance: str, role: str, *, timeout_s: float | None = None) -> None:
+        """Say what an instance is for; see AsyncClient."""
+        self._call(self._client.assign_role(instance, role, timeout_s=timeout_s))
+
+    def set_objectives(
+        self, *, ttft_ms: int = 0, tpot_ms: int = 0, timeout_s: float | None = None
+    ) -> None:
+        """Set the objectives of requests that name none; see AsyncClient."""
+        self._call(
+            self._client.set_objectives(ttft_ms=ttft_ms, tpot_ms=tpot_ms, timeout_s=timeout_s)
+        )
+
     def tokenize(
         self,
         text: str | None = None,

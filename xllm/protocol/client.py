@@ -150,6 +150,23 @@ class Ping(MapMessage, tag="ping", frozen=True):
     id: int
 
 
+class SetRole(MapMessage, tag="set_role", frozen=True):
+    """Say what an instance is for: `both`, `prefill` or `decode`. For the router that leads."""
+
+    id: int
+    instance: str
+    role: str
+
+
+class SetObjectives(MapMessage, tag="set_objectives", frozen=True):
+    """Set the objectives of requests that name none, at all routers; both 0: each instance's own
+    again. For the router that leads."""
+
+    id: int
+    ttft_ms: int = 0
+    tpot_ms: int = 0
+
+
 ClientMessage = (
     SubmitRequest
     | AbortRequest
@@ -160,6 +177,8 @@ ClientMessage = (
     | DetokenizeIds
     | SetModelSleep
     | Ping
+    | SetRole
+    | SetObjectives
 )
 
 
@@ -327,6 +346,22 @@ class Pong(MapMessage, tag="pong", frozen=True):
     """The other routers that it knows."""
 
 
+class RoleSet(MapMessage, tag="role_set", frozen=True):
+    """Answer to `set_role`: the instance is told with the next heartbeat."""
+
+    id: int
+    instance: str
+    role: str
+
+
+class ObjectivesSet(MapMessage, tag="objectives_set", frozen=True):
+    """Answer to `set_objectives`: the registry has them."""
+
+    id: int
+    ttft_ms: int = 0
+    tpot_ms: int = 0
+
+
 RouterMessage = (
     TokenDelta
     | RequestFinished
@@ -339,4 +374,6 @@ RouterMessage = (
     | BadMessage
     | ModelSleepSet
     | Pong
+    | RoleSet
+    | ObjectivesSet
 )

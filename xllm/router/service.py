@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import structlog
@@ -17,13 +17,16 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from xllm import __version__
 from xllm.config.settings import Settings
-from xllm.errors import RequestAbortedError
+from xllm.errors import RequestAbortedError, UnavailableError
 from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, RouterPresence
 from xllm.protocol.client import (
     DetokenizedText,
     DetokenizeIds,
     HealthReport,
     ModelInfo,
+    RouterMessage,
+    SetObjectives,
+    SetRole,
     StatusReport,
     SubmitRequest,
     TokenizedText,
@@ -56,6 +59,7 @@ from xllm.router.text.pool import TextPool
 from xllm.router.view import ClusterView, ViewChange
 
 _log = structlog.get_logger("router")
+LeaderCommand = Callable[[SetRole | SetObjectives], Awaitable[RouterMessage]]
 STALL_S = 1.0
 """A loop that has not turned for so long serves nobody in time."""
 
@@ -110,6 +114,8 @@ class RouterService:
         self.sleeping = SleepSetter(self.served, self.view, links.send)
         self._pool = TextPool()
         self.objectives = LiveObjectives()
+        self.leader_command: LeaderCommand = _cannot_lead
+        """Carries out what only a leader may; the part that may lead puts its own here."""
         self.complaints: list[Callable[[], tuple[str, ...]]] = []
         """What further parts find amiss, for health reports."""
         self._ticked_at = 0.0
@@ -277,3 +283,7 @@ class RouterService:
 
 def _ignore(reached: bool) -> None:
     """A probe that cannot be sent is a probe without an answer."""
+
+
+async def _cannot_lead(message: SetRole | SetObjectives) -> RouterMessage:
+    raise UnavailableError("this router does not lead: it has not run for it yet")

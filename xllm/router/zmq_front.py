@@ -40,6 +40,8 @@ from xllm.protocol.client import (
     RouterAddress,
     RouterMessage,
     SetModelSleep,
+    SetObjectives,
+    SetRole,
     SubmitRequest,
     TokenDelta,
     TokenizeText,
@@ -281,7 +283,12 @@ class ZmqFront:
     def _ask(
         self,
         connection: ZmqConnection,
-        message: QueryHealth | TokenizeText | DetokenizeIds | SetModelSleep,
+        message: QueryHealth
+        | TokenizeText
+        | DetokenizeIds
+        | SetModelSleep
+        | SetRole
+        | SetObjectives,
     ) -> None:
         if connection.num_questions >= MAX_QUESTIONS:
             error = OverloadedError(f"{MAX_QUESTIONS} questions of this connection are open")
@@ -296,6 +303,8 @@ class ZmqFront:
             answer = service.tokenize(message, connection.tenant)
         elif isinstance(message, SetModelSleep):
             answer = service.sleeping.set_sleep(message)
+        elif isinstance(message, SetRole | SetObjectives):
+            answer = service.leader_command(message)
         else:
             answer = service.detokenize(message, connection.tenant)
         self._spawn(self._answer(connection, message.id, answer))

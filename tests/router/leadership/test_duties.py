@@ -14,7 +14,7 @@ from xllm.protocol.client import SubmitRequest
 from xllm.protocol.records import experts_key, load_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES
 from xllm.router.leadership.mirror import MAX_EXPERTS_BYTES, Mirror
-from xllm.router.leadership.objectives import LiveObjectives, read_objectives
+from xllm.router.leadership.objectives import LiveObjectives, encode_objectives, read_objectives
 from xllm.router.leadership.roles import MAX_ROWS, TELL_AGAIN_S, RoleTable, decode_roles
 from xllm.router.leadership.standing import Standing
 
@@ -155,8 +155,10 @@ def test_objectives_fill_what_a_request_leaves_open():
     assert (filled.ttft_ms, filled.tpot_ms) == (500, 7)
     vector = SubmitRequest(id=1, prompt="x", embed=True)
     assert live.fill(vector) is vector
+    assert encode_objectives(live.now) == b'{"ttft_ms":500,"tpot_ms":50}'
     live.changed(None)
     assert live.fill(request) is request
+    assert encode_objectives(live.now) is None
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,10 @@ from tests.router.leadership.leader_cluster import (
     until,
     watching,
 )
+from xllm.errors import InvalidRequestError, UnavailableError
 from xllm.protocol.codec import Decoder
 from xllm.protocol.instance import AssignRole, DrainInstance, EpochRefused, InstanceReply
-from xllm.protocol.records import load_key, roles_key
+from xllm.protocol.records import load_key, roles_key, slo_key
 from xllm.protocol.transport.dealer import DealerSocket
 
 pytestmark = pytest.mark.process
@@ -130,6 +131,7 @@ def test_the_leader_is_shown_and_does_its_duties(cluster):
         figures = await watcher.metrics(leader.name)
         assert figures["xllm_router_leads"] == 1
         assert figures["xllm_router_leader_epoch"] == leader.epoch
+        await commands(watcher, leader, others)
         gone = cluster.start_instance()
 
         async def is_mirrored() -> bool:
@@ -145,6 +147,36 @@ def test_the_leader_is_shown_and_does_its_duties(cluster):
         await until(is_forgotten, what=f"the end of the load of {gone}")
 
     scenario(cluster, body)
+
+
+async def commands(watcher, leader, others) -> None:
+    """A role and objectives, through the leader alone; both are taken back."""
+    own = watcher.clients[leader.name]
+    instance = watcher.cluster.alive("instance")[0]
+    with pytest.raises(UnavailableError, match=f"{leader.name} at tcp://"):
+        await others[0].assign_role(instance, "prefill")
+    for name, role in ((instance, "boss"), ("nobody", "decode")):
+        with pytest.raises(InvalidRequestError):
+            await own.assign_role(name, role)
+    with pytest.raises(InvalidRequestError, match="tpot_ms"):
+        await own.set_objectives(tpot_ms=-1)
+
+    async def has(client, role: str) -> bool:
+        return any(one.name == instance and one.role == role for one in await client.status())
+
+    for role in ("prefill", "both"):
+        await own.assign_role(instance, role)
+        for client in (own, *others):
+            await until(lambda client=client, role=role: has(client, role), what=role)
+    await own.set_objectives(ttft_ms=500, tpot_ms=50)
+    entry = await watcher.registry.get(slo_key(CLUSTER))
+    assert entry.value == b'{"ttft_ms":500,"tpot_ms":50}'
+    await watcher.registry.put(slo_key(CLUSTER), b"fast")
+    await until(lambda: len(watcher.cluster.events("bad_slo")) == NUM_ROUTERS, what="a refusal")
+    kept = {event["kept"] for event in watcher.cluster.events("bad_slo")}
+    assert kept == {"ServiceObjectives(ttft_ms=500, tpot_ms=50)"}
+    await own.set_objectives()
+    assert await watcher.registry.get(slo_key(CLUSTER)) is None
 
 
 def test_a_killed_leader_is_replaced_and_no_request_fails(cluster):

@@ -26,12 +26,24 @@ def read_objectives(value: bytes) -> ServiceObjectives:
         found = msgspec.json.decode(value, type=ServiceObjectives)
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"slo: {error}", param="slo") from error
-    for param, objective in (("ttft_ms", found.ttft_ms), ("tpot_ms", found.tpot_ms)):
-        if not 0 <= objective <= MAX_OBJECTIVE_MS:
-            raise InvalidRequestError(
-                f"slo: {param} must be from 0 to {MAX_OBJECTIVE_MS}, not {objective}", param=param
-            )
+    check_objectives(found)
     return found
+
+
+def check_objectives(objectives: ServiceObjectives) -> None:
+    """InvalidRequestError naming field and bound."""
+    for param, value in (("ttft_ms", objectives.ttft_ms), ("tpot_ms", objectives.tpot_ms)):
+        if not 0 <= value <= MAX_OBJECTIVE_MS:
+            raise InvalidRequestError(
+                f"slo: {param} must be from 0 to {MAX_OBJECTIVE_MS}, not {value}", param=param
+            )
+
+
+def encode_objectives(objectives: ServiceObjectives) -> bytes | None:
+    """The registry's value; None: no key."""
+    if objectives == ServiceObjectives():
+        return None
+    return msgspec.json.encode(objectives)
 
 
 class LiveObjectives:

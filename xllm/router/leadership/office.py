@@ -77,6 +77,19 @@ class Office:
             self._wrote_at = now
             self._spawn(self._work(epoch, now))
 
+    async def write(self, key: str, value: bytes | None) -> bool:
+        """Write a key, or (None) delete it, as the leader: whether this process still is. XllmError
+        where the registry does not answer."""
+        epoch = self._candidate.epoch
+        if not epoch:
+            return False
+        puts = [(key, value)] if value is not None else []
+        deletes = [key] if value is None else []
+        done = await self._registry.write_guarded(leader_key(self._cluster), epoch, puts, deletes)
+        if not done:
+            self._candidate.disproved(epoch)
+        return done
+
     def _tell_roles(self, epoch: int, now: float) -> None:
         reachable = [
             (one.name, one.record.incarnation, one.role) for one in self._view if one.connected

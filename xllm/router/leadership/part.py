@@ -16,6 +16,13 @@ import structlog
 from xllm.config.settings import ClusterSettings
 from xllm.errors import BadMessageError, InvalidRequestError, UnavailableError
 from xllm.protocol.bus import BusMessage, InstanceHeartbeat, RouterPresence
+from xllm.protocol.client import (
+    ObjectivesSet,
+    RoleSet,
+    RouterMessage,
+    SetObjectives,
+    SetRole,
+)
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.instance import EpochRefused
 from xllm.protocol.records import InstanceRecord, LeaderRecord, leader_key, slo_key
@@ -24,6 +31,11 @@ from xllm.protocol.registry.waiting import wait_registry
 from xllm.protocol.registry_wire import Change, Entry
 from xllm.router.leadership.candidate import Candidate, boot_clock
 from xllm.router.leadership.figures import LeadershipFigures
+from xllm.router.leadership.objectives import (
+    ServiceObjectives,
+    check_objectives,
+    encode_objectives,
+)
 from xllm.router.leadership.office import Office
 from xllm.router.leadership.roles import check_row
 from xllm.router.membership import Membership, MembershipListener
@@ -78,6 +90,7 @@ class Leadership(MembershipListener):
         membership.listeners.append(self)
         membership.answers(EpochRefused, self._refused)
         service.complaints.append(self.complaints)
+        service.leader_command = self.command
 
     @property
     def epoch(self) -> int:
@@ -116,18 +129,30 @@ class Leadership(MembershipListener):
         """Run no more; a lease that stands is left to lapse."""
         self._candidate.close()
 
-    def assign(self, instance: str, role: str) -> None:
-        """Give an instance a role, from the next heartbeat on. UnavailableError, saying who leads,
-        where this router does not; InvalidRequestError for another role or instance."""
-        check_row(instance, role)
+    async def command(self, message: SetRole | SetObjectives) -> RouterMessage:
+        """Carry out an operator's wish. UnavailableError, saying who leads, where this router does
+        not; InvalidRequestError naming the bound; TransportError: the registry does not answer."""
+        if isinstance(message, SetRole):
+            check_row(message.instance, message.role)
+        else:
+            objectives = ServiceObjectives(message.ttft_ms, message.tpot_ms)
+            check_objectives(objectives)
         if not self.epoch:
             where = f"{self._standing.leader} at {self._standing.address}"
-            who = f"{where} leads: ask there" if self._standing.leader else "no leader is known"
+            who = f"{where} does: ask there" if self._standing.leader else "nobody is known to"
             raise UnavailableError(f"this router does not lead; {who}")
-        if self._service.view.get(instance) is None:
-            raise InvalidRequestError(f"no instance {instance[:80]!r} is there", param="instance")
-        self.office.roles.assign(instance, role)
+        if isinstance(message, SetObjectives):
+            value = encode_objectives(objectives)
+            if not await self.office.write(slo_key(self._cluster.name), value):
+                raise UnavailableError("this router does not lead any more")
+            return ObjectivesSet(id=message.id, ttft_ms=message.ttft_ms, tpot_ms=message.tpot_ms)
+        if self._service.view.get(message.instance) is None:
+            raise InvalidRequestError(
+                f"no instance {message.instance!r} is there", param="instance"
+            )
+        self.office.roles.assign(message.instance, message.role)
         self.office.tick(self._clock())
+        return RoleSet(id=message.id, instance=message.instance, role=message.role)
 
     def complaints(self) -> tuple[str, ...]:
         """What is amiss, for health reports."""
