@@ -10,8 +10,9 @@ first token, by size of the prompt: over what a bare HTTP answerer needs for the
 
 `added_ttft_ms[text|ids][KB]`: `1`, one request at a time; `20`, twenty clients that pause as long
 as keeps about a core busy; `20_closed`, twenty that never pause: on few cores that is a queue,
-and a time is the queue's length times a request's CPU. `tokenize_cpu_ms` is the tokenizer's part,
-alone. `second_turn_ms`: a conversation that goes on, one at a time. `peer_rps` is null without one.
+and a time is the queue's length times a request's CPU; `cpu_ms`, the routers' CPU for one request.
+`tokenize_cpu_ms` is the tokenizer's part, alone. `second_turn_ms`: a conversation of 220 KB that
+goes on, one request at a time. `peer_rps` is null without a peer.
 """
 
 from __future__ import annotations
@@ -145,10 +146,12 @@ class RouterBench:
 
     def ttft(self, path: str, flags: str) -> dict[str, float]:
         """For one client, for twenty that pause, and for twenty that do not."""
-        one, alone = [
-            self.load(HTTP, host.http + path, flags, many=1)["ttft_p50_ms"]
-            for host in (self.ours, self.bare)
-        ]
+        before = self.ours.router_cpu_s()
+        result = self.load(HTTP, self.ours.http + path, flags, many=1)
+        spent_ms = 1e3 * (self.ours.router_cpu_s() - before)
+        num = result["requests"] * (self.options.seconds + 1) / self.options.seconds
+        one = result["ttft_p50_ms"]
+        alone = self.load(HTTP, self.bare.http + path, flags, many=1)["ttft_p50_ms"]
         # Each client asks, waits about as long as twenty requests take, and asks again.
         pausing = f"{flags} --pause-ms {20 * one}"
         many = self.load(HTTP, self.ours.http + path, pausing, many=20)["ttft_p50_ms"]
@@ -160,6 +163,7 @@ class RouterBench:
             "1": round(one - alone, 3),
             "20": round(many - alone, 3),
             "20_closed": round(closed - closed_alone, 3),
+            "cpu_ms": round(spent_ms / num, 3),
         }
 
     def tokenize_cpu_ms(self, chars: int) -> float:
@@ -191,7 +195,8 @@ def main() -> None:
         if options.only in ("", "ttft"):
             result |= bench.added_ttft()
         if options.only in ("", "turns"):
-            result |= second_turns(bench.ours.http, bench.ours.model, WORDS, options.turns)
+            ours = bench.ours
+            result |= second_turns(ours.http, ours.model, WORDS, options.turns, ours.router_cpu_s)
     print(json.dumps(result, indent=None if options.json else 1))
 
 

@@ -15,7 +15,7 @@ import time
 import urllib.request
 from typing import IO
 
-from benchmarks.cpu import cpu_seconds, process_tree
+from benchmarks.cpu import exact_cpu_seconds, process_tree
 from benchmarks.service import free_port, wait_http
 from xllm.cli.model_source import resolve_model
 from xllm.config.settings import ModelSettings
@@ -44,7 +44,7 @@ class Host:
         return [pid for router in self.routers for pid in process_tree(router.pid)]
 
     def router_cpu_s(self) -> float:
-        return sum(map(cpu_seconds, self.router_pids()))
+        return sum(map(exact_cpu_seconds, self.router_pids()))
 
     def close(self) -> None:
         for process in reversed(self.processes):

@@ -8,18 +8,20 @@ import random
 import statistics
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 CHARS = 220_000
 
 
-def second_turns(url: str, model: str, words: Sequence[str], count: int) -> dict[str, float]:
+def second_turns(
+    url: str, model: str, words: Sequence[str], count: int, cpu_s: Callable[[], float]
+) -> dict[str, float]:
     """Medians over `count` conversations, one request at a time: first and second turn, each to
-    its first token, in milliseconds."""
+    its first token, in milliseconds; and what the routers' CPU (`cpu_s`) took for the second."""
     parts = urllib.parse.urlsplit(url)
     assert parts.hostname is not None
     connection = http.client.HTTPConnection(parts.hostname, parts.port or 80)
-    first, second = [], []
+    first, second, cpu = [], [], []
     for _ in range(count):
         text = " ".join(random.SystemRandom().choices(words, k=CHARS // 5))[:CHARS]
         talk = [{"role": "user", "content": text}]
@@ -28,11 +30,14 @@ def second_turns(url: str, model: str, words: Sequence[str], count: int) -> dict
             {"role": "assistant", "content": "alpha beta"},
             {"role": "user", "content": "go on, and say more of the queue"},
         ]
+        before = cpu_s()
         second.append(time_to_first(connection, model, talk))
+        cpu.append(1e3 * (cpu_s() - before))
     connection.close()
     return {
         "first_turn_ms": round(statistics.median(first), 3),
         "second_turn_ms": round(statistics.median(second), 3),
+        "second_turn_cpu_ms": round(statistics.median(cpu), 3),
     }
 
 

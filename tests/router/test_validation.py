@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -210,3 +211,20 @@ def test_any_request_ends_or_is_admitted_within_bounds(sampling, prompt):
         cluster.close()
 
     ask()
+
+
+def test_parameters_that_passed_are_known_under_the_same_facts_only():
+    cluster = FakeCluster("a")
+    intake = cluster.service.served.first
+    fine = SubmitRequest(id=1, prompt="hi", sampling=SamplingParams(stop_token_ids=(300,)))
+    for _ in range(2):
+        intake.check(fine)
+        with pytest.raises(InvalidRequestError, match="temperature"):
+            intake.check(SubmitRequest(id=1, prompt="hi", sampling=SamplingParams(temperature=3.0)))
+        with pytest.raises(InvalidRequestError, match="hold_ms"):
+            intake.check(msgspec.structs.replace(fine, hold_ms=-1))
+        intake.check(fine)
+    record = cluster.service.view.get("a").record
+    intake.learn(msgspec.structs.replace(record, vocab_size=300))
+    with pytest.raises(InvalidRequestError, match="stop_token_ids"):
+        intake.check(fine)

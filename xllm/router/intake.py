@@ -46,12 +46,15 @@ class Intake:
         self._limits = limits
         self._record: InstanceRecord | None = None
         self._facts: ModelFacts | None = None
+        self._checked: SamplingParams | None = None
+        """Passed under these facts."""
         self._roots: dict[tuple[str, bytes], bytes] = {}
         self.block_names = BlockNames(limits.hash_cache_bytes)
 
     def learn(self, record: InstanceRecord) -> None:
         """An instance of this model registered: its facts bound requests from now on."""
         self._record = record
+        self._checked = None
         self._facts = ModelFacts(
             record.max_model_len,
             record.vocab_size,
@@ -79,7 +82,8 @@ class Intake:
         facts = self._known_facts()
         assert self._record is not None
         check_task(request, self._record.task, self.name)
-        check_request(request, self._limits, facts)
+        check_request(request, self._limits, facts, self._checked)
+        self._checked = request.sampling
 
     def pack(self, request: SubmitRequest, owner: bytes = b"") -> bytes:
         """The prompt's token ids as bytes. `owner`: the salt of the tenant that asks."""

@@ -50,8 +50,14 @@ def refuse(param: str, message: str) -> InvalidRequestError:
     return InvalidRequestError(f"{param} {message}", param=param)
 
 
-def check_request(request: SubmitRequest, limits: RouterSettings, facts: ModelFacts) -> None:
-    """Raise RequestError for the first field out of its bound."""
+def check_request(
+    request: SubmitRequest,
+    limits: RouterSettings,
+    facts: ModelFacts,
+    known_sampling: SamplingParams | None = None,
+) -> None:
+    """Raise RequestError for the first field out of its bound. `known_sampling` are parameters
+    that passed under the same limits and facts: most requests ask for those of the one before."""
     check_embedding(request, facts.embedding_size)
     given = (request.prompt is not None) + (request.messages is not None)
     if given != 1:
@@ -61,7 +67,8 @@ def check_request(request: SubmitRequest, limits: RouterSettings, facts: ModelFa
     elif request.messages is not None:
         check_messages(request.messages, facts)
         check_template_kwargs(request)
-    check_sampling(request.sampling, limits, facts)
+    if request.sampling != known_sampling:
+        check_sampling(request.sampling, limits, facts)
     if not 0 <= request.hold_ms <= 1000:
         raise refuse("hold_ms", f"must be from 0 to 1000, not {request.hold_ms}")
     if request.timeout_ms < 0:  # more than router.timeout_s is taken for that

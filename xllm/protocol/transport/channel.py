@@ -172,13 +172,16 @@ class Channel:
             self._schedule_look()
 
     def _receive_one(self) -> bool:
+        # As a frame, which knows whether more follow: to ask the socket costs more than to receive.
         socket = self._socket
         try:
-            parts = [socket.recv(_NOBLOCK)]
+            frame = socket.recv(_NOBLOCK, copy=False)
         except zmq.Again:
             return False
-        while socket.getsockopt(zmq.RCVMORE):
-            parts.append(socket.recv(_NOBLOCK))
+        parts = [frame.bytes]
+        while frame.more:
+            frame = socket.recv(_NOBLOCK, copy=False)
+            parts.append(frame.bytes)
             if len(parts) > self._limits.max_frames + 1:
                 self._discard_rest()
                 return True

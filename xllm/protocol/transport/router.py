@@ -106,23 +106,24 @@ class RouterSocket(Channel, Generic[T]):
 
     def _receive_one(self) -> bool:
         socket = self._socket
+        # As frames, which know whether more follow: to ask the socket costs more than to receive.
         try:
-            identity = socket.recv(_NOBLOCK)
+            first = socket.recv(_NOBLOCK, copy=False)
         except zmq.Again:
             return False
-        if not socket.getsockopt(zmq.RCVMORE):
+        if not first.more:
             self._count_bad()
             return True
-        if identity in self._keys and not self._has_keys:
-            body = socket.recv(_NOBLOCK)
-        else:
-            frame = socket.recv(_NOBLOCK, copy=False)
-            body = frame.bytes
+        identity = first.bytes
+        frame = socket.recv(_NOBLOCK, copy=False)
+        if self._has_keys or identity not in self._keys:
             self._note_peer(identity, frame)
+        body = frame.buffer
         frames: list[bytes] = []
         size = len(body)
-        while socket.getsockopt(zmq.RCVMORE):
-            part = socket.recv(_NOBLOCK)
+        while frame.more:
+            frame = socket.recv(_NOBLOCK, copy=False)
+            part = frame.bytes
             size += len(part)
             frames.append(part)
             if len(frames) >= self._limits.max_frames or size > self._limits.max_message_bytes:
