@@ -17,6 +17,7 @@ from xllm.protocol.client import (
     LIFE_ATTEMPTS,
     ChatMessage,
     DetokenizeIds,
+    RequestFailed,
     RequestFinished,
     ResumePoint,
     SubmitRequest,
@@ -25,6 +26,8 @@ from xllm.protocol.client import (
 )
 from xllm.protocol.instance import TokenBatch, TokenItem
 from xllm.router.front import Tenant
+from xllm.router.state.move_budget import MOVE_BURST
+from xllm.router.state.moves import PATIENCE_S
 from xllm.router.state.request import RequestLife
 from xllm.router.text.pool import TextPool
 
@@ -596,3 +599,54 @@ async def test_a_draining_refusing_or_silent_instance_is_never_chosen():
             cluster.ask()
         assert {name for name, _ in cluster.links.sent} == {"b"}, harm
         cluster.close()
+
+
+@in_loop
+async def test_a_first_move_is_free_and_further_ones_wait_for_the_budget():
+    cluster = FakeCluster("a", "b")
+    num = int(MOVE_BURST) + 100
+    asked = [cluster.ask(max_tokens=5) for _ in range(num)]
+
+    def lose_all(attempt):
+        for request_id, _ in asked:
+            cluster.say(request_id, 9, "x", attempt=attempt)  # tokens before it are missing
+
+    lose_all(1)  # everyone's first move goes through, budget or not
+    assert len(cluster.links.admits()) == 2 * num
+    assert cluster.service.metrics.num_held_back == 0
+    lose_all(2)
+    moved = len(cluster.links.admits()) - 2 * num
+    assert int(MOVE_BURST) <= moved < num
+    assert cluster.service.metrics.num_held_back == num - moved
+    assert b"xllm_router_moves_held_back_total{" in cluster.service.metrics_text()
+    for _ in range(100):  # everybody's turn comes, with time
+        cluster.clock.now += 0.1
+        for name in ("a", "b"):
+            cluster.beat(name)
+        cluster.tick()
+    assert len(cluster.links.admits()) == 3 * num
+    assert not any(sink.done.is_set() for _, sink in asked)
+    for request_id, _ in asked:
+        cluster.service.abort(request_id)
+    assert all(isinstance(sink.last, RequestFailed) for _, sink in asked)
+    cluster.close()
+
+
+@in_loop
+async def test_a_move_is_not_held_back_forever():
+    cluster = FakeCluster("a", "b")
+    request_id, sink = cluster.ask(max_tokens=5)
+    for attempt in (1, 2):
+        cluster.service.dispatcher._budget.left = -1e9
+        cluster.say(request_id, 9, "x", attempt=attempt)
+    assert len(cluster.links.admits()) == 2
+    for _ in range(8):
+        assert not sink.done.is_set()
+        cluster.clock.now += PATIENCE_S / 8 + 0.1
+        for name in ("a", "b"):
+            cluster.beat(name)
+        cluster.tick()
+    cluster.clock.now += 0.1
+    cluster.tick()
+    assert sink.last.code == "unavailable"
+    cluster.close()

@@ -27,6 +27,7 @@ from xllm.router.metrics import RouterMetrics
 from xllm.router.placement import Placement
 from xllm.router.state.endings import failed
 from xllm.router.state.instructions import Instruction, SendTo, Wish
+from xllm.router.state.move_budget import MoveBudget
 from xllm.router.state.prompt_words import PromptWord
 from xllm.router.state.request import RequestLife
 from xllm.router.view import ViewChange
@@ -53,6 +54,7 @@ class Dispatcher:
         self.door: AdmissionDoor | None = None
         """Who hears of ends, and takes requests back that all instances refuse."""
         self._homeless: dict[str, InflightRequest] = {}
+        self._budget = MoveBudget()
         self._timer = FlushTimer(clock, self._flush)
         self._empty = asyncio.Event()
         self._empty.set()
@@ -62,6 +64,7 @@ class Dispatcher:
     def enter(self, request_id: str, request: InflightRequest) -> None:
         """Note a request that will get its state later or now."""
         self.open[request_id] = request
+        self._budget.arrived()
         self._empty.clear()
 
     def start(self, request: InflightRequest, instructions: Sequence[Instruction]) -> None:
@@ -232,7 +235,8 @@ class Dispatcher:
             elif one is Wish.FLUSH:
                 self._timer.add(request, state.hold_s)
             elif one is Wish.PLACE:
-                self._metrics.num_moves += state.moves.num_moves > 0
+                request.is_moving = state.moves.num_moves > 0
+                self._metrics.num_moves += request.is_moving
                 self._placement.leave(request)
                 self._place(request)
             elif isinstance(one, RequestFinished | RequestFailed):
@@ -247,11 +251,23 @@ class Dispatcher:
         now = self._clock()
         stages = self._placement.choose(state)
         if stages is not None:
+            if request.is_moving and not self._budget.take(state.moves.num_moves, now):
+                self._hold_back(request, now)
+                return
             self._carry_out(request, state.place(stages, now))
             return
         if self.door is not None and self.door.take_back(request):
             return
         self._carry_out(request, state.unplaceable(now))
+        if not state.ended:
+            self._homeless[state.spec.request_id] = request
+
+    def _hold_back(self, request: InflightRequest, now: float) -> None:
+        """Too many move at present: it waits its turn among those without an instance."""
+        state = request.state
+        assert state is not None
+        self._metrics.num_held_back += not state.moves.homeless_since
+        self._carry_out(request, state.held_back(now))
         if not state.ended:
             self._homeless[state.spec.request_id] = request
 

@@ -42,6 +42,7 @@ class InflightRequest:
         "counted",
         "deadline",
         "encoding",
+        "is_moving",
         "placed",
         "sink",
         "started",
@@ -58,6 +59,8 @@ class InflightRequest:
         self.encoding: asyncio.Future[Any] | None = None
         self.placed = ""
         """The instance whose requests it counts among."""
+        self.is_moving = False
+        """Whether its next placing is a move that may have to wait."""
         self.told = False
         """Whether a first token was handed out."""
         self.account = ""

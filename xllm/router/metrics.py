@@ -75,6 +75,7 @@ class RouterMetrics(Collector):
         self.num_moves = 0
         self.num_dropped = 0
         self.registry_degraded = False
+        self.num_held_back = 0
         self.ttft = Histogram()
         self.duration = Histogram()
         registry.register(self)
@@ -112,6 +113,7 @@ class RouterMetrics(Collector):
             ("completion_tokens", "New tokens of finished requests.", self.completion_tokens),
             ("cached_tokens", "Prompt tokens found cached.", self.cached_tokens),
             ("moves", "Times that a request went on elsewhere.", self.num_moves),
+            ("moves_held_back", "Moves that had to wait for others.", self.num_held_back),
             ("dropped_words", "Late or doubled words of instances.", self.num_dropped),
         ):
             yield CounterMetricFamily(f"xllm_router_{name}", text, value)

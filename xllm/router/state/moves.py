@@ -73,6 +73,14 @@ class MoveRecord:
         self.avoid = frozenset()
         return None
 
+    def held_back(self, now: float) -> tuple[str, str] | None:
+        """It may not move yet: (code, message) to fail with, or None: wait."""
+        if not self.homeless_since:
+            self.homeless_since = now
+        if now - self.homeless_since <= PATIENCE_S:
+            return None
+        return UnavailableError.code, "it was lost more than once, and too many others with it"
+
     def check(self) -> None:
         """InvariantError if the counts cannot be."""
         if not self.num_deaths <= MAX_DEATHS or not self.num_lost <= MAX_MOVES:

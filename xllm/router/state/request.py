@@ -117,6 +117,11 @@ class RequestLife:
         end = self.moves.homeless(now, has_tokens=any(choice.ids for choice in self.choices))
         return _NOTHING if end is None else self._fail(*end, 1000)
 
+    def held_back(self, now: float) -> Sequence[Instruction]:
+        """It may not move yet: wait, but not forever."""
+        end = None if self.ended else self.moves.held_back(now)
+        return _NOTHING if end is None else self._fail(*end, 1000)
+
     def instance_lost(self, instance: str, *, died: bool = True) -> Sequence[Instruction]:
         """That instance is gone or suspect: go on elsewhere from the tokens received. `died`:
         it ended in the midst of its work."""
