@@ -215,13 +215,13 @@ def _at_once(monkeypatch):
     monkeypatch.setattr(etcd_watch, "AGAIN_S", 0.0)
 
 
-def watched(etcd, told, after=None):
-    return EtcdWatch(etcd, PREFIX, told, after, lambda watch: None)
+def watched(etcd, told, after=None, patient=True):
+    return EtcdWatch(etcd, PREFIX, told, after, lambda watch: None, patient=patient)
 
 
-@given(st.lists(OPERATIONS, max_size=40), st.booleans())
-@settings(max_examples=60)
-def test_what_was_told_is_what_there_is(operations, with_listing):
+@given(st.lists(OPERATIONS, max_size=40), st.booleans(), st.booleans())
+@settings(max_examples=80)
+def test_what_was_told_is_what_there_is(operations, with_listing, patient):
     async def main():
         etcd, told = FakeEtcd(), Told()
         etcd.store.put(f"{PREFIX}0", b"first", 0, 0.0)
@@ -229,7 +229,7 @@ def test_what_was_told_is_what_there_is(operations, with_listing):
         if with_listing:
             after = etcd.store.list(PREFIX, 0.0)
             told.entries = {entry.key: entry for entry in after.entries}
-        watch = watched(etcd, told, after)
+        watch = watched(etcd, told, after, patient)
         await watch.start()
         for what, number in operations:
             await do(etcd, what, number)

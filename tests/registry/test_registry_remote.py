@@ -73,7 +73,7 @@ def test_a_watch_survives_the_restart_of_the_registry(transport, tmp_path, monke
 
         first = await server.registry.put("/stays", b"1")
         await server.registry.put("/goes", b"1")
-        await registry.watch("/", on_changes)
+        await registry.watch("/", on_changes, patient=True)
         assert seen == {"/stays": b"1", "/goes": b"1"}
         await server.close()
         await wait_until(lambda: registry.degraded)

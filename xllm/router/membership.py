@@ -84,7 +84,8 @@ class Membership:
             (daemon_key(cluster.name, ""), self._daemons_changed),
             (router_key(cluster.name, ""), self._routers_changed),
         ):
-            await wait_registry(cluster, functools.partial(registry.watch, prefix, changed))
+            watch = functools.partial(registry.watch, prefix, changed, patient=True)
+            await wait_registry(cluster, watch)
 
     def answers(self, kind: type[R], take: Callable[[str, R], None]) -> None:
         """`take(instance, message)` gets all answers of that type, in place of the service."""

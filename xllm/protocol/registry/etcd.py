@@ -126,13 +126,19 @@ class EtcdRegistry:
         return bool((await self._write_key("Txn", request)).succeeded)
 
     async def watch(
-        self, prefix: str, on_changes: OnChanges, *, after: Listing | None = None
+        self,
+        prefix: str,
+        on_changes: OnChanges,
+        *,
+        after: Listing | None = None,
+        patient: bool = False,
     ) -> EtcdWatch:
-        """See Registry. Deletions that come within `OUTAGE_GRACE_S` of an outage are told after
-        it, if the entry is still missing: its owner may live."""
+        """See Registry. Patience ends `OUTAGE_GRACE_S` after an outage."""
         if self._closed:
             raise ClosedError("the registry is closed")
-        watch = EtcdWatch(self.connection, prefix, on_changes, after, self._watches.discard)
+        watch = EtcdWatch(
+            self.connection, prefix, on_changes, after, self._watches.discard, patient=patient
+        )
         self._watches.add(watch)
         try:
             await watch.start()

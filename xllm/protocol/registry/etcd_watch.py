@@ -2,9 +2,9 @@
 
 It follows a stream from the revision after the last one that it told; where that was compacted,
 or etcd lost its history, it lists and tells the difference. After an outage leases may have
-lapsed while their owners lived: deletions are held back then, and what is still missing when the
-doubt is over is told by a listing. Invariant: what was told adds up to a state that etcd once
-had, such deletions aside.
+lapsed while their owners lived: a patient watch holds deletions back then, and what is still
+missing when the doubt is over is told by a listing. Invariant: what was told adds up to a state
+that etcd once had, such deletions aside.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class EtcdWatch:
         on_changes: OnChanges,
         after: Listing | None,
         on_closed: Callable[[EtcdWatch], None],
+        *,
+        patient: bool = False,
     ) -> None:
         self.prefix = prefix
         self.num_streams = 0
@@ -49,6 +51,7 @@ class EtcdWatch:
         self._connection = connection
         self._on_changes = on_changes
         self._on_closed = on_closed
+        self._patient = patient
         self._known = KnownEntries(after)
         self._cluster_id = 0
         self._must_list = after is None
@@ -104,10 +107,15 @@ class EtcdWatch:
             self._connection.disturb()
         self._cluster_id = answer.header.cluster_id
         self._must_list = False
-        doubtful = self._connection.disturbed_s > 0
+        doubtful = self._doubtful
         if doubtful:
             self._doubt_for_a_while()
         self._tell(self._known.replace(listing, keep_missing=doubtful))
+
+    @property
+    def _doubtful(self) -> bool:
+        """Whether a deletion is not to be believed yet."""
+        return self._patient and self._connection.disturbed_s > 0
 
     async def _follow(self, link: EtcdLink) -> None:
         """Tell what a stream says, until it ends, is silent, or a listing is needed."""
@@ -143,7 +151,7 @@ class EtcdWatch:
             self._known.advance(header.revision)
 
     def _take_changes(self, changes: Sequence[Change]) -> None:
-        if self._connection.disturbed_s and any(one.entry is None for one in changes):
+        if self._doubtful and any(one.entry is None for one in changes):
             self._doubt_for_a_while()
             changes = [one for one in changes if one.entry is not None]
         self._tell(self._known.apply(changes))

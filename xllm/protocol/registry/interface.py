@@ -2,8 +2,7 @@
 
 The semantics are etcd's. Revisions are global and only grow. A lease that is not kept alive
 ends, and its keys with it. A watch never misses a change and never tells one twice: where an
-implementation lost its history or its connection, it lists anew and tells the difference. A
-deletion that may be the work of an outage (leases lapse, their owners live) may be told late.
+implementation lost its history or its connection, it lists anew and tells the difference.
 
 Errors: `InvalidRequestError` for a key, value or time out of bounds; `FencedError` for a write
 under a lease that is gone; `BrokenError` where the registry does not answer in time (the write
@@ -85,10 +84,18 @@ class Registry(Protocol):
         twice, more than MAX_GUARDED_WRITES of them, or a key or value out of bounds."""
 
     async def watch(
-        self, prefix: str, on_changes: OnChanges, *, after: Listing | None = None
+        self,
+        prefix: str,
+        on_changes: OnChanges,
+        *,
+        after: Listing | None = None,
+        patient: bool = False,
     ) -> Watch:
         """Tell every change under `prefix` after that listing of it. Without a listing, the
-        present entries are told first, as changes, before this returns."""
+        present entries are told first, as changes, before this returns.
+
+        `patient`: deletions that may be the work of an outage (leases lapsed, or a registry
+        forgot, while the owners live) are told some seconds later, of what is still missing."""
 
     async def close(self) -> None:
         """End all watches; leases are left to lapse."""

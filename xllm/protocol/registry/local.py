@@ -126,7 +126,12 @@ class LocalRegistry:
         return done
 
     async def watch(
-        self, prefix: str, on_changes: OnChanges, *, after: Listing | None = None
+        self,
+        prefix: str,
+        on_changes: OnChanges,
+        *,
+        after: Listing | None = None,
+        patient: bool = False,
     ) -> LocalWatch:
         """See Registry."""
         watch = LocalWatch(self.store, prefix, on_changes, KnownEntries(after))

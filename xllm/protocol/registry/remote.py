@@ -2,8 +2,8 @@
 
 Every call has a deadline; a connection that is lost fails the calls that wait on it and makes
 every watch list anew and tell the difference. A server that began anew (another incarnation) has
-forgotten entries whose owners still live and will register again: their deletion is held back
-for `RESTART_GRACE_S`. It decides nothing else, and knows no meaning of keys.
+forgotten entries whose owners still live and will register again: patient watches hold their
+deletion back for `RESTART_GRACE_S`. It decides nothing else, and knows no meaning of keys.
 """
 
 from __future__ import annotations
@@ -150,11 +150,16 @@ class RemoteRegistry:
         return (await self._call(request, WriteAnswer)).result.ok
 
     async def watch(
-        self, prefix: str, on_changes: OnChanges, *, after: Listing | None = None
+        self,
+        prefix: str,
+        on_changes: OnChanges,
+        *,
+        after: Listing | None = None,
+        patient: bool = False,
     ) -> RemoteWatch:
         """See Registry. Later losses of the connection are repaired behind the scenes."""
         failed = functools.partial(self._transport.handler_failed, "registry watch")
-        watch = RemoteWatch(self, prefix, on_changes, after, failed)
+        watch = RemoteWatch(self, prefix, on_changes, after, failed, patient)
         self._open_watches.add(watch)
         try:
             await watch.synchronize()

@@ -34,12 +34,14 @@ class RemoteWatch:
         on_changes: OnChanges,
         after: Listing | None,
         failed: Callable[[Exception], None],
+        patient: bool,
     ) -> None:
         self.prefix = prefix
         self.number = 0
         self._registry = registry
         self._on_changes = on_changes
         self._failed = failed
+        self._patient = patient
         self._known = KnownEntries(after)
         self._incarnation = ""
         self._task: asyncio.Task[None] | None = None
@@ -57,7 +59,7 @@ class RemoteWatch:
         while not self._closed:
             self._registry.forget_watch(self.number)
             answer = await self._registry.list_with_incarnation(self.prefix)
-            anew = self._incarnation not in ("", answer.incarnation)
+            anew = self._patient and self._incarnation not in ("", answer.incarnation)
             self._incarnation = answer.incarnation
             news = self._known.replace(answer.listing, keep_missing=anew)
             if anew and self._grace is None:
