@@ -45,7 +45,13 @@ SPEAKERS = {
     "bus": {"router", "master", "daemon"},
 }
 """Who speaks in a conversation, written down a second time."""
-EXCEPTIONS = {"SetModelSleep": {"admin"}, "QuerySnapshot": {"router"}, "GuardedWrite": {"router"}}
+EXCEPTIONS = {
+    "SetModelSleep": {"admin"},
+    "SetRole": {"admin"},
+    "SetObjectives": {"admin"},
+    "QuerySnapshot": {"router"},
+    "GuardedWrite": {"router"},
+}
 
 
 def expected(conversation, message):

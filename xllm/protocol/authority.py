@@ -82,6 +82,8 @@ MATRIX: Mapping[type[msgspec.Struct], Roles] = types.MappingProxyType(
         client.TokenizeText: _ASKING,
         client.DetokenizeIds: _ASKING,
         client.SetModelSleep: _ADMIN,
+        client.SetRole: _ADMIN,
+        client.SetObjectives: _ADMIN,
         client.Ping: _ASKING,
         instance.AdmitRequest: _ROUTER,
         instance.CancelRequest: _ROUTER,
