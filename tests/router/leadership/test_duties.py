@@ -199,5 +199,8 @@ def test_a_lower_epoch_is_ignored_and_counted():
     assert (standing.leader, standing.address, standing.roles) == ("b", "tcp://b", roles)
     assert standing.num_stale == 1
     assert standing.heard(RouterPresence("c", "1", 1))
+    assert standing.heard(RouterPresence("b", "1", 2))  # it stepped down
+    assert (standing.leader, standing.epoch) == ("", 11)
+    standing.elected("b", 11, "tcp://b")
     standing.vacant()
     assert (standing.leader, standing.epoch) == ("", 11)

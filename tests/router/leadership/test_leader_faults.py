@@ -18,6 +18,7 @@ from tests.router.leadership.leader_cluster import (
     CLUSTER,
     LEASE_S,
     START_S,
+    Leader,
     LeaderCluster,
     Load,
     Watcher,
@@ -38,6 +39,7 @@ NUM_ROUTERS = 3
 NUM_INSTANCES = 2
 STREAMS = 4
 ELECTION_S = 1.5
+NOBODY = Leader("", 0)
 SLOW_S = 10.0
 """What a busy machine may add to any time here."""
 
@@ -273,6 +275,7 @@ def test_a_leader_that_is_cut_off_from_the_registry_steps_down_in_time(cluster):
             took_s = time.monotonic() - began
             assert cluster.is_stopped("registry")
             assert took_s < LEASE_S + SLOW_S
+            await all_see(watcher, cluster.alive("router"), NOBODY)
             await load.finish()
             assert cluster.is_stopped("registry")
         finally:

@@ -195,8 +195,11 @@ class Leadership(MembershipListener):
             if epoch:
                 self.figures.num_terms += 1
                 _log.info("leadership_begins", epoch=epoch)
+                self._standing.elected(self._record.name, epoch, self._record.zmq_endpoint)
             else:
                 _log.warning("leadership_ends", epoch=self._was_epoch)
+                if self._standing.leader == self._record.name:
+                    self._standing.vacant()
             self._was_epoch = epoch
 
     def _name_leader(self, entry: Entry | None) -> None:

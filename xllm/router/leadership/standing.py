@@ -35,6 +35,8 @@ class Standing:
     def heard(self, word: RouterPresence) -> bool:
         """A router speaks: whether to believe what it says of its leadership."""
         if not word.leader_epoch:
+            if word.publisher == self.leader:
+                self.vacant()  # it stepped down; the registry may not know yet
             return True
         if word.leader_epoch < self.epoch:
             self.num_stale += 1
