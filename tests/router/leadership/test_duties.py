@@ -38,6 +38,22 @@ def test_everybody_is_told_once_a_term_and_again_where_it_did_not_help():
     assert len(table.due(there, 100.0)) == 2, "a new epoch is told to all"
 
 
+def test_rows_that_say_nothing_go_with_their_instances():
+    table = RoleTable()
+    table.begin(b'{"dead": "both", "away": "decode"}')
+    assert table.is_changed
+    assert table.rows == (("away", "decode"),)
+    for name in ("a", "b"):
+        table.registered(name)
+    table.assign("b", "prefill")
+    table.written(table.encode())
+    table.gone("b")
+    assert not table.is_changed
+    table.gone("a")
+    assert table.is_changed
+    assert table.rows == (("away", "decode"), ("b", "prefill"))
+
+
 def test_a_table_is_written_until_the_registry_has_it():
     table = RoleTable()
     table.begin(b"")
@@ -104,19 +120,20 @@ def test_only_what_changed_is_written_and_what_is_gone_is_deleted():
     mirror = Mirror("c")
     mirror.begin([load_key("c", "dead"), experts_key("c", "dead")])
     mirror.heard(beat("a"))
-    puts, deletes = mirror.batch(["a"])
+    puts, deletes = mirror.batch()
     assert [key for key, _ in puts] == [load_key("c", "a")]
     assert msgspec.json.decode(puts[0][1])["state"] == "ready"
     assert set(deletes) == {load_key("c", "dead"), experts_key("c", "dead")}
-    assert mirror.batch(["a"]) == (puts, deletes), "until it is known to be done"
+    assert mirror.batch() == (puts, deletes), "until it is known to be done"
     mirror.wrote(puts, deletes, 1.0)
     mirror.heard(beat("a", seq=2))
-    assert mirror.batch(["a"]) == ([], [])
+    assert mirror.batch() == ([], [])
     mirror.heard(beat("a", seq=3, running=1, experts=b"x" * MAX_EXPERTS_BYTES))
-    puts, deletes = mirror.batch(["a"])
+    puts, deletes = mirror.batch()
     assert [key for key, _ in puts] == [experts_key("c", "a"), load_key("c", "a")]
     mirror.wrote(puts, deletes, 2.0)
-    puts, deletes = mirror.batch([])
+    mirror.gone("a")
+    puts, deletes = mirror.batch()
     assert puts == []
     assert set(deletes) == {load_key("c", "a"), experts_key("c", "a")}
 
@@ -124,7 +141,7 @@ def test_only_what_changed_is_written_and_what_is_gone_is_deleted():
 def test_a_report_that_is_too_large_is_counted_and_left_out():
     mirror = Mirror("c")
     mirror.heard(beat("a", experts=b"x" * (MAX_EXPERTS_BYTES + 1)))
-    assert [key for key, _ in mirror.batch(["a"])[0]] == [load_key("c", "a")]
+    assert [key for key, _ in mirror.batch()[0]] == [load_key("c", "a")]
     assert mirror.num_oversized == 1
 
 
@@ -136,7 +153,7 @@ def test_batches_are_bounded_and_everybody_has_a_turn():
     for turn in range(1, 6):
         for name in names:
             mirror.heard(beat(name, seq=turn, running=turn))
-        puts, deletes = mirror.batch(names)
+        puts, deletes = mirror.batch()
         assert 0 < len(puts) + len(deletes) <= MAX_GUARDED_WRITES
         mirror.wrote(puts, deletes, float(turn))
         left -= {key for key, _ in puts}

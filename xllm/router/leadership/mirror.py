@@ -9,7 +9,7 @@ instances that are gone are deleted.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import msgspec
 import structlog
@@ -63,11 +63,14 @@ class Mirror:
                 limit=MAX_EXPERTS_BYTES,
             )
 
-    def batch(self, instances: Collection[str]) -> tuple[list[tuple[str, bytes]], list[str]]:
-        """(puts, deletes) to write now. `instances`: those that there are."""
-        for key in [key for key, owner in self._owner.items() if owner not in instances]:
+    def gone(self, instance: str) -> None:
+        """An instance left: its keys are to be deleted."""
+        self._oversized.discard(instance)
+        for key in [key for key, owner in self._owner.items() if owner == instance]:
             del self._wanted[key], self._owner[key]
-        self._oversized &= set(instances)
+
+    def batch(self) -> tuple[list[tuple[str, bytes]], list[str]]:
+        """(puts, deletes) to write now."""
         deletes = [key for key in self._written if key not in self._wanted]
         deletes = deletes[:MAX_GUARDED_WRITES]
         changed = [

@@ -59,6 +59,11 @@ class Office:
         """An instance speaks. Every router keeps its last word, so as to know when it leads."""
         self.mirror.heard(word)
 
+    def gone(self, instance: str) -> None:
+        """An instance left."""
+        self.roles.gone(instance)
+        self.mirror.gone(instance)
+
     def tick(self, now: float) -> None:
         """Each heartbeat."""
         epoch = self._candidate.epoch
@@ -128,8 +133,7 @@ class Office:
         self._epoch = epoch
 
     async def _write(self, epoch: int, now: float) -> None:
-        names = {one.name for one in self._view}
-        puts, deletes = self.mirror.batch(names)
+        puts, deletes = self.mirror.batch()
         mirrored = puts[: MAX_GUARDED_WRITES - 1 - len(deletes)] if self.roles.is_changed else puts
         table = self.roles.encode()
         roles = [(roles_key(self._cluster), table)] if self.roles.is_changed else []

@@ -165,15 +165,15 @@ class Leadership(MembershipListener):
 
     def instance_registered(self, record: InstanceRecord) -> None:
         """Another incarnation was told nothing yet."""
-        self.office.roles.gone(record.name)
+        self.office.roles.forgot(record.name)
 
     def instance_connected(self, name: str) -> None:
         """What was sent over the connection before may be lost."""
-        self.office.roles.gone(name)
+        self.office.roles.forgot(name)
 
     def instance_gone(self, name: str) -> None:
-        """It will be told again if it comes back."""
-        self.office.roles.gone(name)
+        """Nothing is kept of it, and nothing mirrored."""
+        self.office.gone(name)
 
     def heard(self, message: BusMessage) -> None:
         """Loads are kept; a higher epoch ends a lower one."""

@@ -1,8 +1,8 @@
 """The role table: what each instance is for, and who still has to be told. Pure.
 
 The leader alone changes it and writes it to the registry, where the next leader finds it. An
-instance that is in no row has the role `both`. Rows of instances that are away stay: they may
-come back under their names.
+instance that is in no row has the role `both`. Rows of instances that are away stay if they say
+anything else: they may come back under their names.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class RoleTable:
         """A new epoch: the table as the registry has it (empty: none), and nobody told yet.
         InvalidRequestError where it cannot be read; the table is then as it was."""
         self._told.clear()
-        wanted = decode_roles(value) if value else {}
-        self._wanted = wanted
-        self.is_changed = False
+        rows = decode_roles(value) if value else {}
+        self._wanted = {name: role for name, role in rows.items() if role != DEFAULT_ROLE}
+        self.is_changed = len(self._wanted) != len(rows)
 
     def encode(self) -> bytes:
         """The table as the registry's value: a JSON object."""
@@ -84,9 +84,16 @@ class RoleTable:
         """The word is on its way."""
         self._told[instance] = (incarnation, role, now)
 
-    def gone(self, instance: str) -> None:
-        """An instance left, or its connection was made anew: it will be told again."""
+    def forgot(self, instance: str) -> None:
+        """An instance may not know what it was told: it will be told again."""
         self._told.pop(instance, None)
+
+    def gone(self, instance: str) -> None:
+        """An instance left."""
+        self.forgot(instance)
+        if self._wanted.get(instance) == DEFAULT_ROLE:
+            del self._wanted[instance]
+            self.is_changed = True
 
 
 def check_row(instance: str, role: str) -> None:
