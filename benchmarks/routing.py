@@ -9,7 +9,8 @@ what differs is where requests go and not how fast this machine computes. Prompt
 those of a group begin with the same tokens. The beginnings of all groups together are `fill` of
 the tokens that all instances can hold: they all fit once, and not at each instance. Requests come
 at `--rate` a second, at random times and of random groups, the same for each policy, whether
-earlier ones have ended or not. The first quarter is not counted.
+earlier ones have ended or not. Before that each group is asked once, a request an instance at a
+time, so that what is measured begins with full caches.
 
 Prints hit rate (cached of all prompt tokens, as instances counted them), TTFT p50 and p90, and new
 tokens a second until the last request has ended. All policies together take about 5 minutes.
@@ -22,6 +23,7 @@ import asyncio
 import dataclasses
 import json
 import random
+import shlex
 import sys
 import tempfile
 import time
@@ -37,9 +39,8 @@ from xllm.protocol.transport.dealer import DealerSocket
 
 BLOCK = 16
 FIRST_ID, NUM_IDS = 16, 900
-WARM_SHARE = 0.25
 END_S = 120.0
-"""Requests that have not ended so long after the last one came are errors."""
+"""If no request ends for so long the run fails."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Workload:
 
     prompts: list[tuple[int, ...]]
     times: list[float]
+    """Seconds from the begin; those of the first `num_groups` prompts, one a group, are 0."""
     num_groups: int
 
 
@@ -61,7 +63,8 @@ def make_workload(options: argparse.Namespace, fill: float, seed: int) -> Worklo
         return tuple(some.choices(range(FIRST_ID, FIRST_ID + NUM_IDS), k=count))
 
     prefixes = [ids(options.prefix) for _ in range(num_groups)]
-    prompts, times, now = [], [], 0.0
+    prompts = [prefix + ids(options.suffix) for prefix in prefixes]
+    times, now = [0.0] * num_groups, 0.0
     while (now := now + some.expovariate(options.rate)) < options.seconds:
         prompts.append(some.choice(prefixes) + ids(options.suffix))
         times.append(now)
@@ -80,25 +83,38 @@ class Run:
         self._finished: dict[int, RequestFinished] = {}
         self._errors: dict[str, int] = {}
         self._last_at = 0.0
-        self._all_ended = asyncio.Event()
+        self._ended = asyncio.Event()
 
-    async def ask_all(self) -> None:
-        """Submit each at its time; returns when all have ended."""
+    async def ask_all(self, at_once: int) -> None:
+        """Submit all; returns when they have ended. `at_once`: requests in flight of those that
+        fill the caches."""
         transport = Transport()
         socket = DealerSocket(transport, self._endpoint, Decoder(RouterMessage), self._on_message)
-        begin = time.perf_counter()
+        begin = 0.0
         for number, (prompt, at) in enumerate(
             zip(self._workload.prompts, self._workload.times, strict=True)
         ):
-            await asyncio.sleep(max(0.0, begin + at - time.perf_counter()))
+            if number < self._workload.num_groups:
+                await self._wait_open(at_once)
+            else:
+                if not begin:
+                    await self._wait_open(1)
+                    begin = time.perf_counter()
+                await asyncio.sleep(max(0.0, begin + at - time.perf_counter()))
             self._sent[number] = time.perf_counter()
             socket.send(SubmitRequest(id=number, prompt=prompt, sampling=self._sampling, hold_ms=0))
-        try:
-            await asyncio.wait_for(self._all_ended.wait(), END_S)
-        except TimeoutError:
-            self._error("not ended")
+        await self._wait_open(1)
         socket.close()
         transport.close()
+
+    async def _wait_open(self, fewer_than: int) -> None:
+        while len(self._sent) - self._num_ended >= fewer_than:
+            self._ended.clear()
+            await asyncio.wait_for(self._ended.wait(), END_S)
+
+    @property
+    def _num_ended(self) -> int:
+        return len(self._finished) + sum(self._errors.values())
 
     def _on_message(self, message: RouterMessage, frames: list[bytes]) -> None:
         now = time.perf_counter()
@@ -110,15 +126,14 @@ class Run:
         else:
             self._error(getattr(message, "code", type(message).__name__))
         self._last_at = now
-        if len(self._finished) + sum(self._errors.values()) == len(self._workload.prompts):
-            self._all_ended.set()
+        self._ended.set()
 
     def _error(self, what: str) -> None:
         self._errors[what] = self._errors.get(what, 0) + 1
 
     def figures(self) -> dict[str, Any]:
-        """Of the requests behind the first quarter."""
-        counted = range(int(WARM_SHARE * len(self._workload.prompts)), len(self._workload.prompts))
+        """Of the requests behind those that filled the caches."""
+        counted = range(self._workload.num_groups, len(self._workload.prompts))
         done = [number for number in counted if number in self._finished]
         usages = [self._finished[number].usage for number in done]
         waits = [self._first[number] - self._sent[number] for number in done]
@@ -149,7 +164,8 @@ def serve_flags(options: argparse.Namespace, policy: str, run_dir: str) -> list[
         "--cluster-run-dir": run_dir,
         "--cluster-log-level": "error",
     }
-    return [*(str(part) for pair in flags.items() for part in pair), "--no-serve-kvcache"]
+    named = [str(part) for pair in flags.items() for part in pair]
+    return [*named, "--no-serve-kvcache", *shlex.split(options.serve)]
 
 
 def measure(options: argparse.Namespace, policy: str, fill: float) -> dict[str, Any]:
@@ -160,7 +176,7 @@ def measure(options: argparse.Namespace, policy: str, fill: float) -> dict[str, 
         local_service(serve_flags(options, policy, run_dir)) as service,
     ):
         run = Run(service.zmq, workload, options.tokens)
-        asyncio.run(run.ask_all())
+        asyncio.run(run.ask_all(options.instances))
     return {"policy": policy, "fill": fill, **run.figures()}
 
 
@@ -178,6 +194,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="new tokens of a request")
     parser.add_argument("--token-us", type=float, default=400.0, help="time of a computed token")
     parser.add_argument("--step-ms", type=float, default=5.0)
+    parser.add_argument("--serve", default="", help="further flags of xllm serve")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="4 instances, 6 seconds, one fill")
     options = parser.parse_args()

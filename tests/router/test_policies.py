@@ -225,7 +225,8 @@ PREFIX_TABLE = [
     ((0, 0), (0, 0), Held(10), None, "a", "a prefix on an idle cluster"),
     ((3, 0), (0, 0), Held(10), None, "a", "a long prefix is worth three requests"),
     ((3, 0), (0, 0), Held(1), None, "b", "a short one is not"),
-    ((0, 400), (0, 0), Held(20), None, "b", "the queue before the blocks is the dearer part"),
+    ((0, 600), (0, 0), Held(20), None, "a", "what is computed again costs others, too"),
+    ((0, 700), (0, 0), Held(20), None, "b", "the queue before the blocks is the dearer part"),
     ((1, 0), (0, 0), None, None, "b", "nothing is cached: by load, never by zero"),
     ((0, 0), (0, 0), Held(10), Held(0, 12), "a", "device before DRAM"),
     ((0, 0), (0, 0), Held(0, 12), Held(0, 0, 12), "a", "DRAM before disk"),
@@ -263,7 +264,7 @@ def test_prefix_aware_minds_memory_that_is_not_there():
 def test_one_wholly_cached_prompt_still_computes_a_token():
     one = PrefixAware(CostWeights(), ImbalanceGuard(8, 1.5), RouteFigures())
     ask = RouteQuestion(32, BLOCK, {"a": Held(9)})
-    assert one.cost(instance("a"), ask) == 1
+    assert one.cost(instance("a"), ask) == CostWeights().prefill_weight
 
 
 def test_affinity_yields_to_the_guard():

@@ -31,7 +31,7 @@ class RoutingSettings:
         1.5, "The same as a multiple of the mean of all instances.", low=1, high=1000
     )
     prefill_weight: float = setting(
-        1.0,
+        2.0,
         "prefix-aware: weight of a prompt token that is not cached against one that is queued.",
         low=0,
         high=1000,

@@ -3,6 +3,8 @@
     cost = prefill_weight * (prompt tokens - credit) + queued tokens
            + decode_tokens * running requests + block size * blocks short
 
+- prefill_weight: above 1, since what is computed again costs more than this request's own time:
+  it holds up whoever comes behind, and its blocks push out others;
 - credit: block size * (device blocks + dram_credit * further blocks in DRAM + ssd_credit *
   further blocks on disk); one token at least is always computed;
 - queued tokens: prompt tokens there that nobody has computed yet, with those that this router
@@ -33,7 +35,7 @@ from xllm.router.view import InstanceView
 class CostWeights:
     """What a thing is worth, in prompt tokens (see above). Credits: 0 to 1 of a device block."""
 
-    prefill_weight: float = 1.0
+    prefill_weight: float = 2.0
     decode_tokens: float = 16.0
     dram_credit: float = 0.75
     ssd_credit: float = 0.5
