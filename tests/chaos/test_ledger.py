@@ -36,6 +36,8 @@ def test_each_kind_of_difference(got, found):
 def test_a_failed_stream_may_stop_but_not_differ():
     assert compare(STREAM, STREAM[:9], ended=False) == EQUAL
     assert compare(STREAM, STREAM[1:9], ended=False)
+    assert compare("naïve", "na\ufffd", ended=False) == EQUAL
+    assert compare("naïve", "na\ufffd") == Differences(lost=3, foreign=1)
     assert compare(STREAM, (*STREAM, 7), ended=False) == Differences(foreign=1)
 
 
@@ -84,11 +86,15 @@ def test_differing_requests_are_named():
     ledger = Ledger()
     for wrong in (False, True):
         key = ledger.opened("zmq", (STREAM, STREAM), 0.0)
-        ledger.heard(key, 0, STREAM, 1.0)
+        ledger.heard(key, 0, STREAM[wrong:], 1.0)
         ledger.heard(key, 1, STREAM[wrong:], 1.0)
         ledger.finished(key, 1.0)
-    assert ledger.differing == [2]
-    assert ledger.differences == Differences(lost=1)
+    assert ledger.differing == [
+        "request 2 over zmq, ended with success; choice 0 at 0 of 30: [100, 101, 102, 103, 104] is "
+        "[101, 102, 103, 104, 105]; choice 1 at 0 of 30: [100, 101, 102, 103, 104] is "
+        "[101, 102, 103, 104, 105]"
+    ]
+    assert ledger.differences == Differences(lost=2)
 
 
 def test_a_broken_promise_is_found():

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket as sockets
+import time
 
 import msgspec
 import pytest
@@ -141,6 +142,40 @@ def test_dealer_reconnects_and_tells(tmp_path):
         assert dealer.discard_queued() == 1
         dealer.close()
         server.close()
+        transport.close()
+
+    run(main())
+
+
+def test_a_dealer_that_slept_through_a_reconnection_is_told_in_order(tmp_path):
+    """As a process that was stopped: both events wait for it when it goes on."""
+
+    async def main():
+        transport = Transport()
+        where = f"ipc://{tmp_path}/s"
+        told = []
+
+        def bind():
+            return RouterSocket(transport, where, BOTH, lambda identity, message, frames: None)
+
+        router = bind()
+        dealer = DealerSocket(
+            transport,
+            where,
+            BOTH,
+            lambda message, frames: None,
+            on_gone=lambda: told.append("gone"),
+            on_connected=lambda: told.append("connected"),
+        )
+        await until(lambda: told == ["connected"])
+        router.close()
+        router = bind()
+        time.sleep(1.0)  # noqa: ASYNC251  # the loop stands still; ZeroMQ's thread does not
+        await until(lambda: len(told) == 3)
+        assert told == ["connected", "gone", "connected"]
+        assert dealer.connected
+        dealer.close()
+        router.close()
         transport.close()
 
     run(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from xllm.protocol.sampling import SamplingParams
 
@@ -23,6 +24,12 @@ class Ask:
     sampling: SamplingParams
     over: str
     hold_ms: int
+
+
+def options_of(ask: Ask) -> dict[str, Any]:
+    """Its sampling as options of the client library."""
+    names = ("max_tokens", "temperature", "seed", "n", "ignore_eos")
+    return {name: getattr(ask.sampling, name) for name in names}
 
 
 class AskMaker:

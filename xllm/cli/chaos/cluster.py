@@ -7,7 +7,6 @@ returns, no process of it is left; what was left is in `leftovers`.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import dataclasses
 import os
 import re
@@ -22,13 +21,12 @@ from pathlib import Path
 
 from xllm.cli.chaos.events import EventLog, FileTail
 from xllm.cli.chaos.options import ChaosOptions
-from xllm.cli.chaos.processes import descendants, is_alive
+from xllm.cli.chaos.processes import descendants, is_alive, start_child
 from xllm.errors import DeadlineError, DependencyError
 
 READY_S = 120.0
 STOP_S = 40.0
 POLL_S = 0.01
-_PR_SET_PDEATHSIG = 1
 _LINE = re.compile(r"(\w+)\s+(\S+): (started|ready) \(pid (\d+)\)")
 
 
@@ -44,9 +42,9 @@ class KnownProcess:
 
 
 class ChaosCluster:
-    """Real processes on this machine. `flags`: further ones of its launcher."""
+    """Real processes on this machine."""
 
-    def __init__(self, options: ChaosOptions, flags: tuple[str, ...] = ()) -> None:
+    def __init__(self, options: ChaosOptions) -> None:
         self.options = options
         self.directory = Path(tempfile.mkdtemp(prefix="xc-", dir="/tmp"))
         self.run_base = self.directory / "r"
@@ -58,16 +56,16 @@ class ChaosCluster:
         """Where each of them listens to ZeroMQ."""
         self.events = EventLog(self.log_dir)
         self.leftovers: list[str] = []
-        self._command = self._serve(flags)
         self._launcher: subprocess.Popen[bytes] | None = None
         self._shown = FileTail(self.directory / "launcher.out")
         self._seen: set[int] = set()
 
     # -- life ----------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Returns when the service is ready; DependencyError where it does not become so."""
-        self._launcher = _start(self._command, self.directory / "launcher.out")
+    async def start(self, flags: tuple[str, ...] = ()) -> None:
+        """Returns when the service is ready; DependencyError where it does not become so. `flags`:
+        further ones of its launcher."""
+        self._launcher = start_child(self._serve(flags), self.directory / "launcher.out")
         try:
             await self.until(self._has_announced, READY_S, "the start of the cluster")
         except DeadlineError as error:
@@ -202,17 +200,3 @@ class ChaosCluster:
         else:
             command += ["--deterministic"]
         return [*command, *options.flags, *extra]
-
-
-def _start(command: list[str], shown: Path) -> subprocess.Popen[bytes]:
-    """A child whose output goes to a file, and which is asked to end with this process."""
-    libc = ctypes.CDLL(None)
-    with shown.open("wb") as out:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
-        )

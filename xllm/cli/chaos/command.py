@@ -59,7 +59,7 @@ def choose(names: str) -> list[Scenario]:
         matching = [one for one in SCENARIOS.values() if _matches(one.name, name.strip())]
         if not matching:
             raise ConfigError(f"no fault is called {name!r}; --list shows them", param="scenario")
-        found += matching
+        found += [one for one in matching if one not in found]
     return found
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Self
 
+_HALF_A_CHARACTER = "\ufffd"
 Item = int | str
 """A token id, or one character of a text."""
 
@@ -43,9 +44,11 @@ EQUAL = Differences()
 
 
 def compare(expected: Sequence[Item], got: Sequence[Item], *, ended: bool = True) -> Differences:
-    """`ended`: the stream says that it is complete; else it may stop anywhere, but what came must
-    be the beginning of `expected`."""
+    """`ended`: the stream says that it is complete; else it may stop anywhere (a text: within a
+    character), but what came must be the beginning of `expected`."""
     if not ended:
+        if got and got[-1] == _HALF_A_CHARACTER:
+            got = got[:-1]
         expected = expected[: len(got)]
     if list(expected) == list(got):
         return EQUAL

@@ -22,10 +22,16 @@ Advertised = Mapping[str, tuple[str, str]]
 """By name of an instance: what routers connect to, for requests and for heartbeats."""
 
 
-def plan_advertised(advertised: Advertised, settings: Settings, run_dir: str) -> list[PlannedChild]:
-    """The processes of a service, with these addresses for its instances."""
+def plan_proxied(
+    advertised: Advertised, registries: Mapping[str, str], settings: Settings, run_dir: str
+) -> list[PlannedChild]:
+    """The processes of a service, with these addresses for its instances, and for each process the
+    address at which it finds the registry."""
     planned = []
     for child in plan_children(settings, run_dir):
+        if child.settings is not None and child.name in registries:
+            cluster = dataclasses.replace(child.settings.cluster, registry=registries[child.name])
+            child = with_settings(child, dataclasses.replace(child.settings, cluster=cluster))
         known = advertised.get(child.name)
         if known is not None and child.settings is not None:
             master = dataclasses.replace(
@@ -40,11 +46,13 @@ def plan_advertised(advertised: Advertised, settings: Settings, run_dir: str) ->
 
 @click.command()
 @click.option("--advertise", multiple=True, metavar="NAME,ENDPOINT,BUS")
+@click.option("--registry-of", multiple=True, metavar="NAME,ADDRESS")
 @settings_options(*SECTIONS, "chaos")
-def launch(advertise: tuple[str, ...], settings: Settings) -> int:
+def launch(advertise: tuple[str, ...], registry_of: tuple[str, ...], settings: Settings) -> int:
     """Serve like `xllm serve`."""
     advertised = {name: (endpoint, bus) for name, endpoint, bus in map(_parts, advertise)}
-    plan = functools.partial(plan_advertised, advertised)
+    registries = dict(text.split(",") for text in registry_of)
+    plan = functools.partial(plan_proxied, advertised, registries)
     return run_launcher(resolve_models(settings), plan)
 
 

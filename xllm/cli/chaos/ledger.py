@@ -75,8 +75,8 @@ class Ledger:
         self.open: dict[int, StreamRecord] = {}
         self.ended: list[StreamRecord] = []
         self.differences = EQUAL
-        self.differing: list[int] = []
-        """Keys of the requests whose streams were not what they should have been."""
+        self.differing: list[str] = []
+        """The requests whose streams were not what they should have been, in words."""
         self.num_after_end = 0
         """Words of requests that had ended."""
         self._last_key = 0
@@ -156,7 +156,23 @@ class Ledger:
             found += compare(expected, got, ended=not code)
         if found:
             self.differences += found
-            self.differing.append(key)
+            self.differing.append(_describe(record))
         record.expected = ()
         record.got = []
         self.ended.append(record)
+
+
+def _describe(record: StreamRecord) -> str:
+    """Where each choice's stream first differs, and how it goes on there."""
+    words = [f"request {record.key} over {record.over}, ended with {record.code or 'success'}"]
+    for choice, (expected, got) in enumerate(zip(record.expected, record.got, strict=True)):
+        at = next(
+            (at for at, pair in enumerate(zip(expected, got, strict=False)) if pair[0] != pair[1]),
+            min(len(expected), len(got)),
+        )
+        if at < max(len(expected), len(got)):
+            words.append(
+                f"choice {choice} at {at} of {len(expected)}: {list(expected[at : at + 5])} is "
+                f"{got[at : at + 5]}"
+            )
+    return "; ".join(words)

@@ -15,8 +15,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 
 from xllm.cli.bench.http_stream import CutError, HttpAddress, HttpStreams, RefusedError
-from xllm.cli.chaos.asks import Ask
+from xllm.cli.chaos.asks import Ask, options_of
 from xllm.cli.chaos.ledger import Ledger
+from xllm.cli.chaos.oracle import Streams
 from xllm.client.asynchronous import AsyncClient
 from xllm.client.open_request import EndMessage
 from xllm.client.requests import build_submit
@@ -76,7 +77,7 @@ class StreamLoad:
         http: str,
         zmq: list[str],
         asks: Iterator[Ask],
-        expect: Callable[[Ask], tuple[tuple[int, ...], ...]],
+        expect: Callable[[Ask], Streams],
         text_of: Callable[[tuple[int, ...]], str],
         model: str,
     ) -> None:
@@ -95,14 +96,25 @@ class StreamLoad:
         self._http = HttpStreams(HttpAddress.parse(http))
         self._loops: list[asyncio.Task[None]] = []
         self._finishing = False
+        self._may_ask = asyncio.Event()
+        self._may_ask.set()
 
     def begin(self, num_loops: int) -> None:
         """Start asking."""
         self._loops = [asyncio.create_task(self._ask_on(at)) for at in range(num_loops)]
 
+    def rest(self) -> None:
+        """Ask nothing more for now; what is open ends."""
+        self._may_ask.clear()
+
+    def go_on(self) -> None:
+        """Ask again."""
+        self._may_ask.set()
+
     def stop_asking(self) -> None:
         """No further requests; refusals are borne no longer."""
         self._finishing = True
+        self._may_ask.set()
 
     async def finish(self, seconds: float) -> int:
         """Let what is open end; returns how many requests had no end after so long."""
@@ -130,7 +142,10 @@ class StreamLoad:
 
     async def _ask_on(self, at: int) -> None:
         turn = at
-        while not self._finishing:
+        while True:
+            await self._may_ask.wait()
+            if self._finishing:
+                return
             ask = next(self._asks)
             streams = self._expect(ask)
             if ask.over == "http":
@@ -164,11 +179,9 @@ class StreamLoad:
 
     async def _ask(self, ask: Ask, key: int, turn: int) -> str:
         connection = self._clients[turn % len(self._clients)].connection
-        options = {name: getattr(ask.sampling, name) for name in
-                   ("max_tokens", "temperature", "seed", "n", "ignore_eos")}  # fmt: skip
         message = build_submit(
             connection.next_id(),
-            {**options, "hold_ms": ask.hold_ms},
+            {**options_of(ask), "hold_ms": ask.hold_ms},
             timeout_s=REQUEST_S,
             stream=True,
             prompt=ask.prompt_ids,
@@ -183,9 +196,7 @@ class StreamLoad:
         finally:
             connection.drop(message.id)
 
-    async def _over_http(
-        self, ask: Ask, streams: tuple[tuple[int, ...], ...], turn: int
-    ) -> tuple[str, int]:
+    async def _over_http(self, ask: Ask, streams: Streams, turn: int) -> tuple[str, int]:
         sampling = ask.sampling
         body = {
             "model": self.model, "prompt": list(ask.prompt_ids), "stream": True,

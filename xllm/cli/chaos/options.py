@@ -24,6 +24,10 @@ class ChaosOptions:
     seed: int = 0
     slack: float = 1.0
     """Bounds of times are multiplied by it: for machines that do other things, too."""
+    repeats: int = 1
+    """Each fault comes so often at least."""
+    phase_s: float = 0.0
+    """A fault waits for a random part of this time."""
     flags: tuple[str, ...] = ()
     """Further flags of `xllm serve`."""
     keep: bool = False

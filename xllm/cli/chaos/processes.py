@@ -1,10 +1,15 @@
-"""What /proc says of processes: whether they live, their state, memory, descriptors, children."""
+"""Processes of a run: started so that they end with it, and what /proc says of them."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
+import signal
+import subprocess
 from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
 
 
 def state_of(pid: int) -> str:
@@ -67,3 +72,17 @@ def cpu_seconds(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def start_child(command: list[str], shown: Path) -> subprocess.Popen[bytes]:
+    """A child whose output is appended to a file, and which is asked to end with this process."""
+    libc = ctypes.CDLL(None)
+    with shown.open("ab") as out:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+        )

@@ -22,6 +22,7 @@ class ChaosReport:
         self.invalid: list[str] = []
         """Why the run proves nothing."""
         self.leftovers: list[str] = []
+        self.differing: list[str] = []
         self.unended = 0
         self.num_requests = 0
         self.num_interrupted = 0
@@ -36,6 +37,7 @@ class ChaosReport:
         self.num_after_end += ledger.num_after_end
         self.differences += ledger.differences
         self.failures += ledger.failures
+        self.differing += ledger.differing
 
     @property
     def tokens_right(self) -> bool:
@@ -77,6 +79,7 @@ class ChaosReport:
             "duplicated": differences.duplicated,
             "reordered": differences.reordered,
             "foreign": differences.foreign,
+            "differing": self.differing[:20],
             "unended": self.unended,
             "after_end": self.num_after_end,
             "failed": self.failures.total(),
@@ -131,4 +134,12 @@ def table(report: dict[str, object]) -> list[str]:
     counts = ("requests", "faults", "interrupted", "lost", "duplicated", "reordered", "foreign",
               "failed")  # fmt: skip
     lines.append(", ".join(f"{name} {report[name]}" for name in counts))
+    if report["failed_without_fault"]:
+        lines.append(f"{report['failed_without_fault']} of the failures were near no fault")
+    if report["failed"]:
+        lines.append(f"failures by code: {report['failed_by_code']}")
+    for name in ("differing", "leftovers", "invalid"):
+        found = report[name]
+        assert isinstance(found, list)
+        lines += [f"{name}: {text}" for text in found]
     return lines

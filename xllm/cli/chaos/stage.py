@@ -15,9 +15,11 @@ from collections.abc import Callable, Collection
 
 from xllm.cli.bench.http_stream import HttpAddress
 from xllm.cli.chaos.cluster import POLL_S, ChaosCluster, KnownProcess
+from xllm.cli.chaos.events import Event
 from xllm.cli.chaos.fault_proxy import FaultProxy
 from xllm.cli.chaos.ledger import Ledger
 from xllm.cli.chaos.load import StreamLoad
+from xllm.cli.chaos.registry_process import RegistryProcess
 from xllm.cli.chaos.verdict import Injection
 from xllm.client.results import Completion
 from xllm.errors import DeadlineError, XllmError
@@ -44,14 +46,18 @@ class Stage:
         rng: random.Random,
         proxies: dict[str, FaultProxy],
         poison: dict[str, int],
+        registry: RegistryProcess | None = None,
     ) -> None:
         self.cluster = cluster
         self.load = load
         self.ledger: Ledger = load.ledger
         self.rng = rng
         self.proxies = proxies
+        self.registry = registry
         self.poison = poison
         """Tokens that do harm in the engines of this cluster, by what they do."""
+        self.spared: tuple[str, ...] = ()
+        """Names that are never picked, nor those below them."""
         self.injections: list[Injection] = []
         self._wall_offset = time.time() - time.monotonic()
 
@@ -62,6 +68,7 @@ class Stage:
         felt the fault before have ended; InvalidRunError where that does not come. A request
         that loses two instances is given up on purpose: no fault is to meet the last one's."""
         options = self.cluster.options
+        await asyncio.sleep(self.rng.uniform(0.0, options.phase_s))
         at_each = options.streams // (4 * options.instances)
         since = self.injections[-1].settled_at if self.injections else 0.0
         end = time.monotonic() + LOAD_S
@@ -92,7 +99,9 @@ class Stage:
 
     def pick(self, kind: str) -> KnownProcess:
         """A random process of a kind that is ready."""
-        return self.rng.choice([one for one in self.cluster.named(kind) if one.is_ready])
+        found = [one for one in self.cluster.named(kind) if one.is_ready]
+        others = [one for one in found if one.name.partition("/")[0] not in self.spared]
+        return self.rng.choice(others or found)
 
     def strike(self, scenario: str, victim: str, act: Callable[[], object]) -> Injection:
         """Do it, and note the moment just before."""
@@ -150,6 +159,29 @@ class Stage:
         """Let the load run on."""
         await asyncio.sleep(seconds)
         self.cluster.read()
+
+    async def leaders(self, asking_not: str = "") -> list[tuple[str, int]]:
+        """(Name, epoch) of the leader that each router knows; of those that answer."""
+        found = []
+        for router, probe in zip(self.cluster.named("router"), self.load.probes, strict=True):
+            if router.name == asking_not:
+                continue
+            try:
+                processes = await probe.status(timeout_s=1.0)
+            except XllmError:
+                continue
+            found += [(one.name, one.epoch) for one in processes if one.role == "leader"]
+        return found
+
+    async def leader(self, asking_not: str = "") -> tuple[str, int]:
+        """The leader with the highest epoch that any router knows; ("", 0): none."""
+        known = await self.leaders(asking_not)
+        return max(known, key=lambda one: one[1], default=("", 0))
+
+    def find_event(self, injection: Injection, name: str, word: str) -> Event | None:
+        """The first event of that name since the fault, that holds `word`."""
+        self.cluster.read()
+        return self.cluster.events.find((name,), injection.at + self._wall_offset, word)
 
     def count_events(self, injection: Injection, names: Collection[str]) -> int:
         """How many events of these names there were since the fault."""

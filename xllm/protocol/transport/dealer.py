@@ -55,6 +55,7 @@ class DealerSocket(Channel, Generic[T]):
         self._server_key = server_key
         self._is_suspended = False
         self._monitor: ConnectionMonitor | None = None
+        self._gone_untold = False
         self.connected = endpoint.startswith("inproc://")
         if not self.connected:
             self._monitor = self._watch(self._connection_event)
@@ -103,6 +104,8 @@ class DealerSocket(Channel, Generic[T]):
 
     def _connection_event(self, event: int, descriptor: int) -> None:
         if event == CONNECTED:
+            if self._gone_untold:
+                self._tell_gone()  # both events waited: a process that was stopped, say
             self.connected = True
             if self._outboxes:
                 self._schedule_look()
@@ -110,6 +113,7 @@ class DealerSocket(Channel, Generic[T]):
                 self._on_connected()
         elif event == DISCONNECTED and self.connected:
             self.connected = False
+            self._gone_untold = True
             # Later, so that what the peer said before it left is handled first.
             self._loop.call_soon(self._tell_gone)
         elif event == REFUSED:
@@ -124,8 +128,9 @@ class DealerSocket(Channel, Generic[T]):
         self._connect(self.endpoint, self._server_key)
 
     def _tell_gone(self) -> None:
-        if self._closed:
+        if self._closed or not self._gone_untold:
             return
+        self._gone_untold = False
         self._look()
         if self._on_gone is not None and not self._closed:
             try:

@@ -106,7 +106,8 @@ async def bad_network(stage: Stage) -> None:
                 num_cut += proxy.cut()
     injection.notes["resets"] = num_cut
     silent = stage.count_events(injection, ("instance_silent",))
-    if silent:
+    injection.notes["silences"] = silent
+    if silent and not num_cut:  # a connection that begins anew over such a network is silent
         injection.broken.append(f"{silent} times an instance was taken for dead")
     for proxy in proxies:
         proxy.heal()

@@ -5,7 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Awaitable, Callable
 
-from xllm.cli.chaos.scenarios import clients, hangs, instances, network, orderly, routers, whole
+from xllm.cli.chaos.scenarios import (
+    clients,
+    hangs,
+    instances,
+    leaders,
+    network,
+    orderly,
+    registries,
+    routers,
+    whole,
+)
 from xllm.cli.chaos.stage import Stage
 from xllm.cli.chaos.verdict import Limits
 
@@ -13,7 +23,8 @@ from xllm.cli.chaos.verdict import Limits
 @dataclasses.dataclass(frozen=True)
 class Scenario:
     """One fault. `cluster`: plain; proxied (a fault proxy before each instance); poisoned (tokens
-    that harm the toy engine); doomed (does not outlive its fault)."""
+    that harm the toy engine); registry (one of its own, a proxy before it for each process); doomed
+    (does not outlive its fault)."""
 
     name: str
     title: str
@@ -26,6 +37,11 @@ _KILLED = Limits(gap_p50_ms=300, gap_max_ms=1000, detect_ms=1000, recover_ms=10_
 _SILENT = Limits(gap_max_ms=2000, detect_ms=1000, recover_ms=5000)
 _ASKED = Limits(gap_max_ms=1000, recover_ms=40_000)
 _POISONED = Limits(recover_ms=30_000, may_fail=True)
+
+_UNFELT = Limits(gap_max_ms=1000, recover_ms=40_000)
+_TAKEOVER_MS = (leaders.LEASE_S + 1.5) * 1000
+_LED = dataclasses.replace(_KILLED, detect_ms=_TAKEOVER_MS, recover_ms=30_000)
+_LED_FROZEN = Limits(gap_p50_ms=1500, gap_max_ms=15_000, detect_ms=_TAKEOVER_MS, recover_ms=30_000)
 
 _ALL = (
     Scenario("F01", "an instance's master is killed", instances.kill_master, _KILLED),
@@ -59,7 +75,33 @@ _ALL = (
         "F07-freeze",
         "a router is frozen",
         routers.freeze_router,
-        Limits(gap_max_ms=5000, recover_ms=10_000),
+        # Its HTTP clients see a connection that stands: they wait until it thaws.
+        Limits(gap_p50_ms=1500, gap_max_ms=5000, recover_ms=10_000),
+    ),
+    Scenario("F09", "the leader is killed", leaders.kill_leader, _LED),
+    Scenario("F10", "the leader is frozen", leaders.freeze_leader, _LED_FROZEN),
+    Scenario(
+        "F11",
+        "the leader alone loses the registry",
+        leaders.cut_leader_off,
+        dataclasses.replace(_UNFELT, detect_ms=_TAKEOVER_MS),
+        "registry",
+    ),
+    Scenario("F12", "the registry is killed", registries.restart, _UNFELT, "registry"),
+    Scenario("F13", "the registry is frozen", registries.freeze, _UNFELT, "registry"),
+    Scenario(
+        "F14",
+        "an instance dies while there is no registry",
+        registries.lose_instance_meanwhile,
+        dataclasses.replace(_KILLED, recover_ms=30_000),
+        "registry",
+    ),
+    Scenario(
+        "F14-long",
+        "no registry for a minute",
+        registries.stay_away,
+        dataclasses.replace(_UNFELT, recover_ms=90_000),
+        "registry",
     ),
     Scenario("F18", "routers and an instance are parted", network.part, _SILENT, "proxied"),
     Scenario("F19-down", "an instance is not heard", network.lose_words, _SILENT, "proxied"),
