@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from xllm.config.etcd import EtcdSettings
@@ -16,6 +16,7 @@ from xllm.errors import ClosedError, FencedError
 from xllm.protocol.registry.bounds import check_guarded, check_ttl, check_write
 from xllm.protocol.registry.etcd_address import EtcdAddress
 from xllm.protocol.registry.etcd_connection import EtcdConnection
+from xllm.protocol.registry.etcd_link import EtcdLink
 from xllm.protocol.registry.etcd_stubs import rpc_pb2
 from xllm.protocol.registry.etcd_watch import EtcdWatch
 from xllm.protocol.registry.etcd_wire import (
@@ -87,7 +88,7 @@ class EtcdRegistry:
         """See Registry."""
         check_write(key, value)
         request = rpc_pb2.PutRequest(key=key.encode(), value=value, lease=lease_id)
-        answer = await self._write_key("Put", request)
+        answer = await self._write_key(lambda link: link.kv.Put, request)
         revision: int = answer.header.revision
         return revision
 
@@ -102,7 +103,9 @@ class EtcdRegistry:
 
     async def delete(self, key: str) -> bool:
         """See Registry."""
-        answer = await self._write_key("DeleteRange", rpc_pb2.DeleteRangeRequest(key=key.encode()))
+        answer = await self._write_key(
+            lambda link: link.kv.DeleteRange, rpc_pb2.DeleteRangeRequest(key=key.encode())
+        )
         return bool(answer.deleted)
 
     async def compare_and_set(
@@ -111,7 +114,7 @@ class EtcdRegistry:
         """See Registry."""
         check_write(key, value)
         request = cas_request(key, expected_mod_revision, value, lease_id)
-        return cas_result(await self._write_key("Txn", request))
+        return cas_result(await self._write_key(lambda link: link.kv.Txn, request))
 
     async def write_guarded(
         self,
@@ -123,7 +126,7 @@ class EtcdRegistry:
         """See Registry."""
         check_guarded(puts, deletes)
         request = guarded_request(guard, create_revision, puts, deletes)
-        return bool((await self._write_key("Txn", request)).succeeded)
+        return bool((await self._write_key(lambda link: link.kv.Txn, request)).succeeded)
 
     async def watch(
         self,
@@ -164,7 +167,7 @@ class EtcdRegistry:
             lambda link, limit_s: link.call(link.kv.Range, request, limit_s)
         )
 
-    async def _write_key(self, method: str, request: Any) -> Any:
+    async def _write_key(self, method: Callable[[EtcdLink], Any], request: Any) -> Any:
         return await self.connection.write(
-            lambda link, limit_s: link.call(getattr(link.kv, method), request, limit_s)
+            lambda link, limit_s: link.call(method(link), request, limit_s)
         )

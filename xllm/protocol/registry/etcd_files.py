@@ -30,8 +30,12 @@ class EtcdSecrets:
 
 def check_etcd_settings(address: EtcdAddress, settings: EtcdSettings) -> None:
     """ConfigError where address and files do not go together, or a file cannot be used."""
-    tls_files = ("ca_file", "cert_file", "key_file")
-    given = [name for name in tls_files if getattr(settings, name)]
+    tls_files = {
+        "ca_file": settings.ca_file,
+        "cert_file": settings.cert_file,
+        "key_file": settings.key_file,
+    }
+    given = [name for name, path in tls_files.items() if path]
     if given and not address.tls:
         raise ConfigError(
             f"etcd.{given[0]} is given, but {address} is without TLS: etcds:// has it",
