@@ -105,7 +105,7 @@ def test_a_child_that_dies_starts_again(tmp_path):
         launch.service.interrupt(signal.SIGTERM)
 
     assert launch.run(conversation) == 0
-    assert "ended with signal 9; it starts again in 0.5 s" in launch.text
+    assert "ended with signal 9; it starts again\n" in launch.text
 
 
 def test_a_fenced_child_starts_again_at_once(tmp_path):
