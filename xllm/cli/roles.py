@@ -19,7 +19,7 @@ from xllm.protocol.actor.rundir import RunDirectory
 
 
 @click.command()
-@settings_options("cluster", "etcd", "router", "routing", "admission", "model")
+@settings_options("cluster", "etcd", "router", "routing", "admission", "kv_index", "model")
 def router(settings: Settings) -> None:
     """Run one router: the HTTP and ZeroMQ front of a cluster."""
     _need_registry(settings)

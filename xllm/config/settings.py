@@ -12,6 +12,7 @@ from xllm.config.admission import AdmissionSettings
 from xllm.config.chaos import ChaosSettings
 from xllm.config.etcd import EtcdSettings
 from xllm.config.field import setting
+from xllm.config.kv_index import KvIndexSettings
 from xllm.config.routing import POLICIES, RoutingSettings
 from xllm.config.scheduling import FAIRNESS, PREEMPTION, STRATEGIES
 
@@ -357,5 +358,6 @@ class Settings:
     master: MasterSettings = MasterSettings()
     worker: WorkerSettings = WorkerSettings()
     kvcache: KvCacheSettings = KvCacheSettings()
+    kv_index: KvIndexSettings = dataclasses.field(default_factory=KvIndexSettings)
     serve: ServeSettings = ServeSettings()
     chaos: ChaosSettings = dataclasses.field(default_factory=ChaosSettings)

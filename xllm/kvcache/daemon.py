@@ -181,5 +181,7 @@ class KvCacheDaemon(Actor):
             dram_capacity_bytes=counts.capacity_bytes,
             events=events,
             metrics=metrics,
+            num_cached=self.tier.num_hashes,
+            digest=self.tier.digest,
         )
         self._bus.publish(_TOPIC, beat)

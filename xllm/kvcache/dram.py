@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from xllm.errors import InvalidRequestError, InvariantError
 from xllm.kvcache.arena import CHECKSUM_BYTES
+from xllm.kvcache.digest import digest_of, hash_key
 from xllm.kvcache.ranges import FreeRanges, aligned
 
 MAX_LAYOUTS = 64
@@ -78,6 +79,8 @@ class DramTier:
         self._holders: dict[bytes, int] = {}
         self._touched: dict[bytes, bool] = {}
         self._num_lingering = 0
+        self.digest = 0
+        """Of the stored hashes, see `digest`."""
         self._num_stored = self._num_evicted = self._num_dropped = self._num_refused = 0
 
     def open(self, peer: bytes, layout: str, block_bytes: int) -> None:
@@ -226,6 +229,11 @@ class DramTier:
         """All hashes stored under any layout, concatenated."""
         return b"".join(self._holders)
 
+    @property
+    def num_hashes(self) -> int:
+        """Distinct hashes that are stored."""
+        return len(self._holders)
+
     def statistics(self) -> DramStatistics:
         """A snapshot of the counts."""
         num_reserved = sum(len(peer.reserved) for peer in self._peers.values())
@@ -276,6 +284,8 @@ class DramTier:
                 raise InvariantError(f"block at {block.offset} has a writer who is gone")
         if stored != self._holders:
             raise InvariantError("the hashes that are told are not those that are stored")
+        if digest_of(self.stored_hashes()) != self.digest:
+            raise InvariantError("the digest is not that of what is stored")
 
     def _peer(self, peer: bytes) -> _Peer:
         held = self._peers.get(peer)
@@ -319,6 +329,8 @@ class DramTier:
     def _count_holder(self, content_hash: bytes, change: int) -> None:
         count = self._holders.get(content_hash, 0)
         self._touched.setdefault(content_hash, count > 0)
+        if not count or not count + change:
+            self.digest ^= hash_key(content_hash)
         if count + change:
             self._holders[content_hash] = count + change
         else:

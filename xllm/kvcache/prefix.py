@@ -18,6 +18,7 @@ from typing import Protocol
 
 from xllm.errors import InvariantError
 from xllm.kvcache.blocks import BlockPool
+from xllm.kvcache.digest import digest_of, hash_key
 from xllm.protocol.bus import BlockEvents
 
 
@@ -59,7 +60,7 @@ class PrefixCache:
 
     __slots__ = (
         "_by_hash", "_changes", "_children", "_clock", "_hash", "_leaves", "_neighbours",
-        "_num_evicted", "_parent", "_used", "pool",
+        "_num_evicted", "_parent", "_used", "digest", "pool",
     )  # fmt: skip
 
     def __init__(self, pool: BlockPool, neighbours: Neighbours | None = None) -> None:
@@ -80,12 +81,19 @@ class PrefixCache:
         # Net changes since the last drain: True stored, False removed.
         self._changes: dict[bytes, bool] = {}
         self._num_evicted = 0
+        self.digest = 0
+        """Of the cached blocks, see `digest`."""
 
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can give: free ones, and cached ones that nobody holds."""
         num_own = self.pool.num_free + self.pool.num_kept
         return num_own if self._neighbours is None else num_own + self._neighbours.num_kept
+
+    @property
+    def num_cached(self) -> int:
+        """Contents that are cached."""
+        return len(self._by_hash)
 
     def hash_of(self, block_id: int) -> bytes:
         """The content hash that a block is cached under, or b""."""
@@ -246,6 +254,8 @@ class PrefixCache:
                 raise InvariantError(f"block {block_id} is held and its parent is not")
         if children != self._children:
             raise InvariantError("the counts of children are wrong")
+        if digest_of(self.snapshot()) != self.digest:
+            raise InvariantError("the digest is not that of what is cached")
         if num_unheld != self.pool.num_kept:
             raise InvariantError(f"{self.pool.num_kept} blocks kept, {num_unheld} of them cached")
         if sum(1 for value in self._hash if value) != len(self._by_hash):
@@ -278,6 +288,7 @@ class PrefixCache:
         self._by_hash[content] = block_id
         self._hash[block_id] = content
         self._parent[block_id] = parent
+        self.digest ^= hash_key(content)
         self._note(content, True)
 
     def _forget(self, block_id: int) -> None:
@@ -304,6 +315,7 @@ class PrefixCache:
         del self._by_hash[content]
         self._forget(block_id)
         self.pool.give_back(block_id)
+        self.digest ^= hash_key(content)
         self._note(content, False)
         self._num_evicted += 1
         if parent:

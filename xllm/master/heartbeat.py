@@ -52,6 +52,7 @@ class HeartbeatMaker:
         events, self._forgotten = self._forgotten, []
         load, latency = InstanceLoad(), InstanceLatency()
         statistics = None
+        num_cached = digest = 0
         if scheduler is not None:
             statistics = scheduler.statistics()
             load = InstanceLoad(
@@ -67,6 +68,7 @@ class HeartbeatMaker:
             fresh = scheduler.drain_events()
             if fresh is not None:
                 events.append(fresh)
+            num_cached, digest = scheduler.cached_blocks
         metrics = b""
         now = time.monotonic()
         if now - self._metrics_at >= METRICS_PERIOD_S:
@@ -83,4 +85,6 @@ class HeartbeatMaker:
             tuple(events),
             metrics=metrics,
             workers=workers,
+            num_cached=num_cached,
+            digest=digest,
         )

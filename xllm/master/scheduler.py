@@ -195,6 +195,12 @@ class Scheduler:
         """Blocks cached and evicted since the last call."""
         return self._state.tables.cache.drain_events()
 
+    @property
+    def cached_blocks(self) -> tuple[int, int]:
+        """How many blocks are cached, and their digest."""
+        cache = self._state.tables.cache
+        return cache.num_cached, cache.digest
+
     def snapshot_blocks(self) -> bytes:
         """Hashes of all cached blocks."""
         return self._state.tables.cache.snapshot()

@@ -72,6 +72,10 @@ class InstanceHeartbeat(ArrayMessage, frozen=True):
     """Prometheus text of master and workers, about once a second."""
     message: str = ""
     workers: tuple[WorkerState, ...] = ()
+    num_cached: int = -1
+    """Blocks that are cached once the events happened; -1: not said."""
+    digest: int = 0
+    """XOR of the first eight bytes of their hashes, each as a little-endian number, never 0."""
 
 
 class DaemonHeartbeat(ArrayMessage, frozen=True):
@@ -85,6 +89,10 @@ class DaemonHeartbeat(ArrayMessage, frozen=True):
     dram_capacity_bytes: int = 0
     events: tuple[BlockEvents, ...] = ()
     metrics: bytes = b""
+    num_cached: int = -1
+    """Distinct blocks that are stored once the events happened, and their digest: see
+    InstanceHeartbeat."""
+    digest: int = 0
 
 
 class RouterPresence(ArrayMessage, frozen=True):

@@ -35,6 +35,7 @@ from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.pubsub import PublisherSocket
 from xllm.protocol.transport.security import Security
 from xllm.router.http.server import HttpFront
+from xllm.router.kv_listener import KvListener
 from xllm.router.leadership.part import Leadership
 from xllm.router.membership import Membership
 from xllm.router.peers import Peers
@@ -107,6 +108,8 @@ class RouterActor(Actor):
         self._closers.append(self.membership.close)
         peers = Peers()
         self.membership.listeners.append(peers)
+        self._kv = KvListener(self.transport, self.membership, self.service.kv)
+        self._closers.append(self._kv.close)
         self._bus = PublisherSocket(self.transport, self._bus_endpoint())
         self._closers.append(self._bus.close)
         zmq_endpoint = f"tcp://{_bracketed(settings.router.zmq_host)}:{settings.router.zmq_port}"
@@ -238,6 +241,7 @@ class RouterActor(Actor):
             silent = self._registration is not None and self._registration.degraded
             self.service.registry_degraded = silent or self._registry.degraded
         self.membership.changed(self.service.tick())
+        self._kv.tick()
 
     def _beat(self) -> None:
         self._seq += 1

@@ -67,7 +67,7 @@ class SocketLinks:
                 lambda message, frames: self._on_word(name, message),
                 on_gone=lambda: self._lost(name, socket),
                 on_connected=lambda: self._on_connected(name),
-                server_key=_key_for(record.endpoint, record.public_key),
+                server_key=key_for(record.endpoint, record.public_key),
                 name=f"instance {name}",
             )
         except XllmError as error:
@@ -84,7 +84,7 @@ class SocketLinks:
             return
         self.unhear(record.name)
         try:
-            self._bus.connect(record.bus_endpoint, _key_for(record.bus_endpoint, record.public_key))
+            self._bus.connect(record.bus_endpoint, key_for(record.bus_endpoint, record.public_key))
         except XllmError as error:
             _log.error("bus_unreachable", publisher=record.name, error=error.message)
             return
@@ -131,6 +131,6 @@ class SocketLinks:
             self._on_gone(name)
 
 
-def _key_for(endpoint: str, public_key: str) -> str:
+def key_for(endpoint: str, public_key: str) -> str:
     """Keys are for TCP; ipc is guarded by its directory."""
     return public_key if endpoint.startswith("tcp://") else ""

@@ -74,6 +74,9 @@ class Placement:
         stages = self._policy.choose(usable, ask)
         held = ask.cached.get(stages[0][1])
         num_cached = 0 if held is None else held.device * ask.block_size
+        if self._source is not None:
+            num_blocks = num_cached // ask.block_size
+            self._source.placed(state.spec.request_id, stages[0][1], num_blocks)
         self._planned = (state.spec.request_id, max(1, ask.num_prompt_tokens - num_cached))
         return stages
 

@@ -32,7 +32,7 @@ from xllm.protocol.client import (
     TokenizedText,
     TokenizeText,
 )
-from xllm.protocol.instance import InstanceReply, ProbeAnswer, SleepSet, TokenBatch
+from xllm.protocol.instance import InstanceReply, ProbeAnswer, RequestEnded, SleepSet, TokenBatch
 from xllm.protocol.records import InstanceRecord
 from xllm.router.admission.breaker import CircuitBreakers
 from xllm.router.admission.control import AdmissionControl
@@ -41,12 +41,14 @@ from xllm.router.dispatcher import Dispatcher
 from xllm.router.effort import LONG_IDS, is_long_talk, is_long_text
 from xllm.router.front import Sink, Tenant
 from xllm.router.inflight import InflightRequest, InstanceLinks
+from xllm.router.kv_feed import KvFeed
+from xllm.router.kv_metrics import KvFeedMetrics
 from xllm.router.leadership.objectives import LiveObjectives
 from xllm.router.metrics import RouterMetrics
 from xllm.router.models import ServedModels
 from xllm.router.placement import Placement
-from xllm.router.policies.make import make_policy
-from xllm.router.policies.question import RouteFigures
+from xllm.router.policies.make import make_policy, reads_cache
+from xllm.router.policies.question import Policy, RouteFigures
 from xllm.router.probe import Prober
 from xllm.router.remembered import RememberedFigures
 from xllm.router.report import degraded_parts, merged_metrics, process_list
@@ -93,17 +95,9 @@ class RouterService:
         routes = RouteFigures()
         policy = make_policy(settings.router.policy, settings.routing, routes)
         limits = settings.admission
-        self.placement = Placement(
-            self.view,
-            policy,
-            links,
-            clock,
-            figures=routes,
-            breakers=CircuitBreakers(
-                limits.breaker_failures, limits.breaker_window_s, limits.breaker_open_s
-            ),
-            most_waiting=limits.instance_waiting,
-        )
+        self.kv = self._feed(settings, clock)
+        """What is cached where."""
+        self.placement = self._place(settings, policy, routes, links)
         self.dispatcher = Dispatcher(self.placement, links, self.metrics, clock)
         self.admission = AdmissionControl(
             limits, self.placement.has_room, self._start, self.dispatcher.fail, clock
@@ -116,7 +110,7 @@ class RouterService:
         self.objectives = LiveObjectives()
         self.leader_command: LeaderCommand = _cannot_lead
         """Carries out what only a leader may; the part that may lead puts its own here."""
-        self.complaints: list[Callable[[], tuple[str, ...]]] = []
+        self.complaints: list[Callable[[], tuple[str, ...]]] = [self.kv.alarms]
         """What further parts find amiss, for health reports."""
         self._ticked_at = 0.0
         self.event_key = os.urandom(32)
@@ -126,6 +120,29 @@ class RouterService:
         self.submission = Submission(
             self.served, self._pool, self.dispatcher, settings.router, self.admission, clock
         )
+
+    def _place(
+        self, settings: Settings, policy: Policy, routes: RouteFigures, links: InstanceLinks
+    ) -> Placement:
+        limits = settings.admission
+        breakers = CircuitBreakers(
+            limits.breaker_failures, limits.breaker_window_s, limits.breaker_open_s
+        )
+        return Placement(
+            self.view,
+            policy,
+            links,
+            self._clock,
+            figures=routes,
+            source=self.kv if reads_cache(settings.router.policy) else None,
+            breakers=breakers,
+            most_waiting=limits.instance_waiting,
+        )
+
+    def _feed(self, settings: Settings, clock: Callable[[], float]) -> KvFeed:
+        feed = KvFeed(settings.kv_index, clock)
+        KvFeedMetrics(self.registry, feed)
+        return feed
 
     def _start(
         self, request: InflightRequest, state: RequestLife, instructions: Sequence[Instruction]
@@ -179,6 +196,8 @@ class RouterService:
     def instance_says(self, name: str, message: InstanceReply) -> None:
         """A message of an instance."""
         if isinstance(message, TokenBatch):
+            for ended in message.ended:
+                self._found(name, ended)
             self.dispatcher.batch(message)
         elif isinstance(message, ProbeAnswer):
             self.prober.answered(message)
@@ -186,6 +205,14 @@ class RouterService:
             self.sleeping.answered(message)
         else:
             _log.warning("unexpected_word", instance=name, word=type(message).__name__)
+
+    def _found(self, name: str, ended: RequestEnded) -> None:
+        """Tell the index what a request found cached; a vector's prompt is computed by itself."""
+        request = self.dispatcher.open.get(ended.request_id)
+        state = request.state if request is not None else None
+        if state is None or ended.code or ended.attempt != state.attempt or state.spec.embed:
+            return
+        self.kv.ended(name, ended, len(state.spec.prompt_ids))
 
     def registered(self, record: InstanceRecord) -> ViewChange:
         """An instance's record was written; what that changed is for `dispatcher.changed`."""

@@ -14,6 +14,11 @@ from xllm.router.policies.seeded_random import SeededRandom
 from xllm.router.policies.session_affinity import SessionAffinity
 
 
+def reads_cache(name: str) -> bool:
+    """Whether the policy called `name` decides by what is cached where."""
+    return name in ("kv-load", "prefix-aware")
+
+
 def make_policy(name: str, settings: RoutingSettings, figures: RouteFigures) -> Policy:
     """The policy called `name` (router.policy), within that of sessions unless those are off."""
     guard = ImbalanceGuard(settings.guard_requests, settings.guard_ratio)

@@ -43,6 +43,10 @@ class PrefixSource(Protocol):
         """Instances that hold leading blocks of a prompt of these 32-byte content hashes."""
         ...
 
+    def placed(self, request_id: str, instance: str, num_blocks: int) -> None:
+        """A request goes to an instance that should have so many of its blocks."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RouteQuestion:
