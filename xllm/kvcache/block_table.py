@@ -1,9 +1,10 @@
 """An open hash table from 64-bit keys to sets of small numbers, worked on in whole batches.
 
-The set of a key is a row of 64-bit words, one array a word (a column). A key lies in the first slot
-from its home on that was free (linear probing): most are at home, and a batch of a thousand is a
-handful of numpy calls. The home is the key scaled to the number of slots: keys are thus laid out
-almost in their order, and building the table anew is a sort and one running maximum.
+The set of a key is a row of 64-bit words in columns, the first of which lies beside the keys. A key
+is in the first slot from its home on that was free (linear probing): most are at home, and a batch
+of a thousand is a handful of numpy calls. The home is the key scaled to the number of slots: keys
+are thus laid out almost in their order, and building the table anew is a sort and one running
+maximum.
 
 A key whose row is empty keeps its slot until the next rebuilding.
 Invariant: no slot between a key's home and its place is empty. Pure; not for threads.
@@ -24,15 +25,19 @@ Flags = npt.NDArray[np.bool_]
 MIN_SLOTS = 1024
 SPILL = 512
 """Slots after the last home, for what does not fit there."""
-MAX_LOAD = 0.60
+MAX_LOAD = 0.50
 """Share of the slots in use, dead ones included, at which the table is built anew."""
-TARGET_LOAD = 0.40
+TARGET_LOAD = 0.33
 """Share in use after that, where the limit of bytes allows it."""
-FULL_LOAD = 0.50
+FULL_LOAD = 0.42
 """Share of living keys that a table at its limit of bytes may have: what is left is room for the
 changes between two rebuildings."""
+NEAR = 4
+"""Slots behind its home in which a key is looked for one by one."""
+FEW = 16
+"""So few keys are not worth a turn of their own."""
 WINDOW = 8
-"""Slots that are looked at together where a key is not at home."""
+"""Slots that are looked at together where a key is not there."""
 _HALF = np.uint64(32)
 _MAX_AGE = 255
 
@@ -70,7 +75,7 @@ class BlockTable:
 
     @property
     def _slot_bytes(self) -> int:
-        return 8 + 1 + 8 * len(self.columns)
+        return 8 + 1 + 8 * max(1, len(self.columns))
 
     @property
     def _num_slots(self) -> int:
@@ -113,24 +118,35 @@ class BlockTable:
         return (scaled >> _HALF).view(np.int64).astype(np.intp, copy=False)
 
     def _search(self, keys: Words, homes: Slots) -> Slots:
-        todo = np.flatnonzero(self._keys[homes] != keys)
-        if not len(todo):
-            return homes
+        """Almost all keys are in one of the first slots from their homes."""
         found = homes.copy()
-        at, wanted = homes[todo], keys[todo]
+        todo = np.flatnonzero(self._keys[homes] != keys)
+        for _ in range(NEAR):
+            if len(todo) <= FEW:
+                break
+            at = found[todo] + 1
+            found[todo] = at
+            todo = todo[self._keys[at] != keys[todo]]
+        if len(todo):
+            found[todo] = self._search_far(keys[todo], homes[todo])
+        return found
+
+    def _search_far(self, keys: Words, at: Slots) -> Slots:
+        """Several slots at once; an empty one says that a key is not there."""
+        found: Slots = np.full(len(keys), self.nowhere, np.intp)
+        todo: Slots = np.arange(len(keys))
         while True:
             rows = self._windows[at]
-            hits = np.flatnonzero(rows == wanted[:, None])
+            hits = np.flatnonzero(rows == keys[:, None])
             row = hits // WINDOW
-            found[todo] = self.nowhere
             found[todo[row]] = at[row] + (hits & (WINDOW - 1))
             if len(hits) == len(todo):
                 return found
-            # An empty slot behind its home says that a key is not there.
-            further = np.flatnonzero((found[todo] == self.nowhere) & (rows != 0).all(axis=1))
+            missed = np.flatnonzero(found[todo] == self.nowhere)
+            further = missed[(rows[missed] != 0).all(axis=1)]
             if not len(further):
                 return found
-            todo, at, wanted = todo[further], at[further] + WINDOW, wanted[further]
+            todo, at, keys = todo[further], at[further] + WINDOW, keys[further]
 
     # -- adding ------------------------------------------------------------------------------
 
@@ -176,7 +192,8 @@ class BlockTable:
     def add_column(self) -> None:
         """One more word for each row, empty. `rebuild` is due where `num_bytes` is now above the
         limit."""
-        self.columns.append(np.zeros(self._num_slots, np.uint64))
+        more = np.zeros(self._num_slots, np.uint64)
+        self.columns.append(more if self.columns else self._pairs[:, 1])
 
     # -- room --------------------------------------------------------------------------------
 
@@ -205,10 +222,15 @@ class BlockTable:
 
     def _allocate(self, num_homes: int) -> None:
         self._num_homes = num_homes
-        self._keys: Words = np.zeros(self._num_slots, np.uint64)
+        # A key lies beside its first word: both come with one line of the memory.
+        self._pairs: Words = np.zeros((self._num_slots, 2), np.uint64)
+        self._keys: Words = self._pairs[:, 0]
         self._windows = sliding_window_view(self._keys, WINDOW)
         self._used: npt.NDArray[np.uint8] = np.zeros(self._num_slots, np.uint8)
-        self.columns = [np.zeros(self._num_slots, np.uint64) for _ in self.columns]
+        num_columns = len(self.columns)
+        self.columns = []
+        for _ in range(num_columns):
+            self.add_column()
         self._num_taken = 0
 
     def _grow_older(self) -> None:

@@ -9,7 +9,7 @@ crowd one place of the table.
 One bit stands for a publisher's tier (a *part*); `index_match` says how prefixes are found.
 
 Memory: a slot has 9 bytes and 8 more for each 64 parts; with up to 64 parts a distinct block takes
-28 to 43 bytes once the table has grown (17 bytes, 40 to 60% of the slots in use), and never
+34 to 52 bytes once the table has grown (17 bytes, 33 to 50% of the slots in use), and never
 more than `max_bytes` all together. At that limit the blocks that were stored or asked for longest
 ago go, a tenth of all at a time, and the parts that lost some are no longer *whole*: what is said
 of them may be too little, never too much. Pure; not for threads.

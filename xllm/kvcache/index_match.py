@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from xllm.kvcache.block_table import BlockTable, Slots, Words
-from xllm.kvcache.index_parts import CachedPrefix, PartTable
+from xllm.kvcache.index_parts import NUM_PREFIXES, CachedPrefix, PartTable
 
 STRIDE = 32
 MAX_STRETCHES = 8
@@ -71,10 +71,15 @@ def _note(
     borders = np.flatnonzero(row[1:] != row[:-1]) + 1
     visible = parts.visible[column]
     before = int(row[0]) & visible
+    alone, prefixes = parts.alone[column], parts.prefixes
     for end, word in zip(at[borders].tolist(), row[borders].tolist(), strict=True):
         after = word & visible
         if after != before:
-            parts.note(column, before ^ after, end, found)
+            publisher = alone.get(before ^ after)
+            if publisher is not None and end < NUM_PREFIXES:
+                found[publisher] = prefixes[end]
+            else:
+                parts.note(column, before ^ after, end, found)
             before = after
     if before:
         parts.note(column, before, int(at[-1]) + 1, found)

@@ -61,7 +61,10 @@ class PartTable:
         self._by_number: list[IndexPart | None] = []
         self._hidden: set[str] = set()
         self._split: list[dict[int, _Names]] = []
-        self._prefixes = [CachedPrefix(length) for length in range(NUM_PREFIXES)]
+        self.prefixes = [CachedPrefix(length) for length in range(NUM_PREFIXES)]
+        """Of device tiers, by length."""
+        self.alone: list[dict[int, str]] = []
+        """By column, the publisher of each bit, where all parts are of device tiers."""
         self._all_device = True
         self.visible: list[int] = []
         """By column, the bits of parts that may be spoken of."""
@@ -100,6 +103,7 @@ class PartTable:
         self.visible.append(0)
         self.unchained.append(0)
         self._split.append({})
+        self.alone.append({})
 
     def of(self, publisher: str) -> list[IndexPart]:
         """A publisher's parts."""
@@ -137,7 +141,7 @@ class PartTable:
     def note(self, column: int, mask: int, length: int, found: dict[str, CachedPrefix]) -> None:
         """Write down that the parts of these bits have so many leading blocks."""
         names = self._split[column].get(mask) or self._names_of(column, mask)
-        prefix = self._prefixes[length] if length < NUM_PREFIXES else CachedPrefix(length)
+        prefix = self.prefixes[length] if length < NUM_PREFIXES else CachedPrefix(length)
         if self._all_device:
             for publisher, _ in names:
                 found[publisher] = prefix
@@ -161,6 +165,10 @@ class PartTable:
         self._split = [{} for _ in self.visible]
         self._all_device = not any(part.tier for part in self)
         self.unchained = [0] * len(self.visible)
+        self.alone = [{} for _ in self.visible]
+        if self._all_device:
+            for part in self:
+                self.alone[part.column][part.bit] = part.publisher
         for part in self:
             if part.tier or not part.is_whole:
                 self.unchained[part.column] |= part.bit
