@@ -298,6 +298,17 @@ def test_news_older_than_the_claim_end_nothing():
     assert one.epoch == 0
 
 
+def test_a_registry_that_began_anew_with_lower_revisions_has_a_leader_again():
+    one = grown()
+    one.renewed(one.next_call(0.5), 0.0, 0.6)
+    one.granted(one.next_call(0.6), Lease(1, TTL_S), 0.7)
+    one.claimed(one.next_call(0.7), CasResult(False, 3, Entry(KEY, b"other", 3, 3, 9)), 0.8)
+    one.revoked(one.next_call(0.8), True, 0.9)
+    assert one.next_call(0.9) is None, "another leads"
+    one.seen(None, 4)
+    assert one.next_call(1.0).step is Step.GRANT
+
+
 def test_a_lease_that_is_gone_is_run_for_again_at_once():
     one = grown()
     one.renewed(one.next_call(0.5), 0.0, 0.6)

@@ -68,7 +68,7 @@ class Election:
         self._retry_at = 0.0
         self._epoch = 0
         self._entry: Entry | None = None
-        self._revision = 0
+        self._claimed_at = 0
         self._abandoned: set[int] = set()
         self._resigned = False
 
@@ -111,10 +111,11 @@ class Election:
     # -- events ------------------------------------------------------------------------------
 
     def seen(self, entry: Entry | None, revision: int) -> None:
-        """The watch tells the leader key (None: there is none) as of that revision."""
-        if revision <= self._revision:
+        """The watch tells the leader key (None: there is none) as of that revision. Its news are in
+        order, but may be older than an answer: those of before the own claim end no leadership."""
+        if self._epoch and revision <= self._claimed_at:
             return
-        self._revision, self._entry = revision, entry
+        self._entry = entry
         if self._epoch and (entry is None or entry.create_revision != self._epoch):
             self._step_down()  # the lease ended in truth, or was ended
 
@@ -137,12 +138,12 @@ class Election:
             self._retry_at = now + AGAIN_S
             self._abandon()
             return
-        if result.revision >= self._revision:
-            self._revision, self._entry = result.revision, result.entry
+        self._entry = result.entry
         if not result.ok or result.entry is None or now >= self._deadline:
             self._abandon()
             return
         self._epoch = result.entry.create_revision
+        self._claimed_at = result.entry.mod_revision
 
     def renewed(self, call: Call, ttl_s: float | None, now: float) -> None:
         """Answer to RENEW; 0: the lease is gone, and the key with it."""
