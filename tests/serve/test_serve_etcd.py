@@ -153,7 +153,7 @@ def test_what_is_written_and_how_much(served, server, client, model):
         took_s = time.monotonic() - began
     entries = keys_of(server.ctl("get", "", "--prefix", "-w", "json").stdout)
     kinds = {key.split(b"/")[3] for key, _ in entries}
-    assert {b"instances", b"routers", b"daemons"} <= kinds
+    assert {b"instances", b"routers", b"daemons", b"leader"} <= kinds
     assert all(key.startswith(b"/xllm/default/") for key, _ in entries)
     assert max(len(value) for _, value in entries) <= MAX_VALUE_BYTES
     num_processes = sum(one.kind != "worker" for one in client.status())
