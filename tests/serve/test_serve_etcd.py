@@ -94,7 +94,7 @@ def served(model, proxy, tmp_path_factory):
         yield served
         family = served.family()
     assert served.process.returncode == 0, served.text
-    wait_until(lambda: not alive(family), 5, "the end of all processes")
+    wait_until(lambda: not alive(family), 20, "the end of all processes")
     if served.run_dir.exists():
         served.run_dir.rmdir()
 
@@ -135,11 +135,11 @@ def wait_equal(server, client):
         seen = instances(client)
         return len(seen) == 2 and seen == registered(server)
 
-    wait_until(equal, 30, "equal memberships")
+    wait_until(equal, 60, "equal memberships")
 
 
 def wait_degraded(client, degraded: bool):
-    wait_until(lambda: (SILENT in client.health().degraded) == degraded, 20, f"{degraded=}")
+    wait_until(lambda: (SILENT in client.health().degraded) == degraded, 60, f"{degraded=}")
 
 
 def test_what_is_written_and_how_much(served, server, client, model):
@@ -203,16 +203,15 @@ def test_etcd_freezes_for_half_a_minute(served, server, client, model):
 
 def die_and_join(served, server, client, model, seconds):
     before = instances(client)
-    victim = sorted(before)[0]
     with StreamLoad(served.zmq, model) as load:
         server.kill()
         began = time.monotonic()
         wait_degraded(client, True)
         pid = served.child("master")
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: len(instances(client)) == 1, 20, "the end of the dead")
-        assert not os.path.exists(f"/proc/{pid}")
-        wait_until(lambda: served.child("master") != pid, 20, "its successor")
+        wait_until(lambda: len(instances(client)) == 1, 60, "the end of the dead")
+        assert not alive([pid])
+        wait_until(lambda: served.child("master") != pid, 60, "its successor")
         load.wait_done(16)
         wait_until(lambda: time.monotonic() - began > seconds, seconds + 5)
         assert len(instances(client)) == 1
@@ -221,7 +220,7 @@ def die_and_join(served, server, client, model, seconds):
         wait_equal(server, client)
         load.wait_done()
     after = instances(client)
-    assert set(after) == set(before), victim
+    assert set(after) == set(before)
     assert sum(after[name] != before[name] for name in before) == 1
 
 
@@ -256,7 +255,7 @@ def test_a_compaction_while_everybody_was_cut_off(served, server, proxy, client,
         load.wait_done(16)
         proxy.do(proxy.proxy.heal)
         wait_degraded(client, False)
-        wait_until(lambda: "ghost" in {one.name for one in client.status()}, 20, "the news")
+        wait_until(lambda: "ghost" in {one.name for one in client.status()}, 60, "the news")
         load.wait_done()
     server.ctl("del", "/xllm/default/instances/ghost")
     assert instances(client) == before
