@@ -8,7 +8,14 @@ import time
 
 import pytest
 
-from tests.router.fake_cluster import CONTEXT, TENANT, FakeCluster, in_loop, text_model
+from tests.router.fake_cluster import (
+    CONTEXT,
+    TENANT,
+    FakeCluster,
+    ListSink,
+    in_loop,
+    text_model,
+)
 from xllm.config.admission import AdmissionSettings
 from xllm.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from xllm.kvcache.hashing import chain_hashes
@@ -25,6 +32,7 @@ from xllm.protocol.client import (
     TokenizeText,
 )
 from xllm.protocol.instance import TokenBatch, TokenItem
+from xllm.protocol.token_bytes import pack_tokens
 from xllm.router.front import Tenant
 from xllm.router.state.move_budget import MOVE_BURST
 from xllm.router.state.moves import PATIENCE_S
@@ -323,6 +331,50 @@ async def test_long_texts_are_encoded_in_a_thread():
     assert sink.last.code == "deadline_exceeded"
     assert cluster.service.num_open == 0
     assert len({request_id, aborted, late}) == 3
+    cluster.close()
+
+
+@in_loop
+async def test_a_text_of_five_megabytes_is_refused_by_its_bytes(monkeypatch):
+    cluster = FakeCluster("a")
+    text = cluster.service.served.first.text
+    worked = []
+    for name in ("pack", "render"):
+        monkeypatch.setattr(text, name, lambda *args, **fields: worked.append(args))
+    huge = "a b c d " * 650_000
+    for fields in (
+        {"prompt": huge},
+        {"prompt": None, "messages": (ChatMessage(role="user", content=huge),)},
+    ):
+        sink = ListSink()
+        cluster.service.submit(SubmitRequest(id=1, **fields), Tenant(), sink)
+        assert sink.last.code == "context_length_exceeded"  # at once, and in no thread
+    assert not worked
+    assert cluster.service.num_open == 0
+    cluster.close()
+
+
+@in_loop
+async def test_a_long_prompt_travels_as_bytes_and_moves_with_them():
+    cluster = FakeCluster("a", "b")
+    prompt = tuple(range(3, 103))
+    request_id, sink = cluster.ask(prompt, max_tokens=2)
+    (admit,) = cluster.links.admits()
+    assert (admit.prompt_ids, admit.packed_prompt) == ((), pack_tokens(prompt))
+    assert admit.block_hashes == chain_hashes(admit.salt, prompt, 4)
+    cluster.change(cluster.service.view.disconnected(cluster.links.sent[-1][0]))
+    again = cluster.links.admits()[-1]
+    assert again.attempt == admit.attempt + 1
+    assert (again.prompt_ids, again.packed_prompt) == ((), admit.packed_prompt)
+    cluster.say(request_id, 0, "hello", "length", attempt=again.attempt)
+    cluster.end(request_id, attempt=again.attempt)
+    assert sink.last.usage.prompt_tokens == len(prompt)
+    text = "a b c d " * 40
+    _, sink = cluster.ask(text, max_tokens=1)
+    ids = tuple(text_model().encode(text))
+    admit = cluster.links.admits()[-1]
+    assert admit.packed_prompt == pack_tokens(ids)
+    assert admit.block_hashes == chain_hashes(admit.salt, ids, 4)
     cluster.close()
 
 
