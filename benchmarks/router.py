@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import statistics
 import sys
 import threading
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--log", default="/tmp/xllm-router-bench.log")
     options = parser.parse_args()
     result: dict[str, Any] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its processes end with it
     with contextlib.ExitStack() as stack:
         bench = RouterBench(options, stack)
         if options.only in ("", "rates"):
