@@ -19,6 +19,7 @@ from xllm.router.http.event_ids import (
     LastEvent,
     Place,
     Stream,
+    encode_place,
     token_digest,
 )
 from xllm.router.http.problem import Problem, problem_json, problem_of_failure
@@ -153,7 +154,7 @@ class StreamWriter:
                 if is_old:
                     continue
             digest = token_digest(self._tokens[choice]) if count else b""
-            self._places[choice] = Place(count, reached, digest).encode()
+            self._places[choice] = encode_place(count, reached, digest)
             parts += (self._id(), event)
 
     def _refuse(self, parts: list[bytes]) -> None:
