@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm.errors import InvalidRequestError
-from xllm.protocol.bus import InstanceHeartbeat, InstanceLoad, RouterPresence
+from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat, InstanceLoad, RouterPresence
 from xllm.protocol.client import SubmitRequest
-from xllm.protocol.records import experts_key, load_key
+from xllm.protocol.records import experts_key, kv_key, load_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES
 from xllm.router.leadership.mirror import MAX_EXPERTS_BYTES, Mirror
 from xllm.router.leadership.objectives import LiveObjectives, encode_objectives, read_objectives
@@ -136,6 +136,21 @@ def test_only_what_changed_is_written_and_what_is_gone_is_deleted():
     puts, deletes = mirror.batch()
     assert puts == []
     assert set(deletes) == {load_key("c", "a"), experts_key("c", "a")}
+
+
+def test_what_is_cached_is_mirrored_as_a_digest():
+    mirror = Mirror("c")
+    mirror.heard(DaemonHeartbeat("d", "1", 1, num_cached=3, digest=0xAB))
+    mirror.heard(DaemonHeartbeat("old", "1", 1))
+    mirror.heard(msgspec.structs.replace(beat("a"), num_cached=0))
+    puts, _ = mirror.batch()
+    values = {key: value for key, value in puts if "/kv/" in key}
+    assert set(values) == {kv_key("c", "a"), kv_key("c", "d")}
+    found = msgspec.json.decode(values[kv_key("c", "d")])
+    assert found == {"num_cached": 3, "digest": "00000000000000ab"}
+    mirror.wrote(puts, [], 1.0)
+    mirror.gone("d")
+    assert mirror.batch() == ([], [kv_key("c", "d")])
 
 
 def test_a_report_that_is_too_large_is_counted_and_left_out():

@@ -30,7 +30,7 @@ from tests.router.leadership.leader_cluster import (
 from xllm.errors import InvalidRequestError, UnavailableError
 from xllm.protocol.codec import Decoder
 from xllm.protocol.instance import AssignRole, DrainInstance, EpochRefused, InstanceReply
-from xllm.protocol.records import load_key, roles_key, slo_key
+from xllm.protocol.records import kv_key, load_key, roles_key, slo_key
 from xllm.protocol.transport.dealer import DealerSocket
 
 pytestmark = pytest.mark.process
@@ -126,7 +126,9 @@ def test_the_leader_is_shown_and_does_its_duties(cluster):
         async def mirrored() -> bool:
             entry = await watcher.registry.get(roles_key(CLUSTER))
             loads = [await watcher.registry.get(load_key(CLUSTER, name)) for name in instances]
+            cached = [await watcher.registry.get(kv_key(CLUSTER, name)) for name in instances]
             known = entry is not None and all(name.encode() in entry.value for name in instances)
+            known = known and all(one is not None and b"num_cached" in one.value for one in cached)
             return known and all(one is not None and b'"ready"' in one.value for one in loads)
 
         await until(mirrored, what="roles and loads in the registry")

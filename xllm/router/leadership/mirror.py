@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import msgspec
 import structlog
 
-from xllm.protocol.bus import InstanceHeartbeat
-from xllm.protocol.records import experts_key, load_key
+from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat
+from xllm.protocol.records import experts_key, kv_key, load_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES
 
 _log = structlog.get_logger("leadership")
@@ -44,8 +44,13 @@ class Mirror:
         """A new epoch, with those mirrored keys in the registry."""
         self._written = dict.fromkeys(standing, (0.0, b""))
 
-    def heard(self, word: InstanceHeartbeat) -> None:
-        """An instance speaks."""
+    def heard(self, word: InstanceHeartbeat | DaemonHeartbeat) -> None:
+        """An instance or a KV cache daemon speaks."""
+        if word.num_cached >= 0:
+            key = kv_key(self._cluster, word.publisher)
+            self._want(key, word.publisher, kv_value(word))
+        if isinstance(word, DaemonHeartbeat):
+            return
         self._want(load_key(self._cluster, word.publisher), word.publisher, load_value(word))
         if not word.expert_load:
             return
@@ -64,7 +69,7 @@ class Mirror:
             )
 
     def gone(self, instance: str) -> None:
-        """An instance left: its keys are to be deleted."""
+        """An instance or a daemon left: its keys are to be deleted."""
         self._oversized.discard(instance)
         for key in [key for key, owner in self._owner.items() if owner == instance]:
             del self._wanted[key], self._owner[key]
@@ -112,3 +117,8 @@ def load_value(word: InstanceHeartbeat) -> bytes:
         "tpot_ms": round(latency.tpot_mean_s * _MS, 1),
     }
     return msgspec.json.encode(value)
+
+
+def kv_value(word: InstanceHeartbeat | DaemonHeartbeat) -> bytes:
+    """How many blocks are cached and their digest, 16 hexadecimal digits, as a JSON object."""
+    return msgspec.json.encode({"num_cached": word.num_cached, "digest": f"{word.digest:016x}"})

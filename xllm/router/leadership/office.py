@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from xllm.errors import InvalidRequestError, XllmError
-from xllm.protocol.bus import InstanceHeartbeat
+from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat
 from xllm.protocol.instance import AssignRole
 from xllm.protocol.records import cluster_prefix, leader_key, roles_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES, Registry
@@ -55,14 +55,15 @@ class Office:
         self._wrote_at = 0.0
         self._is_failing = False
 
-    def heard(self, word: InstanceHeartbeat) -> None:
-        """An instance speaks. Every router keeps its last word, so as to know when it leads."""
+    def heard(self, word: InstanceHeartbeat | DaemonHeartbeat) -> None:
+        """An instance or a daemon speaks. Every router keeps its last word, to know it once it
+        leads."""
         self.mirror.heard(word)
 
-    def gone(self, instance: str) -> None:
-        """An instance left."""
-        self.roles.gone(instance)
-        self.mirror.gone(instance)
+    def gone(self, name: str) -> None:
+        """An instance or a daemon left."""
+        self.roles.gone(name)
+        self.mirror.gone(name)
 
     def tick(self, now: float) -> None:
         """Each heartbeat."""

@@ -15,7 +15,7 @@ import structlog
 
 from xllm.config.settings import ClusterSettings
 from xllm.errors import BadMessageError, InvalidRequestError, UnavailableError
-from xllm.protocol.bus import BusMessage, InstanceHeartbeat, RouterPresence
+from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, RouterPresence
 from xllm.protocol.client import (
     ObjectivesSet,
     RoleSet,
@@ -175,9 +175,13 @@ class Leadership(MembershipListener):
         """Nothing is kept of it, and nothing mirrored."""
         self.office.gone(name)
 
+    def publisher_gone(self, name: str) -> None:
+        """A daemon left, or another router, of which nothing is kept."""
+        self.office.gone(name)
+
     def heard(self, message: BusMessage) -> None:
         """Loads are kept; a higher epoch ends a lower one."""
-        if isinstance(message, InstanceHeartbeat):
+        if isinstance(message, InstanceHeartbeat | DaemonHeartbeat):
             self.office.heard(message)
         elif isinstance(message, RouterPresence):
             self._candidate.outbid(self._standing.epoch)
