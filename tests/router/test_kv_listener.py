@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from hashlib import sha256
 
 from tests.router.fake_instance import MODEL, FakeInstance
@@ -18,7 +19,7 @@ from xllm.protocol.instance import QuerySnapshot
 from xllm.router.kv_feed import DAEMONS
 
 NUM_BLOCKS = 100_000
-FLOOD_WORDS, WORD_BLOCKS = 5000, 20
+FLOOD_WORDS, WORD_BLOCKS = 3200, 20
 
 
 def name(number):
@@ -117,10 +118,10 @@ def test_a_flood_that_a_busy_router_does_not_read_leaves_a_gap_and_then_the_trut
         one = await caching(b, "a")
         feed = b.router.service.kv
         await until(lambda: is_equal(b, one))
+        flood = [[os.urandom(32) for _ in range(WORD_BLOCKS)] for _ in range(FLOOD_WORDS)]
         # The loop does not turn meanwhile: the queues of both sides are full long before the end.
-        for number in range(FLOOD_WORDS):
-            start = number * WORD_BLOCKS
-            one.store(map(name, range(start, start + WORD_BLOCKS)))
+        for hashes in flood:
+            one.store(hashes)
             one.publish()
         await until(lambda: feed.figures.num_gaps > 0)
         await until(lambda: is_equal(b, one))
