@@ -67,3 +67,13 @@ def apply_options(socket: zmq.Socket[bytes], limits: SocketLimits, endpoint: str
         socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
     if socket.type == zmq.DEALER:
         socket.setsockopt(zmq.IMMEDIATE, 1)
+    if socket.type in (zmq.PUB, zmq.SUB):
+        # A subscriber whose queue is full, and whose connection ZMTP's heartbeats end meanwhile,
+        # aborts its process when it reads again (libzmq issue 3937). Publishers speak all the
+        # time, and their silence is seen by that: what is left to find is a half-open connection.
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
+        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 5)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+        socket.setsockopt(zmq.TCP_MAXRT, 10_000)
