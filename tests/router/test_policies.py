@@ -264,7 +264,7 @@ def test_prefix_aware_minds_memory_that_is_not_there():
 def test_one_wholly_cached_prompt_still_computes_a_token():
     one = PrefixAware(CostWeights(), ImbalanceGuard(8, 1.5), RouteFigures())
     ask = RouteQuestion(32, BLOCK, {"a": Held(9)})
-    assert one.cost(instance("a"), ask) == CostWeights().prefill_weight
+    assert one.cost(instance("a"), ask, 0) == CostWeights().prefill_weight
 
 
 def test_affinity_yields_to_the_guard():

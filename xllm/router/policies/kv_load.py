@@ -23,7 +23,7 @@ class KvLoad:
 
     def __init__(self, figures: RouteFigures) -> None:
         self._figures = figures
-        self._turns = LastChosen()
+        self._chosen = LastChosen()
 
     def choose(self, candidates: Sequence[InstanceView], ask: RouteQuestion) -> Stages:
         """The one with the most room left."""
@@ -31,10 +31,10 @@ class KvLoad:
         if len(candidates) > 1:
             best = min(
                 candidates,
-                key=lambda one: (kv_share(one, ask), num_requests(one), self._turns[one.name]),
+                key=lambda one: (kv_share(one, ask), num_requests(one), self._chosen[one.name]),
             )
         self._figures.count("kv")
-        return self._turns.take(best.name)
+        return self._chosen.take(best.name)
 
 
 def kv_share(one: InstanceView, ask: RouteQuestion) -> float:

@@ -16,13 +16,13 @@ class LeastLoad:
 
     def __init__(self, figures: RouteFigures) -> None:
         self._figures = figures
-        self._turns = LastChosen()
+        self._chosen = LastChosen()
 
     def choose(self, candidates: Sequence[InstanceView], ask: RouteQuestion) -> Stages:
         """The least loaded."""
         best = candidates[0] if len(candidates) == 1 else min(candidates, key=self._cost)
         self._figures.count("load")
-        return self._turns.take(best.name)
+        return self._chosen.take(best.name)
 
     def _cost(self, one: InstanceView) -> tuple[int, int, int]:
-        return num_requests(one), queued_tokens(one), self._turns[one.name]
+        return num_requests(one), queued_tokens(one), self._chosen[one.name]

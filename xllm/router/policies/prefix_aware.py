@@ -48,42 +48,54 @@ class PrefixAware:
         self._weights = weights
         self._guard = guard
         self._figures = figures
-        self._turns = LastChosen()
+        self._chosen = LastChosen()
 
     def choose(self, candidates: Sequence[InstanceView], ask: RouteQuestion) -> Stages:
         """The cheapest within the guard's bound."""
-        cached = ask.cached
-        best = candidates[0]
-        if len(candidates) > 1:
-            allowed = self._guard.within(candidates) if cached else candidates
-            best = min(allowed, key=lambda one: (self.cost(one, ask), self._turns[one.name]))
-            if len(allowed) < len(candidates):
-                wanted = min(candidates, key=lambda one: self.cost(one, ask))
-                self._figures.num_yields += wanted not in allowed
-        held = cached.get(best.name)
+        best = candidates[0] if len(candidates) == 1 else self._cheapest(candidates, ask)
+        held = ask.cached.get(best.name)
         if held is None:
-            self._figures.count("elsewhere" if cached else "load")
+            self._figures.count("elsewhere" if ask.cached else "load")
         else:
             self._figures.count("prefix", max(held.device, held.dram, held.ssd))
-        return self._turns.take(best.name)
+        return self._chosen.take(best.name)
 
-    def cost(self, one: InstanceView, ask: RouteQuestion) -> float:
-        """What the request would cost there, in tokens."""
+    def _cheapest(self, candidates: Sequence[InstanceView], ask: RouteQuestion) -> InstanceView:
+        loads = [num_requests(one) for one in candidates]
+        costs = [self.cost(one, ask, load) for one, load in zip(candidates, loads, strict=True)]
+        limit = self._guard.limit(loads) if ask.cached else max(loads)
+        least = min(costs)
+        lowest = min(
+            [cost for cost, load in zip(costs, loads, strict=True) if load <= limit], default=least
+        )
+        self._figures.num_yields += lowest > least
+        found = [
+            one
+            for one, cost, load in zip(candidates, costs, loads, strict=True)
+            if cost == lowest and load <= limit
+        ]
+        return found[0] if len(found) == 1 else min(found, key=self._last_chosen)
+
+    def _last_chosen(self, one: InstanceView) -> int:
+        return self._chosen[one.name]
+
+    def cost(self, one: InstanceView, ask: RouteQuestion, num_there: int) -> float:
+        """What the request would cost there, in tokens. `num_there`: requests there."""
         weights = self._weights
         size, num_tokens = ask.block_size, ask.num_prompt_tokens
         held = ask.cached.get(one.name)
-        credit = 0.0
         num_new = -(-num_tokens // size)
+        to_compute: float = num_tokens
         if held is not None:
-            credit = size * credited_blocks(held, weights)
+            to_compute = max(1.0, num_tokens - size * credited_blocks(held, weights))
             num_new -= held.device
         short = num_new - free_blocks(one, size)
-        return (
-            weights.prefill_weight * max(1.0, num_tokens - credit)
+        cost = (
+            weights.prefill_weight * to_compute
             + queued_tokens(one)
-            + weights.decode_tokens * num_requests(one)
-            + size * max(0, short)
+            + weights.decode_tokens * num_there
         )
+        return cost + size * short if short > 0 else cost
 
 
 def credited_blocks(held: CachedTiers, weights: CostWeights) -> float:
