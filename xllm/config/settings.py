@@ -148,7 +148,7 @@ class RouterSettings:
         high=1000,
     )
     policy: str = setting(
-        "least-load", "How an instance is chosen (docs/routing.md).", choices=POLICIES
+        "prefix-aware", "How an instance is chosen (docs/routing.md).", choices=POLICIES
     )
 
 
