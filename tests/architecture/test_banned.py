@@ -13,13 +13,18 @@ from tests.architecture.sources import sources
 
 PICKLERS = {
     "pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "diskcache",
-    "joblib", "jsonpickle",
+    "joblib", "jsonpickle", "copyreg", "runpy",
 }  # fmt: skip
 BANNED_MODULES = PICKLERS | {"imp", "xmlrpc", "telnetlib"}
+PICKLING_SUBMODULES = {"connection", "managers", "pool", "queues", "reduction", "shared_memory"}
+"""Of multiprocessing: what they send between processes they pickle, or leave in /dev/shm."""
+MAY_PIPE = {"benchmarks/loading.py", "benchmarks/tensor_parallel.py"}
+"""Pipes between one benchmark and the children that it spawned: no byte comes from elsewhere."""
 BANNED_CALLS = {
     "eval", "exec", "recv_pyobj", "send_pyobj", "ProcessPoolExecutor", "SocketHandler",
     "DatagramHandler", "broadcast_object_list", "all_gather_object", "gather_object",
-    "scatter_object_list", "send_object_list", "recv_object_list", "mktemp",
+    "scatter_object_list", "send_object_list", "recv_object_list", "mktemp", "read_pickle",
+    "run_path", "run_module",
 }  # fmt: skip
 BANNED_MULTIPROCESSING = {"Queue", "SimpleQueue", "JoinableQueue", "Pipe", "Manager", "Pool"}
 YAML_LOADERS = {"load", "load_all", "unsafe_load", "unsafe_load_all", "full_load"}
@@ -49,6 +54,13 @@ def _of_imports(path, node):
         top = name.split(".")[0]
         if top in BANNED_MODULES:
             yield f"import {name}"
+        piped = (
+            path not in MAY_PIPE
+            and top in ("multiprocessing", "mp")
+            and name.split(".")[-1] in PICKLING_SUBMODULES
+        )
+        if piped or name.startswith("torch.multiprocessing"):
+            yield f"import {name}"
         if top == "zmq" and path.startswith("xllm/") and "/transport/" not in path:
             yield "zmq outside of the transport"
         if name in ("os.environ", "os.getenv", "os.putenv") and _no_environment(path):
@@ -71,8 +83,15 @@ def _of_uses(path, node):
     keywords = {keyword.arg: keyword.value for keyword in node.keywords}
     if name in BANNED_CALLS and not (name in ("eval", "exec") and text != name):
         yield text
-    if name in BANNED_MULTIPROCESSING and text.split(".")[0] in ("multiprocessing", "mp", "ctx"):
-        yield text
+    if name in BANNED_MULTIPROCESSING and "." in text:
+        owner = text.rpartition(".")[0].lower()
+        known = owner in ("multiprocessing", "mp", "ctx") or "context" in owner
+        if known and path not in MAY_PIPE:
+            yield text
+    if name in ("import_module", "__import__") and node.args:
+        what = node.args[0]
+        if isinstance(what, ast.Constant) and str(what.value).split(".")[0] in BANNED_MODULES:
+            yield f"{text} of {what.value}"
     if name == "load" and text.split(".")[0] == "torch" and not _true(keywords, "weights_only"):
         yield f"{text} without weights_only=True"
     numpy_load = name == "load" and text.split(".")[0] in ("np", "numpy")
@@ -135,6 +154,15 @@ def test_nobody_says_what_is_banned(folder):
         "import multiprocessing\nmultiprocessing.Queue()",
         "from multiprocessing import Pipe",
         "mp.Manager()",
+        "self._context.Queue()",
+        "multiprocessing.get_context('spawn').Pipe()",
+        "from multiprocessing.connection import Listener",
+        "from multiprocessing import connection",
+        "import multiprocessing.managers",
+        "import torch.multiprocessing as m",
+        "importlib.import_module('pickle')",
+        "pd.read_pickle(path)",
+        "runpy.run_path(path)",
         "dist.broadcast_object_list(x)",
         "msgpack.unpackb(data, ext_hook=f)",
         "AutoModel.from_pretrained(x, trust_remote_code=True)",

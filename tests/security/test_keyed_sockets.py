@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket as sockets
+import subprocess
+import sys
 import time
 
 import pytest
@@ -456,3 +458,57 @@ def test_lists_that_others_may_write_are_refused(tmp_path):
     os.chmod(tmp_path / "server" / "allowed", 0o777)
     with pytest.raises(ConfigError, match="written by others"):
         Transport(Security.load(nodes.server_dir))
+
+
+FEW_FILES = """
+import asyncio, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from xllm.protocol.client import ClientMessage
+from xllm.protocol.codec import Decoder
+from xllm.protocol.transport.context import Transport
+from xllm.protocol.transport.router import RouterSocket
+
+async def main():
+    router = RouterSocket(
+        Transport(), "tcp://127.0.0.1:0", Decoder(ClientMessage),
+        lambda identity, message, frames: router.send(identity, message),
+    )
+    print(router.endpoint, flush=True)
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(0, ended.set)
+    await ended.wait()
+
+asyncio.run(main())
+import os; os._exit(0)
+"""
+
+
+@pytest.mark.process
+def test_mute_connections_do_not_use_up_a_process_s_files(tmp_path):
+    """64 files and 120 connections that say nothing: somebody who speaks is served all the same."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", FEW_FILES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with child:
+        endpoint = child.stdout.readline().strip()
+        mute = [connect_raw(endpoint) for _ in range(120)]
+        context = zmq.Context()
+        peer = context.socket(zmq.DEALER)
+        peer.connect(endpoint)
+        deadline = time.monotonic() + 20
+        while True:  # its first connection may be one too many
+            peer.send(encode(AbortRequest(id=7)))
+            if peer.poll(250):
+                break
+            assert time.monotonic() < deadline
+        assert peer.recv() == encode(AbortRequest(id=7))
+        # Closed at last: those that were too many at once, the others for their silence.
+        while not all(closed(one) for one in mute):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)  # a poll, bounded by the deadline above
+        assert len(os.listdir(f"/proc/{child.pid}/fd")) < 40
+        for one in mute:
+            one.close()
+        context.destroy(linger=0)
+        child.stdin.close()
+        assert child.wait(20) == 0

@@ -194,6 +194,8 @@ class ClusterView:
         one = self._instances.get(word.publisher)
         if one is None or one.record.incarnation != word.incarnation:
             return _UNCHANGED
+        if word.seq < one.seq:
+            return _UNCHANGED  # a word of the past
         was = one.usable
         if one.seq and word.seq != one.seq + 1:
             one.num_gaps += 1
