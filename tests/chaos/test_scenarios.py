@@ -55,16 +55,27 @@ def test_faults_one_after_the_other():
         assert found["scenarios"][name]["detect_ms"]["max"] > 0, name
 
 
-def test_a_fault_that_does_not_happen_proves_nothing():
+def test_a_router_and_the_registry_with_an_instance():
+    """With a registry of its own, which dies and comes back."""
+    names = ["F07", "F14"]
+    chosen = [dataclasses.replace(SCENARIOS[name], cluster="registry") for name in names]
+    found = run([*chosen, nothing()])
+    assert found["invalid"] == ["F00: somebody is gone did not come within 0.1 s"]
+    assert not found["valid"]
+    assert not found["passed"]
+    check({**found, "invalid": [], "passed": True}, names)
+    assert found["scenarios"]["F07"]["interrupted"] > 0
+
+
+def nothing():
+    """A fault that does not happen: it proves nothing."""
+
     async def act(stage):
         await stage.wait_load()
         injection = stage.strike("F00", "nobody", lambda: None)
         await stage.prove(injection, "somebody is gone", lambda: False, 0.1)
 
-    found = run([Scenario("F00", "nothing", act, Limits())])
-    assert found["invalid"] == ["F00: somebody is gone did not come within 0.1 s"]
-    assert not found["valid"]
-    assert not found["passed"]
+    return Scenario("F00", "nothing", act, Limits(), "registry")
 
 
 def test_names_of_faults():

@@ -90,6 +90,18 @@ def test_a_deregistered_instance_finishes_what_it_runs():
     assert view.deregistered("a") == ViewChange(lost=("a",))
 
 
+def test_connections_that_a_pause_of_this_process_cost_are_no_deaths():
+    view = ready_view("a", "b")
+    view.tick(0.3)
+    view.tick(9.0)
+    assert view.disconnected("a") == ViewChange(lost=("a",), left=("a",))
+    assert view.get("a") is not None
+    for step in range(1, 20):
+        view.heartbeat(beat("b", seq=1 + step), 9.0 + step / 10)
+        view.tick(9.0 + step / 10)
+    assert view.disconnected("b") == ViewChange(lost=("b",))
+
+
 def test_three_silent_periods_are_suspect_and_one_word_ends_it():
     view = ready_view("a", "b")
     for step in range(1, 4):

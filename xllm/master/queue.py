@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from xllm.master.request import RequestState
 from xllm.master.sequence import Sequence, SequencePhase
 
+_SPARE = 64
+"""So few entries of what has ended are not worth a sweep."""
+
 
 class WaitingQueue:
     """A priority queue of sequences in state WAITING."""
@@ -57,7 +60,7 @@ class WaitingQueue:
     def note_gone(self, seq: Sequence) -> None:
         """A queued sequence has left the state WAITING by another door."""
         self._num_live -= 1
-        if len(self._heap) > 2 * self._num_live + 64:
+        if len(self._heap) > 2 * self._num_live + _SPARE:
             self._heap = [e for e in self._heap if e[1].state is SequencePhase.WAITING]
             heapq.heapify(self._heap)
 
@@ -85,8 +88,9 @@ class DeadlineQueue:
         return passed
 
     def sweep(self, num_open: int) -> None:
-        """Drop entries of ended requests where they outnumber the `num_open` others."""
-        if len(self._heap) > 2 * num_open + 1024:
+        """Drop entries of ended requests where they outnumber the `num_open` others: each holds
+        its prompt."""
+        if len(self._heap) > 2 * num_open + _SPARE:
             self._heap = [entry for entry in self._heap if entry[2].open_choices]
             heapq.heapify(self._heap)
 

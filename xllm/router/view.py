@@ -26,6 +26,8 @@ from xllm.protocol.records import InstanceRecord
 from xllm.router.leadership.standing import Standing
 
 MISSED_HEARTBEATS = 3
+EXCUSED_S = 1.0
+"""After a pause of this process the loss of a connection tells nothing of the other side."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -89,8 +91,9 @@ class RouterView:
 @dataclasses.dataclass(frozen=True, slots=True)
 class ViewChange:
     """What an event changed: names of instances that can take requests now, of those whose
-    requests are lost there (those of them that had been leaving are in `left`, too), and of those
-    that fell silent (theirs move if there is a better place)."""
+    requests are lost there (those of them that left, or that this process lost by a pause of its
+    own, are in `left`, too: they did not die of their work), and of those that fell silent (theirs
+    move if there is a better place)."""
 
     ready: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
@@ -112,6 +115,7 @@ class ClusterView:
         self.standing = Standing()
         """Who leads."""
         self._ticked_at = 0.0
+        self._excused_until = 0.0
         self._usable: dict[str, tuple[InstanceView, ...]] = {}
         """By model; made anew after each change."""
 
@@ -187,7 +191,9 @@ class ClusterView:
         one.connected = False
         one.state = "unknown"
         self._forget_leaving(one)
-        return ViewChange(lost=(name,), left=(name,) if one.leaving else ())
+        # Who was paused was cut off by the others, none of whom died of it.
+        lives = one.leaving or self._ticked_at < self._excused_until
+        return ViewChange(lost=(name,), left=(name,) if lives else ())
 
     def heartbeat(self, word: InstanceHeartbeat, now: float) -> ViewChange:
         """An instance speaks. Words of other incarnations than the registered one are ignored."""
@@ -244,6 +250,7 @@ class ClusterView:
         paused = self._ticked_at and now - self._ticked_at > self._period_s * 2
         self._ticked_at = now
         if paused:
+            self._excused_until = now + EXCUSED_S
             for one in self._instances.values():
                 one.heard_at = now
             return _UNCHANGED

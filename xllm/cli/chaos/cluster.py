@@ -190,6 +190,10 @@ class ChaosCluster:
         command = [sys.executable, "-m", "xllm.cli.chaos.launching", "--engine", options.engine]
         command += ["--port", "0", "--zmq-port", "0", "--instances", str(options.instances)]
         command += ["--serve-routers", str(options.routers)]
+        # Names that proxies are made for, in a cluster that no other run is in.
+        router = "router" if options.routers > 1 else "router-0"
+        command += ["--cluster-name", self.directory.name, "--master-name", "instance"]
+        command += ["--router-name", router, "--kvcache-name", "kvcache-0"]
         command += ["--cluster-run-dir", str(self.run_base), "--log-dir", str(self.log_dir)]
         command += ["--log-level", "info", "--cluster-log-format", "json", "--chaos-hooks"]
         if options.model:

@@ -34,6 +34,8 @@ EXIT_INVALID = 2
               help="New tokens of a request, about.")  # fmt: skip
 @click.option("--step-ms", type=click.FloatRange(0, 1000), default=20.0, show_default=True,
               help="Time of a toy step.")  # fmt: skip
+@click.option("--registry", default="embedded", show_default=True, metavar="embedded|etcd|ADDRESS",
+              help="The launcher's own, an etcd of its own, or one that runs.")  # fmt: skip
 @click.option("--model", default="", help="Model directory; empty: the bundled one.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--slack", type=click.FloatRange(1, 100), default=1.0, show_default=True,

@@ -78,7 +78,9 @@ class Stage:
             num_old = sum(one.opened_at < since for one in self.ledger.open.values())
             if num >= options.streams and not num_old:
                 fewest = await self._fewest_running()
-                if fewest >= at_each:
+                # Counted anew: that took a while, and the fault comes at once.
+                num = len(self.ledger.streaming(MIN_LEFT))
+                if fewest >= at_each and num >= options.streams:
                     return
             if time.monotonic() > end:
                 self.load.raise_broken()
