@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from hashlib import sha256
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from xllm.errors import InvalidRequestError, InvariantError
 from xllm.kvcache.digest import digest_of, hash_key
 from xllm.kvcache.index import KvIndex
+from xllm.kvcache.index_keys import hash_keys
 from xllm.kvcache.index_parts import TIERS, CachedPrefix
 
 ROOMY = 64 << 20
@@ -263,6 +266,14 @@ def test_the_digest_does_not_depend_on_order_and_tells_sets_apart():
     assert digest_of(chain(numbers)) != digest_of(chain(numbers[1:]))
     assert digest_of(b"") == 0
     assert hash_key(bytes(32)) == 1
+    hashes = [bytes(32), *map(name, numbers)]
+    assert hash_keys(b"".join(hashes)).tolist() == [hash_key(one) for one in hashes]
+
+
+def test_masters_and_daemons_need_no_numpy():
+    """They keep digests, one block at a time."""
+    code = "import sys, xllm.kvcache.prefix, xllm.kvcache.dram; assert 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_check_finds_a_count_that_is_wrong():

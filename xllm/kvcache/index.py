@@ -23,7 +23,7 @@ import numpy as np
 
 from xllm.errors import InvalidRequestError, InvariantError
 from xllm.kvcache.block_table import BlockTable, Flags, Slots, Words
-from xllm.kvcache.digest import hash_keys
+from xllm.kvcache.index_keys import hash_keys
 from xllm.kvcache.index_match import match_chain
 from xllm.kvcache.index_parts import CachedPrefix, IndexPart, PartTable
 
