@@ -1,6 +1,6 @@
 """Cache-aware routing against routing by load and by chance, on prompts that share beginnings.
 
-    python -m benchmarks.routing [--json] [--instances 8] [--fill 0.4,0.75] [--rate 50]
+    python -m benchmarks.routing [--json] [--instances 8] [--fill 0.4,0.75] [--rate 45]
         [--seconds 20] [--policies prefix-aware,least-load,random] [--quick]
 
 For each policy and each fill, a service of toy instances is started on this machine. Their prefill
@@ -186,14 +186,14 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=8)
     parser.add_argument("--policies", default="prefix-aware,least-load,random")
     parser.add_argument("--fill", default="0.4,0.75", help="of all instances' cache")
-    parser.add_argument("--rate", type=float, default=50.0, help="requests a second")
+    parser.add_argument("--rate", type=float, default=45.0, help="requests a second")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--blocks", type=int, default=512, help="of an instance")
     parser.add_argument("--prefix", type=int, default=512, help="tokens that a group shares")
     parser.add_argument("--suffix", type=int, default=64, help="tokens of a prompt's own")
     parser.add_argument("--tokens", type=int, default=16, help="new tokens of a request")
     parser.add_argument("--token-us", type=float, default=400.0, help="time of a computed token")
-    parser.add_argument("--step-ms", type=float, default=5.0)
+    parser.add_argument("--step-ms", type=float, default=10.0)
     parser.add_argument("--serve", default="", help="further flags of xllm serve")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="4 instances, 6 seconds, one fill")
