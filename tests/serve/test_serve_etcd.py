@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -86,17 +87,16 @@ def proxy(server):
 
 
 @pytest.fixture(scope="module")
-def served(model, proxy, tmp_path_factory):
+def served(model, proxy):
     flags = ("--instances", "2", "--worker-toy-step-ms", "10")
-    run_dir = f"/tmp/{tmp_path_factory.mktemp('xe').name}"
+    run_dir = tempfile.mkdtemp(prefix="xe-", dir="/tmp")
     address = f"etcd://{proxy.endpoint}"
     with Served(model, run_dir, "--cluster-registry", address, *flags) as served:
         yield served
         family = served.family()
     assert served.process.returncode == 0, served.text
     wait_until(lambda: not alive(family), 20, "the end of all processes")
-    if served.run_dir.exists():
-        served.run_dir.rmdir()
+    served.run_dir.rmdir()
 
 
 @pytest.fixture

@@ -56,11 +56,6 @@ class EtcdRegistry:
         """Whether etcd did not answer of late, or has no space for writes."""
         return self.connection.degraded
 
-    @property
-    def silent_s(self) -> float:
-        """Seconds since etcd stopped answering; 0 while it does."""
-        return self.connection.silent_s
-
     async def grant(self, ttl_s: float) -> Lease:
         """See Registry. etcd counts whole seconds: the time is rounded up."""
         check_ttl(ttl_s)

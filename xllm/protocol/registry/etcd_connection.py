@@ -61,7 +61,6 @@ class EtcdConnection:
         check_etcd_settings(address, settings)
         self.address = address
         self.num_links = 0
-        self.num_failures = 0
         self._settings = settings
         self._later_timeout_s = timeout_s
         self._timeout_s = first_timeout_s
@@ -219,7 +218,6 @@ class EtcdConnection:
         self._silent_since = 0.0
 
     def _failed(self, link: EtcdLink | None, error: XllmError) -> None:
-        self.num_failures += 1
         self._silent_since = self._silent_since or self._clock()
         if isinstance(error, BrokenError):
             self.disturb()
