@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from xllm.errors import FencedError
 from xllm.protocol.registry.store import RegistryStore
-from xllm.protocol.registry_wire import CasResult, Entry, Lease
+from xllm.protocol.registry_wire import CasResult, Change, Entry, Lease
 from xllm.router.leadership.election import Election, Step, margin_s
 
 TTL_S = 2.0
@@ -114,6 +115,7 @@ class Router:
         self.cut_until = 0.0
         self.heard_at = 0.0
         self.answered: set[int] = set()
+        self.news: deque[Change] = deque()
 
     def clock(self) -> float:
         return self.offset + self.world.now * self.rate
@@ -187,8 +189,13 @@ class Router:
         """In order, and never lost, but late."""
         come_at = max(self.world.now, self.cut_until) + self.world.delay()
         self.heard_at = max(self.heard_at, come_at)
-        told = lambda: self.election.seen(change.entry, change.revision)  # noqa: E731
-        self.world.at(self.heard_at, self.act, told)
+        self.news.append(change)
+        self.world.at(self.heard_at, self.act, self.hear)
+
+    def hear(self) -> None:
+        """The oldest change that was not told yet, whichever this is about."""
+        change = self.news.popleft()
+        self.election.seen(change.entry, change.revision)
 
     def pause(self, seconds: float) -> None:
         self.resumes_at = max(self.resumes_at, self.world.now + seconds)
