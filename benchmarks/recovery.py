@@ -30,8 +30,8 @@ from benchmarks.cpu import process_tree
 from benchmarks.service import free_port, wait_http
 from xllm.client.asynchronous import AsyncClient
 from xllm.client.connection import ClientConnection
+from xllm.client.open_request import EndMessage
 from xllm.client.requests import build_submit
-from xllm.client.session import EndMessage
 from xllm.errors import XllmError
 from xllm.protocol.client import TokenDelta
 
