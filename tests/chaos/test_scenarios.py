@@ -19,7 +19,7 @@ from xllm.cli.chaos.session import ChaosSession
 from xllm.cli.chaos.verdict import Limits
 from xllm.errors import ConfigError
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]  # seven faults, on any machine
 
 OPTIONS = ChaosOptions(tokens=60, seconds=0, slack=20)
 
