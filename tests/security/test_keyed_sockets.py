@@ -362,11 +362,11 @@ def test_connections_are_bounded(tmp_path, kind):
         first.send(encode(AbortRequest(id=2)))
         await until(lambda: heard == [1, 2])
         # The others are closed when they have said nothing for the handshake's time.
+        await until(lambda: all(closed(one) for one in mute))
         late = context.socket(zmq.DEALER)
         late.connect(router.endpoint)
         late.send(encode(ListModels(id=3)))
         await until(lambda: heard == [1, 2, 3])
-        await until(lambda: all(closed(one) for one in mute))
         await until(lambda: len(router._connections) == 2)
         for one in mute:
             one.close()
