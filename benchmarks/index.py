@@ -8,12 +8,16 @@ hashes are. It is filled with `--entries` distinct blocks: chains of `--blocks`,
 system prompt) held by all instances, the rest by one or two. Then:
 
 events: heartbeats with `--batch` new blocks of one instance and as many removed ones, decoded and
-    applied for `--seconds`; the number of blocks stays. `longest_ms`: of one heartbeat.
-match: the prompt's blocks are on all instances up to a point of its own each (`spread`, the
-    dearest), shared in part as in the filling (`typical`), or nowhere (`miss`).
+    applied for `--seconds`; the number of blocks stays. The removed ones are a chain, its end
+    first, as they are evicted; `events_mixed_per_s`: or in any order. `longest_ms`: of one
+    heartbeat.
+match: the prompt's blocks are on all instances up to a point of its own each (`spread`), shared in
+    part as in the filling (`typical`), on one instance that stored them in pieces of 20 among
+    those of other prompts (`pieces`, the dearest), or nowhere (`miss`).
 snapshot: 100,000 blocks of one instance replaced.
 
-`match_us_p50` is that of `spread`. `bytes_per_entry`: of the arrays, by distinct block.
+`match_us_p50` is that of `spread`. `bytes_per_entry`: of the arrays, by distinct block, on the
+average of the events' time; `bytes_per_entry_peak`: while they are renewed.
 """
 
 from __future__ import annotations
@@ -56,17 +60,22 @@ def fill(index: KvIndex, names: list[str], entries: int, blocks: int) -> list[by
 
 
 def measure_events(
-    index: KvIndex, names: list[str], batch: int, seconds: float
-) -> tuple[float, float]:
-    """Events a second, and the longest heartbeat in ms: one in which the table was built anew."""
+    index: KvIndex, names: list[str], batch: int, seconds: float, is_mixed: bool = False
+) -> dict[str, float]:
+    """Events a second, the longest heartbeat in ms, bytes an entry on the average and at most.
+    `is_mixed`: blocks go in any order."""
     decoder: Decoder[BusMessage] = Decoder(BusMessage)
     spent, count, turn, longest = 0.0, 0, 0, 0.0
+    sizes = []
     held: dict[str, bytes] = dict.fromkeys(names, b"")
+    order = list(reversed(range(batch)))
+    if is_mixed:
+        random.Random(3).shuffle(order)
     while spent < seconds:
         name = names[turn % len(names)]
-        stored = fresh(batch)
-        events = (BlockEvents(stored, held[name]),)
-        held[name] = stored
+        stored = [fresh(1) for _ in range(batch)]
+        events = (BlockEvents(b"".join(stored), held[name]),)
+        held[name] = b"".join([stored[at] for at in order])
         word = encode(InstanceHeartbeat(name, "1", turn + 1, "ready", events=events))
         turn += 1
         began = time.thread_time()
@@ -78,9 +87,15 @@ def measure_events(
         spent += took
         longest = max(longest, took)
         count += (len(events[0].stored) + len(events[0].removed)) // HASH_BYTES
+        sizes.append(index.statistics().num_bytes / index.statistics().num_keys)
     for name, rest in held.items():
         index.apply(name, b"", rest)
-    return count / spent, longest * 1000
+    return {
+        "rate": round(count / spent),
+        "longest_ms": round(longest * 1000, 1),
+        "bytes": round(statistics.mean(sizes), 1),
+        "bytes_peak": round(max(sizes), 1),
+    }
 
 
 def measure_match(index: KvIndex, prompts: list[bytes], seconds: float) -> dict[str, float]:
@@ -108,18 +123,31 @@ def spread_prompts(index: KvIndex, names: list[str], blocks: int, count: int) ->
     return prompts
 
 
+def piecewise_prompts(index: KvIndex, name: str, blocks: int, count: int) -> list[bytes]:
+    """Prompts that were computed together, each in pieces of 20 blocks."""
+    prompts = [fresh(blocks) for _ in range(count)]
+    piece = 20 * HASH_BYTES
+    for start in range(0, blocks * HASH_BYTES, piece):
+        for prompt in prompts:
+            index.apply(name, prompt[start : start + piece])
+    return prompts
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     names = [f"instance-{number}" for number in range(args.instances)]
     index = KvIndex(MAX_BYTES)
     chains = fill(index, names, args.entries, args.blocks)
-    events, longest = measure_events(index, names, args.batch, args.seconds)
+    mixed = measure_events(index, names, args.batch, args.seconds / 2, is_mixed=True)
+    events = measure_events(index, names, args.batch, args.seconds)
     spread = spread_prompts(index, names, args.blocks, 50)
     random.Random(2).shuffle(chains)
-    part = args.seconds / 3
+    pieces = piecewise_prompts(index, names[0], args.blocks, 50)
+    part = args.seconds / 4
     match = {
         "spread": measure_match(index, spread, part),
         "typical": measure_match(index, chains, part),
+        "pieces": measure_match(index, pieces, part),
         "miss": measure_match(index, [fresh(args.blocks) for _ in range(50)], part),
     }
     snapshot = fresh(SNAPSHOT_BLOCKS)
@@ -129,9 +157,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     replaced = time.thread_time() - began
     counts = index.statistics()
     return {
-        "events_per_s": round(events),
+        "events_per_s": events["rate"],
         "match_us_p50": match["spread"]["p50"],
-        "bytes_per_entry": round(counts.num_bytes / counts.num_keys, 1),
+        "bytes_per_entry": events["bytes"],
+        "bytes_per_entry_peak": events["bytes_peak"],
+        "events_mixed_per_s": mixed["rate"],
         "entries": counts.num_keys,
         "entries_by_publisher": counts.num_entries,
         "instances": args.instances,
@@ -139,7 +169,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "blocks": args.blocks,
         "match_us": match,
         "snapshot_ms": round(replaced * 1000, 1),
-        "longest_ms": round(longest, 1),
+        "longest_ms": events["longest_ms"],
         "rebuilds": counts.num_rebuilt,
         "bytes": counts.num_bytes,
     }

@@ -295,7 +295,8 @@ def test_any_loss_order_restart_and_race_leaves_no_divergence(steps, seed):
         elif kind == "answer" and followed.wants():
             followed.follower.asked(followed.now, reached=True)
             beat, answer = publisher.snapshot()
-            hear(note(beat)) if rng.random() < 0.5 else words.append(beat)
+            note(beat)
+            hear(beat) if rng.random() < 0.5 else words.append(beat)
             if value == "now":
                 followed.follower.snapshot(answer, followed.now)
             elif value == "late":

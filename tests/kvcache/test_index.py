@@ -282,3 +282,84 @@ def test_check_finds_a_count_that_is_wrong():
     index.part("p", "device").num_blocks = 2
     with pytest.raises(InvariantError):
         index.check()
+
+
+def device_history(index, naive, rng, turns, num_chains=40, length=1000):
+    """Publishers that store and evict ends of chains, some of which came in pieces."""
+    for _ in range(turns):
+        publisher = f"p{rng.randrange(70)}"
+        start = length * rng.randrange(num_chains)
+        held = naive.sets.get((publisher, "device"), set())
+        there = sum(start + n in held for n in range(length))
+        if rng.random() < 0.4:
+            gone = range(start + there - 1, start + rng.randrange(there + 1) - 1, -1)
+            index.apply(publisher, b"", chain(gone))
+            naive.apply(publisher, (), gone, "device")
+        else:
+            come = range(start + there, start + min(length, there + rng.choice((1, 7, 200, 900))))
+            index.apply(publisher, chain(come))
+            naive.apply(publisher, come, (), "device")
+    return [range(length * n, length * n + m) for n in range(num_chains) for m in (40, length)]
+
+
+def test_the_index_is_right_while_its_log_is_renewed():
+    """Entries are moved a few thousand at a time: at several moments in between all is there."""
+    rng = random.Random(11)
+    index, naive = KvIndex(ROOMY, rng.getrandbits(64) | 1), Naive()
+    num_between = 0
+    for _ in range(150):
+        chains = device_history(index, naive, rng, 3)
+        if index.is_renewing:
+            num_between += 1
+            compare(index, naive, rng.sample(chains, 8))
+    compare(index, naive, chains)
+    assert num_between >= 3
+    assert index.statistics().num_rebuilt >= 3
+
+
+@pytest.mark.parametrize("piece", [1, 3, 50, 333])
+def test_a_chain_that_came_in_pieces_and_with_holes_is_followed_to_its_end(piece):
+    rng = random.Random(piece)
+    index, naive = KvIndex(ROOMY), Naive()
+    pieces = [range(at, min(1000, at + piece)) for at in range(0, 1000, piece)]
+    rng.shuffle(pieces)
+    for number, blocks in enumerate(pieces):
+        for publisher in ("a", "b", "c")[: 1 + number % 3]:
+            index.apply(publisher, chain(blocks))
+            naive.apply(publisher, blocks, (), "device")
+    for hole in (999, 700, 431, 32, 1):
+        # Nobody has it, but it may still lie in the log.
+        for publisher in ("a", "b", "c"):
+            index.apply(publisher, chain(range(hole)), chain([hole]))
+            naive.apply(publisher, range(hole), [hole], "device")
+        compare(index, naive, [range(n) for n in (1, 31, 32, 33, 500, 1000, 1100)])
+
+
+def test_keys_of_which_the_hash_knows_the_same_are_told_apart():
+    """Places of the hash have 32 bits of a key: here all have the same ones, and few homes."""
+    index = KvIndex(ROOMY, 1)
+    alike = [n << 40 | 77 for n in range(1, 60)]
+    hashes = {n: n.to_bytes(8, "little") + bytes(24) for n in alike}
+    index.apply("p", b"".join(hashes[n] for n in alike[:40]))
+    index.apply("q", b"".join(hashes[n] for n in alike[10:50]))
+    index.apply("p", b"", b"".join(hashes[n] for n in alike[30:60]))
+    index.check()
+    assert index.match(b"".join(hashes[n] for n in alike)) == {"p": CachedPrefix(30)}
+    assert index.match(b"".join(hashes[n] for n in alike[10:])) == {
+        "p": CachedPrefix(20),
+        "q": CachedPrefix(40),
+    }
+    assert index.match(hashes[alike[55]]) == {}
+    assert index.statistics().num_keys == 50
+
+
+def test_a_block_that_is_named_twice_is_there_once():
+    index = KvIndex(ROOMY)
+    numbers = [*range(50), *range(20, 70), 5, 5, 5]
+    index.apply("p", chain(numbers))
+    index.check()
+    assert index.match(chain(range(80))) == {"p": CachedPrefix(70)}
+    assert index.part("p", "device").digest == digest_of(chain(range(70)))
+    index.apply("p", b"", chain([69, 69, 68]))
+    assert index.match(chain(range(80))) == {"p": CachedPrefix(68)}
+    assert index.statistics().num_keys == 68

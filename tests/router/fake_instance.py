@@ -10,10 +10,7 @@ from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.instance import (
     AdmitRequest,
     CancelRequest,
-    FrameRefused,
-    InstancePong,
     InstanceRequest,
-    PingInstance,
     ProbeAnswer,
     ProbeInstance,
     RequestEnded,
@@ -34,12 +31,9 @@ def drawn(index: int) -> int:
 
 
 class FakeInstance:
-    """`tokens_at_once`: how many a request gets right after its admission (None: all).
-    `answers_pings`: else it is of a version that knows none."""
+    """`tokens_at_once`: how many a request gets right after its admission (None: all)."""
 
-    def __init__(
-        self, transport, registry, run_dir, name, tokens_at_once=None, answers_pings=True
-    ) -> None:
+    def __init__(self, transport, registry, run_dir, name, tokens_at_once=None) -> None:
         self.name = name
         self.tokens_at_once = tokens_at_once
         self.admits: list[AdmitRequest] = []
@@ -47,12 +41,6 @@ class FakeInstance:
         self.routers: dict[str, bytes] = {}
         self.state = "ready"
         self.answers_probes = True
-        self.answers_pings = answers_pings
-        self.is_deaf = False
-        """It speaks, and does not hear."""
-        self.deaf_to: frozenset[bytes] = frozenset()
-        """Connections that carry words one way only."""
-        self.num_pings = 0
         self._registry = registry
         self._socket = RouterSocket(
             transport, f"ipc://{run_dir}/{name}", Decoder(InstanceRequest), self._on_message
@@ -84,11 +72,6 @@ class FakeInstance:
         self._socket.close()
         self._bus.close()
 
-    @property
-    def peers(self) -> frozenset[bytes]:
-        """Connections that it hears, or did."""
-        return self._socket.peers
-
     def finish(self, request: AdmitRequest) -> None:
         """Say the rest of a request."""
         self._say(request, request.sampling.max_tokens)
@@ -104,13 +87,7 @@ class FakeInstance:
             await asyncio.sleep(HEARTBEAT_S)
 
     def _on_message(self, identity, message, frames) -> None:
-        if self.is_deaf or identity in self.deaf_to:
-            return
-        if isinstance(message, PingInstance):
-            self.num_pings += 1
-            answer = InstancePong(message.number) if self.answers_pings else FrameRefused("what?")
-            self._socket.send(identity, answer)
-        elif isinstance(message, AdmitRequest):
+        if isinstance(message, AdmitRequest):
             self.admits.append(message)
             self.routers[message.request_id] = identity
             if self.tokens_at_once is None:

@@ -1,62 +1,73 @@
-"""An open hash table from 64-bit keys to sets of small numbers, worked on in whole batches.
+"""From 64-bit keys to sets of small numbers, in the order in which the keys came.
 
-The set of a key is a row of 64-bit words in columns, the first of which lies beside the keys. A key
-is in the first slot from its home on that was free (linear probing): most are at home, and a batch
-of a thousand is a handful of numpy calls. The home is the key scaled to the number of slots: keys
-are thus laid out almost in their order, and building the table anew is a sort and one running
-maximum.
+An entry of the *log* is a key, its set (a row of 64-bit words in columns) and when it was used
+last; `BlockHash` says where in the log a key is. Blocks of a prompt are stored one behind the
+other, so whoever follows a chain finds most of it in one piece of memory.
 
-A key whose row is empty keeps its slot until the next rebuilding.
-Invariant: no slot between a key's home and its place is empty. Pure; not for threads.
+A key whose row is empty keeps its entry until the log is *renewed*: entries with a row are moved,
+in their order, into the other half of the log and a new hash, a few thousand each time that keys
+are put. Until all are there, a key is in one of the two halves; new ones go to the new one.
+Invariants: a key is in the log at most once; entries that are not in use are zeros. Pure; not for
+threads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
 
 from xllm.errors import InvariantError
+from xllm.kvcache.block_hash import MAX_POSITION, SPILL, BlockHash, Slots, Words
+from xllm.kvcache.zero_pages import ZeroPages
 
-Words = npt.NDArray[np.uint64]
-Slots = npt.NDArray[np.intp]
-Flags = npt.NDArray[np.bool_]
-
-MIN_SLOTS = 1024
-SPILL = 512
-"""Slots after the last home, for what does not fit there."""
-MAX_LOAD = 0.50
-"""Share of the slots in use, dead ones included, at which the table is built anew."""
-TARGET_LOAD = 0.33
+MIN_HOMES = 1024
+MAX_LOAD = 0.60
+"""Share of the homes in use, dead ones included, at which the log is renewed."""
+TARGET_LOAD = 0.42
 """Share in use after that, where the limit of bytes allows it."""
-FULL_LOAD = 0.42
+FULL_LOAD = 0.50
 """Share of living keys that a table at its limit of bytes may have: what is left is room for the
-changes between two rebuildings."""
-NEAR = 4
-"""Slots behind its home in which a key is looked for one by one."""
-FEW = 16
-"""So few keys are not worth a turn of their own."""
-WINDOW = 8
-"""Slots that are looked at together where a key is not there."""
-_HALF = np.uint64(32)
+changes between two renewals."""
+MOVED = 4096
+"""Entries that are moved at least, where any are, each time that keys are put."""
+MOVED_EACH = 8
+"""Entries that are moved for each key that may be new: renewing ends before it is due again."""
+PAD = 64
+"""Entries that nobody has, behind those of each half."""
 _MAX_AGE = 255
+Flags = npt.NDArray[np.bool_]
 
 
 class BlockTable:
-    """`max_bytes`: of the arrays at rest; a rebuilding has the living keys twice for its time."""
+    """`max_bytes`: of all memory, while the log is renewed, too."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self.columns: list[Words] = []
+        self._half = min(int(self._max_homes * MAX_LOAD * 1.25) + PAD, MAX_POSITION // 2 - PAD)
+        self._keys_pages = ZeroPages(self._num_positions, np.uint64)
+        self._used_pages = ZeroPages(self._num_positions, np.uint8)
+        self._column_pages: list[ZeroPages] = []
+        self.keys: Words = self._keys_pages.array.view(np.uint64)
+        """Of the log, by position."""
+        self._used: npt.NDArray[np.uint8] = self._used_pages.array.view(np.uint8)
         self._age = 0
         self._num_aged = 0
         self.num_rebuilt = 0
-        self._allocate(MIN_SLOTS)
+        self._hash = BlockHash(MIN_HOMES, self.keys)
+        self._start = self._head = PAD
+        self._old: BlockHash | None = None
+        self._origin = self._tail = self._border = 0
+        """The old half: where it begins, what is left of it."""
 
     @property
     def num_bytes(self) -> int:
-        """Of all arrays."""
-        return self._num_slots * self._slot_bytes
+        """Of the tables and of the entries in use."""
+        tables = self._hash.num_bytes + (self._old.num_bytes if self._old is not None else 0)
+        entries = self._head - self._start + self._border - self._tail
+        return tables + entries * self._entry_bytes
 
     @property
     def max_live(self) -> int:
@@ -64,47 +75,100 @@ class BlockTable:
         return int(self._max_homes * FULL_LOAD)
 
     @property
-    def nowhere(self) -> int:
-        """A slot whose row is always empty."""
-        return self._num_slots - 1
-
-    @property
     def is_pressed(self) -> bool:
         """Whether blocks may have to be dropped before long: what is asked for is worth noting."""
-        return 2 * self.num_bytes > self._max_bytes
+        return 4 * self.num_bytes > self._max_bytes
 
     @property
-    def _slot_bytes(self) -> int:
+    def is_renewing(self) -> bool:
+        """Whether entries are still to be moved."""
+        return self._old is not None
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether a table has more homes than the limit of bytes allows for rows of this width."""
+        most = max(one.num_homes for one in (self._hash, self._old or self._hash))
+        return most > self._max_homes
+
+    @property
+    def _entry_bytes(self) -> int:
         return 8 + 1 + 8 * max(1, len(self.columns))
 
     @property
-    def _num_slots(self) -> int:
-        return self._num_homes + SPILL
+    def _max_homes(self) -> int:
+        # Two hashes of 8 bytes a slot, and what MOVED_EACH lets the log grow to meanwhile.
+        bytes_each = 16 + MAX_LOAD * (1 + 1 / MOVED_EACH) * self._entry_bytes
+        return max(MIN_HOMES, int((self._max_bytes - 16 * SPILL) / bytes_each))
 
     @property
-    def _max_homes(self) -> int:
-        return max(MIN_SLOTS, self._max_bytes // self._slot_bytes - SPILL)
+    def _num_positions(self) -> int:
+        return 2 * (self._half + PAD) + PAD
 
     # -- looking up --------------------------------------------------------------------------
 
-    def find(self, keys: Words) -> Slots:
-        """The slot of each key; `nowhere` of those that are not there."""
-        return self._search(keys, self._homes(keys))
+    nowhere = 0
+    """A position whose row is always empty."""
 
-    def touch(self, slots: Slots) -> None:
+    def find(self, keys: Words) -> Slots:
+        """The position of each key; `nowhere` of those that are not there."""
+        found = self._together(keys)
+        if found is None:
+            found = self._hash.find(keys)
+            if self._old is not None:
+                missing = (found == self.nowhere).nonzero()[0]
+                if len(missing):
+                    found[missing] = self._old.find(keys[missing])
+        return found
+
+    def _together(self, keys: Words) -> Slots | None:
+        """The same where the keys lie one behind the other or, as blocks of a prompt are evicted,
+        one before the other."""
+        start = self.find_one(int(keys[0])) if len(keys) else 0
+        if not start:
+            return None
+        stop = start + len(keys)
+        if stop <= len(self.keys) and (self.keys[start:stop] == keys).all():
+            return np.arange(start, stop)
+        stop = start - len(keys)
+        if stop >= 0 and (self.keys[start:stop:-1] == keys).all():
+            return np.arange(start, stop, -1)
+        return None
+
+    def find_one(self, key: int) -> int:
+        """The position of one key, or `nowhere`."""
+        found = self._hash.find_one(key)
+        if not found and self._old is not None:
+            found = self._old.find_one(key)
+        return found
+
+    def run(self, keys: Words) -> slice:
+        """Where the first keys of these are, one behind the other, as many as lie so; nothing where
+        the first is nowhere."""
+        start = self.find_one(int(keys[0]))
+        if not start:
+            return slice(0, 0)
+        there = self.keys[start : start + len(keys)]
+        differs = there != keys[: len(there)]
+        length = int(differs.argmax()) or len(there)
+        return slice(start, start + length)
+
+    def touch(self, slots: slice | Slots) -> None:
         """These were asked for."""
         self._used[slots] = self._age
 
-    def live(self) -> Flags:
-        """Which slots have a row that is not empty."""
-        found: Flags = np.zeros(self._num_slots, np.bool_)
-        for column in self.columns:
-            found |= column != 0
-        return found
+    def ranges(self) -> Iterator[slice]:
+        """The positions that are in use, the older ones first."""
+        if self._border > self._tail:
+            yield slice(self._tail, self._border)
+        yield slice(self._start, self._head)
+
+    def count_live(self) -> int:
+        """How many keys have a row that is not empty."""
+        return sum(int(np.count_nonzero(self._live(one))) for one in self.ranges())
 
     def oldest(self, count: int) -> Slots:
-        """So many living slots (or all), those first that were not used for longest."""
-        slots = np.flatnonzero(self.live())
+        """So many living entries (or all), those first that were not used for longest."""
+        slots = np.concatenate([np.flatnonzero(self._live(x)) + x.start for x in self.ranges()])
         ages = self._used[slots]
         reached = np.bincount(ages, minlength=_MAX_AGE + 1).cumsum()
         last = int(np.searchsorted(reached, count))
@@ -113,141 +177,109 @@ class BlockTable:
         older, same = slots[ages < last], slots[ages == last]
         return np.concatenate((older, same[: count - len(older)]))
 
-    def _homes(self, keys: Words) -> Slots:
-        scaled = (keys >> _HALF) * np.uint64(self._num_homes)
-        return (scaled >> _HALF).view(np.int64).astype(np.intp, copy=False)
-
-    def _search(self, keys: Words, homes: Slots) -> Slots:
-        """Almost all keys are in one of the first slots from their homes."""
-        found = homes.copy()
-        todo = np.flatnonzero(self._keys[homes] != keys)
-        for _ in range(NEAR):
-            if len(todo) <= FEW:
-                break
-            at = found[todo] + 1
-            found[todo] = at
-            todo = todo[self._keys[at] != keys[todo]]
-        if len(todo):
-            found[todo] = self._search_far(keys[todo], homes[todo])
+    def _live(self, part: slice) -> Flags:
+        found: Flags = np.zeros(part.stop - part.start, np.bool_)
+        for column in self.columns:
+            found |= column[part] != 0
         return found
-
-    def _search_far(self, keys: Words, at: Slots) -> Slots:
-        """Several slots at once; an empty one says that a key is not there."""
-        found: Slots = np.full(len(keys), self.nowhere, np.intp)
-        todo: Slots = np.arange(len(keys))
-        while True:
-            rows = self._windows[at]
-            hits = np.flatnonzero(rows == keys[:, None])
-            row = hits // WINDOW
-            found[todo[row]] = at[row] + (hits & (WINDOW - 1))
-            if len(hits) == len(todo):
-                return found
-            missed = np.flatnonzero(found[todo] == self.nowhere)
-            further = missed[(rows[missed] != 0).all(axis=1)]
-            if not len(further):
-                return found
-            todo, at, keys = todo[further], at[further] + WINDOW, keys[further]
 
     # -- adding ------------------------------------------------------------------------------
 
     def put(self, keys: Words) -> Slots:
-        """The slot of each key, which is there from now on, marked as used. There must be room
+        """The position of each key, which is there from now on, marked as used. There must be room
         for them (`has_room`)."""
-        homes = self._homes(keys)
-        slots = self._search(keys, homes)
-        missing = np.flatnonzero(slots == self.nowhere)
+        slots = self.find(keys)
+        missing = (slots == self.nowhere).nonzero()[0]
         if len(missing):
-            slots[missing] = self._insert(keys[missing], homes[missing])
+            slots[missing] = self._append(keys[missing])
         self._used[slots] = self._age
         self._num_aged += len(keys)
-        if self._num_aged * 16 > self._num_slots:
+        if self._num_aged * 16 > self._hash.num_homes:
             self._grow_older()
         return slots
 
     def has_room(self, count: int) -> bool:
-        """Whether so many new keys can be put without a rebuilding."""
-        return self._num_taken + count <= MAX_LOAD * self._num_homes
+        """Whether so many new keys can be put without renewing the log."""
+        return self._head - self._start + count <= MAX_LOAD * self._hash.num_homes
 
-    def _insert(self, keys: Words, at: Slots) -> Slots:
-        slots: Slots = np.empty(len(keys), np.intp)
-        todo: Slots = np.arange(len(keys))
-        while len(todo):
-            rows = self._windows[at]
-            offset = (rows == 0).argmax(axis=1)
-            is_free = rows[np.arange(len(rows)), offset] == 0
-            places = at + offset
-            chosen, wanted = places[is_free], keys[todo[is_free]]
-            self._keys[chosen] = wanted
-            slots[todo] = places
-            # Two keys may have chosen one slot: the last to write has it. Equal keys share it,
-            # and count twice, which only brings the next rebuilding forward.
-            is_placed = is_free.copy()
-            is_placed[is_free] = self._keys[chosen] == wanted
-            self._num_taken += int(np.count_nonzero(is_placed))
-            rest = np.flatnonzero(~is_placed)
-            at = np.where(is_free[rest], at[rest], at[rest] + WINDOW)
-            todo = todo[rest]
-        return slots
+    def _append(self, keys: Words) -> Slots:
+        """New entries, of which equal ones become one."""
+        slots = np.arange(self._head, self._head + len(keys))
+        self._head += len(keys)
+        self.keys[slots[0] : self._head] = keys
+        found = self._hash.insert(keys, slots)
+        doubled = slots[found != slots]
+        if len(doubled):
+            self.keys[doubled] = 0
+        return found
 
     def add_column(self) -> None:
-        """One more word for each row, empty. `rebuild` is due where `num_bytes` is now above the
-        limit."""
-        more = np.zeros(self._num_slots, np.uint64)
-        self.columns.append(more if self.columns else self._pairs[:, 1])
+        """One more word for each row, empty. To be renewed at once where `is_too_large`."""
+        pages = ZeroPages(self._num_positions, np.uint64)
+        self._column_pages.append(pages)
+        self.columns.append(pages.array.view(np.uint64))
 
     # -- room --------------------------------------------------------------------------------
 
-    def rebuild(self, count: int) -> None:
-        """Leave out the keys without a row and make room for `count` more, as far as the limit of
-        bytes allows. Moves every slot."""
-        kept = np.flatnonzero(self.live())
-        old_keys = self._keys[kept]
-        order = np.argsort(old_keys, kind="stable")
-        kept, keys = kept[order], old_keys[order]
-        rows = [column[kept] for column in self.columns]
-        used = self._used[kept]
-        wanted = int((len(keys) + count) / TARGET_LOAD) + 1
-        self._allocate(min(max(wanted, MIN_SLOTS), self._max_homes))
-        # In their order, each key goes to its home or right behind the one before it.
-        index = np.arange(len(keys))
-        places = np.maximum.accumulate(self._homes(keys) - index) + index
-        if len(places) and int(places[-1]) >= self._num_slots - 2 * WINDOW:
-            raise InvariantError("keys crowd at the table's end")
-        self._keys[places] = keys
-        self._used[places] = used
-        for column, row in zip(self.columns, rows, strict=True):
-            column[places] = row
-        self._num_taken = len(keys)
+    def renew(self, num_live: int, count: int) -> None:
+        """Begin to leave out the keys without a row and make room for `count` more beside
+        `num_live`, as far as the limit of bytes allows. Moves no entry yet."""
+        self.finish()
+        self._origin, self._tail, self._border = self._start, self._start, self._head
+        other = self._half + 2 * PAD
+        self._start = self._head = PAD if self._start == other else other
+        wanted = int((num_live + count) / TARGET_LOAD) + 1
+        num_homes = min(max(wanted, MIN_HOMES), self._max_homes)
+        self._old, self._hash = self._hash, BlockHash(num_homes, self.keys)
         self.num_rebuilt += 1
 
-    def _allocate(self, num_homes: int) -> None:
-        self._num_homes = num_homes
-        # A key lies beside its first word: both come with one line of the memory.
-        self._pairs: Words = np.zeros((self._num_slots, 2), np.uint64)
-        self._keys: Words = self._pairs[:, 0]
-        self._windows = sliding_window_view(self._keys, WINDOW)
-        self._used: npt.NDArray[np.uint8] = np.zeros(self._num_slots, np.uint8)
-        num_columns = len(self.columns)
-        self.columns = []
-        for _ in range(num_columns):
-            self.add_column()
-        self._num_taken = 0
+    def move(self, num_new: int) -> None:
+        """Go on with renewing, as far as is due before so many keys are put; nothing if it is
+        done. Positions of entries that are moved are others then."""
+        if self._old is not None:
+            self._move(max(MOVED, MOVED_EACH * num_new))
+
+    def finish(self) -> None:
+        """Move all that is left."""
+        while self._old is not None:
+            self._move(self._border - self._tail)
+
+    def _move(self, count: int) -> None:
+        first, last = self._tail, min(self._border, self._tail + count)
+        kept = np.flatnonzero(self._live(slice(first, last))) + first
+        if len(kept):
+            keys = self.keys[kept]
+            rows = [column[kept] for column in self.columns]
+            used = self._used[kept]
+            # No key is in the log twice: not even for a moment, as they are compared there.
+            self.keys[first:last] = 0
+            slots = self._append(keys)
+            for column, row in zip(self.columns, rows, strict=True):
+                column[slots] = row
+            self._used[slots] = used
+        for pages in (self._keys_pages, self._used_pages, *self._column_pages):
+            pages.clear(first, last, self._origin)
+        self._tail = last
+        if last == self._border:
+            self._old = None
 
     def _grow_older(self) -> None:
         """What is used from now on counts as more recent than all before."""
         self._num_aged = 0
         self._age += 1
         if self._age > _MAX_AGE:
-            self._used >>= np.uint8(1)
+            for part in self.ranges():
+                self._used[part] >>= np.uint8(1)
             self._age = (_MAX_AGE + 1) // 2
 
     def check(self) -> None:
         """InvariantError where a key with a row cannot be found."""
-        flat = self._keys
-        slots = np.flatnonzero(self.live())
-        if (flat[slots] == 0).any():
-            raise InvariantError("a slot without a key has a row")
-        if (self.find(flat[slots]) != slots).any():
-            raise InvariantError("a key is not found where it lies")
-        if np.count_nonzero(flat) > self._num_taken:
-            raise InvariantError("more slots are taken than are counted")
+        for part in self.ranges():
+            slots = np.flatnonzero(self._live(part)) + part.start
+            if (self.keys[slots] == 0).any():
+                raise InvariantError("an entry without a key has a row")
+            if (self.find(self.keys[slots]) != slots).any():
+                raise InvariantError("a key is not found where it lies")
+        in_use = sum(int(np.count_nonzero(self.keys[part])) for part in self.ranges())
+        if np.count_nonzero(self.keys) != in_use:
+            raise InvariantError("entries that are not in use have keys")

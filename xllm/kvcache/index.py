@@ -8,11 +8,11 @@ crowd one place of the table.
 
 One bit stands for a publisher's tier (a *part*); `index_match` says how prefixes are found.
 
-Memory: a slot has 9 bytes and 8 more for each 64 parts; with up to 64 parts a distinct block takes
-34 to 52 bytes once the table has grown (17 bytes, 33 to 50% of the slots in use), and never
-more than `max_bytes` all together. At that limit the blocks that were stored or asked for longest
-ago go, a tenth of all at a time, and the parts that lost some are no longer *whole*: what is said
-of them may be too little, never too much. Pure; not for threads.
+Memory: a block has 9 bytes and 8 more for each 64 parts, and 8 a place of the hash, of which 42 to
+60% are taken: 35 to 50 bytes for a distinct block with up to 64 parts, 65 while the table is
+renewed, never more than `max_bytes` all together. At that limit the blocks stored or asked
+for longest ago go, a tenth of all at a time, and the parts that lost some are no longer *whole*:
+what is said of them may be too little, never too much. Pure; not for threads.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import dataclasses
 import numpy as np
 
 from xllm.errors import InvalidRequestError, InvariantError
-from xllm.kvcache.block_table import BlockTable, Flags, Slots, Words
-from xllm.kvcache.index_keys import hash_keys
+from xllm.kvcache.block_hash import Slots, Words
+from xllm.kvcache.block_table import BlockTable, Flags
+from xllm.kvcache.index_keys import first_words, hash_keys, table_keys
 from xllm.kvcache.index_match import match_chain
 from xllm.kvcache.index_parts import CachedPrefix, IndexPart, PartTable
 
@@ -56,6 +57,7 @@ class KvIndex:
                 "multiplier must be odd and have at most 64 bits", param="multiplier"
             )
         self._max_bytes = max_bytes
+        self._secret = multiplier
         self._multiplier = np.uint64(multiplier)
         self._table = BlockTable(max_bytes)
         self._parts = PartTable()
@@ -87,7 +89,6 @@ class KvIndex:
         self._store_all(part, keys)
         if part.num_blocks != len(keys):
             part.is_whole = False
-            self._parts.changed()
 
     def forget(self, publisher: str) -> None:
         """The publisher is gone, and what it had."""
@@ -105,8 +106,10 @@ class KvIndex:
     def match(self, hashes: bytes) -> dict[str, CachedPrefix]:
         """How many leading blocks of a chain each publisher has, by tier; those that have the
         first in no tier are left out."""
-        keys = hash_keys(hashes) * self._multiplier
-        return match_chain(self._table, self._parts, keys)
+        words = first_words(hashes)
+        if not len(words) or not self._table.find_one(self._key_of(int(words[0]))):
+            return {}
+        return match_chain(self._table, self._parts, table_keys(words, self._multiplier))
 
     def part(self, publisher: str, tier: str) -> IndexPart | None:
         """What is known of a publisher's tier; not to be changed."""
@@ -130,16 +133,28 @@ class KvIndex:
         """Whether blocks had to be dropped that a publisher still has."""
         return any(not part.is_whole for part in self._parts) and self._num_dropped > 0
 
+    @property
+    def is_renewing(self) -> bool:
+        """Whether entries of the table are on their way to another place."""
+        return self._table.is_renewing
+
     def check(self) -> None:
         """InvariantError where counts and rows do not fit together."""
         self._table.check()
         for part in self._parts:
             column = self._table.columns[part.column]
-            num_blocks = int(np.count_nonzero(column & np.uint64(part.bit)))
+            bit = np.uint64(part.bit)
+            num_blocks = sum(
+                int(np.count_nonzero(column[used] & bit)) for used in self._table.ranges()
+            )
             if num_blocks != part.num_blocks:
                 raise InvariantError(f"{part} has {num_blocks} blocks")
-        if int(np.count_nonzero(self._table.live())) != self._num_keys:
+        if self._table.count_live() != self._num_keys:
             raise InvariantError(f"{self._num_keys} keys are not what there is")
+
+    def _key_of(self, word: int) -> int:
+        """`table_keys` of one."""
+        return (word or 1) * self._secret & 0xFFFF_FFFF_FFFF_FFFF
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -149,20 +164,20 @@ class KvIndex:
             if not self._parts.has_free_bit:
                 self._parts.add_column()
                 self._table.add_column()
-                if self._table.num_bytes > self._max_bytes:
+                if self._table.is_too_large:
                     self._make_room(0)
+                    self._table.finish()
             part = self._parts.add(publisher, tier)
         return part
 
     def _clear(self, part: IndexPart) -> None:
         column = self._table.columns[part.column]
         if part.num_blocks:
-            column &= np.uint64(~part.bit & 0xFFFF_FFFF_FFFF_FFFF)
-            self._num_keys = int(np.count_nonzero(self._table.live()))
+            for used in self._table.ranges():
+                column[used] &= np.uint64(~part.bit & 0xFFFF_FFFF_FFFF_FFFF)
+            self._num_keys = self._table.count_live()
         part.num_blocks = part.digest = 0
-        if not part.is_whole:
-            part.is_whole = True
-            self._parts.changed()
+        part.is_whole = True
 
     # -- changes -----------------------------------------------------------------------------
 
@@ -174,6 +189,7 @@ class KvIndex:
     def _store(self, part: IndexPart, keys: Words) -> None:
         if not self._table.has_room(len(keys)):
             self._make_room(len(keys))
+        self._table.move(len(keys))
         slots = self._table.put(keys * self._multiplier)
         words = self._table.columns[part.column][slots]
         self._flip(part, keys, slots, words, (words & np.uint64(part.bit)) == 0)
@@ -222,7 +238,7 @@ class KvIndex:
         excess = self._num_keys + count - self._table.max_live
         if excess > 0:
             self._drop(max(excess, self._num_keys // DROP_SHARE))
-        self._table.rebuild(count)
+        self._table.renew(self._num_keys, count)
 
     def _drop(self, count: int) -> None:
         """Forget the blocks that nobody stored or asked for longest."""
@@ -234,6 +250,5 @@ class KvIndex:
                 lost = int(np.count_nonzero(words & np.uint64(part.bit)))
                 part.num_blocks -= lost
                 part.is_whole &= not lost
-        self._parts.changed()
         self._num_keys -= len(slots)
         self._num_dropped += len(slots)

@@ -46,9 +46,8 @@ class IndexPart:
         return 1 << (self.number % WORD_BITS)
 
 
-_Names = tuple[tuple[str, int], ...]
-"""Publishers, each with the tier."""
-MAX_SPLIT = 4096
+FEW_BITS = 12
+"""So few are taken one by one."""
 NUM_PREFIXES = 4096
 """Prefixes of which there is an object at hand."""
 
@@ -60,16 +59,15 @@ class PartTable:
         self._parts: dict[tuple[str, int], IndexPart] = {}
         self._by_number: list[IndexPart | None] = []
         self._hidden: set[str] = set()
-        self._split: list[dict[int, _Names]] = []
         self.prefixes = [CachedPrefix(length) for length in range(NUM_PREFIXES)]
         """Of device tiers, by length."""
         self.alone: list[dict[int, str]] = []
         """By column, the publisher of each bit, where all parts are of device tiers."""
+        self._owners: list[dict[int, tuple[str, int]]] = []
+        """By column, publisher and tier of each bit."""
         self._all_device = True
         self.visible: list[int] = []
         """By column, the bits of parts that may be spoken of."""
-        self.unchained: list[int] = []
-        """By column, the bits of parts that may lack the parent of a block that they have."""
 
     def __iter__(self) -> Iterator[IndexPart]:
         return iter(self._parts.values())
@@ -101,9 +99,8 @@ class PartTable:
         """Bits for 64 more."""
         self._by_number += [None] * WORD_BITS
         self.visible.append(0)
-        self.unchained.append(0)
-        self._split.append({})
         self.alone.append({})
+        self._owners.append({})
 
     def of(self, publisher: str) -> list[IndexPart]:
         """A publisher's parts."""
@@ -140,35 +137,29 @@ class PartTable:
 
     def note(self, column: int, mask: int, length: int, found: dict[str, CachedPrefix]) -> None:
         """Write down that the parts of these bits have so many leading blocks."""
-        names = self._split[column].get(mask) or self._names_of(column, mask)
         prefix = self.prefixes[length] if length < NUM_PREFIXES else CachedPrefix(length)
         if self._all_device:
-            for publisher, _ in names:
-                found[publisher] = prefix
+            alone = self.alone[column]
+            if mask.bit_count() > FEW_BITS:
+                found.update(dict.fromkeys([alone[bit] for bit in alone if bit & mask], prefix))
+                return
+            while mask:
+                found[alone[mask & -mask]] = prefix
+                mask &= mask - 1
             return
-        for publisher, tier in names:
-            lengths = list(found.get(publisher) or CachedPrefix())
-            lengths[tier] = length
-            found[publisher] = CachedPrefix(*lengths)
-
-    def _names_of(self, column: int, mask: int) -> _Names:
-        """Whom a mask stands for; remembered, since few masks come again and again."""
-        parts = [part for part in self.of_column(column) if part.bit & mask]
-        names = tuple((part.publisher, part.tier) for part in parts)
-        if len(self._split[column]) >= MAX_SPLIT:
-            self._split[column].clear()
-        self._split[column][mask] = names
-        return names
+        for bit, (publisher, tier) in self._owners[column].items():
+            if bit & mask:
+                lengths = list(found.get(publisher) or CachedPrefix())
+                lengths[tier] = length
+                found[publisher] = CachedPrefix(*lengths)
 
     def changed(self) -> None:
-        """Parts came, went, or are no longer whole."""
-        self._split = [{} for _ in self.visible]
+        """Parts came or went."""
         self._all_device = not any(part.tier for part in self)
-        self.unchained = [0] * len(self.visible)
         self.alone = [{} for _ in self.visible]
+        self._owners = [{} for _ in self.visible]
         if self._all_device:
             for part in self:
                 self.alone[part.column][part.bit] = part.publisher
         for part in self:
-            if part.tier or not part.is_whole:
-                self.unchained[part.column] |= part.bit
+            self._owners[part.column][part.bit] = (part.publisher, part.tier)

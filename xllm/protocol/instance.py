@@ -101,13 +101,6 @@ class SetSleep(ArrayMessage, frozen=True):
     drop_weights: bool = False
 
 
-class PingInstance(ArrayMessage, frozen=True):
-    """Does this connection carry words both ways? The master's loop answers at once with an
-    InstancePong of the same number, whatever its workers do."""
-
-    number: int
-
-
 InstanceRequest = (
     AdmitRequest
     | CancelRequest
@@ -117,7 +110,6 @@ InstanceRequest = (
     | QuerySnapshot
     | ProbeInstance
     | SetSleep
-    | PingInstance
 )
 
 
@@ -219,12 +211,6 @@ class FrameRefused(ArrayMessage, frozen=True):
     message: str
 
 
-class InstancePong(ArrayMessage, frozen=True):
-    """The master heard that ping."""
-
-    number: int
-
-
 InstanceReply = (
     TokenBatch
     | PrefillDone
@@ -234,5 +220,4 @@ InstanceReply = (
     | FrameRefused
     | SnapshotOfBlocks
     | SleepSet
-    | InstancePong
 )

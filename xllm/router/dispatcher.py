@@ -69,10 +69,7 @@ class Dispatcher:
 
     def start(self, request: InflightRequest, instructions: Sequence[Instruction]) -> None:
         """Its state is there: carry out the first instructions."""
-        try:
-            self._carry_out(request, instructions)
-        except Exception as error:
-            self._broken(request, error)
+        self._tell(request, lambda state: instructions)
 
     def fail(self, request_id: str, request: InflightRequest, failed: RequestFailed) -> None:
         """The terminal message of a request without a state."""

@@ -61,7 +61,7 @@ class KvFeedMetrics(Collector):
         counters = (
             ("events", "Blocks that came or went.", "num_events"),
             ("dropped_blocks", "Blocks dropped for want of room.", "num_dropped"),
-            ("rebuilds", "Times that the table was built anew.", "num_rebuilt"),
+            ("rebuilds", "Times that the table was renewed.", "num_rebuilt"),
         )
         counts = {model or "-": one.statistics() for model, one in self._feed.indices.items()}
         for name, text, field in gauges:
