@@ -1,7 +1,7 @@
 """An instance's entry in the registry: written when its worker is ready, kept, withdrawn.
 
-A registry that does not answer costs nothing but being found: the first write is tried again
-until it succeeds. The lease is the Registration's business.
+A registry that does not answer, or takes no writes, costs nothing but being found: the first write
+is tried again until it succeeds. The lease is the Registration's business.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import structlog
 
 from xllm.config.settings import Settings
-from xllm.errors import TransportError
+from xllm.errors import FencedError, OverloadedError, TransportError, XllmError
 from xllm.protocol.codec import encode
 from xllm.protocol.records import InstanceRecord, instance_key
 from xllm.protocol.registry.interface import Registry
@@ -48,11 +48,7 @@ class InstanceRegistration:
             if self._registration is None:
                 await self._register(self._registry)
                 return
-            try:
-                await self._registration.refresh()
-            except TransportError as error:
-                # The record goes out with the next registration at the latest.
-                _log.warning("registry_unreachable", error=error.message)
+            await self._registration.refresh()
 
     async def _register(self, registry: Registry) -> None:
         registration = Registration(
@@ -64,12 +60,14 @@ class InstanceRegistration:
         while not self._withdrawn:
             try:
                 await registration.start()
-            except TransportError as error:
+            except (TransportError, FencedError, OverloadedError) as error:
                 _log.warning("registry_unreachable", error=error.message)
-                await asyncio.sleep(_AGAIN_S)
+            except XllmError as error:  # it refuses us, until somebody changes its mind
+                _log.error("registration_refused", error=error.message)
             else:
                 self._registration = registration
                 return
+            await asyncio.sleep(_AGAIN_S)
 
     async def withdraw(self) -> None:
         """End the registration and the connection; a write under way is waited for a little, so
