@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from tests.security.keyed_peers import Nodes, pair_of, raw_curve, run, until
+from xllm.cli.keys import allow_peer
 from xllm.errors import BackpressureError, ConfigError, ListenError
 from xllm.protocol.bus import BusMessage, RouterPresence
 from xllm.protocol.client import AbortRequest, ClientMessage, ListModels, RouterMessage
@@ -20,6 +21,7 @@ from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.instance import AssignRole, InstanceReply, InstanceRequest, ProbeInstance
 from xllm.protocol.transport.allow_list import CLIENT_DOMAIN
 from xllm.protocol.transport.context import Transport
+from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.limits import SocketLimits, connection_limit
 from xllm.protocol.transport.pubsub import PublisherSocket, SubscriberSocket
 from xllm.protocol.transport.router import RouterSocket
@@ -203,8 +205,6 @@ def test_a_process_leaves_peers_whose_keys_were_revoked(tmp_path):
         key = nodes.admit("far")
         far = nodes.transport("far")
         far_dir = str(tmp_path / "far")
-        from xllm.cli.keys import allow_peer
-
         allow_peer(far_dir, "server", nodes.server_key)
         far.refresh_keys()
         server = nodes.server()
@@ -213,8 +213,6 @@ def test_a_process_leaves_peers_whose_keys_were_revoked(tmp_path):
             RouterSocket(far, ANYWHERE, ASKS, lambda i, message, f: asked.append(message))
         )
         bus = nodes.keep(PublisherSocket(far, ANYWHERE))
-        from xllm.protocol.transport.dealer import DealerSocket
-
         link = nodes.keep(
             DealerSocket(
                 server,
@@ -256,6 +254,29 @@ def test_a_process_leaves_peers_whose_keys_were_revoked(tmp_path):
         assert (len(asked), len(told)) == before
         nodes.admit("far")
         await talk_until(lambda: len(asked) > before[0] and len(told) > before[1])
+
+    with_nodes(tmp_path, main)
+
+
+def test_one_socket_that_fails_keeps_no_other_from_cutting(tmp_path):
+    class Failing:
+        def keys_changed(self):
+            raise OSError("of no use")
+
+    async def main(nodes):
+        nodes.admit("bad", "router")
+        server = nodes.server()
+        failing = [Failing() for _ in range(8)]
+        for one in failing[:4]:
+            server.watch_keys(one)
+        router, _, gone = hearing(nodes, server)
+        for one in failing[4:]:
+            server.watch_keys(one)
+        bad = nodes.dealer("bad", router.endpoint, ANSWERS)
+        bad.send(AssignRole("both", 1))
+        await until(lambda: router.peers)
+        nodes.revoke("bad")
+        await until(lambda: gone)
 
     with_nodes(tmp_path, main)
 

@@ -11,6 +11,7 @@ import functools
 import structlog
 
 from xllm.errors import TransportError, XllmError
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BusMessage, SnapshotOfBlocks
 from xllm.protocol.cache import CacheRefused
 from xllm.protocol.codec import Decoder
@@ -101,6 +102,7 @@ class KvListener(MembershipListener):
                 self._decoder,
                 functools.partial(self._daemon_says, name),
                 server_key=key_for(record.endpoint, record.public_key),
+                server_role=PeerRole.DAEMON,
                 name=f"daemon {name}",
             )
         except XllmError as error:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import structlog
 
 from xllm.errors import TransportError, XllmError
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BusMessage
 from xllm.protocol.codec import Decoder
 from xllm.protocol.instance import InstanceReply, InstanceRequest
@@ -68,6 +69,7 @@ class SocketLinks:
                 on_gone=lambda: self._lost(name, socket),
                 on_connected=lambda: self._on_connected(name),
                 server_key=key_for(record.endpoint, record.public_key),
+                server_role=PeerRole.MASTER,
                 name=f"instance {name}",
             )
         except XllmError as error:
@@ -83,8 +85,9 @@ class SocketLinks:
         if self._buses.get(record.name) == record.bus_endpoint or not record.bus_endpoint:
             return
         self.unhear(record.name)
+        key = key_for(record.bus_endpoint, record.public_key)
         try:
-            self._bus.connect(record.bus_endpoint, key_for(record.bus_endpoint, record.public_key))
+            self._bus.connect(record.bus_endpoint, key, _role_of(record))
         except XllmError as error:
             _log.error("bus_unreachable", publisher=record.name, error=error.message)
             return
@@ -129,6 +132,13 @@ class SocketLinks:
         if self._sockets.get(name) is socket:
             socket.discard_queued()
             self._on_gone(name)
+
+
+def _role_of(record: InstanceRecord | DaemonRecord | RouterRecord) -> PeerRole:
+    """What the key of a record's owner must be admitted as."""
+    if isinstance(record, InstanceRecord):
+        return PeerRole.MASTER
+    return PeerRole.DAEMON if isinstance(record, DaemonRecord) else PeerRole.ROUTER
 
 
 def key_for(endpoint: str, public_key: str) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import zmq
 
 from xllm.errors import BackpressureError, BrokenError, ClosedError, ListenError, XllmError
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.transport.allow_list import CLUSTER_DOMAIN
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.endpoint import PathLock, check_bindable, is_local
@@ -120,8 +121,12 @@ class Channel:
         bound = self._socket.getsockopt(zmq.LAST_ENDPOINT)
         return endpoint if endpoint.startswith("inproc") else _text(bound)
 
-    def _connect(self, endpoint: str, server_key: str = "") -> None:
-        """Connect. Where that fails the socket is as it was: it may serve other peers."""
+    def _connect(
+        self, endpoint: str, server_key: str = "", server_role: PeerRole | None = None
+    ) -> None:
+        """Connect. Where that fails the socket is as it was: it may serve other peers.
+        `server_role`: see Transport.is_barred; with one, a process that has keys speaks TCP to
+        nobody without."""
         security = self._transport.security
         try:
             apply_options(self._socket, self._limits, endpoint)
@@ -129,9 +134,11 @@ class Channel:
                 # Only TCP is bound with keys: an ipc path is guarded by its directory.
                 if security is None:
                     raise BrokenError(f"{endpoint} demands keys and this process has none")
-                if self._transport.was_revoked(server_key):
-                    raise BrokenError(f"the key of {endpoint} was revoked")
+                if self._transport.is_barred(server_key, server_role):
+                    raise BrokenError(f"the key of {endpoint} is not admitted")
                 secure_client(self._socket, security, server_key)
+            elif server_role and security is not None and endpoint.startswith("tcp://"):
+                raise BrokenError(f"{endpoint} has no key, and this process has")
             elif is_local(endpoint):
                 plain_client(self._socket)
             else:

@@ -11,8 +11,8 @@ import structlog
 import zmq
 
 from xllm.errors import BackpressureError, ClosedError, ConfigError, InvariantError
-from xllm.protocol.authority import KnownPeer
-from xllm.protocol.transport.allow_list import AllowList
+from xllm.protocol.authority import KnownPeer, PeerRole
+from xllm.protocol.transport.allow_list import CLUSTER_DOMAIN, AllowList
 from xllm.protocol.transport.security import Authenticator, Security
 
 _log = structlog.get_logger("transport")
@@ -104,9 +104,16 @@ class Transport:
         """Whose key that is at sockets of a domain; None: it is not admitted, or not any more."""
         return self._allowed.peer(public_key, domain) if self._allowed is not None else None
 
-    def was_revoked(self, public_key: str) -> bool:
-        """Whether that key was admitted since the start, and is no more."""
-        return self._allowed is not None and self._allowed.was_revoked(public_key)
+    def is_barred(self, public_key: str, role: PeerRole | None) -> bool:
+        """Whether nothing may be said to the owner of a server's key. One that was found in the
+        registry must be admitted in that role; one that a person gave (`role` None) must not have
+        been revoked since the start."""
+        if self._allowed is None:
+            return False
+        if role is None:
+            return self._allowed.was_revoked(public_key)
+        peer = self.peer(public_key, CLUSTER_DOMAIN)
+        return peer is None or role not in peer.roles
 
     def refresh_keys(self) -> None:
         """Look at the allow-lists; where they changed, whoever is no longer admitted is cut.
@@ -119,7 +126,10 @@ class Transport:
         if self._allowed.refresh():
             _log.info("keys_changed")
             for socket in tuple(self._keyed):
-                socket.keys_changed()
+                try:
+                    socket.keys_changed()
+                except Exception as error:  # the others must hear of it all the same
+                    self.handler_failed("keys", error)
 
     # -- figures -----------------------------------------------------------------------------
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import msgspec
+import structlog
 import zmq
 
 from xllm.errors import BadMessageError, XllmError
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.transport.channel import Channel
 from xllm.protocol.transport.context import Transport
@@ -21,6 +23,7 @@ from xllm.protocol.transport.monitor import (
     ConnectionMonitor,
 )
 
+_log = structlog.get_logger("transport")
 T = TypeVar("T")
 
 
@@ -29,7 +32,9 @@ class DealerSocket(Channel, Generic[T]):
 
     `on_message(message, frames)` for each message; `on_connected()` and `on_gone()` as the
     connection comes and goes (never over inproc); `on_refused()` where the peer does not accept
-    our key. Messages sent while there is no connection wait in the bounded queue."""
+    our key. Messages sent while there is no connection wait in the bounded queue.
+    `server_role`: what the peer's key must be admitted as, where the registry named it; there is
+    no connection while it is not (see Transport.is_barred)."""
 
     def __init__(
         self,
@@ -42,6 +47,7 @@ class DealerSocket(Channel, Generic[T]):
         on_connected: Callable[[], None] | None = None,
         on_refused: Callable[[], None] | None = None,
         server_key: str = "",
+        server_role: PeerRole | None = None,
         limits: SocketLimits | None = None,
         name: str = "",
     ) -> None:
@@ -53,33 +59,41 @@ class DealerSocket(Channel, Generic[T]):
         self._on_connected = on_connected
         self._on_refused = on_refused
         self._server_key = server_key
-        self._is_suspended = False
+        self._server_role = server_role
+        self._is_suspended = bool(server_key) and self._is_barred
         self._monitor: ConnectionMonitor | None = None
         self._gone_untold = False
         self.connected = endpoint.startswith("inproc://")
         if not self.connected:
             self._monitor = self._watch(self._connection_event)
-        try:
-            self._connect(endpoint, server_key)
-        except XllmError:
-            self.close()
-            raise
+        if self._is_suspended:
+            _log.warning("peer_not_admitted", socket=self.name, endpoint=endpoint)
+        else:
+            try:
+                self._connect(endpoint, server_key, server_role)
+            except XllmError:
+                self.close()
+                raise
         if server_key:
             transport.watch_keys(self)
 
     def keys_changed(self) -> None:
-        """Leave a peer whose key was revoked, and come back to one that is admitted again."""
+        """Leave a peer whose key is not admitted any more, and come back to one that is again."""
         if self._closed:
             return
-        is_revoked = self._transport.was_revoked(self._server_key)
-        if is_revoked and not self._is_suspended:
+        is_barred = self._is_barred
+        if is_barred and not self._is_suspended:
             self._is_suspended = True
             self._disconnect(self.endpoint)
             self._transport.num_cut += 1
             self._connection_event(DISCONNECTED, -1)
-        elif self._is_suspended and not is_revoked:
+        elif self._is_suspended and not is_barred:
             self._is_suspended = False
-            self._connect(self.endpoint, self._server_key)
+            self._connect(self.endpoint, self._server_key, self._server_role)
+
+    @property
+    def _is_barred(self) -> bool:
+        return self._transport.is_barred(self._server_key, self._server_role)
 
     def send(self, message: msgspec.Struct, frames: Sequence[bytes] = ()) -> None:
         """Send, or queue while there is no connection. BackpressureError past the bound."""
@@ -125,7 +139,7 @@ class DealerSocket(Channel, Generic[T]):
         if self._closed or self._is_suspended or self.connected:
             return
         self._disconnect(self.endpoint)
-        self._connect(self.endpoint, self._server_key)
+        self._connect(self.endpoint, self._server_key, self._server_role)
 
     def _tell_gone(self) -> None:
         if self._closed or not self._gone_untold:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import msgspec
+import structlog
 import zmq
 
 from xllm.errors import BadMessageError
-from xllm.protocol.authority import Subscribe, may_say
+from xllm.protocol.authority import PeerRole, Subscribe, may_say
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.transport.allow_list import CLUSTER_DOMAIN
 from xllm.protocol.transport.channel import Channel
@@ -27,6 +28,7 @@ from xllm.protocol.transport.monitor import (
 )
 from xllm.protocol.transport.peers import AcceptedConnections
 
+_log = structlog.get_logger("transport")
 T = TypeVar("T")
 MAX_TOPIC_BYTES = 256
 _NOBLOCK = zmq.NOBLOCK
@@ -134,50 +136,57 @@ class SubscriberSocket(Channel, Generic[T]):
         self._decode = decoder.decode
         self._on_message = on_message
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self._server_keys: dict[str, str] = {}
-        """Keys of the publishers that have one, by endpoint."""
+        self._servers: dict[str, tuple[str, PeerRole | None]] = {}
+        """By endpoint, keys of the publishers that have one, and what they must be admitted as."""
         self._suspended: set[str] = set()
         self._monitor: ConnectionMonitor | None = None
         if transport.security is not None:
             self._monitor = self._watch(lambda event, descriptor: None, self._refused)
         transport.watch_keys(self)
 
-    def connect(self, endpoint: str, server_key: str = "") -> None:
-        """Hear one more publisher; its address need not exist yet. BrokenError or ConfigError
+    def connect(
+        self, endpoint: str, server_key: str = "", server_role: PeerRole | None = None
+    ) -> None:
+        """Hear one more publisher; its address need not exist yet, and a key of it that is not
+        admitted (`server_role`: see Transport.is_barred) may be later. BrokenError or ConfigError
         for an address that cannot be; the others are heard all the same."""
-        self._connect(endpoint, server_key)
+        if server_key and self._transport.is_barred(server_key, server_role):
+            _log.warning("peer_not_admitted", socket=self.name, endpoint=endpoint)
+            self._suspended.add(endpoint)
+        else:
+            self._connect(endpoint, server_key, server_role)
         if server_key:
-            self._server_keys[endpoint] = server_key
+            self._servers[endpoint] = (server_key, server_role)
 
     def disconnect(self, endpoint: str) -> None:
         """Stop hearing a publisher. Unknown addresses are ignored."""
-        self._server_keys.pop(endpoint, None)
+        self._servers.pop(endpoint, None)
         self._suspended.discard(endpoint)
         self._disconnect(endpoint)
 
     def keys_changed(self) -> None:
-        """Stop hearing publishers whose keys were revoked, until they are admitted again."""
+        """Stop hearing publishers whose keys are not admitted any more, until they are again."""
         if self._closed:
             return
-        for endpoint, key in self._server_keys.items():
-            is_revoked = self._transport.was_revoked(key)
-            if is_revoked and endpoint not in self._suspended:
+        for endpoint, (key, role) in self._servers.items():
+            is_barred = self._transport.is_barred(key, role)
+            if is_barred and endpoint not in self._suspended:
                 self._suspended.add(endpoint)
                 self._transport.num_cut += 1
                 self._disconnect(endpoint)
-            elif endpoint in self._suspended and not is_revoked:
+            elif endpoint in self._suspended and not is_barred:
                 self._suspended.discard(endpoint)
-                self._connect(endpoint, key)
+                self._connect(endpoint, key, role)
 
     def _refused(self, endpoint: str) -> None:
         self._loop.call_later(REFUSED_PAUSE_S, self._try_again, endpoint)
 
     def _try_again(self, endpoint: str) -> None:
-        key = self._server_keys.get(endpoint)
-        if self._closed or key is None or endpoint in self._suspended:
+        server = self._servers.get(endpoint)
+        if self._closed or server is None or endpoint in self._suspended:
             return
         self._disconnect(endpoint)
-        self._connect(endpoint, key)
+        self._connect(endpoint, *server)
 
     def close(self) -> None:
         """Close the monitor and the socket."""
