@@ -6,16 +6,21 @@ import asyncio
 
 import pytest
 
-from xllm.errors import BrokenError, ConfigError
+from xllm.errors import BackpressureError, BrokenError, ConfigError, OverloadedError
 from xllm.protocol.codec import Decoder
-from xllm.protocol.registry import remote_watch
+from xllm.protocol.registry import embedded, remote_watch
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
 from xllm.protocol.registry.keeper import Registration
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.open import open_registry
 from xllm.protocol.registry.remote import RemoteRegistry
 from xllm.protocol.registry.store import RegistryStore
-from xllm.protocol.registry_wire import PingRegistry, RegistryRefused, RegistryReply
+from xllm.protocol.registry_wire import (
+    EntriesChanged,
+    PingRegistry,
+    RegistryRefused,
+    RegistryReply,
+)
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.security import Security, create_keys
@@ -119,6 +124,71 @@ def test_a_watch_whose_history_was_cut_lists_anew(transport):
         assert seen == {e.key: e.value for e in store.list("/", 0.0).entries}
         await server.registry.put("/after", b"")
         await wait_until(lambda: "/after" in seen)
+        await registry.close()
+        await server.close()
+
+    run(main())
+
+
+def test_a_watch_of_a_connection_that_takes_no_more_is_told_later(transport, monkeypatch):
+    """Nothing but the news says that something changed: it must not be dropped."""
+    monkeypatch.setattr(embedded, "_AGAIN_S", 0.01)
+
+    async def main():
+        server = EmbeddedRegistryServer(transport, "inproc://full")
+        registry = RemoteRegistry(transport, "inproc://full")
+        seen = []
+        await registry.watch("/", lambda changes: seen.extend(one.key for one in changes))
+        full = ["first", "second", "third"]
+        take = server._socket.send
+
+        def send(identity, message):
+            if full and isinstance(message, EntriesChanged):
+                full.pop()
+                raise BackpressureError("20000 messages wait already")
+            take(identity, message)
+
+        monkeypatch.setattr(server._socket, "send", send)
+        await server.registry.put("/a", b"1")
+        await server.registry.put("/b", b"2")
+        await wait_until(lambda: not full)
+        await wait_until(lambda: seen)
+        assert seen == ["/a", "/b"]
+        await registry.close()
+        await server.close()
+
+    run(main())
+
+
+def test_one_watch_too_many_is_refused_and_a_known_one_tries_again(
+    transport, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(embedded, "MAX_WATCHES", 1)
+    monkeypatch.setattr(remote_watch, "_RETRY_S", 0.01)
+
+    async def main():
+        endpoint = f"ipc://{tmp_path}/registry"
+        server = EmbeddedRegistryServer(transport, endpoint)
+        registry = RemoteRegistry(transport, endpoint)
+        seen = []
+        watch = await registry.watch("/", lambda changes: seen.extend(one.key for one in changes))
+        with pytest.raises(OverloadedError, match="1 watches are the most"):
+            await registry.watch("/", lambda changes: None)
+        await server.close()
+        await wait_until(lambda: watch.task is not None)
+        # No room at the restarted one at first: refused, and not given up.
+        monkeypatch.setattr(embedded, "MAX_WATCHES", 0)
+        refused = []
+        monkeypatch.setattr(
+            remote_watch._log, "warning", lambda event, **more: refused.append(event)
+        )
+        server = EmbeddedRegistryServer(transport, endpoint)
+        await wait_until(lambda: len(refused) > 1)
+        assert not watch.task.done()
+        monkeypatch.setattr(embedded, "MAX_WATCHES", 1)
+        await wait_until(watch.task.done)
+        await server.registry.put("/new", b"")
+        await wait_until(lambda: seen == ["/new"])
         await registry.close()
         await server.close()
 

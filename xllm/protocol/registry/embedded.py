@@ -1,16 +1,24 @@
 """Serves an in-memory registry to other processes: what stands in for etcd on small clusters.
 
 It decides nothing (see store) and does not know what the entries mean. Invariant: a watch of a
-connection is told every change after the revision it named, in order, or that it is lost.
+connection is told every change after the revision it named, in order, or that it is lost; one that
+does not read is told later.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Callable
 
-from xllm.errors import BackpressureError, BrokenError, PermissionDeniedError, XllmError
+from xllm.errors import (
+    BackpressureError,
+    BrokenError,
+    OverloadedError,
+    PermissionDeniedError,
+    XllmError,
+)
 from xllm.protocol.codec import Decoder
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.ownership import Ownership
@@ -46,6 +54,8 @@ from xllm.protocol.transport.router import RouterSocket
 
 MAX_WATCHES = 4096
 """Of all connections together."""
+_AGAIN_S = 0.2
+"""Pause before a watch is told again whose connection takes no more."""
 
 
 class _ServedWatch:
@@ -81,6 +91,7 @@ class EmbeddedRegistryServer:
         self._clock = clock
         self._owners = Ownership(store)
         self._watches: dict[tuple[bytes, int], _ServedWatch] = {}
+        self._again: asyncio.TimerHandle | None = None
         self._socket: RouterSocket[RegistryRequest] = RouterSocket(
             transport,
             endpoint,
@@ -103,6 +114,8 @@ class EmbeddedRegistryServer:
         """Stop serving."""
         self._socket.close()
         self._watches.clear()
+        if self._again is not None:
+            self._again.cancel()
         await self.registry.close()
 
     def _on_message(self, identity: bytes, message: RegistryRequest, frames: list[bytes]) -> None:
@@ -117,8 +130,10 @@ class EmbeddedRegistryServer:
             reply = RegistryRefused(message.id, error.code, error.message)
         try:
             self._socket.send(identity, reply)
-        except (BrokenError, BackpressureError):
-            self._on_gone(identity)  # it left, or reads nothing: its deadline will tell it
+        except BrokenError:
+            self._on_gone(identity)
+        except BackpressureError:
+            pass  # it reads nothing: its deadline will tell it
         self.registry.changed()
 
     def _answer(self, identity: bytes, message: RegistryRequest) -> RegistryReply:
@@ -155,28 +170,42 @@ class EmbeddedRegistryServer:
     def _open_watch(self, identity: bytes, message: OpenWatch) -> bool:
         known = message.incarnation == self.incarnation
         reachable = self._store.changes_after(message.prefix, message.after_revision) is not None
-        if not (known and reachable) or len(self._watches) >= MAX_WATCHES:
+        if not (known and reachable):
             return False
+        if len(self._watches) >= MAX_WATCHES:
+            raise OverloadedError(f"{MAX_WATCHES} watches are the most")
         watch = _ServedWatch(message.prefix, message.after_revision)
         self._watches[identity, message.watch] = watch
         return True
 
     def _tell_watches(self, now: float) -> None:
+        revision = self._store.revision
         for (identity, number), watch in list(self._watches.items()):
             changes = self._store.changes_after(watch.prefix, watch.revision)
-            watch.revision = self._store.revision
             if changes == ():
+                watch.revision = revision
                 continue
-            news: RegistryReply
-            if changes is None:
-                news = WatchLost(number)
-                del self._watches[identity, number]
-            else:
-                news = EntriesChanged(number, changes)
+            news = WatchLost(number) if changes is None else EntriesChanged(number, changes)
             try:
                 self._socket.send(identity, news)
-            except (BrokenError, BackpressureError):
+            except BrokenError:
                 self._on_gone(identity)
+            except BackpressureError:
+                self._tell_again()
+            else:
+                watch.revision = revision
+                if changes is None:
+                    self._watches.pop((identity, number), None)
+
+    def _tell_again(self) -> None:
+        """Come back to watches that could not be told."""
+        if self._again is None:
+            loop = asyncio.get_running_loop()
+            self._again = loop.call_later(_AGAIN_S, self._retold)
+
+    def _retold(self) -> None:
+        self._again = None
+        self._tell_watches(self._clock())
 
     def _on_gone(self, identity: bytes) -> None:
         for key in [key for key in self._watches if key[0] == identity]:

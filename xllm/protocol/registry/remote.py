@@ -14,7 +14,13 @@ import itertools
 from collections.abc import Sequence
 from typing import TypeVar
 
-from xllm.errors import BackpressureError, BrokenError, ClosedError, error_from_code
+from xllm.errors import (
+    BackpressureError,
+    BrokenError,
+    ClosedError,
+    XllmError,
+    error_from_code,
+)
 from xllm.protocol.codec import Decoder
 from xllm.protocol.registry.interface import OnChanges
 from xllm.protocol.registry.remote_watch import RemoteWatch
@@ -269,5 +275,7 @@ class RemoteRegistry:
             await asyncio.sleep(self._probe_s)
             try:
                 await self._call(PingRegistry(next(self._ids)), WatchAnswer)
-            except (BrokenError, BackpressureError):
+            except ClosedError:
+                return
+            except XllmError:
                 self._degraded = True

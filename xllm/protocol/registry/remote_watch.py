@@ -10,14 +10,18 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from xllm.errors import BackpressureError, BrokenError
+import structlog
+
+from xllm.errors import BackpressureError, BrokenError, ClosedError, XllmError
 from xllm.protocol.registry.interface import OnChanges
 from xllm.protocol.registry.known import KnownEntries
 from xllm.protocol.registry_wire import Change, Listing
+from xllm.protocol.transport.context import describe_error
 
 if TYPE_CHECKING:
     from xllm.protocol.registry.remote import RemoteRegistry
 
+_log = structlog.get_logger("registry")
 RESTART_GRACE_S = 10.0
 """Owners of entries get this long to register with a server that began anew."""
 _RETRY_S = 0.2
@@ -97,9 +101,17 @@ class RemoteWatch:
             self._stale = False
             try:
                 await self.synchronize()
+                continue
+            except ClosedError:
+                return
             except (BrokenError, BackpressureError):
-                self._stale = True
-                await asyncio.sleep(_RETRY_S)
+                pass
+            except XllmError as error:
+                _log.warning("watch_refused", prefix=self.prefix, error=error.message)
+            except Exception as error:  # whatever it is: without a watch nobody is found
+                _log.error("watch_failed", prefix=self.prefix, error=describe_error(error))
+            self._stale = True
+            await asyncio.sleep(_RETRY_S)
 
     def _tell(self, news: Sequence[Change]) -> None:
         if not news or self._closed:
