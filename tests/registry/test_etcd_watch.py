@@ -261,13 +261,15 @@ def test_an_idle_watch_resumes_where_progress_said_it_was():
     asyncio.run(main())
 
 
-def test_another_cluster_at_the_same_address_is_listed():
+@pytest.mark.parametrize("with_listing", [False, True])
+def test_another_cluster_at_the_same_address_is_listed(with_listing):
     async def main():
         etcd, told = FakeEtcd(), Told()
-        etcd.store.put(f"{PREFIX}old", b"", 0, 0.0)
-        watch = watched(etcd, told)
+        watch = watched(etcd, told, Listing((), etcd.store.revision) if with_listing else None)
         await watch.start()
-        await do(etcd, "let", 0)
+        etcd.store.put(f"{PREFIX}old", b"", 0, 0.0)
+        etcd.changed()
+        await settle(told, etcd)
         etcd.store = RegistryStore(first_revision=100)
         etcd.store.put(f"{PREFIX}new", b"", 0, 0.0)
         etcd.cluster_id = 2

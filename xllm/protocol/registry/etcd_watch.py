@@ -143,6 +143,7 @@ class EtcdWatch:
             raise BrokenError(f"etcd ended a watch: {response.cancel_reason}")
         if response.created:
             other = self._cluster_id not in (0, header.cluster_id)
+            self._cluster_id = self._cluster_id or header.cluster_id
             # A member that is behind looks like one that lost something: a listing tells.
             self._must_list = other or header.revision < self._known.revision
         elif response.events:
