@@ -160,6 +160,31 @@ def test_after_an_outage_owners_do_not_come_back_all_at_once(monkeypatch):
     run(main())
 
 
+def test_a_key_that_went_while_its_lease_stands_is_put_again(monkeypatch):
+    monkeypatch.setattr(keeper, "_RENEWAL_S", 0.01)
+    monkeypatch.setattr(keeper, "_MIN_PAUSE_S", 0.01)
+    monkeypatch.setattr(keeper, "_LOOK_S", 0.01)
+
+    async def main():
+        registry = MoodyRegistry(time.monotonic)
+        registration = Registration(registry, "/me", lambda: b"x", 120.0)
+        await registration.start()
+        # A write of an earlier try comes late, under a lease that nobody keeps.
+        late = await registry.grant(120.0)
+        await registry.put("/me", b"x", late.id)
+        await registry.revoke(late.id)
+        assert await registry.get("/me") is None
+        while await registry.get("/me") is None:
+            await asyncio.sleep(0.01)
+        assert (await registry.get("/me")).lease_id == registration.lease_id
+        assert registration.num_registrations == 1
+        await registration.withdraw()
+        assert await registry.get("/me") is None
+        await registry.close()
+
+    run(main())
+
+
 def test_long_leases_are_renewed_often_enough_to_miss_them_soon(monkeypatch):
     monkeypatch.setattr(keeper, "_RENEWAL_S", 0.01)
     monkeypatch.setattr(keeper, "_MIN_PAUSE_S", 0.01)

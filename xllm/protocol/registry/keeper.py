@@ -2,7 +2,8 @@
 
 It renews at half of what remains, counted from when the last renewal was sent, and every
 `_RENEWAL_S` at least; a lease that is gone is replaced and the same key put again, after an outage
-not by all at once. A registry that does not answer changes nothing here (fail static): `degraded`
+not by all at once. A key that went while its lease stands (somebody deleted it, or a write of ours
+under an earlier lease came late and went with that) is put again, too. A registry that does not answer changes nothing here (fail static): `degraded`
 says so, and trying goes on. It does not know what the record means.
 """
 
@@ -24,6 +25,8 @@ _MIN_PAUSE_S = 0.2
 _MAX_PAUSE_S = 2.0
 _RENEWAL_S = 1.5
 """A lease that somebody revoked is missed within this time."""
+_LOOK_S = 5.0
+"""How often a renewal is followed by a look at whether the key is there."""
 _JITTER_S = 1.0
 """Owners whose leases lapsed in an outage come back within this time of its end."""
 
@@ -50,6 +53,7 @@ class Registration:
         self._clock = clock
         self._spread = spread
         self._expires_at = 0.0
+        self._looked_at = 0.0
         self._degraded = False
         self._is_stale = False
         self._task: asyncio.Task[None] | None = None
@@ -100,6 +104,7 @@ class Registration:
         await self._registry.put(self.key, self._value(), lease.id)
         self.lease_id = lease.id
         self._expires_at = sent_at + lease.ttl_s
+        self._looked_at = sent_at
         self._degraded = False
         self._is_stale = False
         self.num_registrations += 1
@@ -109,6 +114,8 @@ class Registration:
         remaining_s = await self._registry.keep_alive(self.lease_id)
         if remaining_s > 0:
             self._expires_at = sent_at + remaining_s
+            if sent_at - self._looked_at >= _LOOK_S:
+                await self._look(sent_at)
             if self._is_stale:
                 await self._write_again()
             self._degraded = False
@@ -117,6 +124,13 @@ class Registration:
         if self._degraded:
             await asyncio.sleep(_JITTER_S * self._spread())
         await self._register()
+
+    async def _look(self, now: float) -> None:
+        entry = await self._registry.get(self.key)
+        self._looked_at = now
+        if entry is None:
+            _log.warning("entry_lost", key=self.key)
+            self._is_stale = True
 
     async def _keep(self) -> None:
         pause_s = _MIN_PAUSE_S
