@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from hashlib import sha256
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -191,6 +192,25 @@ def test_another_incarnation_begins_with_nothing_and_old_words_do_not_count():
     followed.hear(fresh.beat())
     assert followed.has({3})
     assert followed.figures.num_ignored == 1
+
+
+def test_words_without_events_are_bounded_too():
+    """Heard by one way and not to be asked by the other: heartbeats are kept for no hours."""
+    one, other = Publisher(), Followed()
+    one.beat()
+    for _ in range(200):
+        other.hear(msgspec.structs.replace(one.beat(), metrics=bytes(1 << 18)))
+        kept = other.follower._kept.values()
+        assert sum(len(word.metrics) for word in kept) <= MAX_KEPT_BYTES
+    assert other.figures.num_given_up > 1
+    for _ in range(20_000):
+        other.hear(one.beat())
+        assert len(other.follower._kept) <= MAX_KEPT_BYTES >> 10
+    beat, snapshot = one.snapshot()
+    other.hear(beat)
+    other.follower.snapshot(snapshot, other.now)
+    assert other.follower.is_known
+    assert other.follower._kept_bytes == 0
 
 
 def test_kept_words_are_bounded_and_what_was_given_up_is_asked_for():

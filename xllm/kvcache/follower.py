@@ -23,8 +23,10 @@ ANSWER_S = 2.0
 RETRY_S = 0.2
 """After this a question is tried again that could not be sent."""
 MAX_KEPT_BYTES = 16 << 20
-"""Events that are kept while a snapshot is under way; above that they are given up, and the words
-after them show the gap."""
+"""Words that are kept while a snapshot is under way; above that they are given up, and the words
+after them show the gap. One that cannot be asked, but is heard, talks for hours."""
+_WORD_BYTES = 2048
+"""Of a word without its bytes."""
 QUIET_S = 60.0
 """After so long without a doubt the next one is acted on at once."""
 MAX_DELAY_S = 30.0
@@ -136,7 +138,7 @@ class PublisherFollower:
         self.seq = answer.seq
         self._has_base = True
         for seq in [seq for seq in self._kept if seq <= answer.seq]:
-            del self._kept[seq]
+            self._take(seq)
         self._ask_at = now + self._jitter()
         self._catch_up(now)
 
@@ -180,16 +182,22 @@ class PublisherFollower:
 
     def _keep(self, word: InstanceHeartbeat | DaemonHeartbeat) -> None:
         self._kept[word.seq] = word
-        self._kept_bytes = sum(map(_num_bytes, self._kept.values()))
+        self._kept_bytes += _num_bytes(word)
         if self._kept_bytes > MAX_KEPT_BYTES:
             self._kept.clear()
+            self._kept_bytes = 0
             self._figures.num_given_up += 1
+
+    def _take(self, seq: int) -> InstanceHeartbeat | DaemonHeartbeat:
+        word = self._kept.pop(seq)
+        self._kept_bytes -= _num_bytes(word)
+        return word
 
     def _catch_up(self, now: float) -> None:
         """Apply the kept words that follow, and be known where none is missing."""
         last = None
         while self._has_base and self.seq + 1 in self._kept:
-            last = self._kept.pop(self.seq + 1)
+            last = self._take(self.seq + 1)
             self._apply(last, now)
         if not self._has_base or self.seq < self._highest:
             return
@@ -221,4 +229,5 @@ class PublisherFollower:
 
 
 def _num_bytes(word: InstanceHeartbeat | DaemonHeartbeat) -> int:
-    return sum(len(one.stored) + len(one.removed) for one in word.events)
+    events = sum(len(one.stored) + len(one.removed) for one in word.events)
+    return _WORD_BYTES + len(word.metrics) + events

@@ -3,8 +3,9 @@
 It renews at half of what remains, counted from when the last renewal was sent, and every
 `_RENEWAL_S` at least; a lease that is gone is replaced and the same key put again, after an outage
 not by all at once. A key that went while its lease stands (somebody deleted it, or a write of ours
-under an earlier lease came late and went with that) is put again, too. A registry that does not answer changes nothing here (fail static): `degraded`
-says so, and trying goes on. It does not know what the record means.
+under an earlier lease came late and went with that) is put again, too. A registry that does not
+answer changes nothing here (fail static): `degraded` says so, and trying goes on. It does not know
+what the record means.
 """
 
 from __future__ import annotations
