@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from tests.architecture.sources import ROOT
-from xllm.cli.keys import allow_peer
+from xllm.cli.keys import allow_peer, revoke_peer
 from xllm.cli.main import COMMANDS, run_command
 from xllm.cli.node_file import ROLES
 from xllm.errors import ConfigError
@@ -114,6 +114,42 @@ def test_a_revoked_key_goes_with_all_its_names(tmp_path, capsys):
     assert run_command(["keys", "revoke", directory, "self"]) == 64
     assert run_command(["keys", "revoke", directory, "../c"]) == 64
     assert sorted(os.listdir(tmp_path / "a" / "allowed")) == ["c.key", "self.key"]
+
+
+def test_a_file_that_says_no_key_keeps_nobody_from_being_revoked(tmp_path, capsys):
+    directory = str(tmp_path / "a")
+    create_keys(directory)
+    allow_peer(directory, "b", "b" * 40)
+    allow_peer(directory, "c", "c" * 40)
+    (tmp_path / "a" / "allowed" / "aa.key").write_text("half a fi")
+    assert run_command(["keys", "list", directory]) == 64
+    said = capsys.readouterr()
+    assert [line.split("\t")[0] for line in said.out.splitlines()] == ["b", "c", "self"]
+    assert "aa.key" in said.err
+    assert revoke_peer(directory, "b") == ["b"]
+    assert revoke_peer(directory, "aa") == ["aa"]
+    assert sorted(os.listdir(tmp_path / "a" / "allowed")) == ["c.key", "self.key"]
+
+
+@pytest.mark.parametrize("name", ["node.key", "node.key_secret", "allowed"])
+def test_keys_are_not_made_through_a_link_that_somebody_laid(tmp_path, name):
+    directory = tmp_path / "keys"
+    directory.mkdir(mode=0o777)
+    elsewhere = tmp_path / "elsewhere"
+    if name == "allowed":
+        elsewhere.mkdir()
+    (directory / name).symlink_to(elsewhere)
+    with pytest.raises(ConfigError):
+        create_keys(str(directory))
+    assert not elsewhere.exists() or os.listdir(elsewhere) == []
+    assert not (directory / "node.key_secret").exists()
+
+
+def test_keys_are_not_made_in_a_directory_of_another_user(tmp_path, monkeypatch):
+    (tmp_path / "keys").mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(ConfigError, match="no directory of this user"):
+        create_keys(str(tmp_path / "keys"))
 
 
 def test_a_list_is_never_half_written(tmp_path):

@@ -15,11 +15,12 @@ import zmq
 from tests.security.keyed_peers import Nodes, pair_of, raw_curve, run, until
 from xllm.cli.keys import allow_peer
 from xllm.errors import BackpressureError, ConfigError, ListenError
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BusMessage, RouterPresence
 from xllm.protocol.client import AbortRequest, ClientMessage, ListModels, RouterMessage
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.instance import AssignRole, InstanceReply, InstanceRequest, ProbeInstance
-from xllm.protocol.transport.allow_list import CLIENT_DOMAIN
+from xllm.protocol.transport.allow_list import CLIENT_DOMAIN, CLUSTER_DOMAIN
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.limits import SocketLimits, connection_limit
@@ -472,12 +473,40 @@ def test_ipc_sockets_are_the_users_alone_wherever_they_lie(tmp_path):
     run(main())
 
 
-def test_lists_that_others_may_write_are_refused(tmp_path):
-
+@pytest.mark.parametrize("folder", ["allowed", "clients"])
+def test_lists_that_others_may_write_are_refused(tmp_path, folder):
+    """An empty one, too: somebody else may be the first to write there."""
     nodes = Nodes(tmp_path)
-    os.chmod(tmp_path / "server" / "allowed", 0o777)
+    path = tmp_path / "server" / folder
+    path.mkdir(exist_ok=True)
+    os.chmod(path, 0o777)
     with pytest.raises(ConfigError, match="written by others"):
         Transport(Security.load(nodes.server_dir))
+
+
+def test_a_list_that_others_may_write_by_now_admits_nobody_new(tmp_path):
+    nodes = Nodes(tmp_path)
+    known, gone = nodes.admit("known", "router"), nodes.admit("gone", "router")
+    transport = Transport(Security.load(nodes.server_dir))
+    try:
+        folder = tmp_path / "server" / "allowed"
+        os.chmod(folder, 0o777)
+        nodes.admit("known", "router", "master")
+        new = nodes.admit("new", "router")
+        nodes.revoke("gone")
+        transport.refresh_keys()
+        # Who raised himself to more is nobody until the list is ours again.
+        assert transport.peer(known, CLUSTER_DOMAIN) is None
+        assert transport.peer(new, CLUSTER_DOMAIN) is None
+        assert transport.peer(gone, CLUSTER_DOMAIN) is None
+        nodes.admit("known", "router")
+        transport.refresh_keys()
+        os.chmod(folder, 0o700)
+        transport.refresh_keys()
+        assert transport.peer(known, CLUSTER_DOMAIN).roles == {PeerRole.ROUTER}
+        assert transport.peer(new, CLUSTER_DOMAIN) is not None
+    finally:
+        transport.close()
 
 
 FEW_FILES = """

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from xllm.errors import ConfigError
-from xllm.protocol.authority import CLIENT_ROLES, EVERY_ROLE, PeerRole, Roles
+from xllm.protocol.authority import CLIENT_ROLES, EVERY_ROLE, KnownPeer, PeerRole, Roles
 from xllm.protocol.transport.allow_list import SUFFIX, read_peer
 from xllm.protocol.transport.security import OWN_NAME, Security, create_keys
 
@@ -56,12 +56,12 @@ def show(directory: str) -> None:
 @click.argument("directory")
 def list_(directory: str) -> None:
     """Print whom the node of DIRECTORY admits: name, list, roles, public key."""
-    security = Security.load(directory)
-    for folder, default in _lists(security):
-        for path in sorted(folder.glob("*" + SUFFIX)):
-            peer = read_peer(str(path), default)
-            roles = "any" if peer.roles == EVERY_ROLE else ",".join(sorted(peer.roles))
-            click.echo(f"{peer.name}\t{folder.name}\t{roles}\t{peer.public_key}")
+    peers, refused = _read_lists(Security.load(directory))
+    for path, peer in peers:
+        roles = "any" if peer.roles == EVERY_ROLE else ",".join(sorted(peer.roles))
+        click.echo(f"{peer.name}\t{path.parent.name}\t{roles}\t{peer.public_key}")
+    if refused:
+        raise ConfigError("; ".join(refused.values()))
 
 
 @keys.command()
@@ -124,28 +124,37 @@ def allow_peer(
 
 
 def revoke_peer(directory: str, name: str) -> list[str]:
-    """Remove the files of a peer's key from both lists; returns their names. ConfigError where
-    there is no such peer, or it is the node itself."""
+    """Remove the files of a peer's key from both lists; returns their names. Files that say no key
+    admit nobody, and go only where they have that name. ConfigError where there is no such peer,
+    or it is the node itself."""
     security = Security.load(directory)
-    found = [
-        (path, read_peer(str(path), default).public_key)
-        for folder, default in _lists(security)
-        for path in sorted(folder.glob("*" + SUFFIX))
-    ]
-    revoked = {key for path, key in found if path.name == name + SUFFIX}
-    if not revoked:
+    peers, refused = _read_lists(security)
+    revoked = {peer.public_key for path, peer in peers if path.name == name + SUFFIX}
+    broken = [path for path in refused if path.name == name + SUFFIX]
+    if not revoked and not broken:
         raise ConfigError(f"{directory} admits nobody of the name {name!r}")
     if name == OWN_NAME or security.public_key in revoked:
         raise ConfigError(f"{name} is this node's own key: make a new pair instead")
-    paths = [path for path, key in found if key in revoked]
+    paths = [*(path for path, peer in peers if peer.public_key in revoked), *broken]
     for path in paths:
         path.unlink()
     return sorted(path.name.removesuffix(SUFFIX) for path in paths)
 
 
-def _lists(security: Security) -> tuple[tuple[Path, Roles], ...]:
-    """Both lists, and the roles of a file that says none."""
-    return (
-        (Path(security.allowed_dir), EVERY_ROLE),
-        (Path(security.clients_dir), CLIENT_ROLES),
+def _read_lists(security: Security) -> tuple[list[tuple[Path, KnownPeer]], dict[Path, str]]:
+    """Who is on both lists, by file, and of files that admit nobody what is wrong with them."""
+    peers: list[tuple[Path, KnownPeer]] = []
+    refused: dict[Path, str] = {}
+    lists: tuple[tuple[str, Roles], ...] = (
+        (security.allowed_dir, EVERY_ROLE),
+        (security.clients_dir, CLIENT_ROLES),
     )
+    for folder, default in lists:
+        for path in sorted(Path(folder).glob("*" + SUFFIX)):
+            try:
+                peers.append((path, read_peer(str(path), default)))
+            except FileNotFoundError:
+                continue  # a link that leads nowhere
+            except ConfigError as error:
+                refused[path] = error.message
+    return peers, refused

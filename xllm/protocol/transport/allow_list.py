@@ -65,6 +65,7 @@ class KeyFolder:
         self._path = path
         self._default = default
         self._marks: frozenset[FileMark] = frozenset()
+        self._is_open = False
         self.peers: Mapping[str, KnownPeer] = {}
         """By public key."""
 
@@ -72,16 +73,17 @@ class KeyFolder:
         """Read all files, at a start: ConfigError for a directory that others may write to and for
         a file that says no key."""
         self._marks = self._scan()
-        if self._marks and os.stat(self._path).st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if self._may_be_written():
             raise ConfigError(f"{self._path} may be written by others")
         self.peers = _merged(read_peer(path, self._default) for path in self._files())
 
     def refresh(self) -> bool:
-        """Read them again if any changed; whether any had."""
-        marks = self._scan()
-        if marks == self._marks:
+        """Read them again if any changed; whether any had. While others may write to the
+        directory, nobody is admitted who was not before, and none as more than he was."""
+        marks, is_open = self._scan(), self._may_be_written()
+        if marks == self._marks and is_open == self._is_open:
             return False
-        self._marks = marks
+        self._marks, self._is_open = marks, is_open
         found = []
         for path in self._files():
             try:
@@ -90,8 +92,22 @@ class KeyFolder:
                 continue  # it went meanwhile, and the next look will see that
             except ConfigError as error:
                 _log.error("key_file_refused", error=error.message)
+        if is_open:
+            _log.error("key_folder_open", error=f"{self._path} may be written by others")
+            found = [peer for peer in found if self._is_known(peer)]
         self.peers = _merged(found)
         return True
+
+    def _is_known(self, peer: KnownPeer) -> bool:
+        known = self.peers.get(peer.public_key)
+        return known is not None and peer.roles <= known.roles
+
+    def _may_be_written(self) -> bool:
+        try:
+            mode = os.stat(self._path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return bool(mode & (stat.S_IWGRP | stat.S_IWOTH))
 
     def _files(self) -> list[str]:
         return [os.path.join(self._path, mark[0]) for mark in sorted(self._marks)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import stat
 
 import zmq
 import zmq.auth
@@ -59,14 +60,18 @@ class Security:
 def create_keys(keys_dir: str) -> str:
     """Make a node's key pair (0600) with itself on the allow-list; returns the public key.
 
-    Raises ConfigError where keys are there already."""
+    Raises ConfigError where keys are there already, or where somebody else had a hand in it."""
     directory = pathlib.Path(keys_dir)
-    if (directory / (NODE_KEY + ".key_secret")).exists():
-        raise ConfigError(f"{keys_dir} holds keys already")
     allowed = directory / "allowed"
     previous = os.umask(0o077)
     try:
-        allowed.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        _take_over(directory)
+        for suffix in (".key", ".key_secret"):
+            if os.path.lexists(directory / (NODE_KEY + suffix)):
+                raise ConfigError(f"{keys_dir} holds keys already")
+        allowed.mkdir(exist_ok=True)
+        _take_over(allowed)
         public = b"-"
         while public.startswith(b"-"):  # people give it to commands, which take that for a flag
             public_path, secret_path = zmq.auth.create_certificates(directory, NODE_KEY)
@@ -74,9 +79,20 @@ def create_keys(keys_dir: str) -> str:
     finally:
         os.umask(previous)
     os.chmod(secret_path, 0o600)
-    os.chmod(directory, 0o700)
     (allowed / f"{OWN_NAME}.key").write_bytes(pathlib.Path(public_path).read_bytes())
     return public.decode()
+
+
+def _take_over(directory: pathlib.Path) -> None:
+    """From now on only this user may write there. ConfigError: it is not his, or a link, and keys
+    that are written to it may go anywhere."""
+    try:
+        info = os.lstat(directory)
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
+            raise ConfigError(f"{directory} is no directory of this user")
+        os.chmod(directory, 0o700)
+    except OSError as error:
+        raise ConfigError(f"{directory}: {error.strerror}") from error
 
 
 class Authenticator:
