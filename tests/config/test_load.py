@@ -66,6 +66,11 @@ def test_a_commands_own_defaults_lose_against_everything():
         ({"worker.engine": "fast"}, "", {}, ["worker.engine", "native", "toy", "fast"]),
         ({"worker.block_size": 24}, "", {}, ["worker.block_size", "power of two"]),
         ({}, "[router\n", {}, ["TOML"]),
+        ({"master.name": "a/b"}, "", {}, ["master.name", "'a/b'", "64 letters"]),
+        ({"kvcache.name": "-a"}, "", {}, ["kvcache.name", "a letter or a digit"]),
+        ({}, "[router]\nname = 'a b'\n", {}, ["router.name"]),
+        ({}, "", {"XLLM_CLUSTER_NAME": ""}, ["cluster.name"]),
+        ({"cluster.name": "c" * 65}, "", {}, ["cluster.name"]),
     ],
 )
 def test_refusals_name_the_setting_and_the_bound(flags, text, environ, words, config_file):

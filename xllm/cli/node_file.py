@@ -26,17 +26,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import tomllib
 from typing import Any
 
+from xllm.config.load import NAME
 from xllm.config.settings import Settings
 from xllm.config.table import near_matches
 from xllm.errors import ConfigError
 
 ROLES = ("registry", "kvcache", "worker", "master", "router")
 """In the order in which they are started: a master is ready once its workers are."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SECTIONS = tuple(field.name for field in dataclasses.fields(Settings))
 
 
@@ -84,7 +83,7 @@ def parse_node(content: dict[str, Any]) -> NodeFile:
     for key in ("name", "run_dir", "log_dir"):
         if not node.get(key):
             raise ConfigError(f"node.{key} is missing", param=f"node.{key}")
-    if not _NAME.fullmatch(node["name"]):
+    if not NAME.fullmatch(node["name"]):
         raise ConfigError(f"node.name {node['name']!r}: letters, digits, '.', '_', '-'")
     shared = {key: dict(_table(content[key], key)) for key in content if key in _SECTIONS}
     tables = content.get("process", [])
@@ -120,7 +119,7 @@ def _process(
     if role not in ROLES:
         raise ConfigError(f"{where}: role is one of {', '.join(ROLES)}", param="process.role")
     name = table.get("name", f"{node['name']}-{role}")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConfigError(f"{where}: name {name!r}: letters, digits, '.', '_', '-'")
     sections = _defaults(role, name, node)
     for key in _SECTIONS:

@@ -7,6 +7,7 @@ An unknown key or variable, a wrong type or a value out of its bound refuses to 
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 
@@ -28,6 +29,8 @@ from xllm.errors import ConfigError
 PREFIX = "XLLM_"
 CONFIG_VARIABLE = "XLLM_CONFIG"
 """Names the TOML file where no flag does."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Of a cluster or a process: a part of registry keys, file names and endpoints."""
 NOT_SETTINGS = frozenset({CONFIG_VARIABLE, "XLLM_TORCH"})
 """Variables with our prefix that are no settings: the file's name, and what scripts install."""
 
@@ -117,6 +120,19 @@ def _from_file(table: Mapping[str, SettingEntry], path: str) -> dict[str, object
 
 
 def _check_together(settings: Settings) -> None:
+    names = {
+        "cluster.name": settings.cluster.name,
+        "router.name": settings.router.name,
+        "master.name": settings.master.name,
+        "kvcache.name": settings.kvcache.name,
+    }
+    for key, name in names.items():
+        if not NAME.fullmatch(name) and (name or key == "cluster.name"):
+            raise ConfigError(
+                f"{key} {name[:80]!r}: 1 to 64 letters, digits, '.', '_', '-', the first of them "
+                "a letter or a digit",
+                param=key,
+            )
     check_scheduling(settings.scheduler)
     check_affinity(settings.worker.cpu_affinity)
     size = settings.worker.block_size
