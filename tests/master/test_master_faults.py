@@ -62,7 +62,7 @@ def test_a_scheduler_that_breaks_ends_the_process_and_its_requests(run_dir, meth
 
             setattr(one.master.models[0].scheduler, method, broken)
             one.router.admit("b", range(20, 30))
-            assert (await one.router.ends("a")).code == "unavailable"
+            assert (await one.router.ends("a")).code == "worker_lost"
             assert one.master.stopping
             assert one.master._exit_code == 70
             assert one.master.models[0].state == "failed"
@@ -170,7 +170,7 @@ class ListedChildren:
 class Deaf:
     """A worker's owner that minds nothing."""
 
-    def worker_lost(self, reason) -> None:
+    def worker_lost(self, reason, by_itself) -> None:
         pass
 
 

@@ -16,7 +16,9 @@ from tests.master.test_master_actor import expected, make_settings
 from tests.master.worker_targets import (
     FAIL_TOKEN,
     HANG_TOKEN,
+    HOLD_TOKEN,
     run_computing_worker,
+    run_holding_worker,
     run_nothing,
     run_toy_master,
     run_toy_worker,
@@ -71,10 +73,41 @@ def test_a_killed_worker_comes_back(run_dir):
             began = time.monotonic()
             os.kill(old, signal.SIGKILL)
             ended = await router.ends("b")
-            assert ended.code in ("worker_lost", "unavailable")
+            assert ended.code == "unavailable" or (ended.code, ended.blameless) == (
+                "worker_lost",
+                True,
+            )
             assert time.monotonic() - began < 1.0
             await serve_one(master, router, "c")
             assert worker_pid(master) != old
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_crashes_may_have_been_given_the_reason(run_dir):
+    async def scenario():
+        async with running(run_dir) as (master, router):
+            await serve_one(master, router, "a")
+            router.admit("b", range(20, 30), max_tokens=200)
+            await router.until(lambda: ("b", 1, 0) in router.streams)
+            os.kill(worker_pid(master), signal.SIGSEGV)
+            ended = await router.ends("b")
+            assert not ended.blameless
+            assert "ended with -11" in ended.message
+            await serve_one(master, router, "c")
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_whose_interpreter_is_held_is_seen_before_it_counts_as_silent(run_dir):
+    async def scenario():
+        async with running(run_dir, run_holding_worker) as (master, router):
+            await serve_one(master, router, "a")
+            router.admit("b", [20, HOLD_TOKEN])
+            ended = await router.ends("b", timeout_s=30)
+            assert (ended.code, ended.blameless) == ("worker_lost", False)
+            assert "awake in a step" in ended.message
+            await serve_one(master, router, "c")
 
     asyncio.run(scenario())
 
@@ -85,7 +118,8 @@ def test_a_frozen_worker_is_seen_and_replaced(run_dir):
             await serve_one(master, router, "a")
             began = time.monotonic()
             router.admit("b", [20, HANG_TOKEN])
-            assert (await router.ends("b")).code == "worker_lost"
+            ended = await router.ends("b")
+            assert (ended.code, ended.blameless) == ("worker_lost", False)
             assert 0.9 < time.monotonic() - began < 3.0
             await serve_one(master, router, "c")
 
@@ -100,7 +134,8 @@ def test_a_stopped_worker_is_seen_within_a_second_or_so(run_dir):
             await router.until(lambda: ("b", 1, 0) in router.streams)
             began = time.monotonic()
             os.kill(worker_pid(master), signal.SIGSTOP)
-            assert (await router.ends("b")).code == "worker_lost"
+            ended = await router.ends("b")
+            assert (ended.code, ended.blameless) == ("worker_lost", True)
             assert time.monotonic() - began < 2.5
             await serve_one(master, router, "c")
 

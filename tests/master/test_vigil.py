@@ -10,7 +10,7 @@ import pytest
 from xllm.master.process_state import is_process_stopped
 from xllm.master.rank_link import RankLink
 from xllm.master.step_times import FIRST_STEP_S, StepTimes, StepWork
-from xllm.master.vigil import HUSH_S, MOST_DENIED_S, SILENCE_S, WorkerVigil
+from xllm.master.vigil import HELD_S, HUSH_S, MOST_DENIED_S, SILENCE_S, WorkerVigil
 from xllm.protocol.bus import WorkerState
 from xllm.protocol.step import PULSE_PERIOD_S, StepItem, StepPlan, WorkerFailed, WorkerReady
 
@@ -285,11 +285,53 @@ def test_a_silent_worker_without_cpu_is_waited_for():
     for tenths in range(100):
         one.tick(moves=False, silent=True)
         if one.vigil.is_silent(one.now):
-            one.vigil.excuse_silence(STEP * (tenths - 9))
+            one.vigil.explain_silence(STEP * (tenths - 9))
     assert not any(one.verdicts)
     for _ in range(60):
         one.tick(moves=False, silent=True)
     assert "silent" in one.verdicts[-1]
+
+
+def silent(one: Watched, at_most_s: float, num_awake: int, denied: float = 0.0) -> float:
+    """Seconds until a silent worker is given up, looked at as often as a master does."""
+    began = one.now
+    while not one.tick(moves=False, silent=True):
+        silent_s = one.now - began
+        assert silent_s < at_most_s
+        looks = max(0, int((silent_s - HUSH_S) / 0.25))
+        one.vigil.explain_silence(denied * silent_s, min(looks, num_awake))
+    return one.now - began
+
+
+def test_a_worker_whose_interpreter_is_held_in_a_step_is_seen_sooner():
+    one = trained()
+    one.vigil.sent(decodes(4), one.now)
+    assert HELD_S < silent(one, 2.0, num_awake=100) < 1.9
+    assert "awake in a step" in one.verdicts[-1]
+
+
+@pytest.mark.parametrize(
+    ("plan", "num_awake", "denied"),
+    [
+        (None, 100, 0.0),  # nothing that a client waits for
+        (decodes(4), 1, 0.0),  # it sleeps: a disk, say
+        (prefill(500), 100, 0.0),  # a step that may take that long
+        (decodes(4), 100, 0.8),  # it gets no CPU
+    ],
+)
+def test_other_silence_is_waited_for(plan, num_awake, denied):
+    one = trained()
+    one.run(prefill(500), 1.0)
+    if plan is not None:
+        one.vigil.sent(plan, one.now)
+    at_most_s = 5.3 if not denied else 9.0
+    assert silent(one, at_most_s, num_awake, denied) > 4.9
+
+
+def test_before_any_step_has_ended_an_awake_worker_is_waited_for():
+    one = Watched()
+    one.vigil.sent(decodes(4), one.now)
+    assert silent(one, 5.3, num_awake=100) > 4.9
 
 
 @pytest.mark.parametrize("starves", [True, False])

@@ -1,5 +1,6 @@
 """First functions of worker processes in tests: the toy engine with faults."""
 
+import ctypes
 import time
 
 from xllm.config.load import decode_settings
@@ -17,6 +18,7 @@ from xllm.worker.toy.faults import ToyFaults
 MEETING_S = 30.0
 HANG_TOKEN = 990
 FAIL_TOKEN = 991
+HOLD_TOKEN = 992
 
 
 def run_toy_worker(settings: bytes) -> None:
@@ -51,6 +53,28 @@ def run_talking_worker(settings: bytes) -> None:
     decoded = decode_settings(settings)
     configure_logs(process=worker_name(decoded), level="warning")
     run_child(lambda: WorkerActor(decoded, lambda s: TalkingExecutor(s.worker.rank)))
+
+
+class HoldingExecutor(ToyExecutor):
+    """A toy that keeps the interpreter's lock in a call into C at a certain prompt token, so that
+    no thread of its process runs Python."""
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Run one plan."""
+        if any(HOLD_TOKEN in new.prompt_ids for new in plan.new):
+            ctypes.PyDLL(None).usleep(60_000_000)
+        return super().execute(plan)
+
+
+def run_holding_worker(settings: bytes) -> None:
+    """A toy worker with such a token, and steps on a thread of their own."""
+    decoded = decode_settings(settings)
+    configure_logs(process=worker_name(decoded), level="warning")
+
+    def make(settings: Settings) -> HoldingExecutor:
+        return HoldingExecutor(num_blocks=64, block_size=settings.worker.block_size)
+
+    run_child(lambda: WorkerActor(decoded, make))
 
 
 class ComputingExecutor(ToyExecutor):

@@ -14,6 +14,7 @@ from xllm.protocol.actor.starvation import (
     StarvationMeter,
     ThreadTimes,
     denied_between,
+    is_awake,
     parse_stolen,
     process_meter,
 )
@@ -48,6 +49,33 @@ def test_a_thread_that_still_waits_is_counted_before_the_kernel_does():
 def test_what_the_hypervisor_took_is_denied():
     still = ThreadTimes(1.0, 0.5, 10, False)
     assert abs(denied_between(times(still), times(still, stolen=0.15), 0.2) - 0.15) < 1e-9
+
+
+def test_a_process_is_awake_that_computes_or_waits_for_the_interpreter():
+    def awake(ran_s, num_turns):
+        return is_awake(
+            times(ThreadTimes(1.0, 0, 10, False), ThreadTimes(5.0, 0, 10, False)),
+            times(
+                ThreadTimes(1.0, 0, 11, False), ThreadTimes(5.0 + ran_s, 0, 10 + num_turns, False)
+            ),
+            0.25,
+        )
+
+    assert awake(0.2, 1)
+    assert awake(0.001, 50)
+    assert not awake(0.001, 3)
+    assert not is_awake(times(), times(ThreadTimes(9.0, 0, 900, True)), 0.25)
+
+
+def test_looks_in_a_row_that_found_it_awake_are_counted():
+    threads = [ThreadTimes(0, 0, number * 60, False) for number in (0, 1, 2, 2, 3)]
+    looks = iter(map(times, threads))
+    meter = StarvationMeter(lambda: next(looks))
+    seen = []
+    for number in range(5):
+        meter.look(number * 0.25)
+        seen.append(meter.num_awake)
+    assert seen == [0, 1, 2, 0, 1]
 
 
 def test_threads_that_come_and_go_count_nothing():

@@ -132,10 +132,11 @@ class Run:
         moves = self.state.moves
         kinds = ["step"] * 6 + ["hear"] * 6 + ["flush", "repeat", "refuse", "unreached"]
         if moves.num_lost < MAX_MOVES - 1:
-            kinds += ["lose a word", "suspect"]
+            kinds += ["lose a word", "suspect", "killed"]
             if moves.num_deaths < MAX_DEATHS - 1:
                 kinds.append("die")
-        match data.draw(st.sampled_from(kinds)):
+        kind = data.draw(st.sampled_from(kinds))
+        match kind:
             case "step" if self.master.running:
                 attempt = data.draw(st.sampled_from(sorted(self.master.running)))
                 choice = data.draw(st.integers(0, len(self.ids) - 1))
@@ -161,9 +162,12 @@ class Run:
                 if items:
                     del self.master.words[data.draw(st.sampled_from(items))]
             case "suspect":
-                self.do(self.state.instance_lost("a", died=False))
-            case "die":
-                self.do(self.state.instance_lost("a", died=True))
+                self.do(self.state.instance_lost("a"))
+            case "die" | "killed" if self.state.instance:
+                self.master.running.pop(self.state.attempt, None)
+                blameless = kind == "killed"
+                word = RequestEnded("r", self.state.attempt, "worker_lost", "", blameless=blameless)
+                self.hear(word)
 
     def run_out(self) -> None:
         while not self.state.ended:
@@ -171,7 +175,7 @@ class Run:
                 for choice in sorted(self.master.running.get(attempt, ())):
                     self.master.step(attempt, choice, 100)
             if not self.master.words:  # the last ones were lost
-                self.do(self.state.instance_lost("a", died=False))
+                self.do(self.state.instance_lost("a"))
                 continue
             self.hear(self.master.words.pop(0))
 

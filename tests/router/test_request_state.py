@@ -101,8 +101,11 @@ def test_any_life_ends_once_with_the_right_tokens(data, n, num_tokens, stop, str
         elif event == "lose" and state.moves.num_lost < MAX_MOVES:
             if data.draw(st.booleans()) and master.words:
                 master.words.pop(data.draw(st.integers(0, len(master.words) - 1)))
-            died = data.draw(st.booleans())
-            carry_out(state, state.instance_lost("a", died=died), master, client)
+            if data.draw(st.booleans()) and state.instance:
+                killed = RequestEnded("r", state.attempt, "worker_lost", "", blameless=True)
+                carry_out(state, state.engine_ended(killed), master, client)
+            else:
+                carry_out(state, state.instance_lost("a"), master, client)
     if client.terminal is None:
         carry_out(state, state.cancel("aborted", "enough"), master, client)
     for word in [*old, *master.words]:  # late words
@@ -277,25 +280,39 @@ def test_given_up_after_too_many_moves():
     state = make()
     for _ in range(MAX_MOVES):
         start(state)
-        state.instance_lost("a", died=False)
+        state.instance_lost("a")
     start(state)
-    *_, failed = state.instance_lost("a", died=False)
+    *_, failed = state.instance_lost("a")
     assert isinstance(failed, RequestFailed)
 
 
-@pytest.mark.parametrize("by_worker", [True, False])
-def test_a_request_under_which_two_instances_died_kills_no_third(by_worker):
+def test_a_request_under_which_two_workers_ended_by_themselves_takes_no_third():
     state = make()
     for attempt in range(1, MAX_DEATHS + 1):
         start(state, f"instance-{attempt}")
         state.tokens(item(attempt - 1, attempt=attempt))
-        if by_worker:
-            said = state.engine_ended(RequestEnded("r", attempt, "worker_lost", "signal 9"))
-        else:
-            said = state.instance_lost(f"instance-{attempt}")
+        said = state.engine_ended(RequestEnded("r", attempt, "worker_lost", "signal 11"))
     assert Wish.PLACE not in said
     assert said[-1].code == "engine_error"
     assert "died" in said[-1].message
+
+
+@pytest.mark.parametrize("by_worker", [True, False])
+def test_deaths_that_others_brought_about_speak_against_no_request(by_worker):
+    """Masters that are gone, and workers that somebody killed: moved on, as often as any loss."""
+    state = make()
+    for attempt in range(1, MAX_MOVES + 2):
+        start(state, f"instance-{attempt}")
+        state.tokens(item(attempt - 1, attempt=attempt))
+        if by_worker:
+            word = RequestEnded("r", attempt, "worker_lost", "signal 9", blameless=True)
+            said = state.engine_ended(word)
+        else:
+            said = state.instance_lost(f"instance-{attempt}")
+        assert (Wish.PLACE in said) == (attempt <= MAX_MOVES)
+    assert state.moves.num_deaths == 0
+    assert said[-1].code == "engine_error"
+    assert "attempts" in said[-1].message
 
 
 def test_what_was_refused_before_an_acceptance_is_forgotten():

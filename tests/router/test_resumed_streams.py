@@ -130,7 +130,7 @@ def test_any_losses_of_routers_give_the_oracles_stream(data, n, num_tokens, stop
         elif event == "hear" and router.told:
             assert session.receive(router.told.pop(0)) is None
         elif event == "move" and router.state.moves.num_lost < 3:
-            router.carry_out(router.state.instance_lost("a", died=False))
+            router.carry_out(router.state.instance_lost("a"))
         elif event == "lose" and entry.num_losses < 6:
             router = None
             session.lost("lost")

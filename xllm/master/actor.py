@@ -220,12 +220,12 @@ class MasterActor(Actor):
                 f"{reports[0].block_size}",
             )
 
-    def worker_lost(self, reason: str) -> None:
+    def worker_lost(self, reason: str, by_itself: bool) -> None:
         """All requests of all models end."""
         self._profile = None
         self.sleeping.worker_lost()
         for one in self.models:
-            one.worker_lost(reason)
+            one.worker_lost(reason, by_itself)
 
     def worker_result(self, result: StepResult, frames: list[bytes]) -> None:
         """Settle the step; the next one is planned after what else has come in."""

@@ -11,6 +11,9 @@ from xllm.protocol.actor.starvation import StarvationMeter, process_meter
 from xllm.protocol.bus import WorkerState
 from xllm.protocol.step import WorkerFailed, WorkerReady
 
+STOPPED = "its process was stopped by a signal"
+"""The verdict on a worker that is no fault of what it runs."""
+
 
 class RankLink:
     """`identity`: of the connection whose hello was last heard; `vigil`: from when it is ready."""
@@ -54,7 +57,7 @@ class RankLink:
             if self._meter is None:
                 self._meter = process_meter(pid)
             self._meter.look(now)
-            vigil.excuse_silence(self._meter.denied_s)
+            vigil.explain_silence(self._meter.denied_s, self._meter.num_awake)
         return vigil.denied_s
 
     def state(self, now: float) -> WorkerState:
@@ -72,7 +75,7 @@ class RankLink:
         if self.vigil is not None:
             reason = self.vigil.verdict(now, denied_s)
             if not reason and self.vigil.is_hushed(now) and is_process_stopped(pid):
-                return "its process was stopped by a signal"
+                return STOPPED
             return reason
         if not pid:
             return ""

@@ -14,6 +14,7 @@ import structlog
 
 from xllm.config.load import encode_settings
 from xllm.config.settings import Settings
+from xllm.master.process_state import count_oom_kills, ended_by_itself
 from xllm.master.rank_link import RankLink
 from xllm.master.restarts import WorkerRestarts
 from xllm.protocol.actor.base import Actor
@@ -30,8 +31,8 @@ other."""
 
 class RankProcesses:
     """Without a target the ranks are started on their own, and nothing here does anything.
-    `ended(link, reason)` is called for each end, `given_up(link, exit code, its last process's)`
-    when no further start would help."""
+    `ended(link, exit code, by itself)` is called for each end (see process_state), `given_up(link,
+    exit code, its last process's)` when no further start would help."""
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class RankProcesses:
         links: Sequence[RankLink],
         settings: Settings,
         target: WorkerTarget | None,
-        ended: Callable[[RankLink, str], None],
+        ended: Callable[[RankLink, int, bool], None],
         given_up: Callable[[RankLink, int, int], None],
     ) -> None:
         self._actor = actor
@@ -49,6 +50,7 @@ class RankProcesses:
         self._ended = ended
         self._given_up = given_up
         self._restarts = WorkerRestarts()
+        self._num_oom_kills = count_oom_kills()
         self._has_given_up = False
         self.was_ready = False
         self.is_ending = False
@@ -101,7 +103,9 @@ class RankProcesses:
 
     def _on_exit(self, end: ChildExit) -> None:
         link = self._links[end.name]
-        self._ended(link, f"its process ended with {end.code}")
+        known, self._num_oom_kills = self._num_oom_kills, count_oom_kills()
+        may_be_oom = self._num_oom_kills < 0 or self._num_oom_kills != known
+        self._ended(link, end.code, ended_by_itself(end.code, may_be_oom=may_be_oom))
         if end.expected or self.is_ending or self._actor.stopping or self._has_given_up:
             return
         now = time.monotonic()

@@ -136,22 +136,26 @@ class ServedModel:
         """Say in the registry what is served now; returns when it is there."""
         await self._registration.publish(self.record())
 
-    def worker_lost(self, reason: str) -> None:
+    def worker_lost(self, reason: str, by_itself: bool) -> None:
         """All requests end, and routers resubmit them elsewhere, or here again. Those in the step
-        under way are told apart: one of them may be the reason."""
+        under way are told apart: one of them may be the reason, where the worker ended by itself.
+        """
         if self.scheduler is None:
             return
         self.metrics.num_worker_ends += 1
         self._heartbeats.forget_blocks(self.scheduler)
-        self.steps.fail_all(UnavailableError.code, reason, in_step=WorkerLostError.code)
+        self.steps.fail_all(
+            UnavailableError.code, reason, in_step=WorkerLostError.code, blameless=not by_itself
+        )
         self.steps.scheduler = None
         self.conversation.fail_probes()
         self.beat()
 
     def abandon(self) -> None:
-        """State that cannot be serves nobody: routers are told and go elsewhere."""
+        """State that cannot be serves nobody: routers are told and go elsewhere. What is open may
+        be the reason, and must not do that to one instance after the other."""
         self.steps.abandon()
-        self.conversation.end_all(UnavailableError.code, "the instance failed")
+        self.conversation.end_all(WorkerLostError.code, "the instance failed")
 
     async def withdraw(self) -> None:
         """Leave the registry."""

@@ -13,12 +13,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, Protocol, TypeVar
 
+import msgspec
 import structlog
 
 from xllm.errors import BadMessageError, EngineError, InvariantError
 from xllm.master.metrics import MasterMetrics
 from xllm.master.outcome import StepOutcome
 from xllm.master.scheduler import Scheduler
+from xllm.protocol.instance import RequestEnded
 from xllm.protocol.step import StepPlan, StepResult
 from xllm.protocol.transport.context import describe_error
 
@@ -73,11 +75,17 @@ class StepLoop:
         self._forget_steps()
         self.pump()
 
-    def fail_all(self, code: str, message: str, in_step: str = "") -> None:
-        """End every request with this code, now; those of a step in flight with `in_step`."""
+    def fail_all(
+        self, code: str, message: str, in_step: str = "", *, blameless: bool = False
+    ) -> None:
+        """End every request with this code, now; those of a step in flight with `in_step`, and
+        as `blameless` as said."""
         if self.scheduler is not None:
             self._forget_steps()
-            self._take(self.call(self.scheduler.fail_all, code, message, in_step))
+            outcome = self.call(self.scheduler.fail_all, code, message, in_step)
+            if blameless:
+                outcome.ended = [_without_blame(one, in_step) for one in outcome.ended]
+            self._take(outcome)
             self.flush()
 
     def abandon(self) -> None:
@@ -190,3 +198,7 @@ class StepLoop:
             self._outcome = outcome
             return
         self._outcome.extend(outcome)
+
+
+def _without_blame(word: RequestEnded, code: str) -> RequestEnded:
+    return msgspec.structs.replace(word, blameless=True) if word.code == code else word

@@ -78,6 +78,14 @@ class StepTimes:
         ]
         return min(seen, default=None)
 
+    def expect(self, work: StepWork) -> float | None:
+        """Seconds of a whole step: what its kind took of late, else as predicted."""
+        known = self._steps.get(work.kind)
+        if known is None:
+            return self.predict(work)
+        amount, seconds = known
+        return seconds * max(1.0, work.amount / amount)
+
     def patience_s(self, work: StepWork) -> float:
         """How long the counter may stand in such a step."""
         gap_s = self._gaps.get(work.kind)

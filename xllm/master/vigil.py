@@ -5,7 +5,8 @@ max(1 s, 5 x the longest time that it stood in steps of that kind); before any o
 finished, than 5 x the predicted time of the whole step. A long step is never a fault while the
 counter moves. Of several plans at the worker the oldest is the one that runs: it is judged, from
 when it was sent or the one before it came back. A worker is silent when its actor thread sends
-no pulses. Loading is not judged.
+no pulses. If its threads are awake all the while, something holds the interpreter, and the silence
+is judged as a standing counter is, by what the whole step should take. Loading is not judged.
 
 Time in which threads of the worker wanted a CPU and got none is not time in which it stood or
 was silent, up to MOST_DENIED_S: on a machine with too much to do a worker is slow, not frozen.
@@ -22,6 +23,10 @@ SILENCE_S = 25 * PULSE_PERIOD_S
 """Without a word for so long a worker is given up, whatever it may be doing."""
 HUSH_S = max(MIN_PATIENCE_S, 5 * PULSE_PERIOD_S)
 """After so long without a word its process is looked at: a stopped one is given up at once."""
+HELD_S = 1.5
+"""So much of a silence may pass at least in a step of a worker that is awake."""
+HELD_LOOKS = 2
+"""So many looks in a row must have found it awake."""
 MOST_DENIED_S = 60.0
 """So much of a stand or silence is excused by want of CPU: a bound for threads that hang and
 spin on a machine whose CPUs are all taken."""
@@ -51,6 +56,7 @@ class WorkerVigil:
         self._denied_at_move = 0.0
         self._denied_at_begin = 0.0
         self._silence_denied_s = 0.0
+        self._num_awake = 0
 
     @property
     def denied_s(self) -> float:
@@ -111,9 +117,11 @@ class WorkerVigil:
         """Whether a step is under way and pulses are missing."""
         return bool(self._plans) and self.is_silent(now)
 
-    def excuse_silence(self, denied_s: float) -> None:
-        """Since it fell silent the worker's threads got no CPU for so long."""
+    def explain_silence(self, denied_s: float, num_awake: int = 0) -> None:
+        """Since it fell silent the worker's threads got no CPU for so long, and the last looks at
+        it, so many in a row, found it awake."""
         self._silence_denied_s = denied_s
+        self._num_awake = num_awake
 
     def verdict(self, now: float, denied_s: float = 0.0) -> str:
         """What is wrong, or "". `denied_s`: how long a worker that this one waits for got no CPU.
@@ -127,14 +135,24 @@ class WorkerVigil:
             self._denied_at_move = self._denied_s
             return ""
         silent_s = now - self.heard_at
-        if silent_s - min(self._silence_denied_s, MOST_DENIED_S) > SILENCE_S:
+        unexcused_s = silent_s - min(self._silence_denied_s, MOST_DENIED_S)
+        if unexcused_s > SILENCE_S:
             return f"the worker has been silent for {silent_s:.1f} s"
+        if unexcused_s > HELD_S and self._is_held(unexcused_s):
+            return f"the worker is awake in a step and has been silent for {silent_s:.1f} s"
         stood_s = self._stood_s(denied_s)
         if not self._plans or not self._busy_pulse or stood_s <= MIN_PATIENCE_S:
             return ""
         if stood_s > self.patience_s():
             return f"a step has not moved for {stood_s:.1f} s"
         return ""
+
+    def _is_held(self, silent_s: float) -> bool:
+        """Whether a silence of so long is a fault of a worker that is awake."""
+        if not self._plans or self._num_awake < HELD_LOOKS:
+            return False
+        expected_s = self.times.expect(StepWork.of(self._plans[0]))
+        return expected_s is not None and silent_s > PATIENCE_FACTOR * expected_s
 
     def _stood_s(self, denied_s: float) -> float:
         """How long the counter stood although there was CPU, as far as pulses show it: what was
@@ -145,6 +163,7 @@ class WorkerVigil:
     def _heard(self, now: float) -> None:
         self.heard_at = now
         self._silence_denied_s = 0.0
+        self._num_awake = 0
 
     def _begin(self, now: float) -> None:
         """The oldest plan runs from now on, if there is one."""

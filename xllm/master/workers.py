@@ -1,9 +1,9 @@
 """The workers of an instance: started or awaited, greeted, watched, restarted, stopped.
 
-A shell around pure parts: `vigil` (does it work?), `restarts` (again, and when?), `ranks` (many
-as one). Tells its owner three things: ready, lost, given up; and hands over results. Invariants:
-plans go only to the connections whose hello was last heard, and only their words count; the group
-is ready while all ranks are, and one that is lost takes the readiness of all with it.
+A shell around parts: `vigil` (does it work?), `restarts` (again, and when?), `meeting` (many as
+one), `worker_losses` (what is said of an end). Tells its owner three things: ready, lost, given up;
+and hands over results. Invariant: plans go only to the connections whose hello was last heard, and
+only their words count.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from typing import Protocol
 
 import structlog
 
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError, EngineError, TransportError
-from xllm.master.rank_link import RankLink
+from xllm.master.meeting import RankMeeting
+from xllm.master.rank_link import STOPPED, RankLink
 from xllm.master.rank_processes import RankProcesses, WorkerTarget
-from xllm.master.ranks import RankResults, merge_ready
+from xllm.master.worker_losses import WorkerLosses
+from xllm.master.worker_owner import WorkerOwner
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.bus import WorkerState
 from xllm.protocol.codec import Decoder
@@ -48,31 +49,6 @@ _log = structlog.get_logger("workers")
 CHECK_PERIOD_S = 0.25
 
 
-class WorkerOwner(Protocol):
-    """What the master hears of its workers."""
-
-    def worker_ready(self, ready: WorkerReady) -> None:
-        """A worker has loaded and knows no sequence."""
-
-    def worker_lost(self, reason: str) -> None:
-        """It is gone, and with it all KV and the step in flight."""
-
-    def worker_result(self, result: StepResult, frames: list[bytes]) -> None:
-        """A step came back."""
-
-    def worker_failed_step(self, message: WorkerFailed) -> None:
-        """A step failed; the worker goes on without its sequences."""
-
-    def model_awake(self, message: ModelAwake) -> None:
-        """A model that slept takes plans again, or cannot."""
-
-    def worker_pong(self, nonce: int) -> None:
-        """The engine thread answered a ping."""
-
-    def worker_given_up(self, exit_code: int, code: str, reason: str) -> None:
-        """No worker will come back."""
-
-
 class WorkerGroup:
     """Lives inside the master's actor, which lends its timers."""
 
@@ -89,9 +65,8 @@ class WorkerGroup:
         self._settings = settings
         num_ranks = settings.master.num_workers
         self.links = [RankLink(rank, f"{actor.name}/worker-{rank}") for rank in range(num_ranks)]
-        self._results = RankResults(num_ranks)
-        self._group = ""
-        self._is_ready = False
+        self._meeting = RankMeeting(self.links)
+        self._losses = WorkerLosses(owner.worker_lost, actor.later)
         self.metrics = b""
         self.num_ends = 0
         self._socket = RouterSocket(
@@ -109,7 +84,7 @@ class WorkerGroup:
             self.links,
             dataclasses.replace(settings, master=master),
             target,
-            self._lose,
+            self._process_ended,
             self._give_up,
         )
         actor.every(CHECK_PERIOD_S, self._check)
@@ -117,7 +92,7 @@ class WorkerGroup:
     @property
     def is_ready(self) -> bool:
         """Whether plans can be sent."""
-        return self._is_ready
+        return self._meeting.is_ready
 
     @property
     def states(self) -> tuple[WorkerState, ...]:
@@ -144,7 +119,7 @@ class WorkerGroup:
     def shows_work(self) -> bool:
         """Whether a step is under way and pulses prove that every engine computes."""
         now = time.monotonic()
-        return self._is_ready and all(
+        return self.is_ready and all(
             link.vigil is not None and link.vigil.shows_work(now) for link in self.links
         )
 
@@ -152,7 +127,7 @@ class WorkerGroup:
         """Send a plan to the ready workers; one that cannot be reached is lost."""
         now = time.monotonic()
         for link in self.links:
-            if not self._is_ready:
+            if not self.is_ready:
                 return  # a rank before this one was lost with the sending
             assert link.vigil is not None
             link.vigil.sent(plan, now)
@@ -170,6 +145,7 @@ class WorkerGroup:
     async def stop(self) -> None:
         """End the workers that were started here and close the socket."""
         await self._processes.stop()
+        self._losses.close()
         self._socket.close()
 
     def _send(self, link: RankLink, message: MasterMessage) -> None:
@@ -218,6 +194,7 @@ class WorkerGroup:
         link = self.links[hello.rank]
         if link.identity is not None:
             self._lose(link, "another connection of a worker replaced it")
+            self._losses.settle()
         _log.info("worker_hello", rank=hello.rank, pid=hello.pid, device=hello.device)
         link.identity = identity
         # A worker that had run plans of an earlier master or connection loads anew, and so
@@ -226,21 +203,16 @@ class WorkerGroup:
 
     def _call_together(self) -> None:
         """Once every rank is here, all load (or forget) and meet under a new name."""
-        if any(link.identity is None for link in self.links):
+        if not self._meeting.is_complete:
             return
-        self._group = uuid.uuid4().hex if len(self.links) > 1 else ""
-        self._results = RankResults(len(self.links))
-        now = time.monotonic()
+        self._meeting.begin(uuid.uuid4().hex, time.monotonic())
         for link in tuple(self.links):
-            link.forget(now)
-            self._send(link, LoadModel(self._settings.model.name, self._group))
+            self._send(link, LoadModel(self._settings.model.name, self._meeting.name))
 
     def _pass_on(self, notice: RankNotice) -> None:
         """What one rank tells the others; nothing of a meeting that is over."""
-        if notice.group != self._group:
-            return
-        for link in self.links:
-            if link.rank != notice.rank:
+        if notice.group == self._meeting.name:
+            for link in [link for link in self.links if link.rank != notice.rank]:
                 self._send(link, notice)
 
     def _take_result(
@@ -248,10 +220,8 @@ class WorkerGroup:
     ) -> None:
         if link.vigil is not None:
             link.vigil.result(result.duration_ns / 1e9, now)
-        if not self._is_ready:
-            return
         try:
-            merged = self._results.add(link.rank, result, frames)
+            merged = self._meeting.result(link, result, frames)
         except EngineError as error:
             self._regroup(link, error.message)
             return
@@ -259,24 +229,19 @@ class WorkerGroup:
             self._owner.worker_result(*merged)
 
     def _ready(self, link: RankLink, ready: WorkerReady, now: float) -> None:
-        if link.vigil is not None or ready.group != self._group:
-            return
-        link.become_ready(ready, now)
-        reports = [other.ready for other in self.links if other.ready is not None]
-        if len(reports) < len(self.links):
-            return
         try:
-            merged = merge_ready(reports)
+            merged = self._meeting.ready(link, ready, now)
         except ConfigError as error:
             self._owner.worker_given_up(error.exit_code, error.code, error.message)
             return
-        self._is_ready = self._processes.was_ready = True
-        self._owner.worker_ready(merged)
+        if merged is not None:
+            self._processes.was_ready = True
+            self._owner.worker_ready(merged)
 
     def _failed(self, link: RankLink, message: WorkerFailed, now: float) -> None:
         if message.step < 0:
             link.failure = message
-            self._lose(link, f"the worker could not load: {message.message}")
+            self._lose(link, f"the worker could not load: {message.message}", by_itself=True)
         elif len(self.links) > 1:
             self._regroup(link, f"step {message.step} failed there: {message.message}")
         else:
@@ -302,40 +267,43 @@ class WorkerGroup:
             if not self._processes.are_ours:
                 # Not ours to kill: it ends itself, and whoever started it starts it again.
                 self._send(link, StopWorker())
-            self._lose(link, reason)
+            self._lose(link, reason, by_itself=reason != STOPPED)
             link.started_at = now
             self._processes.kill(link)
 
-    def _lose(self, link: RankLink, reason: str) -> None:
+    def _process_ended(self, link: RankLink, code: int, by_itself: bool) -> None:
+        """A process of ours ended."""
+        reason = f"its process ended with {code}"
+        self._losses.process_ended(link.rank, reason, by_itself=by_itself)
+        self._lose(link, reason, by_itself=by_itself)
+
+    def _lose(self, link: RankLink, reason: str, *, by_itself: bool | None = None) -> None:
         """A connection is given up; a process of ours is ended, and its end restarts it. The
-        other ranks stay, with what they have loaded, and meet again when it is back."""
+        other ranks stay, with what they have loaded, and meet again when it is back. `by_itself`:
+        see WorkerOwner; None: the end of its process will tell."""
         if link.identity is None and link.vigil is None:
             return
         link.identity = None
-        was_ready = self._disband()
+        was_ready = self._meeting.disband(time.monotonic())
         if self._processes.is_ending:
             return
         _log.warning("worker_lost", rank=link.rank, reason=reason)
         self._processes.kill_unless_back(link)
-        if was_ready:
-            self.num_ends += 1
-            self._owner.worker_lost(reason)
+        if not was_ready:
+            return
+        self.num_ends += 1
+        if by_itself is None and self._processes.pid(link):
+            self._losses.lost_connection(link.rank, reason)
+        else:
+            self._losses.lost(reason, by_itself=by_itself is not False)
 
     def _regroup(self, link: RankLink, reason: str) -> None:
         """All ranks live, but one stands elsewhere than the others, who may wait for it in the
         middle of a layer: leaving the old group frees them."""
-        if self._disband():
+        if self._meeting.disband(time.monotonic()):
             _log.warning("ranks_meet_anew", rank=link.rank, reason=reason)
-            self._owner.worker_lost(reason)
+            self._losses.lost(reason, by_itself=True)
             self._call_together()
-
-    def _disband(self) -> bool:
-        """No rank is ready any more; each gets its time to become so. Whether all were."""
-        was_ready, self._is_ready = self._is_ready, False
-        now = time.monotonic()
-        for link in self.links:
-            link.forget(now)
-        return was_ready
 
     def _give_up(self, link: RankLink, exit_code: int, ended_with: int) -> None:
         failure = link.failure

@@ -156,6 +156,8 @@ class RequestEnded(ArrayPart, frozen=True):
     message: str = ""
     param: str = ""
     cached_tokens: int = 0
+    blameless: bool = False
+    """With worker_lost: somebody ended the worker, and no request is the reason."""
 
 
 class TokenBatch(ArrayMessage, frozen=True):

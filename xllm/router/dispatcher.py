@@ -174,7 +174,7 @@ class Dispatcher:
             _log.warning("instance_lost", instance=name)
             if name not in change.left:
                 self._placement.died(name)
-            self._move_all(name, died=name not in change.left)
+            self._move_all(name)
         if change.suspect:
             _log.warning("instance_silent", instances=change.suspect)
         if change.ready:
@@ -182,12 +182,12 @@ class Dispatcher:
             self._rehouse()
         if change.suspect or change.ready:
             for name in self._placement.deserted():
-                self._move_all(name, died=False)
+                self._move_all(name)
 
-    def _move_all(self, name: str, *, died: bool) -> None:
+    def _move_all(self, name: str) -> None:
         for request in list(self.open.values()):
             if request.placed == name:
-                self._tell(request, RequestLife.instance_lost, name, died=died)
+                self._tell(request, RequestLife.instance_lost, name)
 
     # -- time --------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""How long a process wanted a CPU and got none: what a watcher must not take for hanging.
+"""How long a process wanted a CPU and got none: what a watcher must not take for hanging. And
+whether a process that says nothing is awake.
 
 The kernel counts, for each thread, its time on a CPU, its time in a run queue and how often it
 was given one (/proc/PID/task/TID/schedstat, see proc(5) and sched-stats of the kernel's
@@ -11,6 +12,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
+
+LOCK_TURNS = 50.0
+"""Turns a second that only a thread takes which waits for a lock with a short limit, as Python's
+threads do for the interpreter: 200 a second, fewer where CPUs are taken."""
+COMPUTING_SHARE = 0.5
+"""And one that has a CPU for so much of the time computes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,12 +61,28 @@ def denied_between(before: CpuTimes, after: CpuTimes, interval_s: float) -> floa
     return max(0.0, min(interval_s, max(waits) + max(stolen, default=0.0)))
 
 
+def is_awake(before: CpuTimes, after: CpuTimes, interval_s: float) -> bool:
+    """Whether some thread computed, or waited for a lock of the interpreter's kind, all the time
+    between two looks. One that waits for a disk or for news does neither."""
+    for thread_id, then in before.threads.items():
+        now = after.threads.get(thread_id)
+        if now is None:
+            continue
+        if now.num_turns - then.num_turns >= LOCK_TURNS * interval_s:
+            return True
+        if now.ran_s - then.ran_s >= COMPUTING_SHARE * interval_s:
+            return True
+    return False
+
+
 class StarvationMeter:
     """Adds up what one process was denied while it was looked at. Costs nothing between a `rest`
     and the next `look`."""
 
     def __init__(self, read: Callable[[], CpuTimes]) -> None:
         self.denied_s = 0.0
+        self.num_awake = 0
+        """Looks in a row between which it was awake, the last one included."""
         self._read = read
         self._last: tuple[float, CpuTimes] | None = None
 
@@ -69,6 +92,8 @@ class StarvationMeter:
         if self._last is not None:
             then, known = self._last
             self.denied_s += denied_between(known, times, now - then)
+            awake = now > then and is_awake(known, times, now - then)
+            self.num_awake = self.num_awake + 1 if awake else 0
         self._last = (now, times)
 
     def rest(self, now: float) -> None:

@@ -2,8 +2,9 @@
 
 Decides when to try again, when to wait and when to give up; knows neither tokens nor messages.
 Four things can happen to an attempt: the instance refuses it, dies under it, loses words of it, or
-is given up for a better place. Invariants: a request never kills a third instance; whoever has
-been refused everywhere learns so within PATIENCE_S.
+is given up for a better place. A death speaks against the request only where it may be the reason:
+a worker that ended by itself in a step of it, or a master whose state broke. Invariants: a request
+never takes a third instance so; whoever has been refused everywhere learns so within PATIENCE_S.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ MAX_MOVES = 5
 """Attempts that were lost, beyond the first, before a request is given up. Refusals cost an
 instance nothing and are bounded by time."""
 MAX_DEATHS = 2
-"""Instances that may die under a request: by then it is more likely the cause than a victim."""
+"""Deaths that speak against a request: by then it is more likely the cause than a victim."""
 PATIENCE_S = 30.0
 """How long a request that lost its instance, or holds tokens, waits for another."""
 
@@ -41,9 +42,10 @@ class MoveRecord:
         self.last_refusal = code
         self.num_moves += 1
 
-    def lost(self, *, died: bool) -> str:
-        """An attempt that was accepted goes on elsewhere; or why it may not."""
-        self.num_deaths += died
+    def lost(self, *, is_suspect: bool) -> str:
+        """An attempt that was accepted goes on elsewhere; or why it may not. `is_suspect`: it may
+        be the reason."""
+        self.num_deaths += is_suspect
         if self.num_deaths >= MAX_DEATHS:
             return f"given up: {self.num_deaths} instances died while they ran this request"
         if self.num_lost >= MAX_MOVES:

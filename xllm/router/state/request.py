@@ -122,12 +122,11 @@ class RequestLife:
         end = None if self.ended else self.moves.held_back(now)
         return _NOTHING if end is None else self._fail(*end, 1000)
 
-    def instance_lost(self, instance: str, *, died: bool = True) -> Sequence[Instruction]:
-        """That instance is gone or suspect: go on elsewhere from the tokens received. `died`:
-        it ended in the midst of its work."""
+    def instance_lost(self, instance: str) -> Sequence[Instruction]:
+        """That instance is gone or suspect: go on elsewhere from the tokens received."""
         if self.ended or self.instance != instance:
             return _NOTHING
-        return self._lost(died=died)
+        return self._lost()
 
     def unreached(self, instance: str, attempt: int, code: str) -> Sequence[Instruction]:
         """The attempt never left for that instance: as good as a refusal."""
@@ -157,7 +156,7 @@ class RequestLife:
         have = len(choice.ids)
         if item.first_index != have:
             if item.first_index > have:
-                return self._lost(died=False)  # tokens were lost on the way
+                return self._lost()  # tokens were lost on the way
             self.num_dropped += 1
             new = new[have - item.first_index :]
             if logprobs is not None:
@@ -192,9 +191,9 @@ class RequestLife:
         if not word.code:
             self.cached_tokens = word.cached_tokens
             # An end without all tokens means that some were lost on the way.
-            return self._finish() if self._all_finished() else self._lost(died=False)
+            return self._finish() if self._all_finished() else self._lost()
         if word.code == WorkerLostError.code:
-            return self._lost(died=True, told=True)
+            return self._lost(is_suspect=not word.blameless, told=True)
         if word.code in _MOVABLE:
             return self._refused(word.code)
         return self._fail(word.code, word.message, param=word.param or None, told=True)
@@ -328,10 +327,10 @@ class RequestLife:
         self.moves.refused(self.instance, code)
         return self._move(told=True)
 
-    def _lost(self, *, died: bool, told: bool = False) -> Sequence[Instruction]:
+    def _lost(self, *, is_suspect: bool = False, told: bool = False) -> Sequence[Instruction]:
         if self._all_finished():
             return self._finish()
-        why = self.moves.lost(died=died)
+        why = self.moves.lost(is_suspect=is_suspect)
         return self._fail(EngineError.code, why, told=told) if why else self._move(told)
 
     def _move(self, told: bool) -> Sequence[Instruction]:

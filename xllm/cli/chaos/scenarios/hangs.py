@@ -27,6 +27,16 @@ async def hang_master(stage: Stage) -> None:
     await stage.settle(injection)
 
 
+async def hang_worker(stage: Stage) -> None:
+    """The same with a worker: its progress counter stands, and nothing of it can say so."""
+    await stage.wait_load()
+    victim = stage.pick("worker")
+    injection = stage.strike("F05-worker", victim.name, lambda: os.kill(victim.pid, signal.SIGUSR1))
+    await stage.notice(injection, WORKER_LOST)
+    injection.proofs.append(f"{victim.name}: SIGUSR1, a call of {HANG_S:g} s")
+    await stage.settle(injection)
+
+
 async def hang_engine(stage: Stage) -> None:
     """An engine's step stands still: its progress counter does not move."""
     await stage.wait_load()

@@ -63,6 +63,12 @@ _ALL = (
     ),
     Scenario("F05", "a master hangs in a call into C", hangs.hang_master, _SILENT),
     Scenario(
+        "F05-worker",
+        "a worker hangs in a call into C",
+        hangs.hang_worker,
+        Limits(gap_max_ms=3000, detect_ms=2000, recover_ms=10_000),
+    ),
+    Scenario(
         "F05-engine",
         "an engine's step stands still",
         hangs.hang_engine,
