@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from xllm.master.rank_link import RankLink
 from xllm.master.ranks import RankResults, merge_ready
+from xllm.protocol.bus import WorkerState
 from xllm.protocol.step import StepResult, WorkerReady
 
 
@@ -28,6 +29,24 @@ class RankMeeting:
     def is_complete(self) -> bool:
         """Whether every rank is connected."""
         return all(link.identity is not None for link in self._links)
+
+    def link_of(self, identity: bytes) -> RankLink | None:
+        """Whose connection that is; None: of nobody whose words count."""
+        return next((link for link in self._links if link.identity == identity), None)
+
+    def states(self, now: float) -> tuple[WorkerState, ...]:
+        """All ranks, for heartbeats."""
+        return tuple(link.state(now) for link in self._links)
+
+    def silence_s(self, now: float) -> float:
+        """How long the rank that has been silent longest has been so."""
+        return max((now - link.vigil.heard_at for link in self._links if link.vigil), default=0.0)
+
+    def shows_work(self, now: float) -> bool:
+        """Whether a step is under way and pulses prove that every engine computes."""
+        return self.is_ready and all(
+            link.vigil is not None and link.vigil.shows_work(now) for link in self._links
+        )
 
     def begin(self, name: str, now: float) -> None:
         """All are asked to load, or to forget, and to meet under a name that is new."""

@@ -97,14 +97,12 @@ class WorkerGroup:
     @property
     def states(self) -> tuple[WorkerState, ...]:
         """All ranks, for heartbeats."""
-        now = time.monotonic()
-        return tuple(link.state(now) for link in self.links)
+        return self._meeting.states(time.monotonic())
 
     @property
     def age_ms(self) -> int:
         """Age of the last word of the rank that has been silent longest."""
-        heard = [link.vigil.heard_at for link in self.links if link.vigil is not None]
-        return int((time.monotonic() - min(heard)) * 1000) if heard else 0
+        return int(self._meeting.silence_s(time.monotonic()) * 1000)
 
     @property
     def pids(self) -> dict[str, int]:
@@ -118,10 +116,7 @@ class WorkerGroup:
     @property
     def shows_work(self) -> bool:
         """Whether a step is under way and pulses prove that every engine computes."""
-        now = time.monotonic()
-        return self.is_ready and all(
-            link.vigil is not None and link.vigil.shows_work(now) for link in self.links
-        )
+        return self._meeting.shows_work(time.monotonic())
 
     def send_plan(self, plan: StepPlan) -> None:
         """Send a plan to the ready workers; one that cannot be reached is lost."""
@@ -162,7 +157,7 @@ class WorkerGroup:
         if isinstance(message, WorkerHello):
             self._greet(identity, message)
             return
-        link = self._link_of(identity)
+        link = self._meeting.link_of(identity)
         if link is None:
             return
         now = time.monotonic()
@@ -183,9 +178,6 @@ class WorkerGroup:
             self._owner.worker_pong(message.nonce)
         elif isinstance(message, ModelAwake) and link.rank == 0:
             self._owner.model_awake(message)
-
-    def _link_of(self, identity: bytes) -> RankLink | None:
-        return next((link for link in self.links if link.identity == identity), None)
 
     def _greet(self, identity: bytes, hello: WorkerHello) -> None:
         if not 0 <= hello.rank < len(self.links):
@@ -250,7 +242,7 @@ class WorkerGroup:
             self._owner.worker_failed_step(message)
 
     def _on_gone(self, identity: bytes) -> None:
-        link = self._link_of(identity)
+        link = self._meeting.link_of(identity)
         if link is not None:
             self._lose(link, "the connection to the worker is lost")
 
