@@ -22,6 +22,8 @@ from xllm.config.settings import ModelSettings
 from xllm.router.text.model import load_text_model
 
 START_S = 60.0
+NUM_LOOKS = 20
+"""Successes in a row after which all routers of a port are taken to be ready."""
 
 
 class Host:
@@ -43,8 +45,9 @@ class Host:
     def router_pids(self) -> list[int]:
         return [pid for router in self.routers for pid in process_tree(router.pid)]
 
-    def router_cpu_s(self) -> float:
-        return sum(map(exact_cpu_seconds, self.router_pids()))
+    def router_cpu_s(self, threads: str = "") -> float:
+        """CPU seconds of all routers, or of their threads whose name begins so."""
+        return sum(exact_cpu_seconds(pid, threads) for pid in self.router_pids())
 
     def close(self) -> None:
         for process in reversed(self.processes):
@@ -88,7 +91,9 @@ class OurHost(Host):
             command += ["--router-max-body-bytes", str(32 << 20), *shlex.split(flags)]
             self.routers.append(self.start(command + ["--router-share-port"] * (count > 1)))
         for router in self.routers:
-            wait_http(f"{self.http}/health/ready", router, START_S)
+            # Each connection goes to one of them: so many meet all.
+            for _ in range(NUM_LOOKS):
+                wait_http(f"{self.http}/health/ready", router, START_S)
 
     def close(self) -> None:
         super().close()

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 
@@ -28,6 +30,8 @@ KINDS = [
     ("decide", r"router/|master/|kvcache/"),
     ("toy engine", r"worker/toy"),
     ("engine loop", r"worker/"),
+    # What no frame of ours is under: uvloop reads and writes TCP connections there.
+    ("loop", r"actor/run|asyncio/runners"),
 ]
 PATTERNS = [(name, re.compile(pattern)) for name, pattern in KINDS]
 
@@ -41,13 +45,19 @@ def classify(stack: str) -> str:
     return "other"
 
 
+def py_spy() -> str:
+    """The program, on the path or beside this interpreter."""
+    beside = pathlib.Path(sys.executable).with_name("py-spy")
+    return shutil.which("py-spy") or str(beside)
+
+
 def sample(pid: int, seconds: float, found: dict[str, int]) -> None:
-    """Samples by kind of work of one process."""
+    """Samples by kind of work of one process. OSError or SubprocessError: there are none."""
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory) / "raw"
-        command = ["py-spy", "record", "-p", str(pid), "-d", str(int(seconds)), "-r", "250"]
+        command = [py_spy(), "record", "-p", str(pid), "-d", str(int(seconds)), "-r", "250"]
         command += ["-f", "raw", "-F", "-o", str(path)]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True, timeout=seconds + 60)
         for line in path.read_text().splitlines():
             stack, _, count = line.rpartition(" ")
             kind = classify(stack)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +66,31 @@ def test_pauses_and_moves():
     assert record.longest_pause(1.41, 2.0) is None
 
 
+@pytest.mark.parametrize(("over", "waste"), [("zmq", 2.5), ("http", 1.5)])
+def test_a_stream_that_is_posted_again_may_be_drawn_again(over, waste):
+    """The tokens of a second: over HTTP they must be drawn again, over ZeroMQ they travel."""
+    ledger = Ledger()
+    key = ledger.opened(over, (STREAM,), 0.0)
+    for index in range(21):
+        ledger.heard(key, 0, STREAM[index : index + 1], 3.0 + 0.05 * index)
+    ledger.heard(key, 0, STREAM[21:], 6.5, attempt=1)
+    pause = ledger.open[key].longest_pause(6.0, 8.0)
+    assert pause.length == pytest.approx(2.5)
+    assert pause.waste == pytest.approx(waste)
+
+
+def test_a_second_drawing_is_as_long_as_the_tokens_took():
+    """The pause of the first one is no part of it."""
+    ledger = Ledger()
+    key = ledger.opened("http", (STREAM,), 0.0)
+    for index in range(10):
+        ledger.heard(key, 0, STREAM[index : index + 1], 1.0 + 0.05 * index)
+    ledger.heard(key, 0, STREAM[10:11], 2.45, attempt=1)
+    ledger.heard(key, 0, STREAM[11:], 3.45, attempt=2)
+    assert [one.redraw for one in ledger.open[key].pauses] == pytest.approx([0.45, 0.45])
+    assert [one.waste for one in ledger.open[key].pauses] == pytest.approx([0.55, 0.55])
+
+
 def test_an_open_stream_pauses_until_now():
     ledger = Ledger()
     key = ledger.opened("http", ("abc",), 0.0)
@@ -106,6 +133,11 @@ def test_a_broken_promise_is_found():
         "gap_p50_ms", "gap_max_ms", "detect_ms",
     ]  # fmt: skip
     assert all(one.passed for one in judge(limits, [slow], 3.0))
+    web = Injection("F01", "a", 1.0, 32, longest_s=0.5, http_gaps_s=[3.0], http_longest_s=1.5)
+    assert [one.name for one in judge(limits, [web], 1.0) if not one.passed] == ["http_gap_max_ms"]
+    own = dataclasses.replace(limits, http_gap_max_ms=2000)
+    assert all(one.passed for one in judge(own, [web], 1.0))
+    assert section("t", own, [web], 1.0)["interrupted"] == 1
     failing = Injection("F01", "a", 1.0, 32, failures={"unavailable": 1})
     found = section("t", limits, [failing], 1.0)
     assert not found["passed"]

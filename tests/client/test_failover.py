@@ -114,6 +114,21 @@ def test_a_router_that_says_nothing_is_left_though_its_socket_lives():
     with_routers(2, test, silence_s=0.2)
 
 
+def test_a_router_that_was_frozen_is_there_for_those_who_left_it():
+    async def test(client, routers):
+        stream = client.stream("half")
+        await stream.read()
+        routers[0].mute = True
+        await until(lambda: routers[1].submits)
+        routers[0].mute = False
+        routers[1].close()
+        await until(lambda: len(routers[0].submits) == 2)
+        assert routers[0].submits[1].resume.outputs == ((0,),)
+        stream.drop()
+
+    with_routers(2, test, silence_s=0.2)
+
+
 def test_the_only_router_may_be_silent():
     async def test(client, routers):
         stream = client.stream("half")

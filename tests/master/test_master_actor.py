@@ -24,6 +24,8 @@ from xllm.protocol.instance import (
     Drained,
     DrainInstance,
     EpochRefused,
+    InstancePong,
+    PingInstance,
     ProbeAnswer,
     ProbeInstance,
     QuerySnapshot,
@@ -209,6 +211,17 @@ def test_probes_go_through_the_engine(run_dir):
             one.router.send(ProbeInstance(42))
             answer = await one.router.answer(ProbeAnswer)
             assert (answer.nonce, answer.ok) == (42, False)
+
+    asyncio.run(scenario())
+
+
+def test_pings_are_answered_whatever_the_worker_does(run_dir):
+    async def scenario():
+        async with stage(run_dir) as one:
+            await one.worker.close()
+            await one.router.until(lambda: one.master.models[0].state == "loading")
+            one.router.send(PingInstance(41))
+            assert (await one.router.answer(InstancePong)).number == 41
 
     asyncio.run(scenario())
 

@@ -10,7 +10,10 @@ from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.instance import (
     AdmitRequest,
     CancelRequest,
+    FrameRefused,
+    InstancePong,
     InstanceRequest,
+    PingInstance,
     ProbeAnswer,
     ProbeInstance,
     RequestEnded,
@@ -31,9 +34,12 @@ def drawn(index: int) -> int:
 
 
 class FakeInstance:
-    """`tokens_at_once`: how many a request gets right after its admission (None: all)."""
+    """`tokens_at_once`: how many a request gets right after its admission (None: all).
+    `answers_pings`: else it is of a version that knows none."""
 
-    def __init__(self, transport, registry, run_dir, name, tokens_at_once=None) -> None:
+    def __init__(
+        self, transport, registry, run_dir, name, tokens_at_once=None, answers_pings=True
+    ) -> None:
         self.name = name
         self.tokens_at_once = tokens_at_once
         self.admits: list[AdmitRequest] = []
@@ -41,6 +47,12 @@ class FakeInstance:
         self.routers: dict[str, bytes] = {}
         self.state = "ready"
         self.answers_probes = True
+        self.answers_pings = answers_pings
+        self.is_deaf = False
+        """It speaks, and does not hear."""
+        self.deaf_to: frozenset[bytes] = frozenset()
+        """Connections that carry words one way only."""
+        self.num_pings = 0
         self._registry = registry
         self._socket = RouterSocket(
             transport, f"ipc://{run_dir}/{name}", Decoder(InstanceRequest), self._on_message
@@ -72,6 +84,11 @@ class FakeInstance:
         self._socket.close()
         self._bus.close()
 
+    @property
+    def peers(self) -> frozenset[bytes]:
+        """Connections that it hears, or did."""
+        return self._socket.peers
+
     def finish(self, request: AdmitRequest) -> None:
         """Say the rest of a request."""
         self._say(request, request.sampling.max_tokens)
@@ -87,7 +104,13 @@ class FakeInstance:
             await asyncio.sleep(HEARTBEAT_S)
 
     def _on_message(self, identity, message, frames) -> None:
-        if isinstance(message, AdmitRequest):
+        if self.is_deaf or identity in self.deaf_to:
+            return
+        if isinstance(message, PingInstance):
+            self.num_pings += 1
+            answer = InstancePong(message.number) if self.answers_pings else FrameRefused("what?")
+            self._socket.send(identity, answer)
+        elif isinstance(message, AdmitRequest):
             self.admits.append(message)
             self.routers[message.request_id] = identity
             if self.tokens_at_once is None:

@@ -46,6 +46,7 @@ from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.pubsub import PublisherSocket, SubscriberSocket
+from xllm.router import hearing
 from xllm.router.actor import RouterActor
 
 MODEL_TOKENIZER = byte_level_tokenizer()
@@ -294,6 +295,57 @@ def test_a_silent_instance_is_suspect(in_bench):
         assert isinstance(await client.last(1), RequestFinished)
         assert second.admits[0].attempt == 2
         assert first.cancels[0].attempt == 1
+
+    in_bench(body)
+
+
+def test_an_instance_that_does_not_hear_gets_nothing_until_it_does(in_bench):
+    async def body(b):
+        first = await b.instance("a", tokens_at_once=1)
+        await until(lambda: first.num_pings >= 2)
+        client = b.client()
+        client.submit(1, 5)
+        await until(lambda: client.ids(1))
+        second = await b.instance("b")
+        first.is_deaf = True
+        assert isinstance(await client.last(1), RequestFinished)
+        assert second.admits[0].attempt == 2
+        view = b.router.service.view
+        assert not view.get("a").silent
+        assert [one.name for one in view.usable(MODEL)] == ["b"]
+        first.is_deaf = False
+        await until(lambda: len(view.usable(MODEL)) == 2)
+
+    in_bench(body)
+
+
+def test_a_connection_that_carries_nothing_is_made_anew(in_bench, monkeypatch):
+    monkeypatch.setattr(hearing, "RECONNECT_S", 0.8)
+
+    async def body(b):
+        one = await b.instance("a", tokens_at_once=1)
+        await until(lambda: one.num_pings >= 2)
+        client = b.client()
+        client.submit(1, 5)
+        await until(lambda: client.ids(1))
+        one.tokens_at_once = None
+        one.deaf_to = one.peers
+        # The router asks for the rest over another connection: the first one never heard of it.
+        assert isinstance(await client.last(1), RequestFinished)
+        assert [request.attempt for request in one.admits] == [1, 2]
+        assert client.ids(1) == [drawn(k) for k in range(5)]
+
+    in_bench(body)
+
+
+def test_an_instance_of_a_version_without_pings_is_used(in_bench):
+    async def body(b):
+        first = await b.instance("a")
+        second = await b.instance("b", answers_pings=False)
+        # Long enough for an unanswered question to be too old.
+        await until(lambda: first.num_pings >= 20)
+        assert second.num_pings == 1
+        assert [one.name for one in b.router.service.view.usable(MODEL)] == ["a", "b"]
 
     in_bench(body)
 

@@ -14,6 +14,8 @@ from xllm.config.settings import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError, RequestError
 from xllm.protocol.client import ChatMessage, ContentPart, ResumePoint, SubmitRequest
 from xllm.protocol.sampling import SamplingParams
+from xllm.protocol.token_bytes import pack_tokens
+from xllm.router.front import Tenant
 from xllm.router.validation import ModelFacts, check_context, check_request
 
 LIMITS = RouterSettings(
@@ -211,6 +213,21 @@ def test_any_request_ends_or_is_admitted_within_bounds(sampling, prompt):
         cluster.close()
 
     ask()
+
+
+def test_ids_are_packed_once():
+    cluster = FakeCluster("a")
+    intake = cluster.service.served.first
+    ids = (0, 17, 329)
+    asked = SubmitRequest(id=1, prompt=ids)
+    packed = intake.check(asked)
+    assert packed == pack_tokens(ids)
+    made = [intake.prepare(asked, Tenant(), "r", 1, 1e9, one) for one in (packed, b"")]
+    assert made[0] == made[1]
+    assert intake.check(SubmitRequest(id=1, prompt="text")) == b""
+    for wrong in ((330,), (-1,), (1, 2**32), (1 << 80,), (0, -(1 << 40))):
+        with pytest.raises(InvalidRequestError, match="ids from 0 to 329"):
+            intake.check(SubmitRequest(id=1, prompt=wrong))
 
 
 def test_parameters_that_passed_are_known_under_the_same_facts_only():

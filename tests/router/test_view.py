@@ -116,6 +116,42 @@ def test_three_silent_periods_are_suspect_and_one_word_ends_it():
     assert one.num_gaps == 1
 
 
+def test_a_deaf_instance_gets_nothing_however_well_it_speaks():
+    view = ready_view("a", "b")
+    assert view.deaf("a") == ViewChange(suspect=("a",))
+    assert view.deaf("a") == view.deaf("c") == view.hears("c") == NOTHING
+    assert view.heartbeat(beat(seq=2), 0.1) == NOTHING
+    assert usable(view) == ["b"]
+    assert view.hears("a") == ViewChange(ready=("a",))
+    assert view.hears("a") == NOTHING
+    assert usable(view) == ["a", "b"]
+
+
+def test_a_new_connection_of_a_deaf_instance_is_believed():
+    view = ready_view("a")
+    view.deaf("a")
+    assert view.disconnected("a").lost == ("a",)
+    assert view.deaf("a") == NOTHING
+    assert view.connected("a") == NOTHING
+    assert view.heartbeat(beat(seq=2), 0.1) == ViewChange(ready=("a",))
+
+
+def test_an_instance_that_leaves_may_be_deaf():
+    view = ready_view("a")
+    view.deregistered("a")
+    assert view.deaf("a") == NOTHING
+    assert view.get("a") is not None
+
+
+def test_deaf_and_silent_are_two_reasons():
+    view = ready_view("a")
+    view.tick(0.5)
+    view.deaf("a")
+    assert view.tick(0.7) == ViewChange(suspect=("a",))
+    assert view.hears("a") == NOTHING
+    assert view.heartbeat(beat(seq=2), 0.8) == ViewChange(ready=("a",))
+
+
 def test_a_pause_of_the_router_itself_suspects_nobody():
     view = ready_view("a")
     view.tick(0.1)

@@ -27,7 +27,9 @@ from xllm.protocol.instance import (
     Drained,
     DrainInstance,
     FrameRefused,
+    InstancePong,
     InstanceRequest,
+    PingInstance,
     PooledVector,
     ProbeAnswer,
     ProbeInstance,
@@ -154,6 +156,8 @@ class RouterConversation:
             self._cancel(message)
         elif isinstance(message, ReleaseHold):
             self._release(message)
+        elif isinstance(message, PingInstance):
+            self._pong(router, message)
         elif isinstance(message, ProbeInstance):
             self._probe(router, message)
         elif isinstance(message, QuerySnapshot):
@@ -162,6 +166,12 @@ class RouterConversation:
             self._master.spawn(self._set_sleep(router, message))
         elif isinstance(message, AssignRole | DrainInstance):
             self._command(router, message)
+
+    def _pong(self, router: bytes, message: PingInstance) -> None:
+        try:
+            self._socket.send(router, InstancePong(message.number))
+        except (BrokenError, BackpressureError):
+            pass  # it is gone, or will see by the lack of it that it does not read
 
     async def _set_sleep(self, router: bytes, message: SetSleep) -> None:
         try:

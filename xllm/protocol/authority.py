@@ -93,6 +93,7 @@ MATRIX: Mapping[type[msgspec.Struct], Roles] = types.MappingProxyType(
         instance.QuerySnapshot: _ROUTER,
         instance.ProbeInstance: _ROUTER,
         instance.SetSleep: _ROUTER,
+        instance.PingInstance: _ROUTER,
         step.StepResult: _WORKER,
         step.WorkerHello: _WORKER,
         step.LoadProgress: _WORKER,

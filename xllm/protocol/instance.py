@@ -101,6 +101,13 @@ class SetSleep(ArrayMessage, frozen=True):
     drop_weights: bool = False
 
 
+class PingInstance(ArrayMessage, frozen=True):
+    """Does this connection carry words both ways? The master's loop answers at once with an
+    InstancePong of the same number, whatever its workers do."""
+
+    number: int
+
+
 InstanceRequest = (
     AdmitRequest
     | CancelRequest
@@ -110,6 +117,7 @@ InstanceRequest = (
     | QuerySnapshot
     | ProbeInstance
     | SetSleep
+    | PingInstance
 )
 
 
@@ -213,6 +221,12 @@ class FrameRefused(ArrayMessage, frozen=True):
     message: str
 
 
+class InstancePong(ArrayMessage, frozen=True):
+    """The master heard that ping."""
+
+    number: int
+
+
 InstanceReply = (
     TokenBatch
     | PrefillDone
@@ -222,4 +236,5 @@ InstanceReply = (
     | FrameRefused
     | SnapshotOfBlocks
     | SleepSet
+    | InstancePong
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import time
 import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -37,6 +38,7 @@ from xllm.protocol.transport.security import Security
 from xllm.router.http.server import HttpFront
 from xllm.router.kv_listener import KvListener
 from xllm.router.leadership.part import Leadership
+from xllm.router.link_pulse import LinkPulse
 from xllm.router.membership import Membership
 from xllm.router.peers import Peers
 from xllm.router.service import RouterService
@@ -106,6 +108,9 @@ class RouterActor(Actor):
         self.service.registry.register(WireFigures(self.transport))
         self.membership = Membership(self.name, self.transport, self.service)
         self._closers.append(self.membership.close)
+        self._pulse = LinkPulse(
+            self.membership, self.service.view, settings.cluster.heartbeat_s, time.monotonic
+        )
         peers = Peers()
         self.membership.listeners.append(peers)
         self._kv = KvListener(self.transport, self.membership, self.service.kv)
@@ -241,6 +246,7 @@ class RouterActor(Actor):
             silent = self._registration is not None and self._registration.degraded
             self.service.registry_degraded = silent or self._registry.degraded
         self.membership.changed(self.service.tick())
+        self._pulse.tick()
         self._kv.tick()
 
     def _beat(self) -> None:
@@ -252,6 +258,7 @@ class RouterActor(Actor):
             epoch, roles = self.leadership.epoch, self.leadership.roles
             word = msgspec.structs.replace(word, leader_epoch=epoch, roles=roles)
         self._bus.publish(_TOPIC, word)
+        self._pulse.beat()
 
 
 def _bracketed(host: str) -> str:

@@ -69,7 +69,10 @@ class Dispatcher:
 
     def start(self, request: InflightRequest, instructions: Sequence[Instruction]) -> None:
         """Its state is there: carry out the first instructions."""
-        self._tell(request, lambda state: instructions)
+        try:
+            self._carry_out(request, instructions)
+        except Exception as error:
+            self._broken(request, error)
 
     def fail(self, request_id: str, request: InflightRequest, failed: RequestFailed) -> None:
         """The terminal message of a request without a state."""

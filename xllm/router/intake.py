@@ -77,15 +77,17 @@ class Intake:
             embedding_size=record.embedding_size,
         )
 
-    def check(self, request: SubmitRequest) -> None:
-        """RequestError for what is out of bounds; UnavailableError before any instance came."""
+    def check(self, request: SubmitRequest) -> bytes:
+        """RequestError for what is out of bounds; UnavailableError before any instance came.
+        Returns the bytes of a prompt of ids, which `prepare` need not make again; else none."""
         facts = self._known_facts()
         assert self._record is not None
         check_task(request, self._record.task, self.name)
-        check_request(request, self._limits, facts, self._checked)
+        packed = check_request(request, self._limits, facts, self._checked)
         self._checked = request.sampling
+        return packed
 
-    def pack(self, request: SubmitRequest, owner: bytes = b"") -> bytes:
+    def _pack(self, request: SubmitRequest, owner: bytes) -> bytes:
         """The prompt's token ids as bytes. `owner`: the salt of the tenant that asks."""
         prompt = request.prompt
         if isinstance(prompt, tuple):
@@ -106,12 +108,13 @@ class Intake:
         request_id: str,
         drawn_seed: int,
         deadline: float,
+        packed: bytes = b"",
     ) -> RequestSpec:
-        """Encode and hash a request that was checked."""
+        """Encode and hash a request that was checked. `packed`: what `check` returned."""
         record = self._record
         assert record is not None
         salt = b"" if self._limits.single_tenant else tenant.salt
-        packed = self.pack(request, salt)
+        packed = packed or self._pack(request, salt)
         num_tokens = len(packed) // TOKEN_BYTES
         asked = VECTOR_SAMPLING if request.embed else request.sampling
         max_tokens = check_context(

@@ -7,6 +7,7 @@ one kind (`answers`). Invariant: there is a link for each instance of the view, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -104,6 +105,17 @@ class Membership:
                     self._links.close(name)
                     for one in self.listeners:
                         one.instance_gone(name)
+
+    def reconnect(self, name: str) -> None:
+        """Give up an instance's connection, which carries nothing, for a new one: what runs there
+        is lost to this router, though nobody died of it."""
+        known = self._service.view.get(name)
+        if known is None:
+            return
+        _log.warning("instance_unanswering", instance=name)
+        change = self._service.view.disconnected(name)
+        self._links.open(known.record)
+        self.changed(dataclasses.replace(change, left=change.lost))
 
     def close(self) -> None:
         """Close every link."""

@@ -125,7 +125,7 @@ def _workers(one: InstanceView, now: float) -> list[ProcessStatus]:
             name=worker.name,
             kind="worker",
             model=one.record.model,
-            state="unknown" if one.suspect else worker.state,
+            state="unknown" if one.silent else worker.state,
             heartbeat_age_ms=age_ms + worker.silent_ms,
         )
         for worker in one.workers

@@ -92,9 +92,9 @@ class Submission:
             self._check_room()
             self._admission.arrive(opened, tenant.account or tenant.name)
             intake = self._served.find(request.model)
-            intake.check(request)
+            packed = intake.check(request)
             self._served.check_awake(intake.name)
-            begin = (intake, request, tenant, request_id, seed, opened.deadline, borders)
+            begin = (intake, request, tenant, request_id, seed, opened.deadline, packed, borders)
             if is_long_request(request):
                 opened.encoding = self._pool.run(tenant.name, partial(self._begin, *begin))
                 opened.encoding.add_done_callback(partial(self._begun, request_id, opened))
@@ -133,10 +133,11 @@ class Submission:
         request_id: str,
         seed: int,
         deadline: float,
+        packed: bytes,
         borders: Sequence[int],
     ) -> Beginning:
         """The dear part: no part of it touches what other requests have, save caches."""
-        spec = intake.prepare(request, tenant, request_id, seed, deadline)
+        spec = intake.prepare(request, tenant, request_id, seed, deadline, packed)
         text = intake.text
         sampling, prompt_ids = spec.sampling, spec.prompt_ids
         state = RequestLife(spec, [text.output(sampling, prompt_ids) for _ in range(sampling.n)])

@@ -11,10 +11,13 @@ import math
 import re
 import sys
 
+import numpy as np
+
 from xllm.config.settings import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError
 from xllm.protocol.client import ChatMessage, ResumePoint, SubmitRequest
 from xllm.protocol.sampling import SamplingParams
+from xllm.protocol.token_bytes import pack_tokens
 from xllm.router.embedding import check_embedding
 from xllm.router.text.template import MAX_KWARG_CHARS, TEMPLATE_KWARGS
 
@@ -55,15 +58,17 @@ def check_request(
     limits: RouterSettings,
     facts: ModelFacts,
     known_sampling: SamplingParams | None = None,
-) -> None:
+) -> bytes:
     """Raise RequestError for the first field out of its bound. `known_sampling` are parameters
-    that passed under the same limits and facts: most requests ask for those of the one before."""
+    that passed under the same limits and facts: most requests ask for those of the one before.
+    Returns the bytes of a prompt of ids (see token_bytes), which show its bounds; else none."""
     check_embedding(request, facts.embedding_size)
     given = (request.prompt is not None) + (request.messages is not None)
     if given != 1:
         raise InvalidRequestError(f"give one of prompt and messages, not {given}", param="prompt")
+    packed = b""
     if request.prompt is not None:
-        check_prompt(request.prompt, facts, num_new=0 if request.embed else 1)
+        packed = check_prompt(request.prompt, facts, num_new=0 if request.embed else 1)
     elif request.messages is not None:
         check_messages(request.messages, facts)
         check_template_kwargs(request)
@@ -88,20 +93,26 @@ def check_request(
         raise refuse("key", "must be 32 hexadecimal digits")
     if request.resume is not None:
         check_resume(request.resume, request.sampling, facts)
+    return packed
 
 
-def check_prompt(prompt: str | tuple[int, ...], facts: ModelFacts, num_new: int = 1) -> None:
+def check_prompt(prompt: str | tuple[int, ...], facts: ModelFacts, num_new: int = 1) -> bytes:
     """A prompt's size and ids; text by its bytes, before it is tokenized. `num_new`: tokens that
-    must fit behind it."""
+    must fit behind it. Returns ids as bytes."""
     if not prompt:
         raise refuse("prompt", "must not be empty")
     if isinstance(prompt, str):
         check_text_bytes("prompt", prompt, facts)
-        return
+        return b""
     if len(prompt) + num_new > facts.max_model_len:
         raise too_long(len(prompt), num_new, facts.max_model_len)
-    if min(prompt) < 0 or max(prompt) >= facts.vocab_size:
-        raise refuse("prompt", f"must hold ids from 0 to {facts.vocab_size - 1}")
+    try:
+        packed = pack_tokens(prompt)  # refuses what is below 0
+        if np.frombuffer(packed, "<u4").max() < facts.vocab_size:
+            return packed
+    except OverflowError:
+        pass  # neither is an id of any model
+    raise refuse("prompt", f"must hold ids from 0 to {facts.vocab_size - 1}")
 
 
 def check_text_bytes(param: str, text: str, facts: ModelFacts) -> None:

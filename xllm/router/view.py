@@ -2,9 +2,9 @@
 
 Pure: told what happened and when, it says which instances became usable and which were lost. An
 instance is usable while it is registered, connected, heard of under the registered incarnation
-within three heartbeat periods, and says that it is ready. Three silent periods make it suspect,
-and suspicion is enough to move its requests to another: their words carry attempts, so being
-wrong costs time and nothing else.
+within three heartbeat periods, hears this router (`hearing`), and says that it is ready. Three
+silent periods make it suspect, and so does its deafness; suspicion is enough to move its requests
+to another: their words carry attempts, so being wrong costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class InstanceView:
     """With so many requests of this router it said that its queue is full; -1: it did not say so
     since its last heartbeat."""
     num_gaps: int = 0
-    suspect: bool = False
+    silent: bool = False
+    deaf: bool = False
+    """It does not hear this router, though it may speak."""
     leaving: bool = False
     """Its record is gone: it finishes what it runs."""
 
@@ -65,6 +67,11 @@ class InstanceView:
     def name(self) -> str:
         """The instance's name."""
         return self.record.name
+
+    @property
+    def suspect(self) -> bool:
+        """Whether its requests are better off elsewhere."""
+        return self.silent or self.deaf
 
     @property
     def usable(self) -> bool:
@@ -181,6 +188,7 @@ class ClusterView:
             return _UNCHANGED
         was = one.usable
         one.connected = True
+        one.deaf = False
         return self._changed(one, was)
 
     def disconnected(self, name: str) -> ViewChange:
@@ -212,12 +220,30 @@ class ClusterView:
         one.role = word.role
         one.load = word.load
         one.workers = word.workers
-        one.suspect = False
+        one.silent = False
         if word.metrics:
             one.metrics = word.metrics
         if failed_now:
             self._usable.clear()
             return ViewChange(lost=(one.name,))
+        return self._changed(one, was)
+
+    def deaf(self, name: str) -> ViewChange:
+        """A connected instance does not hear this router. One that leaves may say its last."""
+        one = self._instances.get(name)
+        if one is None or one.deaf or one.leaving or not one.connected:
+            return _UNCHANGED
+        one.deaf = True
+        self._usable.clear()
+        return ViewChange(suspect=(name,))
+
+    def hears(self, name: str) -> ViewChange:
+        """It hears this router again."""
+        one = self._instances.get(name)
+        if one is None:
+            return _UNCHANGED
+        was = one.usable
+        one.deaf = False
         return self._changed(one, was)
 
     def refused(self, name: str) -> None:
@@ -258,12 +284,12 @@ class ClusterView:
         silent = [
             one
             for one in self._instances.values()
-            if one.seq and not one.suspect and one.heard_at < limit
+            if one.seq and not one.silent and one.heard_at < limit
         ]
         if not silent:
             return _UNCHANGED
         for one in silent:
-            one.suspect = True
+            one.silent = True
             self._forget_leaving(one)
         left = tuple(one.name for one in silent if one.leaving)
         return ViewChange(

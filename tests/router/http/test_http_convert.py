@@ -17,7 +17,14 @@ from xllm.router.http.convert import (
     completion_requests,
     trace_of,
 )
-from xllm.router.http.schema import REFUSED, ChatBody, CompletionBody, RefusedFields, decode_body
+from xllm.router.http.schema import (
+    REFUSED,
+    ChatBody,
+    CompletionBody,
+    CompletionDecoder,
+    RefusedFields,
+    decode_body,
+)
 
 SETTINGS = RouterSettings()
 CHAT = msgspec.json.Decoder(ChatBody)
@@ -31,7 +38,8 @@ def chat(**fields):
 
 
 def complete(**fields):
-    body = decode_body(COMPLETION, json.dumps({"model": "m", "prompt": "x", **fields}).encode())
+    data = json.dumps({"model": "m", "prompt": "x", **fields}).encode()
+    body = CompletionDecoder().decode(data)
     return completion_requests(body, check_completion(body, SETTINGS), SETTINGS, "")
 
 
@@ -281,3 +289,48 @@ def test_any_completion_body_becomes_requests_or_names_a_field(fields):
         assert error.param or "JSON" in error.message  # noqa: PT017 - either outcome is right
     else:
         assert [request.id for request in requests] == list(range(len(requests)))
+
+
+IDS = st.integers(-(2**70), 2**70)
+ODD = st.one_of(IDS, st.text(max_size=9), st.floats(allow_nan=False), st.booleans(), st.none())
+PROMPTS = st.one_of(
+    st.text(max_size=30),
+    st.lists(IDS, max_size=9),
+    st.lists(st.one_of(ODD, st.lists(ODD, max_size=3)), max_size=5),
+)
+
+
+def outcome(decode, data):
+    """The prompts that a decoder finds, or what it says of them."""
+    try:
+        body = decode(data)
+        return body.model, check_completion(body, SETTINGS)
+    except InvalidRequestError as error:
+        return error.message, error.param
+
+
+@given(PROMPTS, st.sampled_from([None, (",", ":")]), st.booleans(), st.sampled_from([1, "1"]))
+def test_lists_of_ids_are_read_as_any_prompt(prompt, separators, last, seed):
+    fields = {"prompt": prompt, "model": 'the "prompt": [1]', "seed": seed}
+    if last:
+        fields = dict(reversed(fields.items()))
+    data = json.dumps(fields, separators=separators).encode()
+    found = outcome(CompletionDecoder().decode, data)
+    assert found == outcome(lambda data: decode_body(COMPLETION, data), data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"model": "m", "prompt": [1, 2',
+        b'{"model": "m", "prompt": [1, 2]',
+        b'{"prompt": [1]}',
+        b'{"model": "m", "prompt": [1\xff]}',
+        b'{"model": "m", "prompt": [1], "stop": ' + b"[" * 5000,
+        b'{"model": "m", "prompt": [1], "prompt": ["x"]}',
+        b'{"model": "m", "prompt": ["x"], "prompt": [1]}',
+    ],
+)
+def test_bodies_that_begin_with_ids_and_go_wrong(data):
+    found = outcome(CompletionDecoder().decode, data)
+    assert found == outcome(lambda data: decode_body(COMPLETION, data), data)

@@ -20,16 +20,23 @@ NOTED_S = 0.1
 @dataclasses.dataclass(frozen=True)
 class Pause:
     """The time between two words of a stream. `moved`: the second one came from another attempt
-    or another connection."""
+    or another connection. `redraw`: seconds that drawing what was there took, where it had to be
+    drawn again."""
 
     start: float
     end: float
     moved: bool = False
+    redraw: float = 0.0
 
     @property
     def length(self) -> float:
         """Seconds."""
         return self.end - self.start
+
+    @property
+    def waste(self) -> float:
+        """Seconds that it took beyond drawing again."""
+        return max(0.0, self.length - self.redraw)
 
 
 @dataclasses.dataclass
@@ -43,6 +50,8 @@ class StreamRecord:
     got: list[list[Item]]
     heard_at: float = 0.0
     """When its last word came; 0: none yet."""
+    first_at: float = 0.0
+    """When its first word came."""
     attempt: int = 0
     pauses: list[Pause] = dataclasses.field(default_factory=list)
     ended_at: float = 0.0
@@ -61,11 +70,19 @@ class StreamRecord:
         return sum(map(len, self.got))
 
     def longest_pause(self, since: float, until: float) -> Pause | None:
-        """The longest one that touches this time; that of a stream that is open runs on."""
+        """The one of most waste that touches this time; that of a stream that is open runs on."""
         found = [one for one in self.pauses if one.end > since and one.start < until]
         if not self.ended_at and self.heard_at and until - self.heard_at > NOTED_S:
             found.append(Pause(self.heard_at, until))
-        return max(found, key=lambda pause: pause.length, default=None)
+        return max(found, key=lambda pause: pause.waste, default=None)
+
+    def redraw(self) -> float:
+        """Seconds that drawing again takes what it has, if its source must: the time in which that
+        came. A stream over HTTP is posted again and drawn from its first token on; one over ZeroMQ
+        brings its tokens along."""
+        if self.over != "http":
+            return 0.0
+        return self.heard_at - self.first_at - sum(one.length for one in self.pauses)
 
 
 class Ledger:
@@ -115,7 +132,10 @@ class Ledger:
         if record.heard_at:
             moved = attempt != record.attempt
             if moved or now - record.heard_at > NOTED_S:
-                record.pauses.append(Pause(record.heard_at, now, moved))
+                redraw = record.redraw() if moved else 0.0
+                record.pauses.append(Pause(record.heard_at, now, moved, redraw))
+        else:
+            record.first_at = now
         record.attempt = attempt
         record.heard_at = now
         record.got[choice].extend(items)

@@ -87,7 +87,9 @@ class ChaosReport:
             "failed_without_fault": self._stray_failures(),
             "streaming_min": min((one.num_streaming for one in self.injections), default=0),
             "gap_ms": summary_ms(gap for one in self.injections for gap in one.gaps_s),
+            "http_gap_ms": summary_ms(gap for one in self.injections for gap in one.http_gaps_s),
             "longest_ms": summary_ms(one.longest_s for one in self.injections),
+            "http_longest_ms": summary_ms(one.http_longest_s for one in self.injections),
             "detect_ms": summary_ms(one.detect_s for one in self.injections),
             "leftovers": self.leftovers,
             "scenarios": self.sections(),
@@ -102,7 +104,9 @@ class ChaosReport:
         return max(0, self.failures.total() - near)
 
 
-_COLUMNS = ("fault", "times", "moved", "gap p50", "gap max", "longest", "detect", "whole", "failed")
+_COLUMNS = (
+    "fault", "times", "moved", "gap p50", "gap max", "longest", "http", "detect", "whole", "failed",
+)  # fmt: skip
 
 
 def table(report: dict[str, object]) -> list[str]:
@@ -113,13 +117,14 @@ def table(report: dict[str, object]) -> list[str]:
     for name, one in sections.items():
         if not one["faults"]:
             continue
-        gap, longest, detect, whole = (
-            one[key] for key in ("gap_ms", "longest_ms", "detect_ms", "recover_ms")
+        gap, longest, http, detect, whole = (
+            one[key]
+            for key in ("gap_ms", "longest_ms", "http_longest_ms", "detect_ms", "recover_ms")
         )
         cells = (
             name, one["faults"], one["interrupted"], gap.get("p50", "-"), gap.get("max", "-"),
-            longest.get("max", "-"), detect.get("max", "-"), whole.get("max", "-"),
-            sum(one["failed"].values()),
+            longest.get("max", "-"), http.get("max", "-"), detect.get("max", "-"),
+            whole.get("max", "-"), sum(one["failed"].values()),
         )  # fmt: skip
         rows.append(tuple(str(cell) for cell in cells))
     widths = [max(len(row[at]) for row in rows) for at in range(len(_COLUMNS))]

@@ -241,10 +241,14 @@ class Stage:
             if record.opened_at >= injection.at:
                 continue
             longest = record.longest_pause(injection.at, now)
-            if longest is not None:
-                injection.longest_s = max(injection.longest_s, longest.length)
             moved = [p.length for p in record.pauses if p.moved and p.end > injection.at]
-            injection.gaps_s += moved[:1]
+            waste = longest.waste if longest is not None else 0.0
+            if record.over == "http":
+                injection.http_longest_s = max(injection.http_longest_s, waste)
+                injection.http_gaps_s += moved[:1]
+            else:
+                injection.longest_s = max(injection.longest_s, waste)
+                injection.gaps_s += moved[:1]
 
     def describe(self, injection: Injection) -> str:
         """One line about a fault that is over."""
@@ -255,6 +259,10 @@ class Stage:
             middle = statistics.median(injection.gaps_s) * 1000
             words.append(f"{len(injection.gaps_s)} moved, median gap {middle:.0f} ms")
         words.append(f"longest pause {injection.longest_s * 1000:.0f} ms")
+        if injection.http_gaps_s:
+            middle = statistics.median(injection.http_gaps_s) * 1000
+            words.append(f"{len(injection.http_gaps_s)} posted again, median gap {middle:.0f} ms")
+        words.append(f"HTTP {injection.http_longest_s * 1000:.0f} ms")
         if injection.recover_s >= 0:
             words.append(f"whole in {injection.recover_s:.1f} s")
         if injection.failures:

@@ -16,9 +16,11 @@ class Limits:
     """What a scenario promises. None: nothing. Times in milliseconds."""
 
     gap_p50_ms: float | None = None
-    """Median pause of the streams that went on elsewhere."""
+    """Median pause of the streams over ZeroMQ that went on elsewhere."""
     gap_max_ms: float | None = None
-    """Longest pause of any stream that was open."""
+    """Longest pause of any stream that was open, without the time of drawing again what it had."""
+    http_gap_max_ms: float | None = None
+    """The same for those over HTTP, where it differs."""
     detect_ms: float | None = None
     """Longest time from the fault to the first process that noticed it."""
     recover_ms: float | None = None
@@ -41,9 +43,13 @@ class Injection:
     recover_s: float = -1.0
     settled_at: float = 0.0
     gaps_s: list[float] = dataclasses.field(default_factory=list)
-    """Of the streams that went on elsewhere."""
+    """Of the streams over ZeroMQ that went on elsewhere."""
+    http_gaps_s: list[float] = dataclasses.field(default_factory=list)
+    """Of those over HTTP that were posted again, drawing again and all."""
     longest_s: float = 0.0
-    """The longest pause of any stream that was open at the fault."""
+    """The longest pause of any stream over ZeroMQ that was open at the fault."""
+    http_longest_s: float = 0.0
+    """Of any over HTTP, without the time of drawing again what it had."""
     failures: dict[str, int] = dataclasses.field(default_factory=dict)
     notes: dict[str, float] = dataclasses.field(default_factory=dict)
     broken: list[str] = dataclasses.field(default_factory=list)
@@ -76,6 +82,8 @@ def judge(limits: Limits, injections: Sequence[Injection], slack: float) -> list
     """The criteria of a scenario; `slack` multiplies the bounds of times."""
     gaps = [gap for one in injections for gap in one.gaps_s]
     longest = [one.longest_s for one in injections]
+    http_longest = [one.http_longest_s for one in injections]
+    http_limit = limits.gap_max_ms if limits.http_gap_max_ms is None else limits.http_gap_max_ms
     found = []
 
     def bound(name: str, limit: float | None, values: list[float], key: str) -> None:
@@ -84,6 +92,7 @@ def judge(limits: Limits, injections: Sequence[Injection], slack: float) -> list
 
     bound("gap_p50_ms", limits.gap_p50_ms, gaps, "p50")
     bound("gap_max_ms", limits.gap_max_ms, longest, "max")
+    bound("http_gap_max_ms", http_limit, http_longest, "max")
     bound("detect_ms", limits.detect_ms, [one.detect_s for one in injections], "max")
     bound("recover_ms", limits.recover_ms, [one.recover_s for one in injections], "max")
     if not limits.may_fail:
@@ -106,10 +115,12 @@ def section(
     return {
         "title": title,
         "faults": len(injections),
-        "interrupted": sum(len(one.gaps_s) for one in injections),
+        "interrupted": sum(len(one.gaps_s) + len(one.http_gaps_s) for one in injections),
         "streaming_min": min((one.num_streaming for one in injections), default=0),
         "gap_ms": summary_ms(gap for one in injections for gap in one.gaps_s),
+        "http_gap_ms": summary_ms(gap for one in injections for gap in one.http_gaps_s),
         "longest_ms": summary_ms(one.longest_s for one in injections),
+        "http_longest_ms": summary_ms(one.http_longest_s for one in injections),
         "detect_ms": summary_ms(one.detect_s for one in injections),
         "recover_ms": summary_ms(one.recover_s for one in injections),
         "failed": failures,

@@ -47,18 +47,24 @@ def connection_limit(limits: SocketLimits) -> int:
 
 
 def apply_options(socket: zmq.Socket[bytes], limits: SocketLimits, endpoint: str) -> None:
-    """Set what every socket needs. Local ones (ipc) get laxer heartbeats: a peer on a busy
-    machine is late long before it is dead, and its process is watched by other means."""
-    local = endpoint.startswith(("ipc://", "inproc://"))
+    """Set what every socket needs.
+
+    None has heartbeats of ZMTP, which make libzmq abort a process that falls behind, in two ways
+    (its issues 3937 and 4364): a connection whose queue is full is not read, and is ended for what
+    was not read; and where its peer ends it meanwhile, the next heartbeat finds an engine that must
+    not write. So silence is judged by words of our own, and a host that vanished by the kernel."""
     socket.setsockopt(zmq.IPV6, int(endpoint.startswith("tcp://[")))
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, limits.high_water_mark)
     socket.setsockopt(zmq.RCVHWM, limits.high_water_mark)
     socket.setsockopt(zmq.MAXMSGSIZE, limits.max_frame_bytes)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 2000)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 2000 if local else 500)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000 if local else 1500)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, 8000 if local else 2000)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 5)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 2)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+    socket.setsockopt(zmq.TCP_MAXRT, 10_000)
     socket.setsockopt(zmq.RECONNECT_IVL, 20)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     socket.setsockopt(zmq.BACKLOG, 1024)
@@ -67,13 +73,3 @@ def apply_options(socket: zmq.Socket[bytes], limits: SocketLimits, endpoint: str
         socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
     if socket.type == zmq.DEALER:
         socket.setsockopt(zmq.IMMEDIATE, 1)
-    if socket.type in (zmq.PUB, zmq.SUB):
-        # A subscriber whose queue is full, and whose connection ZMTP's heartbeats end meanwhile,
-        # aborts its process when it reads again (libzmq issue 3937). Publishers speak all the
-        # time, and their silence is seen by that: what is left to find is a half-open connection.
-        socket.setsockopt(zmq.HEARTBEAT_IVL, 0)
-        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-        socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)
-        socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 5)
-        socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
-        socket.setsockopt(zmq.TCP_MAXRT, 10_000)

@@ -31,6 +31,10 @@ class Connection(Protocol):
         """Drop the connection."""
         ...
 
+    def respond(self, status: int, lines: bytes, body: bytes, *, close: bool = False) -> None:
+        """Write the whole answer of a request that was begun without a task."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FrontContext:

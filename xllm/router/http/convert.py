@@ -130,9 +130,11 @@ def check_generation(body: GenerationBody) -> None:
         raise InvalidRequestError("response_format must be text", param="response_format")
 
 
-def prompts_of(prompt: str | list[str | int | list[int]], name: str = "prompt") -> list[Prompt]:
+def prompts_of(
+    prompt: str | tuple[int, ...] | list[str | int | list[int]], name: str = "prompt"
+) -> list[Prompt]:
     """A prompt field, called `name`, as one prompt or several, each a text or token ids."""
-    if isinstance(prompt, str):
+    if isinstance(prompt, str | tuple):
         return [prompt]
     if not prompt:
         raise InvalidRequestError(f"{name} is empty", param=name)

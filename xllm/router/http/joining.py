@@ -37,6 +37,11 @@ class JoiningTransport(asyncio.Transport):
         else:
             self._write(data)
 
+    def write_whole(self, data: bytes) -> None:
+        """Send bytes that nothing has to follow."""
+        self._flush()
+        self._write(data)
+
     def _flush(self) -> None:
         held, self._held = self._held, b""
         if held and not self._inner.is_closing():

@@ -15,18 +15,18 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from xllm.errors import InvalidRequestError, PayloadTooLargeError, UnavailableError, XllmError
 from xllm.router.http.joining import JoiningTransport
 from xllm.router.http.limits import BODY_BYTES_PER_S, HttpLimits
 from xllm.router.http.problem import Problem, problem_headers, problem_json
+from xllm.router.http.taskless import TasklessProtocol
 
 CLOSE_AFTER_REFUSAL_S = 0.5
 """A refused client gets this long to read why; nothing more is read from it."""
 
 
-class GuardedProtocol(HttpToolsProtocol):
+class GuardedProtocol(TasklessProtocol):
     """Refuses what is too large, too slow or ambiguous, with a JSON error."""
 
     def __init__(
@@ -89,7 +89,6 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell whoever is answering."""
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()
         on_lost, self.on_lost = self.on_lost, None
         if on_lost is not None:
             on_lost()
@@ -108,19 +107,22 @@ class GuardedProtocol(HttpToolsProtocol):
         """Feed the parser; anything that it or a bound refuses ends the connection."""
         if self._refused:
             return
-        self._unset_keepalive_if_required()
         if self._in_head:
+            if not self._raw_head_bytes:  # what is set is for a connection that says nothing
+                self._deadline = self.loop.time() + self.limits.head_s
             self._raw_head_bytes += len(data)
-            self._arm_head()
+        self._is_feeding = True
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             problem = self._problem or Problem(InvalidRequestError("this is no HTTP request"))
             self._refuse(problem)
-            return
-        limits = self.limits
-        if self._in_head and self._raw_head_bytes > limits.max_head_bytes + limits.max_url_bytes:
-            self._refuse(too_large("the header", limits.max_head_bytes, 431))
+        else:
+            most = self.limits.max_head_bytes
+            if self._in_head and self._raw_head_bytes > most + self.limits.max_url_bytes:
+                self._refuse(too_large("the header", most, 431))
+        self._is_feeding = False
+        self._answer_fresh()
 
     # the parser's side; an exception here ends feed_data
 
@@ -181,6 +183,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self._raw_head_bytes = 0
         self._deadline = math.inf
         super().on_message_complete()
+        if self.cycle.response_complete:  # refused before its body was here
+            self._say_idle()
+
+    def _say_idle(self) -> None:
+        # By the sweep: a timer for each request would cost as much as the rest of it here.
+        if self._deadline == math.inf:
+            self._deadline = self.loop.time() + self.limits.keep_alive_s
 
     def _arm_head(self) -> None:
         if self._deadline == math.inf:

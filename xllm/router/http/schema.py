@@ -178,6 +178,12 @@ class CompletionBody(GenerationBody, frozen=True, kw_only=True, gc=False):
     suffix: str | None = None
 
 
+class IdsBody(CompletionBody, frozen=True, kw_only=True, gc=False):
+    """The same where the prompt is one list of ids, which is read at twice the speed."""
+
+    prompt: tuple[int, ...]  # type: ignore[assignment]  # narrower, but a tuple
+
+
 class EmbeddingBody(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """POST /v1/embeddings. An input is a text or a list of token ids. `user` is ignored."""
 
@@ -205,6 +211,26 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     model: str = ""
     tokens: list[Int]
+
+
+_IDS_FOLLOW = re.compile(rb'"prompt"\s*:\s*\[\s*\d')
+
+
+class CompletionDecoder:
+    """Reads the bodies of plain completions."""
+
+    def __init__(self) -> None:
+        self._any = msgspec.json.Decoder(CompletionBody)
+        self._ids = msgspec.json.Decoder(IdsBody)
+
+    def decode(self, data: bytes) -> CompletionBody:
+        """See decode_body. Most prompts that begin with an id are nothing but ids."""
+        if _IDS_FOLLOW.search(data):
+            try:
+                return self._ids.decode(data)
+            except (msgspec.MsgspecError, ValueError, RecursionError):
+                pass  # several prompts, or no body at all: the other decoder says
+        return decode_body(self._any, data)
 
 
 PLACE = re.compile(r"`\$\.?([^`]*?)(?:\[\.\.\.\])?`$|missing required field `(\w+)`$")

@@ -104,7 +104,10 @@ class HttpFront:
 
     def _config(self) -> uvicorn.Config:
         protocol: Any = functools.partial(
-            GuardedProtocol, limits=self._limits, on_refused=self._figures.answered_with
+            GuardedProtocol,
+            limits=self._limits,
+            on_refused=self._figures.answered_with,
+            begin=self._application.begin,
         )
         return uvicorn.Config(
             cast("Any", self._application),
@@ -118,7 +121,6 @@ class HttpFront:
             log_config=None,
             log_level="critical",
             backlog=BACKLOG,
-            timeout_keep_alive=cast("int", self._limits.keep_alive_s),
             timeout_graceful_shutdown=FLUSH_S,
         )
 

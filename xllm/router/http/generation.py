@@ -1,0 +1,235 @@
+"""The life of one HTTP request that generates tokens: submitted, then written as it comes.
+
+Knows messages and shapes, no bodies' fields but a few. Invariant: whatever ends this
+(answer, failure, client gone, cancellation), no request of it stays open in the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+
+import msgspec
+import structlog
+
+from xllm.errors import InvalidRequestError
+from xllm.protocol.client import RequestFailed, RouterMessage, SubmitRequest
+from xllm.protocol.transport.context import describe_error
+from xllm.router.http.answer import StreamedAnswer, WholeAnswer
+from xllm.router.http.context import Caller, FrontContext
+from xllm.router.http.direct import DirectAnswer, Fail
+from xllm.router.http.event_ids import (
+    PARAM,
+    EventSigner,
+    LastEvent,
+    Stream,
+    body_digest,
+    borders_of,
+)
+from xllm.router.http.problem import problem_of, problem_of_failure
+from xllm.router.http.respond import Scope, Send, send_body
+from xllm.router.http.schema import GenerationBody
+from xllm.router.http.shape import AnswerShape, Envelope, total_usage
+from xllm.router.http.stream_writer import StreamWriter
+
+LOG = structlog.get_logger(__name__)
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+MAX_SEED = (1 << 64) - 1
+MakeShape = Callable[[Envelope], AnswerShape]
+Rest = Callable[[Send], Awaitable[None]]
+"""What is left to do for a request whose body was read."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Posted:
+    """What a client sent: the bytes of its body, and the last event that it has of the answer."""
+
+    body: bytes
+    last_event_id: bytes
+
+
+def last_event_id(scope: Scope) -> bytes:
+    """The header's value; empty (as browsers have it) or absent: the answer is new."""
+    values = [value for name, value in scope["headers"] if name == b"last-event-id"]
+    if len(values) > 1:
+        raise InvalidRequestError("Last-Event-ID stands more than once", param=PARAM)
+    return values[0].strip() if values else b""
+
+
+class Generation:
+    """The life of one HTTP request that generates tokens."""
+
+    __slots__ = ("_body", "_caller", "_context", "_ids", "_make_shape", "_posted", "_requests")
+
+    def __init__(
+        self,
+        context: FrontContext,
+        caller: Caller,
+        body: GenerationBody,
+        requests: Sequence[SubmitRequest],
+        make_shape: MakeShape,
+        posted: Posted,
+    ) -> None:
+        self._context = context
+        self._caller = caller
+        self._body = body
+        self._requests = requests
+        self._make_shape = make_shape
+        self._posted = posted
+        self._ids: list[str] = []
+
+    def begin(self, fail: Fail) -> Rest | None:
+        """Submit what is answered as a whole by one terminal message, without a task: the answer,
+        or `fail`, is called by that. What else there is to answer is returned."""
+        if self._body.stream or self._posted.last_event_id or len(self._requests) > 1:
+            return self.run
+        service, caller = self._context.service, self._caller
+        answer = DirectAnswer(caller.connection, self._shape, fail)
+        request_id = service.submit(self._requests[0], caller.tenant, answer)
+        if not answer.done:
+            caller.connection.watch(partial(service.abort, request_id))
+        return None
+
+    async def run(self, send: Send) -> None:
+        """Submit and answer."""
+        try:
+            if self._body.stream:
+                await self._stream(send)
+            elif self._posted.last_event_id:
+                raise InvalidRequestError("Last-Event-ID goes with stream: true only", param=PARAM)
+            else:
+                await self._whole(send)
+        finally:
+            self._caller.connection.unwatch()
+            self._abort()
+
+    def _submit(
+        self,
+        sink: WholeAnswer | StreamedAnswer,
+        requests: Sequence[SubmitRequest],
+        last: LastEvent | None = None,
+    ) -> None:
+        service, tenant = self._context.service, self._caller.tenant
+        borders = () if last is None else borders_of(last.places)
+        for request in requests:
+            n = request.sampling.n
+            own = borders[request.id * n : (request.id + 1) * n]
+            self._ids.append(
+                service.submit(request, tenant, sink, own)
+                if own
+                else service.submit(request, tenant, sink)
+            )
+        self._caller.connection.watch(self._abort)
+
+    def _abort(self) -> None:
+        """Stop what is still open; requests that have ended are unknown to the service."""
+        for request_id in self._ids:
+            self._context.service.abort(request_id)
+
+    def _shape(self, request_id: str, created: int) -> AnswerShape:
+        options = self._body.stream_options
+        service, model = self._context.service, self._body.model
+        return self._make_shape(
+            Envelope(
+                request_id=request_id,
+                created=created,
+                model=model,
+                bytes_of=lambda token_id: service.token_bytes(model, token_id),
+                include_usage=bool(options and options.include_usage),
+            )
+        )
+
+    async def _whole(self, send: Send) -> None:
+        answer = WholeAnswer(asyncio.get_running_loop(), len(self._requests))
+        self._submit(answer, self._requests)
+        results = await answer.wait_done()
+        if answer.failure is not None:
+            raise problem_of_failure(answer.failure)
+        usage = total_usage([result.usage for result in results])
+        request_id = self._ids[0]
+        body = self._shape(request_id, int(time.time())).whole(results, usage)
+        await send_body(send, body, headers=[(b"x-request-id", request_id.encode())])
+
+    async def _stream(self, send: Send) -> None:
+        signer = EventSigner(self._context.service.event_key, self._caller.tenant)
+        posted, sampling = self._posted, self._requests[0].sampling
+        last: LastEvent | None = None
+        if posted.last_event_id:
+            num_choices = sampling.n * len(self._requests)
+            last = signer.read(posted.last_event_id, posted.body, num_choices)
+        seed = last.stream.seed if last is not None else int.from_bytes(os.urandom(8), "little")
+        answer = StreamedAnswer(
+            asyncio.get_running_loop(),
+            len(self._requests),
+            self._context.limits.max_pending_bytes,
+            self._caller.connection.abort,
+        )
+        answer.merges = last is None
+        self._submit(answer, [_seeded(request, seed) for request in self._requests], last)
+        messages = await answer.take()
+        # The status waits for the first word of the service: a request that it refuses is
+        # answered as an error, not as a stream that begins well.
+        if messages and isinstance(messages[0], RequestFailed):
+            raise problem_of_failure(messages[0])
+        stream = Stream(self._ids[0], int(time.time()), seed, body_digest(posted.body))
+        writer = self._writer(signer, stream if last is None else last.stream, last)
+        request_id = stream.request_id if last is None else last.stream.request_id
+        headers = [*STREAM_HEADERS, (b"x-request-id", request_id.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._pass_on(answer, messages, writer, send)
+
+    def _writer(self, signer: EventSigner, stream: Stream, last: LastEvent | None) -> StreamWriter:
+        options = self._body.stream_options
+        return StreamWriter(
+            self._shape(stream.request_id, stream.created),
+            signer,
+            stream,
+            self._requests[0].sampling.n,
+            len(self._requests),
+            include_usage=bool(options and options.include_usage),
+            last=last,
+        )
+
+    async def _pass_on(
+        self,
+        answer: StreamedAnswer,
+        messages: Sequence[RouterMessage],
+        writer: StreamWriter,
+        send: Send,
+    ) -> None:
+        while True:
+            last = answer.done  # all messages have been taken, and none will follow
+            events = self._events(writer, messages, last)
+            answer.merges = not writer.is_behind
+            last = last or writer.ended
+            if events or last:
+                await send({"type": "http.response.body", "body": events, "more_body": not last})
+            if last:
+                return
+            messages = await answer.take()
+
+    def _events(self, writer: StreamWriter, messages: Sequence[RouterMessage], last: bool) -> bytes:
+        try:
+            events = writer.events(messages)
+            return events + writer.end() if last and not writer.ended else events
+        except Exception as error:
+            # The stream has begun, so it must end with an event that says so.
+            LOG.error("stream_failed", request_id=self._ids[0], error=describe_error(error))
+            return writer.fail(problem_of(error))
+
+
+def _seeded(request: SubmitRequest, seed: int) -> SubmitRequest:
+    """The same request with a seed that its events' ids can name: each prompt has its own."""
+    sampling = request.sampling
+    if sampling.seed is not None:
+        return request
+    sampling = msgspec.structs.replace(sampling, seed=(seed + request.id) & MAX_SEED)
+    return msgspec.structs.replace(request, sampling=sampling)
