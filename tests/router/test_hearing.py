@@ -66,8 +66,6 @@ def test_a_new_connection_begins_anew():
     one = hearing("a")
     assert run_until(one, 0.0, 2.0) == ["a"]
     one.connected("a")
-    assert one.to_ask == ()
-    one.asked("a", 2.0)
     assert not one.answered("a")
     assert run_until(one, 2.0, 4.0) == ["a"]
     one.gone("a")
@@ -75,6 +73,17 @@ def test_a_new_connection_begins_anew():
     one.asked("a", 4.0)
     assert not one.answered("a")
     assert run_until(one, 4.0, 6.0) == []
+
+
+def test_a_connection_that_never_carried_a_word_is_judged_by_the_one_before():
+    one = hearing("a")
+    one.gone("a")
+    one.connected("a")
+    assert run_until(one, 0.0, 2.0) == ["a"]
+    one.forget("a")
+    one.connected("a")
+    one.asked("a", 2.0)
+    assert run_until(one, 2.0, 4.0) == []
 
 
 def test_after_a_pause_of_the_router_nobody_is_deaf():
@@ -96,7 +105,10 @@ def test_a_short_period_leaves_a_busy_machine_time():
     assert [now > MIN_PATIENCE_S for now, found in ticks if found] == [True]
 
 
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(("ask", "answer", "link", "go")))))
+EVENTS = ("ask", "answer", "link", "go", "forget")
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(EVENTS))))
 def test_only_who_answered_and_owes_an_answer_is_deaf(events):
     one = Hearing(PERIOD_S)
     owed: dict[str, float | None] = {}
@@ -107,11 +119,14 @@ def test_only_who_answered_and_owes_an_answer_is_deaf(events):
         if event == "link":
             one.connected(name)
             owed[name] = None
-            answers.discard(name)
             deaf.discard(name)
         elif event == "go":
             one.gone(name)
             owed.pop(name, None)
+        elif event == "forget":
+            one.forget(name)
+            owed.pop(name, None)
+            answers.discard(name)
         elif event == "ask":
             one.asked(name, now)
             if name in owed and owed[name] is None:

@@ -2,8 +2,8 @@
 
 Pure: the time is monotonic seconds. A connection can carry words one way only; then an instance
 beats on its bus, says tokens, and never hears of what it is sent. Each is asked over the connection
-that requests take. Invariant: who has not answered once on its connection is not judged: it may be
-of a version that does not know the question, or be still about to begin.
+that requests take. Invariant: an incarnation that has not answered once is not judged: it may be of
+a version that does not know the question.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ RECONNECT_S = 5.0
 class _Ear:
     """One connection."""
 
-    answers: bool = False
-    """Whether it ever did."""
+    answers: bool
+    """Whether this incarnation ever did."""
     asked_at: float | None = None
     """When the oldest question without an answer was asked."""
     is_deaf: bool = False
@@ -40,6 +40,8 @@ class Hearing:
         self._period_s = period_s
         self._patience_s = max(MISSED_ANSWERS * period_s, MIN_PATIENCE_S)
         self._ears: dict[str, _Ear] = {}
+        self._answering: set[str] = set()
+        """Instances that ever answered, over this connection or one before it."""
         self._ticked_at: float | None = None
 
     @property
@@ -49,11 +51,16 @@ class Hearing:
 
     def connected(self, name: str) -> None:
         """A new connection stands, over which it is to be asked at once."""
-        self._ears[name] = _Ear()
+        self._ears[name] = _Ear(name in self._answering)
 
     def gone(self, name: str) -> None:
         """There is no connection any more. Unknown names are ignored."""
         self._ears.pop(name, None)
+
+    def forget(self, name: str) -> None:
+        """Another incarnation, or none, has that name from now on."""
+        self.gone(name)
+        self._answering.discard(name)
 
     def asked(self, name: str, now: float) -> None:
         """A question was sent."""
@@ -68,6 +75,7 @@ class Hearing:
             return False
         was_deaf = one.is_deaf
         one.answers, one.asked_at, one.is_deaf = True, None, False
+        self._answering.add(name)
         return was_deaf
 
     def tick(self, now: float) -> tuple[str, ...]:

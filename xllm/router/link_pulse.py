@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from xllm.protocol.instance import InstancePong, PingInstance
+from xllm.protocol.records import InstanceRecord
 from xllm.router.hearing import Hearing
 from xllm.router.membership import Membership, MembershipListener
 from xllm.router.view import ClusterView
@@ -31,6 +32,10 @@ class LinkPulse(MembershipListener):
         membership.listeners.append(self)
         membership.answers(InstancePong, self._answered)
 
+    def instance_registered(self, record: InstanceRecord) -> None:
+        """See MembershipListener."""
+        self._hearing.forget(record.name)
+
     def instance_connected(self, name: str) -> None:
         """See MembershipListener."""
         self._hearing.connected(name)
@@ -38,7 +43,7 @@ class LinkPulse(MembershipListener):
 
     def instance_gone(self, name: str) -> None:
         """See MembershipListener."""
-        self._hearing.gone(name)
+        self._hearing.forget(name)
 
     def beat(self) -> None:
         """Ask them."""
