@@ -61,10 +61,14 @@ class FakeRouter:
         self._socket.close()
         self._transport.close()
 
-    def stop(self) -> None:
-        """Say that it stops, as a router does."""
+    def stop(self, *, refuses: bool = False) -> None:
+        """Say that it stops, as a router does; and refuse what had just come, if it `refuses`."""
         for identity in self.peers:
             self._socket.send(identity, Pong(id=0, is_stopping=True, routers=self.named))
+            for submit in self.submits if refuses else ():
+                self._socket.send(
+                    identity, RequestFailed(id=submit.id, code="unavailable", message="stops")
+                )
 
     def _receive(self, identity, message, frames) -> None:
         self.peers.add(identity)

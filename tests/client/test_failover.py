@@ -166,6 +166,16 @@ def test_a_router_that_stops_is_left():
     with_routers(2, test)
 
 
+def test_what_a_stopping_router_refuses_is_asked_of_the_next():
+    async def test(client, routers):
+        streams = [client.stream("part 0 a b") for _ in range(200)]
+        await until(lambda: len(routers[0].submits) == 200)
+        routers[0].stop(refuses=True)
+        assert await asyncio.gather(*map(read_all, streams)) == ["ab"] * 200
+
+    with_routers(2, test)
+
+
 def test_the_only_router_may_end_what_it_has_while_it_stops():
     async def test(client, routers):
         stream = client.stream("half")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xllm.client.retries import RETRY_BURST
 from xllm.client.session import ClientSession
 from xllm.errors import BadMessageError, BrokenError, ConflictError, DeadlineError, OverloadedError
 from xllm.protocol.client import (
@@ -164,6 +165,33 @@ def test_timers_do_not_pile_up():
         open_one(session, key, Recorder(), 0.0, 600.0)
         session.receive(finished(key))
     assert len(session._timers) < 200
+
+
+def test_what_was_lost_often_holds_up_nobody_else():
+    session = ClientSession()
+
+    def all_due() -> list[int]:
+        found = []
+        while (one := session.due(0.0)) is not None:
+            one[0].is_sent = True
+            found.append(one[1].id)
+        return found
+
+    often = [session.next_id() for _ in range(200)]
+    for key in often:
+        open_one(session, key, Recorder(), 0.0, 600.0)
+    session.lost("first")
+    assert all_due() == often
+    session.lost("second")
+    late = session.next_id()
+    entry = session.open(SubmitRequest(id=late, prompt=(1,)), Recorder(), 0.0, 600.0)
+    session.waits(late)
+    found = all_due()
+    assert found[0] == late
+    assert entry.is_sent
+    assert len(found) == 1 + int(RETRY_BURST)
+    assert not session.has_due
+    session.check()
 
 
 EVENTS = st.one_of(

@@ -35,6 +35,7 @@ from xllm.protocol.client import (
     ClientMessage,
     Ping,
     Pong,
+    RequestFailed,
     RouterMessage,
     SubmitRequest,
 )
@@ -80,6 +81,8 @@ class ClientConnection:
         self._transport = Transport(Security.load(keys_dir) if keys_dir else None)
         self._closed = False
         self._heard = False
+        self._is_leaving = False
+        """The present router said that it stops: the next one is turned to in a moment."""
         self._timer: asyncio.TimerHandle | None = None
         try:
             self._socket = self._open_socket()
@@ -169,6 +172,7 @@ class ClientConnection:
         router = self._routers.present
         self._watch.num_routers = len(self._routers)
         self._watch.opened(self._random.random())
+        self._is_leaving = False
         return DealerSocket(
             self._transport,
             router.endpoint,
@@ -208,7 +212,10 @@ class ClientConnection:
             if message.is_stopping and len(self._routers) > 1:
                 # Later: this socket is in the middle of its reading.
                 self._loop.call_soon(self._leave, self._socket)
+                self._is_leaving = True
                 return
+        if self._is_leaving and type(message) is RequestFailed:
+            return  # a router that stops refuses what comes: the next one is asked instead
         abort = self._session.receive(message)
         if abort is not None:
             self._send_word(abort)

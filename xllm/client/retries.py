@@ -19,6 +19,11 @@ FIRST_TRY_S = 0.2
 LONGEST_TRY_S = 2.0
 
 
+def is_paced(num_losses: int) -> bool:
+    """Whether a request that was lost so often waits for the budget."""
+    return num_losses > 1
+
+
 class RetryBudget:
     """What further tries may cost, in requests."""
 
@@ -30,12 +35,10 @@ class RetryBudget:
         """One more request was made."""
         self._left = min(RETRY_BURST, self._left + RETRY_SHARE)
 
-    def take(self, num_losses: int, now: float) -> bool:
-        """Whether a request that was lost so often may be asked for again now."""
+    def take(self, now: float) -> bool:
+        """Whether a request that was lost more than once may be asked for again now."""
         self._left = min(RETRY_BURST, self._left + (now - self._at) * RETRIES_PER_S)
         self._at = now
-        if num_losses <= 1:
-            return True
         if self._left < 1.0:
             return False
         self._left -= 1.0

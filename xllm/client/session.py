@@ -16,7 +16,7 @@ import heapq
 from collections import deque
 
 from xllm.client.open_request import Listener, OpenRequest
-from xllm.client.retries import MAX_LOSSES, RetryBudget
+from xllm.client.retries import MAX_LOSSES, RetryBudget, is_paced
 from xllm.errors import (
     BadMessageError,
     BrokenError,
@@ -62,6 +62,8 @@ class ClientSession:
     def __init__(self, now: float = 0.0) -> None:
         self._budget = RetryBudget(now)
         self._unsent: deque[int] = deque()
+        self._paced: deque[int] = deque()
+        """Of those that wait for a router: the ones that wait for the budget, too."""
         self._num_resumed = 0
         self._open: dict[int, OpenRequest] = {}
         self._timers: list[tuple[float, int]] = []
@@ -84,7 +86,7 @@ class ClientSession:
 
     @property
     def has_due(self) -> bool:
-        """Whether some request waits for a router."""
+        """Whether some request waits for a router, and for nothing else."""
         return bool(self._unsent)
 
     def open(
@@ -107,13 +109,16 @@ class ClientSession:
 
     def waits(self, request_id: int) -> None:
         """No router could be asked yet: `due` will give it."""
-        self._unsent.append(request_id)
+        entry = self._open.get(request_id)
+        if entry is not None:
+            (self._paced if is_paced(entry.num_losses) else self._unsent).append(request_id)
 
     # -- routers that come and go --------------------------------------------------------------
 
     def lost(self, why: str) -> None:
         """The router is gone, stops or says nothing: all that is open is for the next one."""
         self._unsent.clear()
+        self._paced.clear()
         for request_id, entry in list(self._open.items()):
             entry.lost()
             if entry.aborted:
@@ -121,21 +126,29 @@ class ClientSession:
             elif entry.num_losses > MAX_LOSSES:
                 self._fail(request_id, BrokenError(f"{why}; {MAX_LOSSES} others before it"))
             else:
-                self._unsent.append(request_id)
+                self.waits(request_id)
 
     def due(self, now: float) -> tuple[OpenRequest, ClientMessage] | None:
         """The next request to ask the present router for, and the words; None: nothing now.
         The caller marks it as sent, or puts it back by `waits`."""
-        while self._unsent:
-            entry = self._open.get(self._unsent[0])
-            if entry is None:
-                self._unsent.popleft()
-                continue
-            if not self._budget.take(entry.num_losses, now):
+        entry = self._first(self._unsent)
+        if entry is None:
+            entry = self._first(self._paced)
+            if entry is None or not self._budget.take(now):
                 return None
+            self._paced.popleft()
+        else:
             self._unsent.popleft()
-            self._num_resumed += entry.num_losses > 0
-            return entry, entry.words(now)
+        self._num_resumed += entry.num_losses > 0
+        return entry, entry.words(now)
+
+    def _first(self, waiting: deque[int]) -> OpenRequest | None:
+        """The first of these that is still open; those before it are dropped."""
+        while waiting:
+            entry = self._open.get(waiting[0])
+            if entry is not None:
+                return entry
+            waiting.popleft()
         return None
 
     # -- ends ----------------------------------------------------------------------------------
