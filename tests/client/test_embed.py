@@ -16,6 +16,7 @@ from xllm.errors import (
     DeadlineError,
     InvalidRequestError,
     OverloadedError,
+    RateLimitError,
 )
 from xllm.protocol.client import RequestFinished, Usage
 
@@ -102,6 +103,32 @@ def test_the_timeout_is_of_the_whole_call():
             await client.embed(["a"] * (WINDOW + 1), timeout_s=0.2)
 
     talk(conversation)
+
+
+def test_inputs_beyond_a_tenants_limit_come_back_when_told():
+    async def main():
+        num_open = num_refused = 0
+
+        async def ask(prompt):
+            nonlocal num_open, num_refused
+            if num_open >= 2:
+                num_refused += 1
+                error = RateLimitError("2 are open")
+                error.retry_after_s = 0.001
+                raise error
+            num_open += 1
+            await asyncio.sleep(0)
+            num_open -= 1
+            return RequestFinished(1, "r", (), Usage(1, 0), embedding=b"")
+
+        got = await embed_all(["a"] * 9, ask)
+        assert len(got.vectors) == 9
+        assert num_refused
+        num_open = 2
+        with pytest.raises(RateLimitError):
+            await embed_all(["alone"], ask)
+
+    asyncio.run(asyncio.wait_for(main(), 10))
 
 
 def test_a_failure_ends_the_others():

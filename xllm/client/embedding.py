@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from xllm.client.requests import Prompt
 from xllm.client.results import Embeddings
-from xllm.errors import InvalidRequestError, RequestError
+from xllm.errors import InvalidRequestError, RateLimitError, RequestError
 from xllm.protocol.client import RequestFinished, Usage
 
 Inputs = str | Sequence[int] | Sequence[str | Sequence[int]]
@@ -40,7 +40,7 @@ async def embed_all(
     async def one(index: int, prompt: Prompt) -> RequestFinished:
         async with gate:
             try:
-                return await ask(prompt)
+                return await _asked(prompt, ask, alone=len(prompts) == 1)
             except RequestError as error:
                 if len(prompts) == 1 or error.param != "prompt":
                     raise
@@ -64,3 +64,17 @@ async def embed_all(
             cached_tokens=sum(usage.cached_tokens for usage in usages),
         ),
     )
+
+
+async def _asked(
+    prompt: Prompt, ask: Callable[[Prompt], Awaitable[RequestFinished]], *, alone: bool
+) -> RequestFinished:
+    """The vector of one prompt. One of several that is one too many for its tenant comes back when
+    it is told to, until its time is over."""
+    while True:
+        try:
+            return await ask(prompt)
+        except RateLimitError as error:
+            if alone:
+                raise
+            await asyncio.sleep(error.retry_after_s)
