@@ -26,6 +26,8 @@ from xllm.router.state.request import RequestLife
 from xllm.router.traffic import Traffic
 from xllm.router.view import ClusterView, InstanceView
 
+WHOLE = "both"
+"""The role of an instance that runs requests from their prompt to their end."""
 _NOT_NOW = (UnavailableError.code, WorkerLostError.code)
 """What an instance ends requests with that takes none at present."""
 
@@ -66,6 +68,7 @@ class Placement:
             usable = [one for one in usable if one.name not in avoid]
         if not usable:
             return None
+        usable = for_whole(usable)
         if len(usable) > 1:
             usable = self.breakers.passable(usable, self._clock())
             most = self._bound(state.spec.offline)
@@ -86,7 +89,7 @@ class Placement:
         if not usable:
             return None
         most = self._bound(offline)
-        passable = self.breakers.passable(usable, self._clock())
+        passable = self.breakers.passable(for_whole(usable), self._clock())
         return any(takes_more(one, most) for one in passable)
 
     def _bound(self, offline: bool) -> int:
@@ -163,3 +166,10 @@ class Placement:
             for one in self._view
             if one.suspect and one.num_inflight and self._view.usable(one.record.model)
         ]
+
+
+def for_whole(usable: Sequence[InstanceView]) -> Sequence[InstanceView]:
+    """Those that whole requests go to: of the role `both`, or all where none has it."""
+    if all(one.role == WHOLE for one in usable):
+        return usable
+    return [one for one in usable if one.role == WHOLE] or usable

@@ -7,12 +7,13 @@ that it leads; and what is written only takes effect while the registry agrees.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import structlog
 
-from xllm.errors import InvalidRequestError, XllmError
+from xllm.errors import InvalidRequestError, UnavailableError, XllmError
 from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat
 from xllm.protocol.instance import AssignRole
 from xllm.protocol.records import cluster_prefix, leader_key, roles_key
@@ -25,6 +26,8 @@ from xllm.router.view import ClusterView
 _log = structlog.get_logger("leadership")
 
 WRITE_PERIOD_S = 1.0
+ASSIGN_S = 5.0
+"""How long the registry gets to take a row that an operator waits for."""
 
 
 class Office:
@@ -52,6 +55,8 @@ class Office:
         self._epoch = 0
         """For which the table and the mirrored keys were read; 0: none."""
         self._is_busy = False
+        self._worked = asyncio.Event()
+        """Set, and replaced by the next, whenever work with the registry ended."""
         self._wrote_at = 0.0
         self._is_failing = False
 
@@ -82,6 +87,24 @@ class Office:
             self._is_busy = True
             self._wrote_at = now
             self._spawn(self._work(epoch, now))
+
+    async def assign(self, instance: str, role: str, now: float) -> None:
+        """Give an instance a role: returns when the registry has it. InvalidRequestError naming the
+        bound; UnavailableError: this router leads no more, has not read the table that the leader
+        before has left, or the registry has not taken it yet (it is tried on)."""
+        epoch = self._candidate.epoch
+        if not epoch or self._epoch != epoch:
+            raise UnavailableError("this router has only just begun to lead: ask again")
+        self.roles.assign(instance, role)
+        self.tick(now)
+        try:
+            async with asyncio.timeout(ASSIGN_S):
+                while self.roles.is_changed:
+                    await self._worked.wait()
+                    if self._candidate.epoch != epoch:
+                        raise UnavailableError("this router does not lead any more: ask again")
+        except TimeoutError:
+            raise UnavailableError("the registry has not taken the role yet") from None
 
     async def write(self, key: str, value: bytes | None) -> bool:
         """Write a key, or (None) delete it, as the leader: whether this process still is. XllmError
@@ -119,6 +142,8 @@ class Office:
             self._is_failing = True
         finally:
             self._is_busy = False
+            worked, self._worked = self._worked, asyncio.Event()
+            worked.set()
 
     async def _read(self, epoch: int) -> None:
         standing: list[str] = []

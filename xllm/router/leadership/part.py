@@ -150,8 +150,7 @@ class Leadership(MembershipListener):
             raise InvalidRequestError(
                 f"no instance {message.instance!r} is there", param="instance"
             )
-        self.office.roles.assign(message.instance, message.role)
-        self.office.tick(self._clock())
+        await self.office.assign(message.instance, message.role, self._clock())
         return RoleSet(id=message.id, instance=message.instance, role=message.role)
 
     def complaints(self) -> tuple[str, ...]:

@@ -1,0 +1,143 @@
+"""The leader's office over a registry in this process: rows that an operator was told of last."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from xllm.errors import UnavailableError
+from xllm.protocol.records import leader_key, roles_key
+from xllm.protocol.registry.local import LocalRegistry
+from xllm.protocol.registry.store import RegistryStore
+from xllm.router.leadership.office import Office
+from xllm.router.view import ClusterView
+
+
+class FakeCandidate:
+    """Leads as long as it is told to."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def disproved(self, epoch: int) -> None:
+        if self.epoch == epoch:
+            self.epoch = 0
+
+
+class GatedRegistry:
+    """A registry of which reads and guarded writes wait until the gate is open."""
+
+    def __init__(self) -> None:
+        self.inner = LocalRegistry(RegistryStore())
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def list(self, prefix):
+        await self.gate.wait()
+        return await self.inner.list(prefix)
+
+    async def get(self, key):
+        return await self.inner.get(key)
+
+    async def write_guarded(self, *arguments):
+        await self.gate.wait()
+        return await self.inner.write_guarded(*arguments)
+
+
+class Bench:
+    """An office, its registry and its tasks."""
+
+    def __init__(self) -> None:
+        self.registry = GatedRegistry()
+        self.candidate = FakeCandidate()
+        self.tasks = []
+        self.office = Office(
+            self.registry,
+            "c",
+            self.candidate,
+            ClusterView(0.2),
+            lambda instance, message: True,
+            lambda work: self.tasks.append(asyncio.ensure_future(work)),
+        )
+        self.now = 0.0
+
+    async def elected(self) -> None:
+        entry = await self.registry.inner.compare_and_set(leader_key("c"), 0, b"me")
+        self.candidate.epoch = entry.entry.create_revision
+
+    async def turn(self) -> None:
+        """A heartbeat, and what it began."""
+        self.now += 0.2
+        self.office.tick(self.now)
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def table(self) -> dict[str, str]:
+        entry = await self.registry.inner.get(roles_key("c"))
+        return msgspec.json.decode(entry.value) if entry is not None else {}
+
+
+def on_bench(test) -> None:
+    async def main() -> None:
+        bench = Bench()
+        try:
+            await asyncio.wait_for(test(bench), 20)
+        finally:
+            bench.registry.gate.set()
+            for task in bench.tasks:
+                task.cancel()
+            await asyncio.gather(*bench.tasks, return_exceptions=True)
+            await bench.registry.inner.close()
+
+    asyncio.run(main())
+
+
+def test_a_row_is_told_done_once_the_registry_has_it():
+    async def body(b):
+        with pytest.raises(UnavailableError, match="only just"):
+            await b.office.assign("a", "prefill", b.now)
+        await b.elected()
+        await b.turn()
+        b.registry.gate.clear()
+        asked = asyncio.ensure_future(b.office.assign("a", "prefill", b.now))
+        await b.turn()
+        assert not asked.done()
+        b.registry.gate.set()
+        await asked
+        assert await b.table() == {"a": "prefill"}
+
+    on_bench(body)
+
+
+def test_a_row_is_refused_before_the_old_table_was_read():
+    async def body(b):
+        await b.registry.inner.put(roles_key("c"), b'{"z": "decode"}')
+        await b.elected()
+        b.registry.gate.clear()
+        await b.turn()
+        with pytest.raises(UnavailableError, match="only just"):
+            await b.office.assign("a", "prefill", b.now)
+        b.registry.gate.set()
+        await b.turn()
+        await b.office.assign("a", "prefill", b.now)
+        assert await b.table() == {"a": "prefill", "z": "decode"}
+
+    on_bench(body)
+
+
+def test_a_leader_that_was_replaced_says_so():
+    async def body(b):
+        await b.elected()
+        await b.turn()
+        b.registry.gate.clear()
+        asked = asyncio.ensure_future(b.office.assign("a", "prefill", b.now))
+        await b.turn()
+        await b.registry.inner.delete(leader_key("c"))
+        b.registry.gate.set()
+        with pytest.raises(UnavailableError, match="any more"):
+            await asked
+        assert await b.table() == {}
+
+    on_bench(body)
