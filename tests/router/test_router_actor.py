@@ -7,6 +7,7 @@ import dataclasses
 import time
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
 from tests.router.fake_instance import HEARTBEAT_S, MODEL, FakeInstance, drawn
@@ -357,6 +358,7 @@ def test_a_draining_instance_finishes_what_it_has(in_bench):
         client.submit(1, 5)
         await until(lambda: client.ids(1))
         second = await b.instance("b")
+        first.state = "draining"
         await first.deregister()
         await until(lambda: len(b.router.service.view.usable(MODEL)) == 1)
         client.submit(2, 5)
@@ -367,6 +369,22 @@ def test_a_draining_instance_finishes_what_it_has(in_bench):
         assert len(second.admits) == 1
         first.close()
         await until(lambda: b.router.service.view.get("a") is None)
+
+    in_bench(body)
+
+
+def test_a_record_that_names_another_is_none(in_bench):
+    async def body(b):
+        await b.instance("a")
+        entry = await b.registry.get(instance_key("default", "a"))
+        record = Decoder(InstanceRecord).decode(entry.value)
+        forged = msgspec.structs.replace(record, incarnation="other")
+        await b.registry.put(instance_key("default", "c"), encode(forged))
+        await b.instance("b")  # its record comes behind that one
+        await until(lambda: b.router.service.view.get("b") is not None)
+        one = b.router.service.view.get("a")
+        assert one.record.incarnation == record.incarnation
+        assert one.usable
 
     in_bench(body)
 

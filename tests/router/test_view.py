@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat, InstanceLoad
 from xllm.protocol.records import InstanceRecord
+from xllm.router.report import degraded_parts
 from xllm.router.view import ClusterView, ViewChange
 
 NOTHING = ViewChange()
@@ -72,22 +73,48 @@ def test_failure_disconnection_and_deregistration_lose_it():
         assert usable(view) == []
 
 
-def test_a_deregistered_instance_finishes_what_it_runs():
+def test_a_deregistered_instance_that_drains_finishes_what_it_runs():
     for end in (lambda view: view.disconnected("a"), lambda view: view.tick(0.7)):
         view = ready_view("a")
         view.tick(0.5)
+        view.heartbeat(beat(seq=2, state="draining"), 0.0)
         assert view.deregistered("a") == NOTHING
         assert usable(view) == []
         assert view.get("a") is not None
-        assert view.heartbeat(beat(seq=2, state="ready"), 0.0) == NOTHING
         assert end(view) == ViewChange(lost=("a",), left=("a",))
         assert view.get("a") is None
         assert end(view) == NOTHING
+
+
+def test_an_instance_that_alone_lost_the_registry_is_used_on():
+    view = ready_view("a")
+    assert view.deregistered("a") == NOTHING
+    assert usable(view) == ["a"]
+    assert degraded_parts(view, False, False) == ("instance a is not registered",)
+    assert view.heartbeat(beat(seq=2), 0.2) == NOTHING
+    assert usable(view) == ["a"]
+    assert view.registered(record(), 0.3) == NOTHING
+    assert usable(view) == ["a"]
+    assert degraded_parts(view, False, False) == ()
+    view.deregistered("a")
+    assert view.disconnected("a") == ViewChange(lost=("a",)), "it died, and did not leave"
+    assert view.get("a") is None
     view = ready_view("a")
     view.deregistered("a")
-    assert view.registered(record(), 0.1) == ViewChange(ready=("a",))
+    assert view.registered(record(incarnation="2"), 0.3) == ViewChange(lost=("a",))
+    assert usable(view) == []
     view.disconnected("a")
     assert view.deregistered("a") == ViewChange(lost=("a",))
+
+
+def test_a_heartbeat_that_comes_again_says_nothing():
+    view = ready_view("a")
+    for step in range(1, 4):
+        view.heartbeat(beat(), 0.2 * step)
+        view.tick(0.2 * step)
+    assert view.tick(0.7) == ViewChange(suspect=("a",))
+    assert view.heartbeat(beat(), 0.8) == NOTHING
+    assert usable(view) == []
 
 
 def test_connections_that_a_pause_of_this_process_cost_are_no_deaths():

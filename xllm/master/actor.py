@@ -124,6 +124,9 @@ class MasterActor(Actor):
         num_open = sum(one.steps.num_open for one in self.models)
         if self._reporter is not None:
             self._reporter.stopping(num_open)
+        if not self._exit_code:
+            for one in self.models:
+                one.begin_drain()  # routers must hear it before the record is gone
         if num_open and not self._exit_code:
             await self.drain(self._settings.cluster.shutdown_s)
             self._has_last_words = True

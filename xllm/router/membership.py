@@ -38,6 +38,8 @@ from xllm.router.view import ViewChange
 _log = structlog.get_logger("router")
 
 R = TypeVar("R")
+N = TypeVar("N", bound=InstanceRecord | DaemonRecord | RouterRecord)
+P = TypeVar("P", DaemonRecord, RouterRecord)
 
 
 class MembershipListener:
@@ -150,10 +152,8 @@ class Membership:
             if change.entry is None:
                 self.changed(self._service.view.deregistered(name))
                 continue
-            try:
-                record = self._instances.decode(change.entry.value)
-            except BadMessageError as error:
-                _log.error("bad_record", key=change.key, error=error.message)
+            record = _read(self._instances, change.key, change.entry.value)
+            if record is None:
                 continue
             known = self._service.view.get(name)
             self.changed(self._service.registered(record))
@@ -169,9 +169,7 @@ class Membership:
         others = [one for one in changes if one.key.rpartition("/")[2] != self._name]
         self._publishers_changed(others, self._routers)
 
-    def _publishers_changed(
-        self, changes: Sequence[Change], decoder: Decoder[DaemonRecord] | Decoder[RouterRecord]
-    ) -> None:
+    def _publishers_changed(self, changes: Sequence[Change], decoder: Decoder[P]) -> None:
         """Those that are only heard: never sent to."""
         for change in changes:
             name = change.key.rpartition("/")[2]
@@ -181,11 +179,22 @@ class Membership:
                 for one in self.listeners:
                     one.publisher_gone(name)
                 continue
-            try:
-                record = decoder.decode(change.entry.value)
-            except BadMessageError as error:
-                _log.error("bad_record", key=change.key, error=error.message)
+            record = _read(decoder, change.key, change.entry.value)
+            if record is None:
                 continue
             self._links.hear(record)
             for one in self.listeners:
                 one.publisher_registered(record)
+
+
+def _read(decoder: Decoder[N], key: str, value: bytes) -> N | None:
+    """The record of a key. None: it is none, or speaks for somebody else than who owns the key."""
+    try:
+        record = decoder.decode(value)
+    except BadMessageError as error:
+        _log.error("bad_record", key=key, error=error.message)
+        return None
+    if record.name != key.rpartition("/")[2]:
+        _log.error("bad_record", key=key, error=f"it names {record.name[:200]!r}")
+        return None
+    return record

@@ -61,6 +61,9 @@ def degraded_parts(view: ClusterView, registry_silent: bool, draining: bool) -> 
         for one in sorted(view, key=lambda one: one.name)
         if not one.usable
     ]
+    parts += [
+        f"instance {one.name} is not registered" for one in view if one.usable and one.leaving
+    ]
     return tuple(parts)
 
 

@@ -1,10 +1,11 @@
 """What the router knows of the cluster: instances and daemons, from records and heartbeats.
 
 Pure: told what happened and when, it says which instances became usable and which were lost. An
-instance is usable while it is registered, connected, heard of under the registered incarnation
-within three heartbeat periods, hears this router (`hearing`), and says that it is ready. Three
-silent periods make it suspect, and so does its deafness; suspicion is enough to move its requests
-to another: their words carry attempts, so being wrong costs time and nothing else.
+instance is usable once it is registered, while it is connected, heard of under that incarnation
+within three heartbeat periods, hears this router (`hearing`), and says that it is ready: the
+registry says who there is, never who is well. Three silent periods make it suspect, and so does
+its deafness; suspicion is enough to move its requests to another: their words carry attempts, so
+being wrong costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class InstanceView:
     deaf: bool = False
     """It does not hear this router, though it may speak."""
     leaving: bool = False
-    """Its record is gone: it finishes what it runs."""
+    """Its record is gone: it drains, and says so, or it alone lost the registry."""
 
     @property
     def name(self) -> str:
@@ -76,7 +77,7 @@ class InstanceView:
     @property
     def usable(self) -> bool:
         """Whether requests may be sent there."""
-        return not self.leaving and self.connected and not self.suspect and self.state == "ready"
+        return self.connected and not self.suspect and self.state == "ready"
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -169,8 +170,8 @@ class ClusterView:
         return ViewChange(lost=(record.name,)) if old is not None else _UNCHANGED
 
     def deregistered(self, name: str) -> ViewChange:
-        """A record is gone: the instance drains, or its lease ended while it lives on. It gets
-        nothing new; what it runs is lost only once the connection or its heartbeats are."""
+        """A record is gone: the instance drains, or its lease ended while it lives on. Which of
+        them, it says itself; it is lost only once the connection or its heartbeats are."""
         one = self._instances.get(name)
         if one is None:
             return _UNCHANGED
@@ -196,11 +197,11 @@ class ClusterView:
         one = self._instances.get(name)
         if one is None:
             return _UNCHANGED
+        # Who was paused was cut off by the others, none of whom died of it.
+        lives = (one.leaving and one.state != "ready") or self._ticked_at < self._excused_until
         one.connected = False
         one.state = "unknown"
         self._forget_leaving(one)
-        # Who was paused was cut off by the others, none of whom died of it.
-        lives = one.leaving or self._ticked_at < self._excused_until
         return ViewChange(lost=(name,), left=(name,) if lives else ())
 
     def heartbeat(self, word: InstanceHeartbeat, now: float) -> ViewChange:
@@ -208,7 +209,7 @@ class ClusterView:
         one = self._instances.get(word.publisher)
         if one is None or one.record.incarnation != word.incarnation:
             return _UNCHANGED
-        if word.seq < one.seq:
+        if word.seq <= one.seq:
             return _UNCHANGED  # a word of the past
         was = one.usable
         if one.seq and word.seq != one.seq + 1:
@@ -231,7 +232,9 @@ class ClusterView:
     def deaf(self, name: str) -> ViewChange:
         """A connected instance does not hear this router. One that leaves may say its last."""
         one = self._instances.get(name)
-        if one is None or one.deaf or one.leaving or not one.connected:
+        if one is None or one.deaf or not one.connected:
+            return _UNCHANGED
+        if one.leaving and one.state != "ready":
             return _UNCHANGED
         one.deaf = True
         self._usable.clear()
@@ -260,10 +263,16 @@ class ClusterView:
             word = msgspec.structs.replace(word, metrics=known.heartbeat.metrics)
         self._daemons[word.publisher] = DaemonView(word, now)
 
-    def router_presence(self, word: RouterPresence, now: float) -> None:
-        """Another router speaks; what a replaced leader says of its leadership is ignored."""
+    def router_presence(self, word: RouterPresence, now: float) -> bool:
+        """Another router speaks; what a replaced leader says of its leadership is ignored. False: a
+        word of the past."""
+        known = self._routers.get(word.publisher)
+        last = known.presence if known is not None else None
+        if last is not None and last.incarnation == word.incarnation and word.seq <= last.seq:
+            return False
         self.standing.heard(word)
         self._routers[word.publisher] = RouterView(word, now)
+        return True
 
     def publisher_gone(self, name: str) -> None:
         """The record of a daemon or another router is gone."""
