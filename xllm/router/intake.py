@@ -30,6 +30,7 @@ from xllm.router.validation import (
     check_context,
     check_messages,
     check_request,
+    check_resumed_length,
     check_text_bytes,
 )
 
@@ -113,7 +114,7 @@ class Intake:
         """Encode and hash a request that was checked. `packed`: what `check` returned."""
         record = self._record
         assert record is not None
-        salt = b"" if self._limits.single_tenant else tenant.salt
+        salt = self._owner(tenant)
         packed = packed or self._pack(request, salt)
         num_tokens = len(packed) // TOKEN_BYTES
         asked = VECTOR_SAMPLING if request.embed else request.sampling
@@ -123,6 +124,7 @@ class Intake:
         seed = asked.seed
         if request.resume is not None:
             seed = request.resume.seed
+            check_resumed_length(request.resume, max_tokens)
         sampling = _resolve(asked, drawn_seed if seed is None else seed, max_tokens)
         root = self._root(record.revision, salt, request.cache_salt)
         stop_ids = frozenset(asked.stop_token_ids)
@@ -157,6 +159,10 @@ class Intake:
             request.session,
         )
 
+    def _owner(self, tenant: Tenant) -> bytes:
+        """What keeps a tenant's texts and prefixes apart from those of others."""
+        return b"" if self._limits.single_tenant else tenant.salt
+
     def _root(self, revision: str, tenant_salt: bytes, cache_salt: str) -> bytes:
         """The root of a hash chain, remembered for the tenants' own prefixes: those are few."""
         if cache_salt:
@@ -167,13 +173,14 @@ class Intake:
             root = self._roots[key] = root_hash(revision, "", _salt(tenant_salt, ""))
         return root
 
-    def encode_text(self, request: TokenizeText) -> tuple[int, ...]:
+    def encode_text(self, request: TokenizeText, tenant: Tenant) -> tuple[int, ...]:
         """The ids that `tokenize` answers with."""
+        owner = self._owner(tenant)
         if request.text is not None:
-            packed = self.text.pack(request.text, request.add_special_tokens)
+            packed = self.text.pack(request.text, request.add_special_tokens, owner)
         else:
             assert request.messages is not None
-            packed = self._pack_talk(request.messages, {})
+            packed = self._pack_talk(request.messages, {}, owner)
         return tuple(unpack_tokens(packed))
 
     def check_text(self, request: TokenizeText) -> ModelInfo:
@@ -202,7 +209,7 @@ class Intake:
         return self._facts
 
     def _pack_talk(
-        self, messages: tuple[ChatMessage, ...], kwargs: Mapping[str, object], owner: bytes = b""
+        self, messages: tuple[ChatMessage, ...], kwargs: Mapping[str, object], owner: bytes
     ) -> bytes:
         # The template writes the special tokens itself.
         return self.text.pack(self.text.render(messages, kwargs), False, owner)

@@ -208,6 +208,12 @@ def check_resume(point: ResumePoint, params: SamplingParams, facts: ModelFacts) 
             raise refuse("resume.outputs", f"must hold ids from 0 to {facts.vocab_size - 1}")
 
 
+def check_resumed_length(point: ResumePoint, max_tokens: int) -> None:
+    """The same, once it is known how many tokens the answer may have."""
+    if max(map(len, point.outputs), default=0) > max_tokens:
+        raise refuse("resume.outputs", f"must have at most {max_tokens} tokens (max_tokens)")
+
+
 def check_context(
     num_prompt_tokens: int, max_tokens: int | None, min_tokens: int, max_model_len: int
 ) -> int:
