@@ -9,10 +9,18 @@ import pytest
 
 from tests.router.fake_cluster import FakeCluster, ListSink, in_loop
 from xllm.config.admission import AdmissionSettings
-from xllm.protocol.bus import InstanceLoad
-from xllm.protocol.client import RequestFinished, SubmitRequest
+from xllm.protocol.bus import InstanceLoad, RouterPresence, TenantUse
+from xllm.protocol.client import (
+    LIFE_ATTEMPTS,
+    ChatMessage,
+    RequestFinished,
+    ResumePoint,
+    SubmitRequest,
+)
 from xllm.protocol.sampling import SamplingParams
+from xllm.router.effort import LONG_TALK_MESSAGES
 from xllm.router.front import Tenant
+from xllm.router.submission import bound_id
 
 BUSY = InstanceLoad(num_running=4, num_waiting=8)
 IDLE = InstanceLoad(num_running=1)
@@ -165,6 +173,49 @@ async def test_a_full_line_sheds_offline_first_and_says_so_quickly():
 
 
 @in_loop
+@pytest.mark.parametrize("size", [0, 1])
+async def test_a_long_prompt_is_refused_before_the_work_on_it(size):
+    cluster = cluster_with("a", instance_waiting=1, queue_size=size)
+    cluster.beat("a", load=BUSY)
+    if size:
+        ask(cluster)
+    encoded = []
+    cluster.service._pool.run = lambda tenant, job: encoded.append(tenant)
+    talk = tuple([ChatMessage("user", "a")] * (LONG_TALK_MESSAGES + 1))
+    sink = ListSink()
+    cluster.service.submit(SubmitRequest(id=1, messages=talk), Tenant("t"), sink)
+    assert (sink.last.code, sink.last.retry_after_ms > 0) == ("overloaded", True)
+    assert not encoded
+    assert 'reason="queue",tenant="t"' in metrics(cluster)
+    close(cluster)
+
+
+@in_loop
+async def test_a_key_that_waits_in_the_line_goes_to_the_highest_life():
+    cluster = cluster_with("a", "b")
+    key = "0123456789abcdef" * 2
+
+    def come_back(attempt: int) -> ListSink:
+        sink = ListSink()
+        point = ResumePoint(attempt=attempt, outputs=((),), seed=1)
+        request = SubmitRequest(id=1, prompt="hello", key=key, resume=point)
+        cluster.service.submit(request, Tenant("t"), sink)
+        return sink
+
+    first = come_back(LIFE_ATTEMPTS)
+    for attempt in (2 * LIFE_ATTEMPTS, 2 * LIFE_ATTEMPTS + 1):
+        cluster.end(bound_id(key, Tenant("t")), attempt, code="overloaded")
+    assert cluster.service.admission.num_waiting == 1
+    assert come_back(1).last.code == "conflict"
+    assert come_back(LIFE_ATTEMPTS).last.code == "conflict"
+    assert not first.messages
+    higher = come_back(2 * LIFE_ATTEMPTS)
+    assert first.last.code == "aborted"
+    assert not higher.messages
+    close(cluster)
+
+
+@in_loop
 async def test_a_flood_of_one_tenant_does_not_hold_up_another():
     cluster = cluster_with("a", instance_waiting=1)
     cluster.beat("a", load=InstanceLoad(num_running=1))
@@ -274,6 +325,125 @@ async def test_connections_without_a_name_share_their_limits():
         request = SubmitRequest(id=1, prompt="hello", sampling=SamplingParams(max_tokens=5))
         cluster.service.submit(request, Tenant(name, account="default"), sink)
         assert bool(sink.messages) == bool(number)
+    close(cluster)
+
+
+@in_loop
+async def test_what_was_drawn_is_charged_however_a_request_ends():
+    cluster = cluster_with("a", tokens_per_minute=60)
+    request_id, sink = ask(cluster)
+    cluster.say(request_id, 0, "x" * 70)
+    cluster.service.abort(request_id)
+    assert sink.last.code == "aborted"
+    [use] = cluster.service.admission.word()
+    assert (use.tenant, use.num_open, use.num_requests) == ("t", 0, 1)
+    assert 70 < use.num_tokens < 80, "the prompt, and what was drawn"
+    _, refused = ask(cluster)
+    assert refused.last.code == "rate_limit_exceeded"
+    assert refused.last.retry_after_ms > 10_000
+    close(cluster)
+
+
+@in_loop
+async def test_a_limit_is_the_clusters():
+    cluster = cluster_with("a", concurrency=2)
+    word = RouterPresence("r2", "1", 7, tenants=(TenantUse("t", 1),))
+    cluster.service.heard(word)
+    ask(cluster)
+    _, refused = ask(cluster)
+    assert refused.last.code == "rate_limit_exceeded"
+    assert cluster.service.admission.word() == (TenantUse("t", 1, 1, 0),)
+    cluster.service.heard(RouterPresence("r2", "1", 6))  # a word of the past
+    _, refused = ask(cluster)
+    assert refused.last.code == "rate_limit_exceeded"
+    cluster.service.heard(RouterPresence("r2", "1", 8))
+    _, second = ask(cluster)
+    assert not second.messages
+    close(cluster)
+
+
+# -- requests that were lost with another router ----------------------------------------------
+
+
+def again(outputs: tuple[int, ...] = ()) -> ResumePoint:
+    return ResumePoint(attempt=1, outputs=(outputs,), seed=1)
+
+
+@in_loop
+async def test_a_request_that_another_router_lost_waits_for_nobody():
+    cluster = cluster_with("a", instance_waiting=1, queue_size=1)
+    cluster.beat("a", load=BUSY)
+    _, waiting = ask(cluster)
+    ask(cluster, resume=again((5, 6)))
+    ask(cluster, resume=again())
+    assert [word.attempt for word in cluster.links.admits()] == [LIFE_ATTEMPTS] * 2
+    assert not waiting.messages
+    _, refused = ask(cluster)
+    assert refused.last.code == "overloaded"
+    close(cluster)
+
+
+@in_loop
+@pytest.mark.parametrize("outputs", [(), (5, 6)])
+async def test_it_waits_for_an_instance_where_there_is_none(outputs):
+    cluster = cluster_with("a")
+    cluster.change(cluster.service.view.disconnected("a"))
+    _, new = ask(cluster)
+    assert new.last.code == "unavailable"
+    _, sink = ask(cluster, resume=again(outputs))
+    cluster.clock.now += 1
+    cluster.tick()
+    assert not sink.messages
+    cluster.change(cluster.service.view.connected("a"))
+    cluster.beat("a")
+    assert [word.outputs for word in cluster.links.admits()] == [(outputs,) if outputs else ()]
+    close(cluster)
+
+
+@in_loop
+async def test_it_is_not_refused_for_what_it_used_there():
+    cluster = cluster_with("a", concurrency=2, requests_per_minute=2)
+    cluster.service.heard(RouterPresence("r2", "1", 1, tenants=(TenantUse("t", 2, 2, 0),)))
+    _, refused = ask(cluster)
+    assert refused.last.code == "rate_limit_exceeded"
+    for _ in range(2):
+        _, sink = ask(cluster, resume=again((5,)))
+        assert not sink.messages
+    _, beyond = ask(cluster, resume=again())
+    assert beyond.last.code == "rate_limit_exceeded"
+    close(cluster)
+
+
+@in_loop
+async def test_tokens_that_it_brought_along_are_not_charged_again():
+    cluster = cluster_with("a", tokens_per_minute=1000)
+    request_id, _ = ask(cluster, resume=again((5, 6, 7)))
+    cluster.say(request_id, 3, "a", attempt=LIFE_ATTEMPTS)
+    [prompt] = cluster.service.admission.word()
+    cluster.service.abort(request_id)
+    [after] = cluster.service.admission.word()
+    assert prompt.num_tokens > 0
+    assert after.num_tokens == 1
+    close(cluster)
+
+
+@in_loop
+async def test_one_that_ran_and_was_lost_begins_to_wait_then():
+    cluster = cluster_with("a", "b", queue_timeout_s=2)
+    request_id, sink = ask(cluster)
+    [first] = sent_to(cluster)
+    other = "ab".replace(first, "")
+    cluster.clock.now += 10
+    for name in "ab":
+        cluster.beat(name)
+    cluster.change(cluster.service.view.disconnected(first))
+    assert [word.stages[0][1] for word in cluster.links.admits()] == [first, other]
+    cluster.end(request_id, 2, code="overloaded")
+    for _ in range(15):
+        cluster.clock.now += 0.1
+        cluster.tick()
+    assert cluster.service.admission.num_waiting == 1
+    assert not sink.messages
     close(cluster)
 
 

@@ -32,6 +32,7 @@ from xllm.protocol.client import (
     TokenizeText,
 )
 from xllm.protocol.instance import TokenBatch, TokenItem
+from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import pack_tokens
 from xllm.router.front import Tenant
 from xllm.router.state.move_budget import MOVE_BURST
@@ -416,6 +417,19 @@ async def test_a_resume_goes_on_under_the_next_attempt():
 
 
 @in_loop
+async def test_a_resume_of_more_than_the_context_takes_is_refused():
+    cluster = FakeCluster("a")
+    prompt = (5,) * 100
+    for num_held, is_refused in ((CONTEXT - 100, False), (CONTEXT - 99, True)):
+        point = ResumePoint(attempt=1, outputs=((5,) * num_held,), seed=3)
+        _, sink = cluster.ask(prompt, resume=point)
+        assert isinstance(sink.last, RequestFailed) == is_refused
+    assert sink.last.param == "resume.outputs"
+    assert not cluster.links.sent
+    cluster.close()
+
+
+@in_loop
 async def test_a_long_resume_is_prepared_in_a_thread(monkeypatch):
     monkeypatch.setattr("xllm.router.submission.is_long_request", lambda request: True)
     threads = []
@@ -486,6 +500,32 @@ async def test_chat_goes_through_the_template():
     [admit] = cluster.links.admits()
     text = text_model().decode(admit.prompt_ids, skip_special_tokens=False)
     assert text == "<|im_start|>user\nhello<|im_end|>\n\n<|im_start|>assistant\n"
+    cluster.close()
+
+
+@in_loop
+@pytest.mark.parametrize("single_tenant", [False, True])
+async def test_what_is_tokenized_shortens_the_work_of_its_tenant_only(monkeypatch, single_tenant):
+    cluster = FakeCluster("a", single_tenant=single_tenant)
+    text = cluster.service.served.first.text
+    owners = []
+    pack = type(text).pack
+
+    def spy(self, text, add_special_tokens=True, owner=b""):
+        owners.append(owner)
+        return pack(self, text, add_special_tokens, owner)
+
+    monkeypatch.setattr(type(text), "pack", spy)
+    talk = (ChatMessage(role="user", content="hello"),)
+    for salt in (b"1", b"2"):
+        tenant = Tenant("t", salt)
+        for question in ({"text": "hello"}, {"messages": talk}, {"messages": talk * 70}):
+            await cluster.service.tokenize(TokenizeText(id=1, **question), tenant)
+        asked = SubmitRequest(id=1, prompt="hello", sampling=SamplingParams(max_tokens=1))
+        cluster.service.submit(asked, tenant, ListSink())
+    expected = [b""] if single_tenant else [b"1", b"2"]
+    assert sorted(set(owners)) == expected
+    assert len(owners) == 8
     cluster.close()
 
 

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm.errors import ConfigError, InvalidRequestError, RateLimitError
+from xllm.protocol.bus import TenantUse
 from xllm.router.admission.bucket import TokenBucket
 from xllm.router.admission.limits_file import read_limits
+from xllm.router.admission.shared_use import HEARD_S, MAX_TOLD
 from xllm.router.admission.tenants import MAX_RETRY_S, TenantGate, TenantLimits
 
 NONE = TenantLimits()
@@ -112,6 +114,109 @@ def test_tokens_are_spent_by_the_prompt_and_charged_at_the_end():
         gate.spend("a", 601, 0.0)
     assert never.value.param == "prompt"
     gate.spend("b", 1000, 0.0)  # never entered: not counted
+
+
+def test_a_debt_is_waited_for_as_long_as_it_takes():
+    gate = TenantGate({}, TenantLimits(requests_per_minute=60, tokens_per_minute=600))
+    assert gate.enter("a", 0.0)
+    gate.leave("a", 6000, 1.0, 0.0)  # 5400 in debt: nine minutes, and one for the next 600
+    with pytest.raises(RateLimitError) as caught:
+        gate.spend("a", 600, 0.0)
+    assert caught.value.retry_after_s == pytest.approx(600)
+    gate.spend("a", 600, 600.0)
+
+
+def test_what_goes_on_here_was_let_in_elsewhere():
+    limits = TenantLimits(requests_per_minute=2, tokens_per_minute=60, concurrency=5)
+    gate = TenantGate({}, limits)
+    gate.heard("r2", [TenantUse("a", 5, 0, 0)], 0.0)
+    refused(gate, "a", 0.0)
+    for _ in range(4):
+        assert gate.enter("a", 0.0, resumed=True)  # the last two on credit
+    refused(gate, "a", 0.0)
+    with pytest.raises(RateLimitError):
+        gate.enter("a", 0.0, resumed=True)
+    gate.spend("a", 60, 0.0)
+    gate.spend("a", 60, 0.0, resumed=True)
+    for resumed in (True, False):
+        with pytest.raises(RateLimitError) as caught:
+            gate.spend("a", 1, 0.0, resumed=resumed)
+    assert caught.value.retry_after_s == pytest.approx(61)
+    with pytest.raises(InvalidRequestError):
+        gate.spend("a", 61, 0.0, resumed=True)
+    assert gate.enter("a", 60.0, resumed=True)
+    with pytest.raises(RateLimitError, match="5 requests"):
+        gate.enter("a", 600.0, resumed=True)
+
+
+def pass_on(speaker: TenantGate, name: str, hearer: TenantGate, now: float) -> None:
+    hearer.heard(name, speaker.word(), now)
+
+
+def test_open_requests_at_other_routers_count():
+    first, second = (TenantGate({}, TenantLimits(concurrency=3)) for _ in range(2))
+    assert first.enter("a", 0.0)
+    assert first.enter("a", 0.0)
+    pass_on(first, "r1", second, 0.1)
+    assert second.enter("a", 0.2)
+    refused(second, "a", 0.2)
+    assert second.enter("b", 0.2)
+    first.leave("a", 0, 1.0, 0.3)
+    pass_on(first, "r1", second, 0.3)
+    assert second.enter("a", 0.3)
+    refused(second, "a", 0.3)
+    assert second.enter("a", 0.3 + HEARD_S + 0.01), "who is silent has nothing open"
+    second.forget(5.0)
+    refused(second, "a", 5.0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.floats(0, 3), st.integers(1, 40)), max_size=80))
+def test_what_is_used_at_one_router_is_gone_at_all(events):
+    """All that three routers let in is at most what one may, where each hears of all at once."""
+    limits = TenantLimits(requests_per_minute=60, tokens_per_minute=600)
+    gates = [TenantGate({}, limits) for _ in range(3)]
+    now = num_requests = num_tokens = 0.0
+    for place, pause, tokens in events:
+        now += pause
+        gate = gates[place]
+        try:
+            gate.enter("a", now)
+            num_requests += 1
+            gate.spend("a", tokens, now)
+            num_tokens += tokens
+        except RateLimitError:
+            pass
+        word = gate.word()
+        for other in gates:
+            if other is not gate:
+                other.heard(f"r{place}", word, now)
+        assert num_requests <= 60 + now + 1e-6
+        assert num_tokens <= 600 + 10 * now + 1e-6
+
+
+def test_only_limited_tenants_are_told_of_and_each_use_once():
+    gate = TenantGate({"free": NONE}, TenantLimits(tokens_per_minute=600))
+    gate.enter("free", 0.0)
+    gate.enter("a", 0.0)
+    gate.spend("a", 7, 0.0)
+    assert gate.word() == (TenantUse("a", 1, 1, 7),)
+    assert gate.word() == (TenantUse("a", 1, 0, 0),)
+    gate.leave("a", 5, 1.0, 0.0)
+    assert gate.word() == (TenantUse("a", 0, 0, 5),)
+    assert gate.word() == ()
+    gate.heard("r2", [TenantUse("free", 9, 9, 9), TenantUse("a", 0, -5, -5)], 0.0)
+    assert gate.word() == (), "what was heard is not told on"
+    assert gate.num_known == 1
+
+
+def test_a_word_is_bounded_and_nothing_is_kept_back_forever():
+    gate = TenantGate({}, TenantLimits(requests_per_minute=60))
+    for number in range(3 * MAX_TOLD):
+        gate.enter(f"t{number}", 0.0)
+        gate.leave(f"t{number}", 0, 1.0, 0.0)
+    words = [gate.word() for _ in range(4)]
+    assert [len(word) for word in words] == [MAX_TOLD] * 3 + [0]
+    assert len({one.tenant for word in words for one in word}) == 3 * MAX_TOLD
 
 
 def test_idle_tenants_are_forgotten_and_owing_ones_are_not():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -77,6 +79,18 @@ def test_among_equals_the_greediest_tenants_newest_goes():
     assert line.push(waiter("a3", "a")).request_id == "a3"
 
 
+def test_who_will_be_sent_away_is_known_before():
+    line = WaitingLine(2)
+    assert not line.turns_away((False, -5), "a")
+    line.push(waiter("1", "a"))
+    line.push(waiter("2", "a"))
+    assert line.turns_away((False, 9), "b"), "offline"
+    assert line.turns_away((True, 0), "a")
+    assert not line.turns_away((True, 0), "b"), "the tenant with the most waiting gives way"
+    assert not line.turns_away((True, 1), "a")
+    assert WaitingLine(0).turns_away((True, 9), "a")
+
+
 def test_a_line_of_no_size_takes_nobody():
     line = WaitingLine(0)
     assert line.push(waiter("x")).request_id == "x"
@@ -114,7 +128,13 @@ class LineMachine(RuleBasedStateMachine):
         self.count += 1
         one = Waiter(str(self.count), tenant, online, priority, cost, self.now + patience)
         self.model[one.request_id] = one
+        foreseen = self.line.turns_away(one.rank, tenant)
         last = self.line.push(one)
+        assert not foreseen or last is one
+        if last is one and not foreseen:
+            counts = Counter(w.tenant for w in self.model.values() if w.rank == one.rank)
+            first, second = counts.most_common(2)
+            assert first[1] == second[1], "only where it is a matter of order"
         if last is not None:
             del self.model[last.request_id]
             assert all(last.rank <= other.rank for other in self.model.values())

@@ -11,7 +11,7 @@ MAX_PER_MINUTE = 1_000_000_000
 
 @dataclasses.dataclass(frozen=True)
 class AdmissionSettings:
-    """Limits of a tenant are this router's own: n routers let in n times as much."""
+    """Limits of a tenant are the cluster's: all its routers must be given the same."""
 
     tenant_limits_file: str = setting(
         "", "TOML file with the limits of tenants by name (docs/routing.md); empty: none."

@@ -95,6 +95,18 @@ class DaemonHeartbeat(ArrayMessage, frozen=True):
     digest: int = 0
 
 
+class TenantUse(ArrayPart, frozen=True):
+    """What a tenant that has limits does at one router."""
+
+    tenant: str
+    """As limits know it."""
+    num_open: int = 0
+    """Requests that are open there."""
+    num_requests: int = 0
+    """That came since the router's last word, and `num_tokens`: that were used."""
+    num_tokens: int = 0
+
+
 class RouterPresence(ArrayMessage, frozen=True):
     """A router is alive: its requests in flight by instance, and its standing."""
 
@@ -105,6 +117,8 @@ class RouterPresence(ArrayMessage, frozen=True):
     leader_epoch: int = 0
     roles: tuple[tuple[str, str], ...] = ()
     metrics: bytes = b""
+    tenants: tuple[TenantUse, ...] = ()
+    """Of its tenants that have limits."""
 
 
 class SnapshotOfBlocks(ArrayMessage, frozen=True):

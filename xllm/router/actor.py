@@ -252,7 +252,13 @@ class RouterActor(Actor):
     def _beat(self) -> None:
         self._seq += 1
         inflight = tuple((one.name, one.num_inflight) for one in self.service.view)
-        word = RouterPresence(self.name, self.incarnation, self._seq, inflight)
+        word = RouterPresence(
+            self.name,
+            self.incarnation,
+            self._seq,
+            inflight,
+            tenants=self.service.admission.word(),
+        )
         if self.leadership is not None:
             self.leadership.tick()
             epoch, roles = self.leadership.epoch, self.leadership.roles

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from typing import Any, Protocol
 
-from xllm.protocol.client import RequestFailed, RequestFinished
+from xllm.protocol.client import RequestFailed, RequestFinished, ResumePoint, next_life
 from xllm.protocol.instance import InstanceRequest
 from xllm.router.front import Sink
 from xllm.router.state.request import RequestLife
@@ -43,6 +43,8 @@ class InflightRequest:
         "deadline",
         "encoding",
         "is_moving",
+        "life",
+        "num_held",
         "placed",
         "sink",
         "started",
@@ -50,13 +52,24 @@ class InflightRequest:
         "told",
     )
 
-    def __init__(self, client_id: int, sink: Sink, started: float, deadline: float) -> None:
+    def __init__(
+        self,
+        client_id: int,
+        sink: Sink,
+        started: float,
+        deadline: float,
+        resume: ResumePoint | None = None,
+    ) -> None:
         self.client_id = client_id
         self.sink = sink
         self.started = started
         self.deadline = deadline
         self.state: RequestLife | None = None
         self.encoding: asyncio.Future[Any] | None = None
+        self.life = 1 if resume is None else next_life(resume.attempt)
+        """Its first attempt here; above 1: another router was lost with it."""
+        self.num_held = 0 if resume is None else sum(map(len, resume.outputs))
+        """Tokens that it brought along from there."""
         self.placed = ""
         """The instance whose requests it counts among."""
         self.is_moving = False

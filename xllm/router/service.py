@@ -163,6 +163,10 @@ class RouterService:
         RequestFailed, possibly before this returns."""
         return self.submission.submit(self.objectives.fill(request), tenant, sink, borders)
 
+    def window(self, tenant: Tenant, num_requests: int, most: int) -> int:
+        """See AdmissionControl."""
+        return self.admission.window(tenant.account or tenant.name, num_requests, most)
+
     def abort(self, request_id: str) -> None:
         """Stop a request: its sink gets RequestFailed with code `aborted`. Unknown: ignored."""
         self.dispatcher.abort(request_id, RequestAbortedError.code, "aborted by its client")
@@ -227,9 +231,9 @@ class RouterService:
             return change
         if isinstance(word, DaemonHeartbeat):
             self.view.daemon_heartbeat(word, self._clock())
-        elif isinstance(word, RouterPresence):
-            self.view.router_presence(word, self._clock())
+        elif isinstance(word, RouterPresence) and self.view.router_presence(word, self._clock()):
             self.placement.traffic.presence(word, self._clock())
+            self.admission.heard(word)
         return ViewChange()
 
     def tick(self) -> ViewChange:
@@ -252,9 +256,9 @@ class RouterService:
         info = intake.check_text(request)
         talk = request.messages
         if is_long_text(request.text or "") or (talk is not None and is_long_talk(talk)):
-            ids = await self._pool.run(tenant.name, partial(intake.encode_text, request))
+            ids = await self._pool.run(tenant.name, partial(intake.encode_text, request, tenant))
         else:
-            ids = intake.encode_text(request)
+            ids = intake.encode_text(request, tenant)
         return TokenizedText(id=request.id, token_ids=ids, max_model_len=info.max_model_len)
 
     async def detokenize(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:

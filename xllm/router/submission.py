@@ -86,7 +86,8 @@ class Submission:
         seed = int.from_bytes(drawn[16:], "little")
         now = self._clock()
         time_s = request.timeout_ms / 1000 if request.timeout_ms > 0 else self._limits.timeout_s
-        opened = InflightRequest(request.id, sink, now, now + min(time_s, self._limits.timeout_s))
+        deadline = now + min(time_s, self._limits.timeout_s)
+        opened = InflightRequest(request.id, sink, now, deadline, request.resume)
         self._dispatcher.enter(request_id, opened)
         try:
             self._check_room()
@@ -96,6 +97,8 @@ class Submission:
             self._served.check_awake(intake.name)
             begin = (intake, request, tenant, request_id, seed, opened.deadline, packed, borders)
             if is_long_request(request):
+                rank = (not request.offline, request.priority)
+                self._admission.foresee(opened, intake.name, tenant.name, rank)
                 opened.encoding = self._pool.run(tenant.name, partial(self._begin, *begin))
                 opened.encoding.add_done_callback(partial(self._begun, request_id, opened))
             else:
@@ -110,7 +113,7 @@ class Submission:
         known = self._dispatcher.open.get(request_id)
         if known is None:
             return True
-        attempt = 1 if known.state is None else known.state.attempt
+        attempt = known.life if known.state is None else known.state.attempt
         if request.resume is None or next_life(request.resume.attempt) <= attempt:
             return False
         text = "its client goes on with it over another connection"

@@ -150,6 +150,35 @@ def test_no_more_than_a_window_is_open_and_order_holds(start_front):
     assert [one["index"] for one in data] == list(range(len(lengths)))
 
 
+def test_a_tenants_limits_bound_a_list(start_front):
+    service = FakeService(held=True)
+    service.most_open = 3
+    front = start_front(service)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(ask(front, input=["a"] * 10)))
+    thread.start()
+    most = 0
+    deadline = time.monotonic() + 20
+    while thread.is_alive():
+        assert time.monotonic() < deadline
+        most = max(most, front.call(lambda: len(service.open)))
+        front.call(lambda: [service.finish(name) for name in list(service.open)])
+    thread.join()
+    assert most == 3
+    assert answers[0].status_code == 200
+    service.most_a_minute = 9
+    refused = ask(front, input=["a"] * 10)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "input"
+    assert refused.json()["error"]["message"] == "input: too many for a minute"
+    many = {"model": MODEL, "prompt": ["a"] * 4, "max_tokens": 1}
+    refused = front.post("/v1/completions", many)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "prompt"
+    assert "3 open" in refused.json()["error"]["message"]
+    assert not front.call(lambda: len(service.open))
+
+
 def test_a_client_that_leaves_ends_all_of_it(start_front):
     service = FakeService(held=True)
     front = start_front(service)

@@ -26,10 +26,10 @@ class TokenBucket:
         missing = amount - self._filled(now)
         return max(0.0, missing / self.rate)
 
-    def take(self, amount: float, now: float) -> bool:
-        """Take it all, or nothing."""
+    def take(self, amount: float, now: float, debt: float = 0.0) -> bool:
+        """Take it all, or nothing; what is not there may be owed, up to `debt`."""
         level = self._filled(now)
-        if amount > level:
+        if amount > level + debt:
             return False
         self._level = level - amount
         return True

@@ -12,32 +12,19 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from xllm.config.admission import AdmissionSettings
-from xllm.errors import OverloadedError, UnavailableError
+from xllm.errors import InvalidRequestError, OverloadedError, UnavailableError
+from xllm.protocol.bus import RouterPresence, TenantUse
 from xllm.protocol.client import RequestFailed, RequestFinished
 from xllm.router.admission.figures import AdmissionFigures
 from xllm.router.admission.limits_file import make_gate
-from xllm.router.admission.tenants import MAX_RETRY_S, MIN_RETRY_S
-from xllm.router.admission.waiting_line import Waiter, WaitingLine
+from xllm.router.admission.model_line import ModelLine
+from xllm.router.admission.waiting_line import Rank, Waiter, WaitingLine
 from xllm.router.inflight import InflightRequest
 from xllm.router.state.instructions import Instruction, Wish
 from xllm.router.state.request import RequestLife
 
-RATE_S = 5.0
-"""The rate at which a line is served is that of about the last so many seconds."""
 Start = Callable[[InflightRequest, RequestLife, Sequence[Instruction]], None]
 Fail = Callable[[str, InflightRequest, RequestFailed], None]
-
-
-@dataclasses.dataclass(slots=True)
-class ModelLine:
-    """One model's line, and how fast it is served."""
-
-    line: WaitingLine
-    rate: float = 0.0
-    """Requests a second; 0: not known yet."""
-    num_served: int = 0
-    """Since `counted_at`."""
-    counted_at: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,10 +66,32 @@ class AdmissionControl:
         """A request comes; nothing of it was looked at yet. RateLimitError: not now."""
         request.account = account
         try:
-            request.counted = self._gate.enter(account, self._clock())
+            resumed = request.life > 1
+            request.counted = self._gate.enter(account, self._clock(), resumed=resumed)
         except OverloadedError as error:
             self.figures.reject("limit", account)
             raise error
+
+    def foresee(self, request: InflightRequest, model: str, tenant: str, rank: Rank) -> None:
+        """OverloadedError for a request that would be sent away once its prompt is known: it is
+        told before the work on that."""
+        one = self._line(model)
+        if request.life > 1 or not one.line.turns_away(rank, tenant):
+            return
+        if len(one.line) or self._has_room(model, not rank[0]) is False:
+            self.figures.reject("queue", request.account)
+            raise self._full_error(one, self._clock())
+
+    def window(self, account: str, num_requests: int, most: int) -> int:
+        """How many of `num_requests` that one caller asks together may be open at a time, `most`
+        at most. InvalidRequestError where there are more than its tenant may ask in a minute."""
+        limits = self._gate.limits(account)
+        if 0 < limits.requests_per_minute < num_requests:
+            raise InvalidRequestError(
+                f"these are {num_requests} requests, but this tenant may ask "
+                f"{limits.requests_per_minute} a minute"
+            )
+        return min(most, limits.concurrency or most)
 
     def enter(
         self,
@@ -94,12 +103,16 @@ class AdmissionControl:
         spec = state.spec
         if request.counted:
             try:
-                self._gate.spend(request.account, len(spec.prompt_ids), self._clock())
+                self._gate.spend(
+                    request.account, len(spec.prompt_ids), self._clock(), resumed=request.life > 1
+                )
             except OverloadedError as error:
                 self.figures.reject("limit", request.account)
                 raise error
-        if instructions and instructions[-1] is not Wish.PLACE:
-            self._start(request, state, instructions)  # it needs no instance
+        needs_none = bool(instructions) and instructions[-1] is not Wish.PLACE
+        if needs_none or request.life > 1:
+            # It needs no instance, or had its turn at a router that was lost.
+            self._start(request, state, instructions)
             return
         waiting = self._lines.get(spec.model)
         empty = waiting is None or not len(waiting.line)
@@ -132,8 +145,7 @@ class AdmissionControl:
             self._unhold(last.request_id)
         if request.counted:
             now = self._clock()
-            num_new = last.usage.completion_tokens if isinstance(last, RequestFinished) else 0
-            self._gate.leave(request.account, num_new, now - request.started, now)
+            self._gate.leave(request.account, num_drawn(request), now - request.started, now)
             request.counted = False
         if self._held and request.state is not None:
             self._pump(request.state.spec.model)
@@ -146,15 +158,25 @@ class AdmissionControl:
                 held = self._held.pop(waiter.request_id)
                 self.figures.waited(now - waiter.joined)
                 error: OverloadedError | UnavailableError = OverloadedError(
-                    "no instance had room in time", retry_after_s=self._drain_s(one, now)
+                    "no instance had room in time", retry_after_s=one.drain_s(now)
                 )
                 if self._has_room(model, not waiter.online) is None:
                     error = UnavailableError("no instance was ready in time")
                 self._reject(waiter.request_id, held.request, error, "timeout")
             if len(one.line):
                 self._pump(model)
-            self._count(one, now)
+            one.count(now)
         self._gate.forget(now)
+
+    # -- other routers -----------------------------------------------------------------------
+
+    def word(self) -> tuple[TenantUse, ...]:
+        """What to tell the other routers of limited tenants, each time of what came since."""
+        return self._gate.word()
+
+    def heard(self, word: RouterPresence) -> None:
+        """Another router told of its tenants."""
+        self._gate.heard(word.publisher, word.tenants, self._clock())
 
     # -- questions ---------------------------------------------------------------------------
 
@@ -174,16 +196,15 @@ class AdmissionControl:
         self, request: InflightRequest, state: RequestLife, instructions: Sequence[Instruction]
     ) -> None:
         spec, settings, now = state.spec, self._settings, self._clock()
-        one = self._lines.get(spec.model)
-        if one is None:
-            line = WaitingLine(settings.queue_size)
-            one = self._lines[spec.model] = ModelLine(line, counted_at=now)
+        one = self._line(spec.model)
         deadline = spec.deadline
         if not spec.offline:
             patience = settings.queue_timeout_s
             if spec.ttft_ms:
                 patience = min(patience, spec.ttft_ms / 1000)
-            deadline = min(deadline, request.started + patience)
+            # One that ran and was lost begins to wait now.
+            since = now if state.moves.num_lost else request.started
+            deadline = min(deadline, since + patience)
         cost = len(spec.prompt_ids)
         waiter = Waiter(
             spec.request_id, spec.tenant, not spec.offline, spec.priority, cost, deadline, now
@@ -193,16 +214,27 @@ class AdmissionControl:
         if last is None:
             return
         held = self._held.pop(last.request_id)
-        error = OverloadedError(
-            f"{settings.queue_size} requests wait for an instance (admission.queue_size)"
-            if settings.queue_size
-            else "no instance has room",
-            retry_after_s=self._drain_s(one, now),
-        )
+        error = self._full_error(one, now)
         if held.request is request:
             self.figures.reject("queue", request.account)
             raise error
         self._reject(last.request_id, held.request, error, "shed")
+
+    def _full_error(self, one: ModelLine, now: float) -> OverloadedError:
+        size = self._settings.queue_size
+        return OverloadedError(
+            f"{size} requests wait for an instance (admission.queue_size)"
+            if size
+            else "no instance has room",
+            retry_after_s=one.drain_s(now),
+        )
+
+    def _line(self, model: str) -> ModelLine:
+        one = self._lines.get(model)
+        if one is None:
+            line = WaitingLine(self._settings.queue_size)
+            one = self._lines[model] = ModelLine(line, counted_at=self._clock())
+        return one
 
     def _pump(self, model: str) -> None:
         """Let go whom there is room for."""
@@ -249,20 +281,9 @@ class AdmissionControl:
         )
         self._fail(request_id, request, failed)
 
-    # -- when to come back -------------------------------------------------------------------
 
-    def _drain_s(self, one: ModelLine, now: float) -> float:
-        """How long those who wait now will take, at the present rate."""
-        elapsed = now - one.counted_at
-        rate = one.rate or (one.num_served / elapsed if elapsed > 0 else 0.0)
-        if not rate:
-            return 1.0
-        return min(MAX_RETRY_S, max(MIN_RETRY_S, (len(one.line) + 1) / rate))
-
-    def _count(self, one: ModelLine, now: float) -> None:
-        elapsed = now - one.counted_at
-        if elapsed < RATE_S:
-            return
-        rate = one.num_served / elapsed
-        one.rate = (one.rate + rate) / 2 if one.rate else rate
-        one.num_served, one.counted_at = 0, now
+def num_drawn(request: InflightRequest) -> int:
+    """Tokens that were drawn for a request since it came here, however it ended."""
+    if request.state is None:
+        return 0
+    return max(0, sum(len(one.ids) for one in request.state.choices) - request.num_held)

@@ -78,6 +78,18 @@ class WaitingLine:
         self._drop(last)
         return last
 
+    def turns_away(self, rank: Rank, tenant: str) -> bool:
+        """Whether the line is full, and a waiter of that rank who came now would be the one to
+        be sent away (where two tenants have as many waiting, it may be: False)."""
+        if len(self._waiters) < self._size:
+            return False
+        lowest = min(self._ranks, default=rank)
+        if rank != lowest:
+            return rank < lowest
+        tenants = self._ranks.get(rank, {})
+        others = max([len(own) for name, own in tenants.items() if name != tenant], default=0)
+        return len(tenants.get(tenant, ())) + 1 > others
+
     def head(self) -> Waiter | None:
         """Whose turn it is."""
         if not self._waiters:

@@ -1,8 +1,9 @@
 """POST /v1/embeddings.
 
 Each input is a request of its own; the answer has them in the order they were given. No more than
-WINDOW of them are open at a time, so that a long list leaves room for others. Invariant: whatever
-ends this (answer, failure, client gone, cancellation), no request of it stays open.
+WINDOW of them, and than their tenant may have, are open at a time, so that a long list leaves room
+for others. Invariant: whatever ends this (answer, failure, client gone, cancellation), no request
+of it stays open.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 from xllm.config.settings import RouterSettings
 from xllm.errors import InvalidRequestError
 from xllm.protocol.client import RequestFailed, RequestFinished, RouterMessage, SubmitRequest, Usage
+from xllm.router.http.batch import window_of
 from xllm.router.http.context import Caller, FrontContext, caller_of
 from xllm.router.http.convert import prompts_of
 from xllm.router.http.problem import problem_of_failure
@@ -155,7 +157,8 @@ class VectorAnswer:
         sink = VectorSink(asyncio.get_running_loop())
         items = [msgspec.Raw(b"null")] * len(self._requests)
         usages: list[Usage] = []
-        self._submit(sink, WINDOW)
+        service, tenant = self._context.service, self._caller.tenant
+        self._submit(sink, window_of(service, tenant, len(items), WINDOW))
         while len(usages) < len(items):
             results = await sink.take()
             if sink.failure is not None:

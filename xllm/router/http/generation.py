@@ -20,6 +20,7 @@ from xllm.errors import InvalidRequestError
 from xllm.protocol.client import RequestFailed, RouterMessage, SubmitRequest
 from xllm.protocol.transport.context import describe_error
 from xllm.router.http.answer import StreamedAnswer, WholeAnswer
+from xllm.router.http.batch import check_together
 from xllm.router.http.context import Caller, FrontContext
 from xllm.router.http.direct import DirectAnswer, Fail
 from xllm.router.http.event_ids import (
@@ -119,6 +120,8 @@ class Generation:
     ) -> None:
         service, tenant = self._context.service, self._caller.tenant
         borders = () if last is None else borders_of(last.places)
+        if len(requests) > 1:
+            check_together(service, tenant, len(requests))
         for request in requests:
             n = request.sampling.n
             own = borders[request.id * n : (request.id + 1) * n]

@@ -56,14 +56,16 @@ def status_of(error: XllmError) -> int:
 
 
 @contextlib.contextmanager
-def field_named(inner: str, outer: str) -> Iterator[None]:
-    """A refusal of the service's field `inner` becomes one of the body's field `outer`."""
+def field_named(inner: str | None, outer: str) -> Iterator[None]:
+    """A refusal of the service's field `inner` (None: of no field that has a name) becomes one of
+    the body's field `outer`."""
     try:
         yield
     except RequestError as error:
         if error.param != inner:
             raise
-        raise type(error)(error.message.replace(inner, outer, 1), param=outer) from error
+        message = error.message.replace(inner, outer, 1) if inner else f"{outer}: {error.message}"
+        raise type(error)(message, param=outer) from error
 
 
 def problem_of(error: Exception) -> Problem:

@@ -23,7 +23,15 @@ PATIENCE_S = 30.0
 class MoveRecord:
     """The moves of one request."""
 
-    __slots__ = ("avoid", "homeless_since", "last_refusal", "num_deaths", "num_lost", "num_moves")
+    __slots__ = (
+        "avoid",
+        "homeless_since",
+        "last_refusal",
+        "num_deaths",
+        "num_lost",
+        "num_moves",
+        "resumed",
+    )
 
     def __init__(self) -> None:
         self.num_moves = 0
@@ -35,6 +43,8 @@ class MoveRecord:
         """Instances that refused it since it was last accepted."""
         self.last_refusal = ""
         self.homeless_since = 0.0
+        self.resumed = False
+        """Whether it was lost with another router before it came here."""
 
     def refused(self, instance: str, code: str) -> None:
         """That instance took it not, and said why."""
@@ -65,7 +75,7 @@ class MoveRecord:
         everybody again."""
         if self.last_refusal == OverloadedError.code and not has_tokens:
             return OverloadedError.code, "every instance's queue is full"
-        if self.num_moves == 0:
+        if self.num_moves == 0 and not self.resumed:
             return UnavailableError.code, "no instance is ready"
         if not self.homeless_since:
             self.homeless_since = now

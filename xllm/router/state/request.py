@@ -81,6 +81,7 @@ class RequestLife:
         then this ends the request. Where something of those tokens must be said that only the
         engine knows, it draws them again; a client that has them drops them as doubles."""
         self.attempt = next_life(point.attempt)
+        self.moves.resumed = True
         sampling = self.spec.sampling
         again = sampling.prompt_logprobs is not None
         again |= sampling.logprobs is not None and not self.spec.stream
