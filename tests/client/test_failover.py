@@ -102,6 +102,23 @@ def test_a_router_that_was_never_there_is_passed_by():
     asyncio.run(main())
 
 
+def test_addresses_that_cannot_be_tried_are_passed_by():
+    async def main() -> None:
+        first, last = FakeRouter(), FakeRouter()
+        bad = ["tcp://127.0.0.1:port", "tcp://10.1.2.3:8011", "http://127.0.0.1"]
+        async with AsyncClient([first.endpoint, *bad, last.endpoint], silence_s=0.2) as client:
+            stream = client.stream("part 1 a b")
+            await stream.read()
+            first.mute = True
+            assert await asyncio.wait_for(read_all(stream), 20) == "b"
+            last.close()
+            first.mute = False
+            assert (await asyncio.wait_for(client.generate("echo a"), 20)).text == "a"
+        first.close()
+
+    asyncio.run(main())
+
+
 def test_a_router_that_says_nothing_is_left_though_its_socket_lives():
     async def test(client, routers):
         stream = client.stream("half")

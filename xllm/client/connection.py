@@ -232,11 +232,20 @@ class ClientConnection:
         self._session.fail_all(PermissionDeniedError(f"{self.endpoint} does not know our key"))
 
     def _turn(self, why: str) -> None:
-        """Go on with what is open at the next router: the same one where there is no other."""
+        """Go on with what is open at the next router: the same one where there is no other. An
+        address that cannot be tried at all (it is none, or its key was revoked) is passed by."""
         self._socket.close()
         self._session.lost(why)
-        self._routers.turn()
-        self._socket = self._open_socket()
+        found = ""
+        for _ in range(len(self._routers)):
+            self._routers.turn()
+            try:
+                self._socket = self._open_socket()
+            except XllmError as error:
+                found = error.message
+            else:
+                return
+        self._session.fail_all(BrokenError(f"none of {self._routers} can be tried: {found}"))
 
     def _send_word(self, word: AbortRequest | Ping) -> None:
         try:

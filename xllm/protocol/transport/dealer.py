@@ -154,6 +154,7 @@ class DealerSocket(Channel, Generic[T]):
 
     def close(self) -> None:
         """Close the monitor and the socket; what waits is dropped."""
+        self.connected = False
         if self._monitor is not None:
             self._monitor.close()
         super().close()
