@@ -351,7 +351,9 @@ def test_an_instance_registers_when_it_is_ready_and_withdraws(run_dir):
         assert record.endpoint == one.master.models[0].conversation.endpoint
         assert (record.model, record.block_size, record.num_blocks) == ("toy", 4, 64)
         assert record.incarnation == one.master.incarnation
+        await one.router.until(lambda: one.router.beats)
         await one.master.close()
+        await one.router.until(lambda: one.router.beats[-1].state == "draining")
         assert await registry.get(key) is None
         await one.worker.close()
         one.router.close()
