@@ -163,10 +163,6 @@ class RouterService:
         RequestFailed, possibly before this returns."""
         return self.submission.submit(self.objectives.fill(request), tenant, sink, borders)
 
-    def window(self, tenant: Tenant, num_requests: int, most: int) -> int:
-        """See AdmissionControl."""
-        return self.admission.window(tenant.account or tenant.name, num_requests, most)
-
     def abort(self, request_id: str) -> None:
         """Stop a request: its sink gets RequestFailed with code `aborted`. Unknown: ignored."""
         self.dispatcher.abort(request_id, RequestAbortedError.code, "aborted by its client")

@@ -43,12 +43,24 @@ class OpenRequest:
     sink: Sink
 
 
+class FakeLimits:
+    """Of every tenant; 0: none."""
+
+    def __init__(self) -> None:
+        self.most_open = 0
+        self.most_a_minute = 0
+
+    def window(self, account: str, num_requests: int, most: int) -> int:
+        if 0 < self.most_a_minute < num_requests:
+            raise InvalidRequestError("too many for a minute")
+        return min(most, self.most_open or most)
+
+
 class FakeService(RouterService):
     """Says " zero one two ..." for any prompt; token i of choice c is (i + c) mod 8.
 
     `held`: requests wait in `open` until the test answers them. `failure`: every request fails
-    so. `num_tokens` is the length where a request has no max_tokens. `most_open`, `most_a_minute`:
-    limits of every tenant (0: none)."""
+    so. `num_tokens` is the length where a request has no max_tokens."""
 
     def __init__(self, *, held: bool = False, num_tokens: int = 5) -> None:
         self.registry = CollectorRegistry()
@@ -61,14 +73,8 @@ class FakeService(RouterService):
         self.submitted: list[tuple[SubmitRequest, Tenant]] = []
         self.aborted: list[str] = []
         self.num_probes = 0
-        self.most_open = 0
-        self.most_a_minute = 0
+        self.admission = FakeLimits()
         self._numbers = itertools.count(1)
-
-    def window(self, tenant: Tenant, num_requests: int, most: int) -> int:
-        if 0 < self.most_a_minute < num_requests:
-            raise InvalidRequestError("too many for a minute")
-        return min(most, self.most_open or most)
 
     def submit(
         self, request: SubmitRequest, tenant: Tenant, sink: Sink, borders: tuple[int, ...] = ()

@@ -152,7 +152,7 @@ def test_no_more_than_a_window_is_open_and_order_holds(start_front):
 
 def test_a_tenants_limits_bound_a_list(start_front):
     service = FakeService(held=True)
-    service.most_open = 3
+    service.admission.most_open = 3
     front = start_front(service)
     answers = []
     thread = threading.Thread(target=lambda: answers.append(ask(front, input=["a"] * 10)))
@@ -166,7 +166,7 @@ def test_a_tenants_limits_bound_a_list(start_front):
     thread.join()
     assert most == 3
     assert answers[0].status_code == 200
-    service.most_a_minute = 9
+    service.admission.most_a_minute = 9
     refused = ask(front, input=["a"] * 10)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "input"

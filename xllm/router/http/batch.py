@@ -14,14 +14,15 @@ def window_of(service: RouterService, tenant: Tenant, num_inputs: int, most: int
     """How many inputs may be open at a time, `most` at most. InvalidRequestError where there are
     more than may be asked in a minute."""
     with field_named(None, "input"):
-        return service.window(tenant, num_inputs, most)
+        return service.admission.window(tenant.account or tenant.name, num_inputs, most)
 
 
 def check_together(service: RouterService, tenant: Tenant, num_prompts: int) -> None:
     """InvalidRequestError for prompts that are open together, where the tenant may never have or
     ask so many."""
     with field_named(None, "prompt"):
-        most = service.window(tenant, num_prompts, num_prompts)
+        account = tenant.account or tenant.name
+        most = service.admission.window(account, num_prompts, num_prompts)
     if most < num_prompts:
         raise InvalidRequestError(
             f"prompt: these are {num_prompts} requests, but this tenant may have {most} open",
