@@ -165,9 +165,14 @@ def test_a_new_connection_of_a_deaf_instance_is_believed():
 
 def test_an_instance_that_leaves_may_be_deaf():
     view = ready_view("a")
+    view.heartbeat(beat(seq=2, state="draining"), 0.1)
     view.deregistered("a")
     assert view.deaf("a") == NOTHING
     assert view.get("a") is not None
+    view = ready_view("b")
+    view.deregistered("b")  # it alone lost the registry
+    assert view.deaf("b") == ViewChange(suspect=("b",))
+    assert usable(view) == []
 
 
 def test_deaf_and_silent_are_two_reasons():
