@@ -67,6 +67,28 @@ def test_a_router_and_the_registry_with_an_instance():
     assert found["scenarios"]["F07"]["interrupted"] > 0
 
 
+@pytest.mark.etcd
+def test_what_stands_around_a_cluster():
+    """An etcd that forgets and has no room, a disk without room, clocks that step, a router whose
+    clients die with it, and newcomers; all on one cluster."""
+    names = ["F08", "F15", "F16", "F17", "F23-logs", "F29-step", "F29-apart", "F30"]
+    kinds = "etcd+clocked+cramped"
+    found = run([dataclasses.replace(SCENARIOS[name], cluster=kinds) for name in names])
+    left_out = {text.partition(":")[0] for text in found["left_out"]}
+    assert left_out <= {"F29-apart"}  # which needs a time namespace
+    check(found, [name for name in names if name not in left_out])
+    assert found["scenarios"]["F17"]["interrupted"] > 0
+    assert found["scenarios"]["F16"]["interrupted"] == 0
+
+
+def test_what_this_machine_lacks_is_left_out_and_said():
+    one = dataclasses.replace(nothing(), why_not=lambda: "no such machine")
+    found = run([one])
+    assert found["left_out"] == ["F00: no such machine"]
+    assert (found["valid"], found["passed"]) == (False, False)
+    assert found["invalid"] == ["nothing of this can be done here"]
+
+
 def nothing():
     """A fault that does not happen: it proves nothing."""
 

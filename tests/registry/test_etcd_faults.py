@@ -12,7 +12,7 @@ import pytest
 
 from tests.registry.etcd_server import free_ports, one_etcd, wait_until
 from tests.registry.tcp_proxy import TcpProxy
-from tests.registry.watcher import Told, run, until
+from tests.registry.watcher import Told, in_loop, run, until
 from xllm.errors import BrokenError, ClosedError, OverloadedError
 from xllm.protocol.registry import etcd_connection, etcd_watch
 from xllm.protocol.registry.etcd import EtcdRegistry
@@ -40,9 +40,24 @@ async def registries(*addresses, timeout_s=3.0):
             await one.close()
 
 
-async def wipe(registry):
-    for entry in (await registry.list("")).entries:
-        await registry.delete(entry.key)
+@contextlib.asynccontextmanager
+async def emptied(*addresses):
+    """The same, with nothing in etcd."""
+    async with registries(*addresses) as opened:
+        for entry in (await opened[0].list("")).entries:
+            await opened[0].delete(entry.key)
+        yield opened
+
+
+@contextlib.asynccontextmanager
+async def parted(server, monkeypatch):
+    """A registry at etcd, which is empty, another one behind a proxy, and the proxy."""
+    monkeypatch.setattr(etcd_connection, "OUTAGE_GRACE_S", 0.2)
+    proxy = TcpProxy(server.endpoint)
+    endpoint = await proxy.start()
+    async with emptied(server.address, f"etcd://{endpoint}") as (one, two):
+        yield one, two, proxy
+    await proxy.close()
 
 
 async def answered(call, seconds=30.0):
@@ -60,211 +75,177 @@ def num_threads():
     return len(os.listdir("/proc/self/task"))
 
 
-def test_a_watch_goes_on_after_a_restart(server):
-    async def main():
-        async with registries(server.address, server.address) as (one, two):
-            await wipe(one)
-            told = Told()
-            await one.put("/w/stays", b"1")
-            await one.put("/w/changes", b"1")
-            await one.watch("/w/", told)
-            server.kill()
-            await until(lambda: one.degraded, "degraded")
-            with pytest.raises(BrokenError, match="cannot be reached"):
-                await two.put("/w/changes", b"lost")
-            server.start()
-            await answered(lambda: two.put("/w/changes", b"2"))
-            await two.put("/w/new", b"1")
-            await until(lambda: len(told.changes) >= 4, "news after the restart")
-            assert told.values == {"/w/stays": b"1", "/w/changes": b"2", "/w/new": b"1"}
-            assert told.deleted == []
-            await until(lambda: not one.degraded, "no longer degraded")
-
-    run(main())
+@in_loop
+async def test_a_watch_goes_on_after_a_restart(server):
+    async with emptied(server.address, server.address) as (one, two):
+        told = Told()
+        await one.put("/w/stays", b"1")
+        await one.put("/w/changes", b"1")
+        await one.watch("/w/", told)
+        server.kill()
+        await until(lambda: one.degraded, "degraded")
+        with pytest.raises(BrokenError, match="cannot be reached"):
+            await two.put("/w/changes", b"lost")
+        server.start()
+        await answered(lambda: two.put("/w/changes", b"2"))
+        await two.put("/w/new", b"1")
+        await until(lambda: len(told.changes) >= 4, "news after the restart")
+        assert told.values == {"/w/stays": b"1", "/w/changes": b"2", "/w/new": b"1"}
+        assert told.deleted == []
+        await until(lambda: not one.degraded, "no longer degraded")
 
 
-def test_a_frozen_etcd_shows_and_lapsed_leases_of_the_living_are_not_told(server, monkeypatch):
+@in_loop
+async def test_a_frozen_etcd_shows_and_lapsed_leases_of_the_living_are_not_told(
+    server, monkeypatch
+):
     monkeypatch.setattr(etcd_connection, "OUTAGE_GRACE_S", 3.0)
-
-    async def main():
-        async with registries(server.address, server.address) as (one, two):
-            await wipe(one)
-            told = Told()
-            alive = Registration(two, "/w/alive", lambda: b"alive", 2.0)
-            await alive.start()
-            dead = await one.grant(2.0)
-            await one.put("/w/dead", b"dead", dead.id)
-            await one.watch("/w/", told, patient=True)
-            await one.watch("/w/alive", at_once := Told())
-            first = told.entries["/w/alive"]
-            server.freeze()
-            began = time.monotonic()
-            calls = [
-                asyncio.create_task(call)
-                for call in (one.get("/w/alive"), one.put("/x", b""), two.grant(5.0), one.list("/"))
-            ]
-            await until(lambda: one.degraded, "degraded", 4.5)
-            for result in await asyncio.gather(*calls, return_exceptions=True):
-                assert isinstance(result, BrokenError)
-            assert time.monotonic() - began < 8.0
-            await until(lambda: alive.degraded, "the owner's word of it")
-            while time.monotonic() - began < 5.0:
-                await asyncio.sleep(0.05)
-            assert server.state() == "T"
-            server.thaw()
-            await until(lambda: told.entries["/w/alive"].lease_id != first.lease_id, "its return")
-            await until(lambda: "/w/dead" not in told.entries, "the end of the dead")
-            assert told.deleted == ["/w/dead"]
-            assert at_once.deleted == ["/w/alive"]
-            assert at_once.entries == {"/w/alive": told.entries["/w/alive"]}
-            assert not one.degraded
-            await alive.withdraw()
-
-    run(main())
+    async with emptied(server.address, server.address) as (one, two):
+        told = Told()
+        alive = Registration(two, "/w/alive", lambda: b"alive", 2.0)
+        await alive.start()
+        dead = await one.grant(2.0)
+        await one.put("/w/dead", b"dead", dead.id)
+        await one.watch("/w/", told, patient=True)
+        await one.watch("/w/alive", at_once := Told())
+        first = told.entries["/w/alive"]
+        server.freeze()
+        began = time.monotonic()
+        calls = [
+            asyncio.create_task(call)
+            for call in (one.get("/w/alive"), one.put("/x", b""), two.grant(5.0), one.list("/"))
+        ]
+        await until(lambda: one.degraded, "degraded", 4.5)
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(result, BrokenError)
+        assert time.monotonic() - began < 8.0
+        await until(lambda: alive.degraded, "the owner's word of it")
+        while time.monotonic() - began < 5.0:
+            await asyncio.sleep(0.05)
+        assert server.state() == "T"
+        server.thaw()
+        await until(lambda: told.entries["/w/alive"].lease_id != first.lease_id, "its return")
+        await until(lambda: "/w/dead" not in told.entries, "the end of the dead")
+        assert told.deleted == ["/w/dead"]
+        assert at_once.deleted == ["/w/alive"]
+        assert at_once.entries == {"/w/alive": told.entries["/w/alive"]}
+        assert not one.degraded
+        await alive.withdraw()
 
 
 @pytest.mark.parametrize("how", ["cut", "blackhole"])
-def test_a_compaction_while_the_watch_was_cut_off(server, monkeypatch, how):
-    monkeypatch.setattr(etcd_connection, "OUTAGE_GRACE_S", 0.2)
-
-    async def main():
-        proxy = TcpProxy(server.endpoint)
-        endpoint = await proxy.start()
-        async with registries(server.address, f"etcd://{endpoint}") as (one, two):
-            await wipe(one)
-            for name in ("changes", "goes", "stays"):
-                await one.put(f"/w/{name}", b"1")
-            told = Told()
-            watch = await two.watch("/w/", told)
-            await one.put("/w/late", b"1")
-            await until(lambda: "/w/late" in told.entries, "the watch")
-            num_listings = watch.num_listings
-            proxy.blackhole()
-            if how == "cut":
-                proxy.cut()
-            await until(lambda: two.degraded, "degraded")
-            await one.delete("/w/goes")
-            await one.delete("/w/late")
-            last = await one.put("/w/changes", b"2")
-            await one.put("/w/late", b"again")
-            server.ctl("compact", str(last))
-            assert "/w/goes" in told.entries
-            if how == "blackhole":
-                assert proxy.num_swallowed
-            proxy.heal()
-            await until(lambda: "/w/goes" not in told.entries, "the difference")
-            assert told.values == {"/w/changes": b"2", "/w/stays": b"1", "/w/late": b"again"}
-            assert told.deleted == ["/w/goes"]
-            assert watch.num_listings > num_listings
-            await one.put("/w/after", b"1")
-            await until(lambda: "/w/after" in told.entries, "the watch after it")
-        await proxy.close()
-
-    run(main())
+@in_loop
+async def test_a_compaction_while_the_watch_was_cut_off(server, monkeypatch, how):
+    async with parted(server, monkeypatch) as (one, two, proxy):
+        for name in ("changes", "goes", "stays"):
+            await one.put(f"/w/{name}", b"1")
+        told = Told()
+        watch = await two.watch("/w/", told)
+        await one.put("/w/late", b"1")
+        await until(lambda: "/w/late" in told.entries, "the watch")
+        num_listings = watch.num_listings
+        proxy.blackhole()
+        if how == "cut":
+            proxy.cut()
+        await until(lambda: two.degraded, "degraded")
+        await one.delete("/w/goes")
+        await one.delete("/w/late")
+        last = await one.put("/w/changes", b"2")
+        await one.put("/w/late", b"again")
+        server.ctl("compact", str(last))
+        assert "/w/goes" in told.entries
+        if how == "blackhole":
+            assert proxy.num_swallowed
+        proxy.heal()
+        await until(lambda: "/w/goes" not in told.entries, "the difference")
+        assert told.values == {"/w/changes": b"2", "/w/stays": b"1", "/w/late": b"again"}
+        assert told.deleted == ["/w/goes"]
+        assert watch.num_listings > num_listings
+        await one.put("/w/after", b"1")
+        await until(lambda: "/w/after" in told.entries, "the watch after it")
 
 
-def test_a_partition_without_compaction_is_resumed_without_a_listing(server, monkeypatch):
-    monkeypatch.setattr(etcd_connection, "OUTAGE_GRACE_S", 0.2)
-
-    async def main():
-        proxy = TcpProxy(server.endpoint)
-        endpoint = await proxy.start()
-        async with registries(server.address, f"etcd://{endpoint}") as (one, two):
-            await wipe(one)
-            told = Told()
-            watch = await two.watch("/w/", told)
-            proxy.blackhole()
-            await until(lambda: two.degraded, "degraded")
-            for number in range(5):
-                await one.put("/w/a", str(number).encode())
-            proxy.heal()
-            await until(lambda: len(told.changes) == 5, "every change")
-            assert [one.entry.value for one in told.changes] == [b"0", b"1", b"2", b"3", b"4"]
-            assert watch.num_listings == 1
-        await proxy.close()
-
-    run(main())
+@in_loop
+async def test_a_partition_without_compaction_is_resumed_without_a_listing(server, monkeypatch):
+    async with parted(server, monkeypatch) as (one, two, proxy):
+        told = Told()
+        watch = await two.watch("/w/", told)
+        proxy.blackhole()
+        await until(lambda: two.degraded, "degraded")
+        for number in range(5):
+            await one.put("/w/a", str(number).encode())
+        proxy.heal()
+        await until(lambda: len(told.changes) == 5, "every change")
+        assert [one.entry.value for one in told.changes] == [b"0", b"1", b"2", b"3", b"4"]
+        assert watch.num_listings == 1
 
 
-def test_a_lease_that_somebody_revoked_is_replaced(server):
-    async def main():
-        async with registries(server.address) as (one,):
-            await wipe(one)
-            told = Told()
-            registration = Registration(one, "/w/me", lambda: b"me", 5.0)
-            await registration.start()
-            await one.watch("/w/", told)
-            first = registration.lease_id
-            server.ctl("lease", "revoke", f"{first:x}")
-            await until(lambda: told.deleted == ["/w/me"], "the revocation")
-            await until(lambda: "/w/me" in told.entries, "the return")
-            await until(lambda: registration.num_registrations == 2, "the answer")
-            assert told.entries["/w/me"].lease_id == registration.lease_id != first
-            await registration.withdraw()
-
-    run(main())
+@in_loop
+async def test_a_lease_that_somebody_revoked_is_replaced(server):
+    async with emptied(server.address) as (one,):
+        told = Told()
+        registration = Registration(one, "/w/me", lambda: b"me", 5.0)
+        await registration.start()
+        await one.watch("/w/", told)
+        first = registration.lease_id
+        server.ctl("lease", "revoke", f"{first:x}")
+        await until(lambda: told.deleted == ["/w/me"], "the revocation")
+        await until(lambda: "/w/me" in told.entries, "the return")
+        await until(lambda: registration.num_registrations == 2, "the answer")
+        assert told.entries["/w/me"].lease_id == registration.lease_id != first
+        await registration.withdraw()
 
 
-def test_an_etcd_that_lost_everything(server, monkeypatch):
+@in_loop
+async def test_an_etcd_that_lost_everything(server, monkeypatch):
     monkeypatch.setattr(etcd_connection, "OUTAGE_GRACE_S", 3.0)
-
-    async def main():
-        async with registries(server.address) as (one,):
-            await wipe(one)
-            registration = Registration(one, "/w/lives", lambda: b"x", 2.0)
-            await registration.start()
-            await one.put("/w/forgotten", b"x")
-            told = Told()
-            await one.watch("/w/", told, patient=True)
-            revision = server.revision()
-            server.kill()
-            await until(lambda: one.degraded, "degraded")
-            shutil.rmtree(server.folder)
-            server.start()
-            await until(lambda: registration.num_registrations == 2, "the return of the owner")
-            assert server.revision() < revision
-            await until(lambda: "/w/forgotten" not in told.entries, "the end of the forgotten")
-            assert told.deleted == ["/w/forgotten"]
-            assert told.values == {"/w/lives": b"x"}
-            await one.put("/w/new", b"1")
-            await until(lambda: "/w/new" in told.entries, "the watch after it")
-            await registration.withdraw()
-
-    run(main())
+    async with emptied(server.address) as (one,):
+        registration = Registration(one, "/w/lives", lambda: b"x", 2.0)
+        await registration.start()
+        await one.put("/w/forgotten", b"x")
+        told = Told()
+        await one.watch("/w/", told, patient=True)
+        revision = server.revision()
+        server.kill()
+        await until(lambda: one.degraded, "degraded")
+        shutil.rmtree(server.folder)
+        server.start()
+        await until(lambda: registration.num_registrations == 2, "the return of the owner")
+        assert server.revision() < revision
+        await until(lambda: "/w/forgotten" not in told.entries, "the end of the forgotten")
+        assert told.deleted == ["/w/forgotten"]
+        assert told.values == {"/w/lives": b"x"}
+        await one.put("/w/new", b"1")
+        await until(lambda: "/w/new" in told.entries, "the watch after it")
+        await registration.withdraw()
 
 
-def test_silent_streams_are_opened_anew_from_where_they_were(server, monkeypatch):
+@in_loop
+async def test_silent_streams_are_opened_anew_from_where_they_were(server, monkeypatch):
     monkeypatch.setattr(etcd_watch, "SILENCE_S", 0.1)
-
-    async def main():
-        async with registries(server.address, server.address) as (one, two):
-            await wipe(one)
-            told = Told()
-            watch = await one.watch("/w/", told)
-            for number in range(20):
-                begun = watch.num_streams
-                await two.put(f"/w/{number % 3}", str(number).encode())
-                await until(lambda: watch.num_streams > begun, "another stream")
-            await until(lambda: len(told.changes) == 20, "every change")
-            assert watch.num_listings == 1
-            assert not one.degraded
-
-    run(main())
+    async with emptied(server.address, server.address) as (one, two):
+        told = Told()
+        watch = await one.watch("/w/", told)
+        for number in range(20):
+            begun = watch.num_streams
+            await two.put(f"/w/{number % 3}", str(number).encode())
+            await until(lambda: watch.num_streams > begun, "another stream")
+        await until(lambda: len(told.changes) == 20, "every change")
+        assert watch.num_listings == 1
+        assert not one.degraded
 
 
-def test_of_several_endpoints_one_that_works_is_found(server):
-    async def main():
-        dead = [f"127.0.0.1:{port}" for port in free_ports(2)]
-        address = f"etcd://{dead[0]},{dead[1]},{server.endpoint}"
-        async with registries(address) as (one,):
-            revision = await one.put("/a", b"x")  # a write is sent once, and not to the dead
-            assert (await one.get("/a")).mod_revision == revision
-            assert not one.degraded
-            told = Told()
-            await one.watch("/a", told)
-            assert told.values == {"/a": b"x"}
-
-    run(main())
+@in_loop
+async def test_of_several_endpoints_one_that_works_is_found(server):
+    dead = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    address = f"etcd://{dead[0]},{dead[1]},{server.endpoint}"
+    async with registries(address) as (one,):
+        revision = await one.put("/a", b"x")  # a write is sent once, and not to the dead
+        assert (await one.get("/a")).mod_revision == revision
+        assert not one.degraded
+        told = Told()
+        await one.watch("/a", told)
+        assert told.values == {"/a": b"x"}
 
 
 def test_a_full_etcd_answers_reads_and_says_why_it_takes_no_writes(tmp_path):

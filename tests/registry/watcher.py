@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 import uvloop
 
@@ -53,3 +54,13 @@ def run(coroutine, seconds=60.0):
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main())
+
+
+def in_loop(test):
+    """The test is a coroutine function: `run` runs it."""
+
+    @functools.wraps(test)
+    def wrapped(**fixtures):
+        run(test(**fixtures))
+
+    return wrapped

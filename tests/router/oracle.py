@@ -7,12 +7,14 @@ import functools
 from tests.router.model_dirs import byte_level_tokenizer
 from xllm.protocol.instance import AdmitRequest, RequestEnded, TokenItem
 from xllm.protocol.sampling import SamplingParams
-from xllm.router.state.instructions import SendTo
+from xllm.router.state.instructions import SendTo, Wish
 from xllm.router.state.request import RequestLife
 from xllm.router.state.spec import RequestSpec
 from xllm.router.text.model import TextModel
 from xllm.router.text.pieces import ByteLevelScheme
 
+STOPS = [(), ("fox",), ("x j", "the l"), ("quick", "zz")]
+"""Stop strings, for runs with and without them."""
 TEXT = "the quick brown fox jumps over the lazy dog. " * 2
 
 
@@ -95,6 +97,48 @@ class FakeMaster:
         if not self.done[attempt]:
             del self.done[attempt]
             self.words.append(RequestEnded("r", attempt, cached_tokens=2))
+
+
+class ServedLife:
+    """A request's life in a router, with a master that runs all its attempts. What it tells the
+    client goes to `tell`: override it. `begun`: its first instructions."""
+
+    def __init__(self, state: RequestLife, num_tokens: int, begun=(Wish.PLACE,)) -> None:
+        self.state = state
+        self.master = FakeMaster(num_tokens)
+        self.wished = False
+        self.carry_out(begun)
+
+    def tell(self, message) -> None:
+        raise NotImplementedError
+
+    def carry_out(self, instructions) -> None:
+        for one in instructions:
+            if isinstance(one, SendTo):
+                self.master.hear(one.message)
+            elif one is Wish.PLACE:
+                self.carry_out(self.state.place((("both", "a"),), 0.0))
+            elif one is Wish.FLUSH:
+                self.wished = True
+            else:
+                self.tell(one)
+        self.state.check()
+
+    def hear(self, word) -> None:
+        """A word of the master's."""
+        take = self.state.tokens if isinstance(word, TokenItem) else self.state.engine_ended
+        self.carry_out(take(word))
+
+    def step_all(self, draw) -> None:
+        """Each choice that runs gets as many tokens as `draw()` says."""
+        for attempt in sorted(self.master.done):
+            for choice in list(self.master.done.get(attempt, ())):
+                self.master.step(attempt, choice, draw())
+
+    def flush(self) -> None:
+        """What was wished for."""
+        self.wished = False
+        self.carry_out(self.state.flush())
 
 
 def expected(choice: int, num_tokens: int, sampling: SamplingParams) -> tuple[list[int], str]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.router.oracle import FakeMaster, expected, item, make, model, start, stream
+from tests.router.oracle import STOPS, ServedLife, expected, item, make, model, start, stream
 from xllm.protocol.client import (
     LIFE_ATTEMPTS,
     RequestFailed,
@@ -47,20 +47,15 @@ class Client:
         self.reasons[message.choice] = message.finish_reason
 
 
-def carry_out(state, instructions, master, client, now=0.0) -> bool:
-    """As the service does; True where a flush is wished."""
-    wished = False
-    for one in instructions:
-        if isinstance(one, SendTo):
-            master.hear(one.message)
-        elif one is Wish.PLACE:
-            carry_out(state, state.place((("both", "a"),), now), master, client, now)
-        elif one is Wish.FLUSH:
-            wished = True
-        else:
-            client.hear(one)
-    state.check()
-    return wished
+class Life(ServedLife):
+    """One life of a request, whose words the client hears at once."""
+
+    def __init__(self, state, num_tokens, client, begun=(Wish.PLACE,)) -> None:
+        self.client = client
+        super().__init__(state, num_tokens, begun)
+
+    def tell(self, message) -> None:
+        self.client.hear(message)
 
 
 @settings(max_examples=300, deadline=None)
@@ -68,16 +63,16 @@ def carry_out(state, instructions, master, client, now=0.0) -> bool:
     st.data(),
     st.integers(1, 3),
     st.integers(1, 20),
-    st.sampled_from([(), ("fox",), ("x j", "the l"), ("quick", "zz")]),
+    st.sampled_from(STOPS),
     st.booleans(),
     st.sampled_from([0.0, 0.02]),
 )
 def test_any_life_ends_once_with_the_right_tokens(data, n, num_tokens, stop, streams, hold_s):
     state = make(streams, hold_s, n=n, stop=stop, max_tokens=num_tokens)
-    master, client = FakeMaster(num_tokens), Client(n)
-    carry_out(state, state.place((("both", "a"),), 0.0), master, client)
+    client = Client(n)
+    life = Life(state, num_tokens, client)
+    master = life.master
     old: list = []
-    wished = False
     for _ in range(400):
         if client.terminal:
             break
@@ -89,30 +84,29 @@ def test_any_life_ends_once_with_the_right_tokens(data, n, num_tokens, stop, str
         elif event == "say" and master.words:
             word = master.words.pop(0)
             old.append(word)
-            hear = state.tokens if isinstance(word, TokenItem) else state.engine_ended
-            wished |= carry_out(state, hear(word), master, client)
-        elif event == "flush" and wished:
-            wished = False
-            carry_out(state, state.flush(), master, client)
+            life.hear(word)
+        elif event == "flush" and life.wished:
+            life.flush()
         elif event == "repeat" and old:
             word = data.draw(st.sampled_from(old))
             if isinstance(word, TokenItem):
-                wished |= carry_out(state, state.tokens(word), master, client)
+                life.hear(word)
         elif event == "lose" and state.moves.num_lost < MAX_MOVES:
             if data.draw(st.booleans()) and master.words:
                 master.words.pop(data.draw(st.integers(0, len(master.words) - 1)))
             if data.draw(st.booleans()) and state.instance:
                 killed = RequestEnded("r", state.attempt, "worker_lost", "", blameless=True)
-                carry_out(state, state.engine_ended(killed), master, client)
+                life.carry_out(state.engine_ended(killed))
             else:
-                carry_out(state, state.instance_lost("a"), master, client)
+                life.carry_out(state.instance_lost("a"))
     if client.terminal is None:
-        carry_out(state, state.cancel("aborted", "enough"), master, client)
+        life.carry_out(state.cancel("aborted", "enough"))
+    life.wished = False
     for word in [*old, *master.words]:  # late words
-        hear = state.tokens if isinstance(word, TokenItem) else state.engine_ended
-        assert not carry_out(state, hear(word), master, client)
+        life.hear(word)
+        assert not life.wished
     for nothing in (state.flush(), state.cancel("aborted", ""), state.expire(1e9)):
-        carry_out(state, nothing, master, client)
+        life.carry_out(nothing)
     assert client.terminal is not None
     check_told(state, client, streams, num_tokens)
 
@@ -143,16 +137,14 @@ def test_a_resumed_stream_goes_on_where_the_client_was(have, stop, streams):
     have = min(have, len(whole[0]))
     state = make(streams, stop=stop)
     given_ids = (tuple(whole[0][:have]),)
-    master, client = FakeMaster(20), Client(1, given_ids if streams else ())
-    carry_out(
-        state, state.resume(ResumePoint(attempt=3, outputs=given_ids, seed=7)), master, client
-    )
+    client = Client(1, given_ids if streams else ())
+    begun = state.resume(ResumePoint(attempt=3, outputs=given_ids, seed=7))
+    life = Life(state, 20, client, begun)
+    master = life.master
     while client.terminal is None:
         if master.words:
-            word = master.words.pop(0)
-            hear = state.tokens if isinstance(word, TokenItem) else state.engine_ended
-            carry_out(state, hear(word), master, client)
-            carry_out(state, state.flush(), master, client)
+            life.hear(master.words.pop(0))
+            life.flush()
         else:
             assert list(master.done) == [LIFE_ATTEMPTS]
             master.step(LIFE_ATTEMPTS, 0, 3)

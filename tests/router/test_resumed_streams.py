@@ -5,12 +5,11 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.router.oracle import FakeMaster, expected, model, stream
+from tests.router.oracle import STOPS, ServedLife, expected, model, stream
 from xllm.client.session import ClientSession
 from xllm.protocol.client import RequestFinished, SubmitRequest
-from xllm.protocol.instance import TokenItem
 from xllm.protocol.sampling import SamplingParams
-from xllm.router.state.instructions import SendTo, Wish
+from xllm.router.state.instructions import Wish
 from xllm.router.state.request import RequestLife
 from xllm.router.state.spec import RequestSpec
 
@@ -40,14 +39,12 @@ class Asker:
         raise AssertionError(error)
 
 
-class Router:
-    """One router's life of the request, with a master that runs all its attempts; what it tells
-    the client waits in a queue, which is lost with it."""
+class Router(ServedLife):
+    """One router's life of the request; what it tells the client waits in a queue, which is lost
+    with it."""
 
     def __init__(self, submit: SubmitRequest, num_tokens: int) -> None:
         self.told: list = []
-        self.wished = False
-        self.master = FakeMaster(num_tokens)
         sampling = submit.sampling
         spec = RequestSpec(
             request_id="r",
@@ -60,43 +57,29 @@ class Router:
             hold_s=0.02,
         )
         outputs = [model().output(sampling, (1, 2, 3)) for _ in range(sampling.n)]
-        self.state = RequestLife(spec, outputs)
-        self.carry_out(self.state.resume(submit.resume) if submit.resume else (Wish.PLACE,))
+        state = RequestLife(spec, outputs)
+        begun = state.resume(submit.resume) if submit.resume else (Wish.PLACE,)
+        super().__init__(state, num_tokens, begun)
 
-    def carry_out(self, instructions) -> None:
-        for one in instructions:
-            if isinstance(one, SendTo):
-                self.master.hear(one.message)
-            elif one is Wish.PLACE:
-                self.carry_out(self.state.place((("both", "a"),), 0.0))
-            elif one is Wish.FLUSH:
-                self.wished = True
-            else:
-                self.told.append(one)
-        self.state.check()
+    def tell(self, message) -> None:
+        self.told.append(message)
 
-    def step(self, data, n: int) -> None:
+    def advance(self, data, n: int) -> None:
+        """A little of this or that."""
         if self.master.words and data.draw(st.booleans()):
-            word = self.master.words.pop(0)
-            hear = self.state.tokens if isinstance(word, TokenItem) else self.state.engine_ended
-            self.carry_out(hear(word))
+            self.hear(self.master.words.pop(0))
         elif self.master.done:
             attempt = data.draw(st.sampled_from(sorted(self.master.done)))
             choice = data.draw(st.integers(0, n - 1))
             self.master.step(attempt, choice, data.draw(st.integers(1, 6)))
         if self.wished and data.draw(st.booleans()):
-            self.wished = False
-            self.carry_out(self.state.flush())
+            self.flush()
 
     def run_out(self) -> None:
         """To the end, without further trouble."""
         while not self.state.ended:
-            for attempt in sorted(self.master.done):
-                for choice in list(self.master.done.get(attempt, ())):
-                    self.master.step(attempt, choice, 100)
-            word = self.master.words.pop(0)
-            hear = self.state.tokens if isinstance(word, TokenItem) else self.state.engine_ended
-            self.carry_out(hear(word))
+            self.step_all(lambda: 100)
+            self.hear(self.master.words.pop(0))
 
 
 @settings(max_examples=300, deadline=None)
@@ -104,7 +87,7 @@ class Router:
     st.data(),
     st.integers(1, 3),
     st.integers(1, 20),
-    st.sampled_from([(), ("fox",), ("x j", "the l"), ("quick", "zz")]),
+    st.sampled_from(STOPS),
     st.booleans(),
     st.booleans(),
 )
@@ -126,7 +109,7 @@ def test_any_losses_of_routers_give_the_oracles_stream(data, n, num_tokens, stop
             router = Router(words, num_tokens)
         event = data.draw(st.sampled_from(["step"] * 8 + ["hear"] * 4 + ["lose", "move"]))
         if event == "step":
-            router.step(data, n)
+            router.advance(data, n)
         elif event == "hear" and router.told:
             assert session.receive(router.told.pop(0)) is None
         elif event == "move" and router.state.moves.num_lost < 3:

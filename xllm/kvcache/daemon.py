@@ -27,6 +27,7 @@ from xllm.protocol.bus import BlockEvents, DaemonHeartbeat, SnapshotOfBlocks
 from xllm.protocol.cache import CacheRefused, CacheReply, CacheRequest
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.instance import QuerySnapshot
+from xllm.protocol.message import PROTOCOL_VERSION
 from xllm.protocol.records import DaemonRecord, daemon_key
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.keeper import Registration
@@ -131,6 +132,7 @@ class KvCacheDaemon(Actor):
             node=os.uname().nodename,
             dram_bytes=self._settings.kvcache.dram_bytes,
             public_key=security.public_key if security is not None else "",
+            protocol=PROTOCOL_VERSION,
         )
 
     def _endpoint(self, configured: str, name: str) -> str:

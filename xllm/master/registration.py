@@ -13,6 +13,7 @@ import structlog
 from xllm.config.settings import Settings
 from xllm.errors import FencedError, OverloadedError, TransportError, XllmError
 from xllm.protocol.codec import encode
+from xllm.protocol.message import PROTOCOL_VERSION
 from xllm.protocol.records import InstanceRecord, instance_key
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.keeper import Registration
@@ -119,4 +120,5 @@ def make_record(
         task=ready.task,
         embedding_size=ready.embedding_size,
         max_num_seqs=settings.scheduler.max_num_seqs,
+        protocol=PROTOCOL_VERSION,
     )

@@ -10,8 +10,6 @@ from __future__ import annotations
 from xllm.protocol.message import MapMessage, MapPart
 from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 
-PROTOCOL_VERSION = 1
-
 LIFE_ATTEMPTS = 1 << 16
 """Attempts that one router may make of a request; the next router's begin beyond them."""
 

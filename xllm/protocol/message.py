@@ -9,6 +9,17 @@ from __future__ import annotations
 
 import msgspec
 
+PROTOCOL_VERSION = 1
+"""Of what processes of a cluster say to each other. Appended fields do not raise it: only a change
+that an older process would misunderstand does."""
+OLDEST_PROTOCOL = 1
+"""The oldest version that is still spoken: one back at least, or nobody can be upgraded in turn."""
+
+
+def speaks(version: int) -> bool:
+    """Whether this process understands one that says that it speaks `version`."""
+    return OLDEST_PROTOCOL <= version <= PROTOCOL_VERSION
+
 
 class MapMessage(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", gc=False

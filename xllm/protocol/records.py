@@ -34,6 +34,8 @@ class InstanceRecord(MapPart, frozen=True):
     """Numbers of a vector, where it embeds."""
     max_num_seqs: int = 0
     """Sequences that it runs at once at most; 0: not said."""
+    protocol: int = 1
+    """Version of the protocol that it speaks; records of before this field are of version 1."""
 
 
 class DaemonRecord(MapPart, frozen=True):
@@ -46,6 +48,7 @@ class DaemonRecord(MapPart, frozen=True):
     node: str = ""
     dram_bytes: int = 0
     public_key: str = ""
+    protocol: int = 1
 
 
 class RouterRecord(MapPart, frozen=True):
@@ -57,6 +60,7 @@ class RouterRecord(MapPart, frozen=True):
     http_address: str = ""
     bus_endpoint: str = ""
     public_key: str = ""
+    protocol: int = 1
 
 
 class LeaderRecord(MapPart, frozen=True):

@@ -27,6 +27,7 @@ from xllm.protocol.actor.reporter import LaunchReporter
 from xllm.protocol.bus import RouterPresence
 from xllm.protocol.codec import encode
 from xllm.protocol.instance import InstanceRequest
+from xllm.protocol.message import PROTOCOL_VERSION
 from xllm.protocol.records import LeaderRecord, RouterRecord, router_key
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.keeper import Registration
@@ -162,6 +163,7 @@ class RouterActor(Actor):
             http_address=self.http_address,
             bus_endpoint=self._bus.endpoint,
             public_key=security.public_key if security is not None else "",
+            protocol=PROTOCOL_VERSION,
         )
         self._registration = Registration(
             self._registry,

@@ -2,7 +2,8 @@
 
 The registry's records of instances, daemons and routers open and close the links to them. It
 decides nothing; other parts of the router listen (`listeners`), or take an instance's answers of
-one kind (`answers`). Invariant: there is a link for each instance of the view, and for no other.
+one kind (`answers`). Who speaks another version of the protocol is named in health reports and left
+alone. Invariant: there is a link for each instance of the view, and for no other.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from xllm.errors import BadMessageError
 from xllm.protocol.bus import BusMessage
 from xllm.protocol.codec import Decoder
 from xllm.protocol.instance import InstanceReply, InstanceRequest, TokenBatch
+from xllm.protocol.message import OLDEST_PROTOCOL, PROTOCOL_VERSION, speaks
 from xllm.protocol.records import (
     DaemonRecord,
     InstanceRecord,
@@ -73,6 +75,9 @@ class Membership:
         self._name = name
         self._service = service
         self._answers: dict[type[Any], Callable[[str, Any], None]] = {}
+        self._not_understood: dict[str, int] = {}
+        """Versions of the protocol that are not spoken here, by the keys of those who do."""
+        service.complaints.append(self.complaints)
         self._links = SocketLinks(
             transport, self._instance_says, self._connected, self._disconnected, self._heard
         )
@@ -119,6 +124,14 @@ class Membership:
         self._links.open(known.record)
         self.changed(dataclasses.replace(change, left=change.lost))
 
+    def complaints(self) -> tuple[str, ...]:
+        """Who cannot be understood, for health reports."""
+        ours = f"{OLDEST_PROTOCOL} to {PROTOCOL_VERSION}"
+        return tuple(
+            f"{_described(key)} speaks version {version} of the protocol, not {ours}"
+            for key, version in sorted(self._not_understood.items())
+        )
+
     def close(self) -> None:
         """Close every link."""
         self._links.close_all()
@@ -149,11 +162,10 @@ class Membership:
     def _instances_changed(self, changes: Sequence[Change]) -> None:
         for change in changes:
             name = change.key.rpartition("/")[2]
-            if change.entry is None:
-                self.changed(self._service.view.deregistered(name))
-                continue
-            record = _read(self._instances, change.key, change.entry.value)
+            record = self._understood(self._instances, change)
             if record is None:
+                if change.entry is None or change.key in self._not_understood:
+                    self.changed(self._service.view.deregistered(name))
                 continue
             known = self._service.view.get(name)
             self.changed(self._service.registered(record))
@@ -173,18 +185,35 @@ class Membership:
         """Those that are only heard: never sent to."""
         for change in changes:
             name = change.key.rpartition("/")[2]
-            if change.entry is None:
+            record = self._understood(decoder, change)
+            if record is not None:
+                self._links.hear(record)
+                for one in self.listeners:
+                    one.publisher_registered(record)
+            elif change.entry is None or change.key in self._not_understood:
                 self._service.view.publisher_gone(name)
                 self._links.unhear(name)
                 for one in self.listeners:
                     one.publisher_gone(name)
-                continue
-            record = _read(decoder, change.key, change.entry.value)
-            if record is None:
-                continue
-            self._links.hear(record)
-            for one in self.listeners:
-                one.publisher_registered(record)
+
+    def _understood(self, decoder: Decoder[N], change: Change) -> N | None:
+        """The record that was written. None: it is gone, is none, or is that of one who speaks a
+        version of the protocol that is not spoken here."""
+        self._not_understood.pop(change.key, None)
+        if change.entry is None:
+            return None
+        record = _read(decoder, change.key, change.entry.value)
+        if record is None or speaks(record.protocol):
+            return record
+        self._not_understood[change.key] = record.protocol
+        _log.error("protocol_unsupported", key=change.key, version=record.protocol)
+        return None
+
+
+def _described(key: str) -> str:
+    """instance NAME, daemon NAME or router NAME."""
+    kind, _, name = key.rpartition("/")
+    return f"{kind.rpartition('/')[2].removesuffix('s')} {name}"
 
 
 def _read(decoder: Decoder[N], key: str, value: bytes) -> N | None:

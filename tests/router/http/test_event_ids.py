@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.router.http.fake_service import FakeService
 from tests.router.http.front_thread import chat, sse_blocks
-from tests.router.oracle import FakeMaster, make
+from tests.router.oracle import STOPS, ServedLife, make
 from xllm.errors import InvalidRequestError, PermissionDeniedError
 from xllm.protocol.instance import TokenItem
 from xllm.protocol.sampling import TokenLogprobs
@@ -30,7 +30,6 @@ from xllm.router.http.event_ids import (
 )
 from xllm.router.http.shape import Envelope
 from xllm.router.http.stream_writer import StreamWriter
-from xllm.router.state.instructions import SendTo, Wish
 
 KEY = b"k" * 32
 BODY = b'{"prompt": "hi"}'
@@ -100,56 +99,40 @@ def test_an_id_goes_with_its_body_and_choices():
 # -- states and writer: any cut of any stream ----------------------------------------------------
 
 
-class Answer:
+class Answer(ServedLife):
     """One life of a streamed request, from the engine's tokens to events."""
 
     def __init__(self, num_tokens, n, stop, logprobs, last=None) -> None:
-        self.state = make(True, 0.02, n=n, stop=stop, max_tokens=num_tokens)
-        self.master = FakeMaster(num_tokens)
+        state = make(True, 0.02, n=n, stop=stop, max_tokens=num_tokens)
         self.logprobs = logprobs
         shape = CompletionShape(Envelope(STREAM.request_id, 1, "m", lambda t: b"%d" % t), n, None)
         self.writer = StreamWriter(
             shape, EventSigner(KEY, ANNA), STREAM, n, 1, include_usage=True, last=last
         )
         if last is not None:
-            for choice, border in zip(self.state.choices, borders_of(last.places), strict=True):
+            for choice, border in zip(state.choices, borders_of(last.places), strict=True):
                 choice.border = border
         self.text = b""
-        self.wished = False
-        self.carry_out((Wish.PLACE,))
+        super().__init__(state, num_tokens)
 
-    def carry_out(self, instructions) -> None:
-        for one in instructions:
-            if isinstance(one, SendTo):
-                self.master.hear(one.message)
-            elif one is Wish.PLACE:
-                self.carry_out(self.state.place((("both", "a"),), 0.0))
-            elif one is Wish.FLUSH:
-                self.wished = True
-            elif not self.writer.ended:
-                self.text += self.writer.events([msgspec.structs.replace(one, id=0)])
+    def tell(self, message) -> None:
+        if not self.writer.ended:
+            self.text += self.writer.events([msgspec.structs.replace(message, id=0)])
 
     def hear(self, word) -> None:
-        if not isinstance(word, TokenItem):
-            self.carry_out(self.state.engine_ended(word))
-            return
-        if self.logprobs:
+        if self.logprobs and isinstance(word, TokenItem):
             scores = tuple(TokenLogprobs(one, -one / 1000) for one in word.token_ids)
             word = msgspec.structs.replace(word, logprobs=scores)
-        self.carry_out(self.state.tokens(word))
+        super().hear(word)
 
     def run(self, data) -> list[tuple[str, str]]:
         """To the end, the tokens in pieces of any size; what came as (id, data)."""
         while not self.state.ended:
-            for attempt in sorted(self.master.done):
-                for choice in list(self.master.done.get(attempt, ())):
-                    self.master.step(attempt, choice, data.draw(st.integers(1, 7)))
+            self.step_all(lambda: data.draw(st.integers(1, 7)))
             while self.master.words:
                 self.hear(self.master.words.pop(0))
                 if self.wished and data.draw(st.booleans()):
-                    self.wished = False
-                    self.carry_out(self.state.flush())
-            self.state.check()
+                    self.flush()
         if not self.writer.ended:
             self.text += self.writer.end()
         return sse_blocks(self.text.decode())
@@ -183,7 +166,7 @@ def put_together(blocks, n):
     st.data(),
     st.integers(1, 3),
     st.integers(1, 20),
-    st.sampled_from([(), ("fox",), ("x j", "the l"), ("quick", "zz")]),
+    st.sampled_from(STOPS),
     st.booleans(),
 )
 def test_any_cut_of_a_stream_goes_on_to_the_same_whole(data, n, num_tokens, stop, logprobs):

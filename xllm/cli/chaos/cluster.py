@@ -54,6 +54,10 @@ class ChaosCluster:
         """Where all routers listen to HTTP."""
         self.zmq: list[str] = []
         """Where each of them listens to ZeroMQ."""
+        self.named_registry = ""
+        """Address of the registry, where it is not the launcher's own."""
+        self.wrapper: tuple[str, ...] = ()
+        """A command that starts each process and becomes it."""
         self.events = EventLog(self.log_dir)
         self.leftovers: list[str] = []
         self._launcher: subprocess.Popen[bytes] | None = None
@@ -147,6 +151,11 @@ class ChaosCluster:
         """Whether every process that was ever there lives and is ready."""
         return all(one.is_ready and is_alive(one.pid) for one in self.processes.values())
 
+    @property
+    def registry(self) -> str:
+        """Where further processes find the registry."""
+        return self.named_registry or self.socket_address("registry")
+
     def socket_address(self, name: str) -> str:
         """Where a process of it listens, in the launcher's run directory."""
         found = sorted(self.run_base.glob(f"run-*/{name}"))
@@ -185,22 +194,33 @@ class ChaosCluster:
         elif words[0] == "ZeroMQ":
             self.zmq.append(words[1])
 
+    @property
+    def python(self) -> list[str]:
+        """The command that runs a module of this package as a process of the cluster."""
+        return [*self.wrapper, sys.executable, "-m"]
+
+    def shared_flags(self) -> list[str]:
+        """Flags that hold for every instance, whoever starts it."""
+        options = self.options
+        flags = ["--cluster-name", self.directory.name, "--log-dir", str(self.log_dir)]
+        flags += ["--log-level", "info", "--cluster-log-format", "json", "--chaos-hooks"]
+        flags += ["--engine", options.engine]
+        if options.model:
+            flags += ["--model", options.model]
+        if options.engine == "toy":
+            flags += ["--worker-toy-step-ms", f"{options.step_ms:g}"]
+            return [*flags, "--scheduler-profile-ms", "0"]
+        return [*flags, "--deterministic"]
+
     def _serve(self, extra: tuple[str, ...]) -> list[str]:
         options = self.options
-        command = [sys.executable, "-m", "xllm.cli.chaos.launching", "--engine", options.engine]
+        command = [*self.python, "xllm.cli.chaos.launching", *self.shared_flags()]
         command += ["--port", "0", "--zmq-port", "0", "--instances", str(options.instances)]
         command += ["--serve-routers", str(options.routers)]
         # Names that proxies are made for, in a cluster that no other run is in.
         router = "router" if options.routers > 1 else "router-0"
-        command += ["--cluster-name", self.directory.name, "--master-name", "instance"]
-        command += ["--router-name", router, "--kvcache-name", "kvcache-0"]
-        command += ["--cluster-run-dir", str(self.run_base), "--log-dir", str(self.log_dir)]
-        command += ["--log-level", "info", "--cluster-log-format", "json", "--chaos-hooks"]
-        if options.model:
-            command += ["--model", options.model]
-        if options.engine == "toy":
-            command += ["--worker-toy-step-ms", f"{options.step_ms:g}"]
-            command += ["--scheduler-profile-ms", "0"]
-        else:
-            command += ["--deterministic"]
+        command += ["--master-name", "instance", "--router-name", router]
+        command += ["--kvcache-name", "kvcache-0", "--cluster-run-dir", str(self.run_base)]
+        if self.named_registry:
+            command += ["--registry", self.named_registry]
         return [*command, *options.flags, *extra]

@@ -21,6 +21,8 @@ class ChaosReport:
         self.injections: list[Injection] = []
         self.invalid: list[str] = []
         """Why the run proves nothing."""
+        self.left_out: list[str] = []
+        """Faults that this machine does not allow, and why."""
         self.leftovers: list[str] = []
         self.differing: list[str] = []
         self.unended = 0
@@ -91,6 +93,7 @@ class ChaosReport:
             "longest_ms": summary_ms(one.longest_s for one in self.injections),
             "http_longest_ms": summary_ms(one.http_longest_s for one in self.injections),
             "detect_ms": summary_ms(one.detect_s for one in self.injections),
+            "left_out": self.left_out,
             "leftovers": self.leftovers,
             "scenarios": self.sections(),
             "valid": not self.invalid,
@@ -143,7 +146,7 @@ def table(report: dict[str, object]) -> list[str]:
         lines.append(f"{report['failed_without_fault']} of the failures were near no fault")
     if report["failed"]:
         lines.append(f"failures by code: {report['failed_by_code']}")
-    for name in ("differing", "leftovers", "invalid"):
+    for name in ("differing", "left_out", "leftovers", "invalid"):
         found = report[name]
         assert isinstance(found, list)
         lines += [f"{name}: {text}" for text in found]

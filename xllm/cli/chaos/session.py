@@ -52,6 +52,7 @@ class ChaosSession:
         """All of it. The report says whether it passed, and whether it was valid."""
         if self.options.engine == "native":
             self.scenarios = [one for one in self.scenarios if one.cluster != "poisoned"]
+        self._leave_out()
         kinds = list(dict.fromkeys(one.cluster for one in self.scenarios))
         share_s = self.options.seconds / max(1, len(kinds))
         for kind in kinds:
@@ -62,6 +63,19 @@ class ChaosSession:
                 self.report.invalid.append(str(error))
                 self._say(f"invalid: {error}")
         return self.report
+
+    def _leave_out(self) -> None:
+        """Leave out what cannot be done here; a run that has nothing else proves nothing."""
+        possible = []
+        for one in self.scenarios:
+            if reason := one.why_not():
+                self.report.left_out.append(f"{one.name}: {reason}")
+                self._say(f"left out: {one.name}: {reason}")
+            else:
+                possible.append(one)
+        if self.scenarios and not possible:
+            self.report.invalid.append("nothing of this can be done here")
+        self.scenarios = possible
 
     async def _run_cluster(self, kind: str, chosen: list[Scenario], seconds: float) -> None:
         async with self.stage(kind) as stage:
@@ -92,7 +106,7 @@ class ChaosSession:
             self._say(f"cluster ready in {time.monotonic() - began:.1f} s ({kind})")
             load = await self._make_load(cluster)
             load.begin(self.options.num_loops)
-            yield Stage(cluster, load, self._rng, made.proxies, made.poison, made.registry)
+            yield Stage(cluster, load, self._rng, made)
             self.report.unended += await load.finish(FINISH_S)
         finally:
             if load is not None:

@@ -11,21 +11,21 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 
 from xllm.cli.bench.http_stream import HttpAddress
 from xllm.cli.chaos.cluster import POLL_S, ChaosCluster, KnownProcess
 from xllm.cli.chaos.events import Event
-from xllm.cli.chaos.fault_proxy import FaultProxy
 from xllm.cli.chaos.ledger import Ledger
 from xllm.cli.chaos.load import StreamLoad
-from xllm.cli.chaos.registry_process import RegistryProcess
+from xllm.cli.chaos.surroundings import Surroundings
 from xllm.cli.chaos.verdict import Injection
 from xllm.client.results import Completion
 from xllm.errors import DeadlineError, XllmError
 
 LOAD_S = 30.0
 SETTLE_S = 60.0
+ASK_AGAIN_S = 0.05
 MIN_LEFT = 10
 """A stream counts as load while so many tokens of it are to come."""
 LOST = ("instance_lost", "instance_silent")
@@ -44,17 +44,16 @@ class Stage:
         cluster: ChaosCluster,
         load: StreamLoad,
         rng: random.Random,
-        proxies: dict[str, FaultProxy],
-        poison: dict[str, int],
-        registry: RegistryProcess | None = None,
+        around: Surroundings,
     ) -> None:
         self.cluster = cluster
         self.load = load
         self.ledger: Ledger = load.ledger
         self.rng = rng
-        self.proxies = proxies
-        self.registry = registry
-        self.poison = poison
+        self.around = around
+        self.proxies = around.proxies
+        self.registry = around.registry
+        self.poison = around.poison
         """Tokens that do harm in the engines of this cluster, by what they do."""
         self.spared: tuple[str, ...] = ()
         """Names that are never picked, nor those below them."""
@@ -162,6 +161,17 @@ class Stage:
         await asyncio.sleep(seconds)
         self.cluster.read()
 
+    async def until(
+        self, condition: Callable[[], Awaitable[bool]], seconds: float, what: str
+    ) -> float:
+        """Ask again and again until it holds; returns how long that took. DeadlineError."""
+        began = time.monotonic()
+        while not await condition():
+            if time.monotonic() - began > seconds:
+                raise DeadlineError(f"{what} did not come within {seconds:g} s")
+            await self.pause(ASK_AGAIN_S)
+        return time.monotonic() - began
+
     async def leaders(self, asking_not: str = "") -> list[tuple[str, int]]:
         """(Name, epoch) of the leader that each router knows; of those that answer."""
         found = []
@@ -207,12 +217,8 @@ class Stage:
 
     async def wait_whole(self, seconds: float = SETTLE_S) -> None:
         """Until all processes run and every router may use every instance. DeadlineError."""
-        end = time.monotonic() + seconds
         await self.cluster.until(self.cluster.is_whole, seconds, "the return of all processes")
-        while not await self._all_known():
-            if time.monotonic() > end:
-                raise DeadlineError(f"not every router knew every instance after {seconds:g} s")
-            await asyncio.sleep(0.05)
+        await self.until(self._all_known, seconds, "every router's knowing every instance")
 
     async def _all_known(self) -> bool:
         wanted = len(self.cluster.named("master"))

@@ -1,4 +1,5 @@
-"""What stands around a cluster for some kinds of faults: proxies, a registry, poisoned prompts."""
+"""What stands around a cluster for some kinds of faults: proxies, a registry, poisoned prompts,
+clocks that step, a small disk for the logs."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import random
 
 from xllm.cli.chaos.cluster import ChaosCluster
 from xllm.cli.chaos.fault_proxy import FaultProxy
+from xllm.cli.chaos.log_disk import LogDisk
 from xllm.cli.chaos.registry_process import KINDS, RegistryProcess
+from xllm.cli.chaos.wall_clock import WallClock
 from xllm.errors import ConfigError
 from xllm.worker.toy.vocabulary import toy_vocabulary
 
@@ -25,9 +28,13 @@ class Surroundings:
     proxies: dict[str, FaultProxy] = dataclasses.field(default_factory=dict)
     poison: dict[str, int] = dataclasses.field(default_factory=dict)
     registry: RegistryProcess | None = None
+    wall_clock: WallClock | None = None
+    log_disk: LogDisk | None = None
 
     async def close(self) -> None:
-        """End them."""
+        """End them, when the cluster has ended."""
+        if self.log_disk is not None:
+            self.log_disk.close()
         for proxy in self.proxies.values():
             await proxy.close()
         if self.registry is not None:
@@ -37,20 +44,31 @@ class Surroundings:
 async def prepare(
     kind: str, cluster: ChaosCluster, model_dir: str, rng: random.Random
 ) -> Surroundings:
-    """Those of a kind of cluster, as `Scenario` names it, before the cluster starts."""
+    """Those of a kind of cluster, as `Scenario` names it, or of several joined by +, before the
+    cluster starts."""
     made = Surroundings()
+    kinds = kind.split("+")
+    options = cluster.options
     try:
-        if kind == "proxied":
+        if "proxied" in kinds:
             await _proxy_instances(made, cluster, rng)
-        elif kind == "poisoned":
+        if "poisoned" in kinds:
             made.poison = _poison(model_dir)
             faults = ",".join(f"{name}={token}" for name, token in made.poison.items())
-            made.flags = ("--chaos-toy-faults", faults)
-        registry = cluster.options.registry
-        if kind == "registry" or registry == "etcd":
-            await _start_registry(made, cluster, rng)
-        elif registry != "embedded":
-            made.flags += ("--registry", registry)
+            made.flags += ("--chaos-toy-faults", faults)
+        if "clocked" in kinds:
+            clock = made.wall_clock = WallClock(cluster.directory)
+            clock.build()
+            cluster.wrapper = clock.wrapper
+        if "cramped" in kinds:
+            made.log_disk = LogDisk(cluster.log_dir, keep=options.keep)
+            made.log_disk.mount()
+        if "etcd" in kinds or options.registry == "etcd":
+            await _start_registry("etcd", made, cluster, rng)
+        elif "registry" in kinds:
+            await _start_registry(options.registry, made, cluster, rng)
+        elif options.registry != "embedded":
+            cluster.named_registry = options.registry
     except BaseException:
         await made.close()
         raise
@@ -72,10 +90,11 @@ async def _proxy_instances(made: Surroundings, cluster: ChaosCluster, rng: rando
         made.flags += ("--advertise", ",".join((name, *endpoints)))
 
 
-async def _start_registry(made: Surroundings, cluster: ChaosCluster, rng: random.Random) -> None:
+async def _start_registry(
+    kind: str, made: Surroundings, cluster: ChaosCluster, rng: random.Random
+) -> None:
     """A registry of its own, with a proxy before it for each process."""
     options = cluster.options
-    kind = options.registry
     if kind not in KINDS:
         raise ConfigError(
             f"faults of the registry need one that can be killed: {' or '.join(KINDS)}, not {kind}",
@@ -85,7 +104,7 @@ async def _start_registry(made: Surroundings, cluster: ChaosCluster, rng: random
     registry.start()
     await cluster.until(registry.is_listening, REGISTRY_S, "the registry")
     behind = f"tcp://127.0.0.1:{registry.port}"
-    made.flags += ("--registry", registry.address_at(behind))
+    cluster.named_registry = registry.address_at(behind)
     names = [f"instance-{index}" for index in range(options.instances)]
     names += [f"router-{index}" for index in range(options.routers)]
     for name in (*names, "kvcache-0"):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from xllm.cli.chaos.fault_proxy import FaultProxy
 from xllm.cli.chaos.stage import LOST, Stage
+from xllm.cli.chaos.verdict import Injection
 
 PARTITION_S = 3.0
 BAD_NETWORK_S = 10.0
@@ -34,40 +36,15 @@ async def lose_requests(stage: Stage) -> None:
 
 async def half_open(stage: Stage) -> None:
     """The instance's side of every connection is gone, and the routers' kernel does not know."""
-    await stage.wait_load()
-    name = stage.pick("master").name
-    proxies = _proxies_of(stage, name)
-    num_before = sum(one.num_cut for one in proxies)
-
-    def act() -> None:
-        for proxy in proxies:
-            proxy.half_open()
-
-    injection = stage.strike("F19-half", name, act)
-    cut = sum(one.num_cut for one in proxies) - num_before
-    await stage.prove(injection, f"{cut} connections are half open", lambda: cut > 0)
-    await stage.notice(injection, word=name)
-    for proxy in proxies:
+    injection = await _end_connections(stage, "F19-half", FaultProxy.half_open, "half open")
+    for proxy in _proxies_of(stage, injection.victim):
         proxy.cut()
     await stage.settle(injection)
 
 
 async def cut_connections(stage: Stage) -> None:
     """Every connection to one instance is reset; it may be reached again at once."""
-    await stage.wait_load()
-    name = stage.pick("master").name
-    proxies = _proxies_of(stage, name)
-    num_before = sum(one.num_cut for one in proxies)
-
-    def act() -> None:
-        for proxy in proxies:
-            proxy.cut()
-
-    injection = stage.strike("F20-cut", name, act)
-    cut = sum(one.num_cut for one in proxies) - num_before
-    await stage.prove(injection, f"{cut} connections were reset", lambda: cut > 0)
-    await stage.notice(injection, word=name)
-    await stage.settle(injection)
+    await stage.settle(await _end_connections(stage, "F20-cut", FaultProxy.cut, "reset"))
 
 
 async def spoil_bytes(stage: Stage) -> None:
@@ -113,6 +90,21 @@ async def bad_network(stage: Stage) -> None:
         proxy.heal()
     await stage.prove(injection, "all connections were slow", lambda: True)
     await stage.settle(injection)
+
+
+async def _end_connections(
+    stage: Stage, scenario: str, end: Callable[[FaultProxy], int], what: str
+) -> Injection:
+    """Do that to every connection of one instance, and wait until a router notices."""
+    await stage.wait_load()
+    name = stage.pick("master").name
+    counts: list[int] = []
+    proxies = _proxies_of(stage, name)
+    injection = stage.strike(scenario, name, lambda: counts.extend(map(end, proxies)))
+    num = sum(counts)
+    await stage.prove(injection, f"{num} connections are {what}", lambda: num > 0)
+    await stage.notice(injection, word=name)
+    return injection
 
 
 async def _silence(stage: Stage, scenario: str, *, up: bool, down: bool) -> None:
