@@ -39,6 +39,9 @@ HTTP = "{python} -m benchmarks.load_http --url {url} --seconds {seconds} --concu
 ZMQ = "{python} -m benchmarks.load_zmq --endpoint {url} --seconds {seconds} --concurrency {many} "
 KEYS = {"send and receive": "send", "HTTP": "http"}
 ZMQ_THREADS = "ZMQbg"
+LOOK_S = 0.2
+BUSY_S = 60.0
+"""By when a load has begun."""
 
 
 def say(text: str) -> None:
@@ -115,9 +118,9 @@ class RouterBench:
         rest is sampled in one router, Python's frames only. Empty where it may not be sampled."""
         kinds: dict[str, int] = {}
         ours = self.ours
-        seconds = self.options.seconds + 1
+        seconds = max(1.0, self.options.seconds)  # of the load's, and a warm-up second
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            done = pool.submit(sample, ours.routers[0].pid, seconds, kinds)
+            done = pool.submit(self.sample_under_load, seconds, kinds)
             before = ours.router_cpu_s(), ours.router_cpu_s(ZMQ_THREADS)
             self.load(template, url, flags)
             spent = ours.router_cpu_s() - before[0]
@@ -132,6 +135,16 @@ class RouterBench:
         split = {kind: total * (1 - io_share) * share for kind, share in found.items()}
         split["send"] = split.get("send", 0.0) + total * io_share
         return {kind: round(split[kind], 1) for kind in sorted(split, key=lambda k: -split[k])}
+
+    def sample_under_load(self, seconds: float, kinds: dict[str, int]) -> None:
+        """Sample a router once it works: generators make their prompts first, for seconds."""
+        deadline = time.monotonic() + BUSY_S
+        before, busy = self.ours.router_cpu_s(), 0.0
+        while busy < LOOK_S / 4 and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+            after = self.ours.router_cpu_s()
+            before, busy = after, after - before
+        sample(self.ours.routers[0].pid, seconds, kinds)
 
     # -- time to the first token -------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import msgspec
@@ -15,6 +16,7 @@ from xllm.errors import ContextLengthError, InvalidRequestError, RequestError
 from xllm.protocol.client import ChatMessage, ContentPart, ResumePoint, SubmitRequest
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import pack_tokens
+from xllm.router import validation
 from xllm.router.front import Tenant
 from xllm.router.validation import ModelFacts, check_context, check_request
 
@@ -215,17 +217,22 @@ def test_any_request_ends_or_is_admitted_within_bounds(sampling, prompt):
     ask()
 
 
-def test_ids_are_packed_once():
+def test_ids_are_packed_once(monkeypatch):
+    monkeypatch.setattr(validation, "MANY_IDS", 100)
     cluster = FakeCluster("a")
     intake = cluster.service.served.first
     ids = (0, 17, 329)
     asked = SubmitRequest(id=1, prompt=ids)
     packed = intake.check(asked)
     assert packed == pack_tokens(ids)
+    assert len(intake.check(SubmitRequest(id=1, prompt=ids * 101))) == 4 * 303
     made = [intake.prepare(asked, Tenant(), "r", 1, 1e9, one) for one in (packed, b"")]
     assert made[0] == made[1]
     assert intake.check(SubmitRequest(id=1, prompt="text")) == b""
-    for wrong in ((330,), (-1,), (1, 2**32), (1 << 80,), (0, -(1 << 40))):
+    few, many = (1, 2), (1,) * (CONTEXT - 2)
+    assert len(few) <= validation.MANY_IDS < len(many)
+    for start, last in itertools.product((few, many), (330, -1, 2**32, 1 << 80, -(1 << 40))):
+        wrong = (*start, last)
         with pytest.raises(InvalidRequestError, match="ids from 0 to 329"):
             intake.check(SubmitRequest(id=1, prompt=wrong))
 

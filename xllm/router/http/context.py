@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
+import msgspec
+
 from xllm.config.settings import RouterSettings
 from xllm.router.front import Tenant
 from xllm.router.http.limits import HttpLimits
@@ -49,8 +51,7 @@ class FrontContext:
     """Whether a `user` field names a session (routing.sessions)."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(msgspec.Struct, frozen=True):
     """Who sent a request, and over what."""
 
     tenant: Tenant

@@ -7,7 +7,6 @@ Knows messages and shapes, no bodies' fields but a few. Invariant: whatever ends
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -49,8 +48,7 @@ Rest = Callable[[Send], Awaitable[None]]
 """What is left to do for a request whose body was read."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Posted:
+class Posted(msgspec.Struct, frozen=True, gc=False):
     """What a client sent: the bytes of its body, and the last event that it has of the answer."""
 
     body: bytes

@@ -5,7 +5,6 @@ Pure: bytes and dictionaries, no sockets.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -23,8 +22,7 @@ Events = list[tuple[EventStage, bytes]]
 which says nothing of its tokens, has EventStage.NOTHING."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(msgspec.Struct, frozen=True):
     """What stands in each chunk of an answer."""
 
     request_id: str
