@@ -19,7 +19,7 @@ from xllm.cli.chaos.session import ChaosSession
 from xllm.cli.chaos.verdict import Limits
 from xllm.errors import ConfigError
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]  # seven faults, on any machine
+pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]  # eight faults, on any machine
 
 OPTIONS = ChaosOptions(tokens=60, seconds=0, slack=20)
 
@@ -46,12 +46,13 @@ def check(found, names):
 
 def test_faults_one_after_the_other():
     """All on one cluster with proxies, which do nothing until told; the last one ends it."""
-    names = ["F01", "F03-kill", "F04", "F05", "F18", "F20-cut", "F26"]
+    names = ["F01", "F03-kill", "F04", "F05", "F05-worker", "F18", "F20-cut", "F26"]
     found = run([dataclasses.replace(SCENARIOS[name], cluster="proxied") for name in names])
     check(found, names)
     assert found["interrupted"] >= OPTIONS.streams
     for name in ("F01", "F03-kill", "F04", "F05", "F18"):
         assert found["scenarios"][name]["interrupted"] > 0, name
+    for name in ("F01", "F03-kill", "F04", "F05", "F05-worker", "F18"):
         assert found["scenarios"][name]["detect_ms"]["max"] > 0, name
 
 
