@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -264,7 +265,38 @@ def test_prefix_aware_minds_memory_that_is_not_there():
 def test_one_wholly_cached_prompt_still_computes_a_token():
     one = PrefixAware(CostWeights(), ImbalanceGuard(8, 1.5), RouteFigures())
     ask = RouteQuestion(32, BLOCK, {"a": Held(9)})
-    assert one.cost(instance("a"), ask, 0) == CostWeights().prefill_weight
+    assert one.costs([instance("a")], ask) == ([0], [CostWeights().prefill_weight])
+
+
+FIGURES = st.tuples(*(st.integers(0, most) for most in (40, 40, 9, 9, 3000, 3000, 1200, 1)))
+
+
+@given(st.lists(st.tuples(FIGURES, st.none() | st.tuples(*(st.integers(0, 90),) * 3)), min_size=1))
+def test_all_costs_at_once_are_what_the_page_says_of_each(facts):
+    weights = CostWeights()
+    candidates, cached = [], {}
+    for number, ((running, inflight, then, waiting, unseen, queue, free, says), held) in enumerate(
+        facts
+    ):
+        one = instance(f"i{number}", inflight, num_blocks=1000 * says, num_free_blocks=free)
+        load = {"num_running": running, "num_waiting": waiting, "waiting_tokens": queue}
+        one.load = msgspec.structs.replace(one.load, **load) if says else InstanceLoad(**load)
+        one.inflight_then, one.unseen_tokens, one.num_elsewhere = then, unseen, waiting * then
+        candidates.append(one)
+        if held is not None:
+            cached[one.name] = Held(*held)
+    ask = RouteQuestion(1000, BLOCK, cached)
+    loads, costs = PrefixAware(weights, ImbalanceGuard(8, 1.5), RouteFigures()).costs(
+        candidates, ask
+    )
+    assert loads == [num_requests(one) for one in candidates]
+    for one, cost in zip(candidates, costs, strict=True):
+        held = cached.get(one.name, Held())
+        left = max(1, 1000 - BLOCK * credited_blocks(held, weights))
+        short = -(-1000 // BLOCK) - held.device - free_blocks(one, BLOCK)
+        wanted = weights.prefill_weight * left + queued_tokens(one)
+        wanted += weights.decode_tokens * num_requests(one) + BLOCK * max(0, short)
+        assert cost == pytest.approx(wanted)
 
 
 def test_affinity_yields_to_the_guard():

@@ -7,6 +7,8 @@ start. Of other routers there are the counts of their presence. All numbers are 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from xllm.router.view import InstanceView
 
 
@@ -37,7 +39,8 @@ def takes_more(one: InstanceView, most_waiting: int) -> bool:
     `most_waiting` wait there (0: any number)."""
     if 0 <= one.full_from <= one.num_inflight:
         return False
-    return not most_waiting or num_waiting(one) < most_waiting
+    # Where fewer are than might wait, who waits need not be counted.
+    return not most_waiting or num_requests(one) < most_waiting or num_waiting(one) < most_waiting
 
 
 def free_blocks(one: InstanceView, block_size: int) -> int:
@@ -46,3 +49,19 @@ def free_blocks(one: InstanceView, block_size: int) -> int:
     if not load.num_blocks:
         return one.record.num_blocks  # no heartbeat with figures yet: nothing runs there
     return load.num_free_blocks - -(-one.unseen_tokens // block_size)
+
+
+def loads_of(candidates: Iterable[InstanceView], block_size: int) -> list[tuple[int, int, int]]:
+    """`num_requests`, `queued_tokens` and `free_blocks` of each, in one turn: a router asks this of
+    every candidate for every request, and calls would be most of its cost."""
+    found = []
+    for one in candidates:
+        load, num_inflight, unseen = one.load, one.num_inflight, one.unseen_tokens
+        counted = load.num_waiting + load.num_running + num_inflight - one.inflight_then
+        routed = num_inflight + one.num_elsewhere
+        free = load.num_free_blocks if load.num_blocks else one.record.num_blocks
+        if unseen and load.num_blocks:
+            free -= -(-unseen // block_size)
+        queued = load.waiting_tokens + unseen
+        found.append((counted if counted > routed else routed, queued, free))
+    return found

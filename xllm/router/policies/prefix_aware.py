@@ -26,7 +26,7 @@ from collections.abc import Sequence
 
 from xllm.router.policies.guard import ImbalanceGuard
 from xllm.router.policies.last_chosen import LastChosen
-from xllm.router.policies.load import free_blocks, num_requests, queued_tokens
+from xllm.router.policies.load import loads_of
 from xllm.router.policies.question import CachedTiers, RouteFigures, RouteQuestion, Stages
 from xllm.router.view import InstanceView
 
@@ -61,14 +61,16 @@ class PrefixAware:
         return self._chosen.take(best.name)
 
     def _cheapest(self, candidates: Sequence[InstanceView], ask: RouteQuestion) -> InstanceView:
-        loads = [num_requests(one) for one in candidates]
-        costs = [self.cost(one, ask, load) for one, load in zip(candidates, loads, strict=True)]
+        loads, costs = self.costs(candidates, ask)
         limit = self._guard.limit(loads) if ask.cached else max(loads)
         least = min(costs)
-        lowest = min(
-            [cost for cost, load in zip(costs, loads, strict=True) if load <= limit], default=least
-        )
+        lowest = least
+        if limit < max(loads):
+            allowed = [cost for cost, load in zip(costs, loads, strict=True) if load <= limit]
+            lowest = min(allowed, default=least)
         self._figures.num_yields += lowest > least
+        if costs.count(lowest) == 1:
+            return candidates[costs.index(lowest)]
         found = [
             one
             for one, cost, load in zip(candidates, costs, loads, strict=True)
@@ -79,23 +81,33 @@ class PrefixAware:
     def _last_chosen(self, one: InstanceView) -> int:
         return self._chosen[one.name]
 
-    def cost(self, one: InstanceView, ask: RouteQuestion, num_there: int) -> float:
-        """What the request would cost there, in tokens. `num_there`: requests there."""
-        weights = self._weights
+    def costs(
+        self, candidates: Sequence[InstanceView], ask: RouteQuestion
+    ) -> tuple[list[int], list[float]]:
+        """Requests at each candidate, and what this one would cost there, in tokens."""
+        weights, cached = self._weights, ask.cached
         size, num_tokens = ask.block_size, ask.num_prompt_tokens
-        held = ask.cached.get(one.name)
-        num_new = -(-num_tokens // size)
-        to_compute: float = num_tokens
-        if held is not None:
-            to_compute = max(1.0, num_tokens - size * credited_blocks(held, weights))
-            num_new -= held.device
-        short = num_new - free_blocks(one, size)
-        cost = (
-            weights.prefill_weight * to_compute
-            + queued_tokens(one)
-            + weights.decode_tokens * num_there
-        )
-        return cost + size * short if short > 0 else cost
+        num_blocks = -(-num_tokens // size)
+        uncached = weights.prefill_weight * num_tokens
+        decode_tokens = weights.decode_tokens
+        loads, costs = [], []
+        for one, (num_there, queued, free) in zip(
+            candidates, loads_of(candidates, size), strict=True
+        ):
+            cost, short = uncached, num_blocks - free
+            held = cached.get(one.name) if cached else None
+            if held is not None:
+                device = held.device
+                blocks: float = device
+                if held.dram > device or held.ssd > device:
+                    blocks = credited_blocks(held, weights)
+                left = num_tokens - size * blocks
+                cost = weights.prefill_weight * (left if left > 1.0 else 1.0)
+                short -= device
+            cost += queued + decode_tokens * num_there
+            loads.append(num_there)
+            costs.append(cost + size * short if short > 0 else cost)
+        return loads, costs
 
 
 def credited_blocks(held: CachedTiers, weights: CostWeights) -> float:
