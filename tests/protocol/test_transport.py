@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pathlib
 import socket as sockets
 import time
 
@@ -468,6 +469,50 @@ def test_other_machines_need_keys(address):
         transport.close()
         with pytest.raises(ClosedError):
             PublisherSocket(transport, "inproc://x")
+
+    run(main())
+
+
+def connections_of(port):
+    """Copies of this process's TCP connections from or to a port of its own."""
+    directory = pathlib.Path("/proc/self/fd")
+    names = [one.name for one in directory.iterdir() if one.is_socket()]
+    found = []
+    for name in names:
+        one = sockets.socket(fileno=os.dup(int(name)))
+        try:
+            ends = (one.getsockname(), one.getpeername())
+        except OSError:
+            ends = ()  # it listens, or is not connected
+        if one.family == sockets.AF_INET and port in [end[1] for end in ends]:
+            found.append(one)
+        else:
+            one.close()
+    return found
+
+
+def test_a_peer_whose_machine_vanished_is_noticed_by_the_kernel():
+    """Nobody can pull a cable here: what the kernel was told about both ends, then."""
+
+    async def main():
+        transport = Transport()
+        router, dealer, got = echo_pair(transport, "tcp://127.0.0.1:0")
+        dealer.send(AbortRequest(id=1))
+        await until(lambda: got)
+        ends = connections_of(int(router.endpoint.rpartition(":")[2]))
+        assert len(ends) == 2
+        for one in ends:
+            with one:
+                assert one.getsockopt(sockets.SOL_SOCKET, sockets.SO_KEEPALIVE)
+                idle = one.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_KEEPIDLE)
+                pause = one.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_KEEPINTVL)
+                count = one.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_KEEPCNT)
+                assert 0 < idle + pause * count <= 15
+                timeout_ms = one.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_USER_TIMEOUT)
+                assert 0 < timeout_ms <= 10_000
+        dealer.close()
+        router.close()
+        transport.close()
 
     run(main())
 
