@@ -61,10 +61,10 @@ class LogDisk:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-        # A file may still grow within its last page.
+        # A file may still grow within its last page. Blanks before an event do not hurt it.
         for path in self._directory.glob("*.log"):
             with path.open("ab", buffering=0) as file:
-                file.write(b"\n" * (-path.stat().st_size % mmap.PAGESIZE))
+                file.write(b" " * (-path.stat().st_size % mmap.PAGESIZE))
 
     def is_full(self) -> bool:
         """Whether nothing can be written."""
