@@ -9,7 +9,7 @@ crowd one place of the table.
 One bit stands for a publisher's tier (a *part*); `index_match` says how prefixes are found.
 
 Memory: a block has 9 bytes and 8 more for each 64 parts, and 8 a place of the hash, of which 42 to
-60% are taken: 35 to 50 bytes for a distinct block with up to 64 parts, 65 while the table is
+60% are taken: 35 to 50 bytes for a distinct block with up to 64 parts, 70 while the table is
 renewed, never more than `max_bytes` all together. At that limit the blocks stored or asked
 for longest ago go, a tenth of all at a time, and the parts that lost some are no longer *whole*:
 what is said of them may be too little, never too much. Pure; not for threads.
