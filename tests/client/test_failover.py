@@ -9,7 +9,7 @@ import pytest
 from tests.client.fake_router import FakeRouter
 from tests.client.test_async_client import free_endpoint, until
 from xllm import AsyncClient
-from xllm.errors import BrokenError, DeadlineError, RequestAbortedError
+from xllm.errors import BrokenError, DeadlineError, PermissionDeniedError, RequestAbortedError
 from xllm.protocol.client import LIFE_ATTEMPTS, RouterAddress
 
 
@@ -117,6 +117,31 @@ def test_addresses_that_cannot_be_tried_are_passed_by():
         first.close()
 
     asyncio.run(main())
+
+
+def test_a_router_that_does_not_know_our_key_is_passed_by():
+    async def test(client, routers):
+        stream = client.stream("part 1 a b")
+        await stream.read()
+        client.connection._refused()
+        client.connection._refused()  # told twice before the next one is turned to
+        assert await read_all(stream) == "b"
+        assert routers[1].submits[0].resume.outputs == ((0,),)
+
+    with_routers(2, test)
+
+
+def test_when_no_router_knows_our_key_that_is_said():
+    async def test(client, routers):
+        stream = client.stream("half")
+        client.connection._refused()
+        await asyncio.sleep(0)  # it is turned to, and has not been heard of
+        assert client.connection.endpoint == routers[1].endpoint
+        client.connection._refused()
+        with pytest.raises(PermissionDeniedError, match="does not know our key"):
+            await read_all(stream)
+
+    with_routers(2, test)
 
 
 def test_a_router_that_says_nothing_is_left_though_its_socket_lives():

@@ -81,8 +81,10 @@ class ClientConnection:
         self._transport = Transport(Security.load(keys_dir) if keys_dir else None)
         self._closed = False
         self._heard = False
+        self._num_refusals = 0
+        """Routers in a row that did not know our key."""
         self._is_leaving = False
-        """The present router said that it stops: the next one is turned to in a moment."""
+        """The present router stops, or refused us: the next one is turned to in a moment."""
         self._timer: asyncio.TimerHandle | None = None
         try:
             self._socket = self._open_socket()
@@ -187,6 +189,7 @@ class ClientConnection:
 
     def _connected(self) -> None:
         """First a ping: from then on the router tells when it stops."""
+        self._num_refusals = 0
         self._send_word(Ping(id=self._session.next_id()))
         self._send_due()
 
@@ -211,7 +214,7 @@ class ClientConnection:
             self._watch.num_routers = len(self._routers)
             if message.is_stopping and len(self._routers) > 1:
                 # Later: this socket is in the middle of its reading.
-                self._loop.call_soon(self._leave, self._socket)
+                self._loop.call_soon(self._leave, self._socket, f"{self.endpoint} stops")
                 self._is_leaving = True
                 return
         if self._is_leaving and type(message) is RequestFailed:
@@ -220,14 +223,24 @@ class ClientConnection:
         if abort is not None:
             self._send_word(abort)
 
-    def _leave(self, socket: DealerSocket[RouterMessage]) -> None:
+    def _leave(self, socket: DealerSocket[RouterMessage], why: str) -> None:
         if socket is self._socket and not self._closed:
-            self._turn(f"{self.endpoint} stops")
+            self._turn(why)
 
     def _lost(self) -> None:
         self._turn(f"the connection to {self.endpoint} was lost")
 
     def _refused(self) -> None:
+        """The router does not know our key; another may, until each has said so."""
+        if self._is_leaving:
+            return
+        self._num_refusals += 1
+        if self._num_refusals < len(self._routers):
+            # Later: this socket is in the middle of telling it.
+            self._loop.call_soon(self._leave, self._socket, f"{self.endpoint} knows no key of ours")
+            self._is_leaving = True
+            return
+        self._num_refusals = 0
         self._socket.discard_queued()
         self._session.fail_all(PermissionDeniedError(f"{self.endpoint} does not know our key"))
 
