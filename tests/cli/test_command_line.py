@@ -8,8 +8,16 @@ import time
 
 import pytest
 
+from xllm.cli.client_flags import service_options
 from xllm.cli.main import COMMANDS, root, run_command
 from xllm.config.table import setting_table
+from xllm.errors import (
+    BrokenError,
+    DeadlineError,
+    DependencyError,
+    OverloadedError,
+    UnavailableError,
+)
 
 MAX_MODULES_FOR_HELP = 120
 
@@ -78,6 +86,13 @@ def test_serve_takes_every_setting_as_a_flag(capsys):
         (["worker"], 64, "--master-worker-endpoint"),
         (["status", "--endpoint", "tcp://127.0.0.1:9", "--timeout", "0.2"], None, ""),
         (["status", "--timeout", "-1"], 64, "timeout_s"),
+        (["status", "--server-key", "abc"], 64, "server_key: a public key is 40 characters"),
+        (["status", "--server-key", "a b" + "c" * 37], 64, "server_key"),
+        (["serve", "--registry", "tcp://127.0.0.1"], 64, "cluster.registry: 'tcp://127.0.0.1'"),
+        (["serve", "--registry", "tcp://127.0.0.1:99999"], 64, "from 1 to 65535"),
+        (["serve", "--registry", "tcp://:2400"], 64, "tcp://host:port"),
+        (["serve", "--registry", "tcp://127.0.0.1:1;key=abc"], 64, "cluster.registry: a public"),
+        (["serve", "--admission-tenant-limits-file", "/nowhere"], 64, "/nowhere"),
     ],
 )
 def test_refusals_are_one_clear_line(arguments, code, words, capsys, monkeypatch):
@@ -90,6 +105,30 @@ def test_refusals_are_one_clear_line(arguments, code, words, capsys, monkeypatch
     assert err.startswith("xllm: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err
+
+
+def fail_with(error):
+    @service_options
+    def command(connect):
+        raise error
+
+    command(endpoint="tcp://127.0.0.1:1", timeout=1.0, keys_dir="", server_key="")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenError("no router answers"),
+        DeadlineError("no answer"),
+        UnavailableError("this router does not lead"),
+        OverloadedError("full"),
+    ],
+)
+def test_what_a_service_lacks_is_no_bug_of_xllm(error):
+    """Exit code 69, not 70."""
+    with pytest.raises(DependencyError, match=error.message) as caught:
+        fail_with(error)
+    assert caught.value.exit_code == 69
 
 
 @pytest.mark.parametrize(

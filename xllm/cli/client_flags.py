@@ -14,7 +14,13 @@ import click
 
 from xllm.client.asynchronous import DEFAULT_ENDPOINT
 from xllm.client.synchronous import Client
-from xllm.errors import BrokenError, DeadlineError, DependencyError
+from xllm.errors import (
+    BrokenError,
+    DeadlineError,
+    DependencyError,
+    OverloadedError,
+    UnavailableError,
+)
 from xllm.protocol.sampling import SamplingParams
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,7 +52,12 @@ def service_options(function: F) -> F:
             hint = "; `xllm serve` starts a service here, --endpoint names another one's"
             if not server_key:
                 hint += ", and one with keys wants --keys-dir and --server-key"
+            else:
+                hint += "; silent, too, is one with another key than --server-key, or that does "
+                hint += "not admit the key of --keys-dir"
             raise DependencyError(error.message + hint) from error
+        except (OverloadedError, UnavailableError) as error:
+            raise DependencyError(error.message) from error
         except DeadlineError as error:
             raise DependencyError(f"{endpoint}: {error.message} (--timeout)") from error
 

@@ -18,9 +18,9 @@ import click
 from xllm.errors import ConfigError
 from xllm.protocol.authority import CLIENT_ROLES, EVERY_ROLE, KnownPeer, PeerRole, Roles
 from xllm.protocol.transport.allow_list import SUFFIX, read_peer
+from xllm.protocol.transport.endpoint import check_public_key
 from xllm.protocol.transport.security import OWN_NAME, Security, create_keys
 
-_Z85 = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _PEER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _AT_CLIENT_PORT = frozenset((PeerRole.CLIENT, PeerRole.ADMIN))
 """Roles of those who reach the routers' client port only."""
@@ -104,8 +104,7 @@ def allow_peer(
     clients' list."""
     if not _PEER_NAME.fullmatch(name):
         raise ConfigError(f"{name!r} is no name of a peer: letters, digits, '.', '_', '-'")
-    if not _Z85.fullmatch(public_key):
-        raise ConfigError("a public key is 40 characters of Z85")
+    check_public_key(public_key, "PUBLIC_KEY")
     given = {*map(PeerRole, roles), *(CLIENT_ROLES if client else ())}
     security = Security.load(directory)
     at_clients = bool(given) and given <= _AT_CLIENT_PORT

@@ -16,16 +16,19 @@ from xllm.protocol.registry.etcd_address import is_etcd, parse_etcd_address
 from xllm.protocol.registry.etcd_files import check_etcd_settings
 from xllm.protocol.registry.open import split_address
 from xllm.protocol.transport.security import Security
+from xllm.router.admission.limits_file import make_gate
 from xllm.router.http.auth import read_key_file
 
 _CUDA_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
 
 
 def check_settings(settings: Settings) -> None:
-    """ConfigError for addresses without keys, and for key files that cannot be used."""
+    """ConfigError for addresses without keys, and for files of keys or of tenants' limits that
+    cannot be used."""
     check_exposure(settings)
     if settings.router.api_key_file:
         read_key_file(settings.router.api_key_file)
+    make_gate(settings.admission)
     if settings.cluster.keys_dir:
         Security.load(settings.cluster.keys_dir)
     if settings.cluster.registry:

@@ -42,6 +42,7 @@ from xllm.protocol.client import (
 from xllm.protocol.codec import Decoder
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
+from xllm.protocol.transport.endpoint import check_public_key
 from xllm.protocol.transport.security import Security
 
 _TICK_S = 0.02
@@ -71,6 +72,8 @@ class ClientConnection:
         max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
         discover: bool = True,
     ) -> None:
+        if server_key:
+            check_public_key(server_key, "server_key")
         self._routers = RouterList(endpoints, server_key, discover=discover)
         self._max_request_bytes = max_request_bytes
         self._loop = asyncio.get_running_loop()

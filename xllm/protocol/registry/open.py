@@ -8,7 +8,7 @@ from xllm.protocol.registry.etcd_address import is_etcd, parse_etcd_address
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.remote import RemoteRegistry
 from xllm.protocol.transport.context import Transport
-from xllm.protocol.transport.endpoint import split_key
+from xllm.protocol.transport.endpoint import check_tcp_port, split_key
 
 
 def split_address(address: str) -> tuple[str, str]:
@@ -23,6 +23,7 @@ def split_address(address: str) -> tuple[str, str]:
             f"registry address {address!r}: ipc://, inproc://, tcp:// or etcd:// is expected",
             param="cluster.registry",
         )
+    check_tcp_port(endpoint, "cluster.registry")
     return endpoint, server_key
 
 

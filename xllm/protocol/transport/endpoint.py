@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import stat
 
 from xllm.config.exposure import is_loopback
@@ -16,7 +17,8 @@ from xllm.errors import ConfigError, ListenError
 
 MAX_IPC_PATH_BYTES = 107
 _KEY_MARK = ";key="
-_KEY_CHARS = 40
+_PUBLIC_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
+_HOST_AND_PORT = re.compile(r"[^\s/]+:(\d{1,5})")
 _LOCK_FLAGS = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -24,12 +26,33 @@ def split_key(address: str, param: str) -> tuple[str, str]:
     """(endpoint, public key or "") of an address as settings have it; ConfigError, which names
     the setting, for what is no key."""
     endpoint, mark, server_key = address.partition(_KEY_MARK)
-    if mark and len(server_key) != _KEY_CHARS:
+    if mark:
+        check_public_key(server_key, param)
+    return endpoint, server_key
+
+
+def check_public_key(text: str, param: str) -> None:
+    """ConfigError, which names the setting, for what is no public key."""
+    if not _PUBLIC_KEY.fullmatch(text):
         raise ConfigError(
-            f"{param}: a public key has {_KEY_CHARS} characters, not {len(server_key)}",
+            f"{param}: a public key is 40 characters of Z85, not these {len(text)} "
+            "(quote it: it holds signs of the shell)",
             param=param,
         )
-    return endpoint, server_key
+
+
+def check_tcp_port(endpoint: str, param: str) -> None:
+    """ConfigError, which names the setting, for a tcp endpoint that nobody can connect to: one
+    without a host, or without a port from 1 to 65535."""
+    scheme, _, rest = endpoint.partition("://")
+    if scheme != "tcp":
+        return
+    match = _HOST_AND_PORT.fullmatch(rest)
+    if match is None or not 0 < int(match[1]) < 65536:
+        raise ConfigError(
+            f"{param}: {endpoint!r} is not tcp://host:port with a port from 1 to 65535",
+            param=param,
+        )
 
 
 def is_local(endpoint: str) -> bool:
