@@ -105,7 +105,7 @@ class RemoteWatch:
             except ClosedError:
                 return
             except (BrokenError, BackpressureError):
-                pass
+                pass  # the connection says so itself; it is tried again below
             except XllmError as error:
                 _log.warning("watch_refused", prefix=self.prefix, error=error.message)
             except Exception as error:  # whatever it is: without a watch nobody is found
