@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import pytest
+import structlog
 
 from xllm.config.settings import ClusterSettings
 from xllm.errors import (
@@ -99,6 +100,11 @@ class MoodyRegistry(LocalRegistry):
         super().__init__(RegistryStore(), clock)
         self.errors = []
         self.num_asked = 0
+        self.num_gets = 0
+
+    async def get(self, key):
+        self.num_gets += 1
+        return await super().get(key)
 
     async def keep_alive(self, lease_id):
         self.num_asked += 1
@@ -180,6 +186,38 @@ def test_a_key_that_went_while_its_lease_stands_is_put_again(monkeypatch):
         assert registration.num_registrations == 1
         await registration.withdraw()
         assert await registry.get("/me") is None
+        await registry.close()
+
+    run(main())
+
+
+def test_the_earlier_of_two_of_one_name_says_so_once(monkeypatch):
+    monkeypatch.setattr(keeper, "_RENEWAL_S", 0.01)
+    monkeypatch.setattr(keeper, "_MIN_PAUSE_S", 0.01)
+    monkeypatch.setattr(keeper, "_LOOK_S", 0.01)
+
+    async def looks(registry, count):
+        seen = registry.num_gets
+        while registry.num_gets < seen + count:
+            await asyncio.sleep(0.01)
+
+    async def main():
+        registry = MoodyRegistry(time.monotonic)
+        first = Registration(registry, "/me", lambda: b"first", 120.0)
+        await first.start()
+        with structlog.testing.capture_logs() as logs:
+            await looks(registry, 3)
+            assert logs == []
+            second = Registration(registry, "/me", lambda: b"second", 120.0)
+            await second.start()
+            await looks(registry, 6)
+            assert [line["event"] for line in logs] == ["name_taken"]
+            assert logs[0]["lease_id"] == second.lease_id
+            assert (await registry.get("/me")).value == b"second"
+            await second.withdraw()
+            await looks(registry, 6)
+        assert (await registry.get("/me")).value == b"first"
+        await first.withdraw()
         await registry.close()
 
     run(main())

@@ -5,7 +5,8 @@ It renews at half of what remains, counted from when the last renewal was sent, 
 not by all at once. A key that went while its lease stands (somebody deleted it, or a write of ours
 under an earlier lease came late and went with that) is put again, too. A registry that does not
 answer changes nothing here (fail static): `degraded` says so, and trying goes on. It does not know
-what the record means.
+what the record means. A record under another's lease stays: the later of two processes of one name
+is found, and the earlier one says so.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Registration:
         self._looked_at = 0.0
         self._degraded = False
         self._is_stale = False
+        self._rival_lease = 0
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -132,6 +134,12 @@ class Registration:
         if entry is None:
             _log.warning("entry_lost", key=self.key)
             self._is_stale = True
+            return
+        rival = 0 if entry.lease_id == self.lease_id else entry.lease_id
+        if rival and rival != self._rival_lease:
+            hint = "another process has this name: end one of them, or give it another name"
+            _log.error("name_taken", key=self.key, lease_id=rival, hint=hint)
+        self._rival_lease = rival
 
     async def _keep(self) -> None:
         pause_s = _MIN_PAUSE_S
