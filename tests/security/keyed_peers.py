@@ -106,6 +106,19 @@ class Nodes:
                 await closed
 
 
+def with_nodes(tmp_path, main):
+    """Run `main(nodes)` and close what it opened."""
+
+    async def body():
+        nodes = Nodes(tmp_path)
+        try:
+            await main(nodes)
+        finally:
+            await nodes.close()
+
+    run(body())
+
+
 def raw_curve(kind: int, server_key: str, public: bytes, secret: bytes) -> zmq.Socket:
     """A socket of libzmq's own, as a stranger has it."""
     socket = zmq.Context().socket(kind)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.security.keyed_peers import Nodes, run
+from tests.security.keyed_peers import with_nodes
 from xllm.cli.keys import allow_peer
 from xllm.errors import BrokenError
 from xllm.protocol.authority import PeerRole
@@ -21,19 +21,6 @@ from xllm.protocol.transport.security import create_keys
 ASKS: Decoder = Decoder(InstanceRequest)
 ANSWERS: Decoder = Decoder(InstanceReply)
 ANYWHERE = "tcp://127.0.0.1:0"
-
-
-def with_nodes(tmp_path, main):
-    """Run `main(nodes)` and close what it opened."""
-
-    async def body():
-        nodes = Nodes(tmp_path)
-        try:
-            await main(nodes)
-        finally:
-            await nodes.close()
-
-    run(body())
 
 
 @pytest.mark.parametrize("role", ["", "router"])

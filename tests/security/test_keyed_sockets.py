@@ -12,7 +12,7 @@ import time
 import pytest
 import zmq
 
-from tests.security.keyed_peers import Nodes, pair_of, raw_curve, run, until
+from tests.security.keyed_peers import Nodes, pair_of, raw_curve, run, until, with_nodes
 from xllm.cli.keys import allow_peer
 from xllm.errors import BackpressureError, ConfigError, ListenError
 from xllm.protocol.authority import PeerRole
@@ -32,19 +32,6 @@ BOTH = Decoder(ClientMessage | RouterMessage)
 ASKS: Decoder = Decoder(InstanceRequest)
 ANSWERS: Decoder = Decoder(InstanceReply)
 ANYWHERE = "tcp://127.0.0.1:0"
-
-
-def with_nodes(tmp_path, main):
-    """Run `main(nodes)` and close what it opened."""
-
-    async def body():
-        nodes = Nodes(tmp_path)
-        try:
-            await main(nodes)
-        finally:
-            await nodes.close()
-
-    run(body())
 
 
 def hearing(nodes, transport, **more):

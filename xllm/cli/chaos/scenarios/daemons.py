@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
-from xllm.cli.chaos.processes import is_alive, state_of
+from xllm.cli.chaos.scenarios.signals import frozen, kill
 from xllm.cli.chaos.stage import Stage
 
 FROZEN_S = 10.0
@@ -15,9 +12,7 @@ async def kill_daemon(stage: Stage) -> None:
     """SIGKILL of the KV cache daemon."""
     await stage.wait_load()
     victim = stage.pick("kvcache")
-    pid = victim.pid
-    injection = stage.strike("F21-kill", victim.name, lambda: os.kill(pid, signal.SIGKILL))
-    await stage.prove(injection, f"pid {pid} is gone", lambda: not is_alive(pid))
+    injection = await kill(stage, "F21-kill", victim.name, victim.pid)
     await stage.settle(injection)
 
 
@@ -25,11 +20,6 @@ async def freeze_daemon(stage: Stage) -> None:
     """SIGSTOP of the KV cache daemon for ten seconds."""
     await stage.wait_load()
     victim = stage.pick("kvcache")
-    pid = victim.pid
-    injection = stage.strike("F21-freeze", victim.name, lambda: os.kill(pid, signal.SIGSTOP))
-    try:
-        await stage.prove(injection, f"pid {pid} is in state T", lambda: state_of(pid) == "T")
+    async with frozen(stage, "F21-freeze", victim.name, [victim.pid]) as injection:
         await stage.pause(FROZEN_S)
-    finally:
-        os.kill(pid, signal.SIGCONT)
     await stage.settle(injection)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
-from xllm.cli.chaos.processes import is_alive, state_of
+from xllm.cli.chaos.processes import is_alive
+from xllm.cli.chaos.scenarios.signals import frozen, kill
 from xllm.cli.chaos.stage import LOST, Stage
 
 FROZEN_S = 3.0
@@ -17,9 +18,7 @@ async def kill_master(stage: Stage) -> None:
     """SIGKILL of a master; its worker dies with it."""
     await stage.wait_load()
     victim = stage.pick("master")
-    pid = victim.pid
-    injection = stage.strike("F01", victim.name, lambda: os.kill(pid, signal.SIGKILL))
-    await stage.prove(injection, f"pid {pid} is gone", lambda: not is_alive(pid))
+    injection = await kill(stage, "F01", victim.name, victim.pid)
     await stage.notice(injection, word=victim.name)
     await stage.settle(injection)
 
@@ -68,9 +67,7 @@ async def freeze_worker(stage: Stage) -> None:
 async def _end_worker(stage: Stage, scenario: str, number: signal.Signals) -> None:
     await stage.wait_load()
     victim = stage.pick("worker")
-    pid = victim.pid
-    injection = stage.strike(scenario, victim.name, lambda: os.kill(pid, number))
-    await stage.prove(injection, f"pid {pid} is gone", lambda: not is_alive(pid))
+    injection = await kill(stage, scenario, victim.name, victim.pid, number)
     await stage.notice(injection, WORKER_LOST)
     await stage.settle(injection)
 
@@ -78,20 +75,9 @@ async def _end_worker(stage: Stage, scenario: str, number: signal.Signals) -> No
 async def _freeze(
     stage: Stage, scenario: str, name: str, pids: list[int], names: tuple[str, ...]
 ) -> None:
-    def signal_all(number: signal.Signals) -> None:
-        for pid in pids:
-            if is_alive(pid):
-                os.kill(pid, number)
-
-    injection = stage.strike(scenario, name, lambda: signal_all(signal.SIGSTOP))
-    try:
-        frozen = f"pids {', '.join(map(str, pids))} are in state T"
-        await stage.prove(injection, frozen, lambda: all(state_of(p) == "T" for p in pids), 1.0)
+    async with frozen(stage, scenario, name, pids) as injection:
         await stage.notice(injection, names)
-        left_s = FROZEN_S - injection.detect_s
-        await stage.pause(max(0.0, left_s))
-    finally:
-        signal_all(signal.SIGCONT)
+        await stage.pause(max(0.0, FROZEN_S - injection.detect_s))
     await stage.settle(injection)
 
 

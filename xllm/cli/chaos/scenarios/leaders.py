@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 
-from xllm.cli.chaos.processes import is_alive, state_of
+from xllm.cli.chaos.scenarios.signals import frozen, kill
 from xllm.cli.chaos.stage import Stage
 from xllm.cli.chaos.verdict import Injection
 from xllm.config.settings import ClusterSettings
@@ -21,9 +19,7 @@ async def kill_leader(stage: Stage) -> None:
     """SIGKILL of the router that leads."""
     await stage.wait_load()
     name, epoch = await stage.leader()
-    pid = stage.cluster.processes[name].pid
-    injection = stage.strike("F09", name, lambda: os.kill(pid, signal.SIGKILL))
-    await stage.prove(injection, f"pid {pid} is gone", lambda: not is_alive(pid))
+    injection = await kill(stage, "F09", name, stage.cluster.processes[name].pid)
     await _wait_next(stage, injection, name, epoch)
     await stage.settle(injection)
 
@@ -33,13 +29,9 @@ async def freeze_leader(stage: Stage) -> None:
     await stage.wait_load()
     name, epoch = await stage.leader()
     pid = stage.cluster.processes[name].pid
-    injection = stage.strike("F10", name, lambda: os.kill(pid, signal.SIGSTOP))
-    try:
-        await stage.prove(injection, f"pid {pid} is in state T", lambda: state_of(pid) == "T")
+    async with frozen(stage, "F10", name, [pid]) as injection:
         await _wait_next(stage, injection, name, epoch)
         await stage.pause(max(0.0, injection.at + FROZEN_S - time.monotonic()))
-    finally:
-        os.kill(pid, signal.SIGCONT)
     await stage.settle(injection)
     await _check_one(stage, injection, epoch)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 
-from xllm.cli.chaos.processes import is_alive, state_of
+from xllm.cli.chaos.processes import is_alive
 from xllm.cli.chaos.registry_process import RegistryProcess
+from xllm.cli.chaos.scenarios.signals import frozen
 from xllm.cli.chaos.stage import Stage
 
 AWAY_S = 5.0
@@ -31,14 +32,8 @@ async def freeze(stage: Stage) -> None:
     await stage.wait_load()
     registry = stage.registry
     assert registry is not None
-    injection = stage.strike("F13", "the registry", lambda: registry.signal(signal.SIGSTOP))
-    try:
-        await stage.prove(
-            injection, f"pid {registry.pid} is in state T", lambda: state_of(registry.pid) == "T"
-        )
+    async with frozen(stage, "F13", "the registry", [registry.pid]) as injection:
         await stage.pause(FROZEN_S)
-    finally:
-        registry.signal(signal.SIGCONT)
     await stage.settle(injection)
 
 
