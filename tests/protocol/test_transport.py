@@ -385,7 +385,7 @@ def test_peers_that_do_not_read_are_not_tried_at_every_look(tmp_path, monkeypatc
         router, dealer, _got = echo_pair(transport, f"ipc://{tmp_path}/s")
         tries = []
         monkeypatch.setattr(router, "_try_send", lambda parts: tries.append(1) or False)
-        router._enqueue(b"stuck", (b"stuck", b"x"))
+        router._outboxes.put(b"stuck", (b"stuck", b"x"))
         begin = asyncio.get_running_loop().time()
         for _ in range(2000):
             router._look()

@@ -92,6 +92,7 @@ class RouterConversation:
         for done in outcome.prefilled:
             if router := self.routes.owner(done.request_id):
                 self._send(router, done)
+        self._socket.flush()  # the next step may be planned in this turn of the loop
 
     def _send(self, router: bytes, message: msgspec.Struct) -> None:
         try:

@@ -4,6 +4,10 @@ ZeroMQ's descriptor is edge-triggered: after any send or receive its events must
 so every bind, connect and send schedules one look. What the socket does not take at once waits
 in a bounded queue for each peer; a timer retries, since a ROUTER cannot say when one of its
 peers reads again.
+
+The first message of a turn of the loop leaves at once, those behind it leave together, at the
+end of the turn: ZeroMQ's thread is woken, and writes to the connection, for every message that it
+finds alone, which costs more than all the rest of sending it.
 """
 
 from __future__ import annotations
@@ -12,21 +16,25 @@ import asyncio
 import dataclasses
 import errno
 import os
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import zmq
 
-from xllm.errors import BackpressureError, BrokenError, ClosedError, ListenError, XllmError
+from xllm.errors import BrokenError, ClosedError, ListenError, XllmError
 from xllm.protocol.authority import PeerRole
 from xllm.protocol.transport.allow_list import CLUSTER_DOMAIN
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.endpoint import PathLock, check_bindable, is_local
 from xllm.protocol.transport.limits import SocketLimits, apply_options
 from xllm.protocol.transport.monitor import ConnectionMonitor
+from xllm.protocol.transport.outbox import Outboxes
 from xllm.protocol.transport.security import plain_client, secure_client, secure_server
 
 _DRAIN_BATCH = 512
+_MAX_BURST = 16
+"""Messages that leave together: with more of them nothing is saved, and the first ones wait."""
+_SMALL_BYTES = 16384
+"""Larger ones never wait for others."""
 _RETRY_S = 0.002
 _FLUSH_PAUSE_S = 0.001
 _NOBLOCK = zmq.NOBLOCK
@@ -44,16 +52,6 @@ class ChannelStatistics:
     queued_bytes: int
 
 
-class _Outbox:
-    """Messages that wait for one peer."""
-
-    __slots__ = ("messages", "num_bytes")
-
-    def __init__(self) -> None:
-        self.messages: deque[Sequence[bytes]] = deque()
-        self.num_bytes = 0
-
-
 class Channel:
     """What all sockets share. Subclasses implement `_receive(parts)`."""
 
@@ -66,7 +64,9 @@ class Channel:
         # The compiled method itself: what pyzmq puts before it is for options not used here.
         self._send_part = super(zmq.Socket, self._socket).send
         self._fd: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]  # FD is an int
-        self._outboxes: dict[bytes, _Outbox] = {}
+        self._outboxes = Outboxes(name, limits)
+        self._burst: list[tuple[bytes, Sequence[bytes]]] = []
+        """Peers and messages that leave at the next look, which is scheduled."""
         self._look_scheduled = False
         self._next_flush = 0.0
         """On the loop's clock: what waits is not tried again before."""
@@ -165,6 +165,8 @@ class Channel:
         and nothing but a receive that finds nothing arms it again. Each look follows a send or
         an event; peers that do not read are not worth a try at each of them."""
         self._look_scheduled = False
+        if self._burst:
+            self._send_burst()
         if self._outboxes and not self._closed and self._loop.time() >= self._next_flush:
             self._flush_all()
         for _ in range(_DRAIN_BATCH):
@@ -216,15 +218,43 @@ class Channel:
     # -- sending -----------------------------------------------------------------------------
 
     def _send(self, peer: bytes, parts: Sequence[bytes]) -> None:
-        """Send now, or queue behind what waits for `peer` already."""
+        """Send now or with others of this turn, or queue behind what waits for `peer` already.
+        BackpressureError past the bound. BrokenError: the peer is gone; of what leaves with others
+        that is not told, for the end of the connection is."""
         if self._closed:
             raise ClosedError(f"{self.name} is closed")
-        waits = bool(self._outboxes) and peer in self._outboxes
-        if waits or not self._try_send(parts):
-            self._enqueue(peer, parts)
+        outboxes = self._outboxes
+        if self._look_scheduled:
+            burst = self._burst
+            if len(parts[-1]) <= _SMALL_BYTES and not (outboxes and peer in outboxes):
+                burst.append((peer, parts))
+                if len(burst) >= _MAX_BURST:
+                    self._send_burst()
+                return
+            if burst:
+                self._send_burst()
+        if (outboxes and peer in outboxes) or not self._try_send(parts):
+            outboxes.put(peer, parts)
+            self._schedule_retry()
         if not self._look_scheduled:
             self._look_scheduled = True
             self._loop.call_soon(self._look)
+
+    def flush(self) -> None:
+        """What was sent in this turn of the loop leaves now: before work that takes long."""
+        if self._burst:
+            self._send_burst()
+
+    def _send_burst(self) -> None:
+        burst, self._burst = self._burst, []
+        outboxes = self._outboxes
+        for peer, parts in burst:
+            try:
+                if (outboxes and peer in outboxes) or not self._try_send(parts):
+                    outboxes.put(peer, parts, anyway=True)
+                    self._schedule_retry()
+            except BrokenError:
+                pass  # the peer is gone, and so is its connection, which is told
 
     def _try_send(self, parts: Sequence[bytes]) -> bool:
         send = self._send_part
@@ -241,19 +271,12 @@ class Channel:
         self._num_sent += 1
         return True
 
-    def _enqueue(self, peer: bytes, parts: Sequence[bytes]) -> None:
-        outbox = self._outboxes.get(peer)
-        if outbox is None:
-            outbox = self._outboxes[peer] = _Outbox()
-        size = sum(map(len, parts))
-        if (
-            len(outbox.messages) >= self._limits.max_queued_messages
-            or outbox.num_bytes + size > self._limits.max_queued_bytes
-        ):
-            raise BackpressureError(f"{self.name}: {len(outbox.messages)} messages wait already")
-        outbox.messages.append(parts)
-        outbox.num_bytes += size
-        self._schedule_retry()
+    def _discard(self, peer: bytes) -> int:
+        """Forget what has not left for a peer; returns how many messages that was."""
+        burst = [one for one in self._burst if one[0] != peer]
+        num_dropped = len(self._burst) - len(burst) + self._outboxes.drop(peer)
+        self._burst = burst
+        return num_dropped
 
     def _schedule_retry(self) -> None:
         if self._retry is None and not self._closed:
@@ -267,15 +290,7 @@ class Channel:
 
     def _flush_all(self) -> None:
         self._next_flush = self._loop.time() + _FLUSH_PAUSE_S
-        for peer in list(self._outboxes):
-            outbox = self._outboxes[peer]
-            try:
-                while outbox.messages and self._try_send(outbox.messages[0]):
-                    outbox.num_bytes -= sum(map(len, outbox.messages.popleft()))
-            except BrokenError:
-                outbox.messages.clear()
-            if not outbox.messages:
-                del self._outboxes[peer]
+        self._outboxes.flush(self._try_send)
         if self._outboxes:
             self._schedule_retry()
 
@@ -283,18 +298,21 @@ class Channel:
 
     def statistics(self) -> ChannelStatistics:
         """Counts since the socket was made."""
+        num_queued, queued_bytes = self._outboxes.totals()
+        queued_bytes += sum(len(part) for _, parts in self._burst for part in parts)
         return ChannelStatistics(
             self._num_received,
             self._num_sent,
             self._num_bad,
-            sum(len(o.messages) for o in self._outboxes.values()),
-            sum(o.num_bytes for o in self._outboxes.values()),
+            num_queued + len(self._burst),
+            queued_bytes,
         )
 
     def close(self) -> None:
         """Close the socket; what waits is dropped. Closing again does nothing."""
         if self._closed:
             return
+        self.flush()
         self._closed = True
         self._loop.remove_reader(self._fd)
         if self._retry is not None:

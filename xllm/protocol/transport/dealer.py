@@ -105,8 +105,7 @@ class DealerSocket(Channel, Generic[T]):
 
     def discard_queued(self) -> int:
         """Forget what waits for a connection; returns how many messages that was."""
-        outbox = self._outboxes.pop(b"", None)
-        return len(outbox.messages) if outbox else 0
+        return self._discard(b"")
 
     def _receive(self, parts: list[bytes]) -> None:
         try:

@@ -97,8 +97,7 @@ class RouterSocket(Channel, Generic[T]):
 
     def num_queued(self, identity: bytes) -> int:
         """Messages that wait for a peer that does not read as fast as we write."""
-        outbox = self._outboxes.get(identity)
-        return len(outbox.messages) if outbox is not None else 0
+        return self._outboxes.count(identity)
 
     def send_encoded(self, identity: bytes, body: bytes) -> None:
         """The same for a message that is encoded already."""
@@ -178,7 +177,7 @@ class RouterSocket(Channel, Generic[T]):
 
     def _forget(self, identity: bytes) -> None:
         self._keys.pop(identity, None)
-        self._outboxes.pop(identity, None)
+        self._discard(identity)
         if self._on_gone is not None:
             # Later, so that what the peer said before it left is handled first.
             self._leaving.add(identity)
