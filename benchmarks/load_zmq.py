@@ -28,6 +28,7 @@ from xllm.protocol.client import (
 )
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.sampling import SamplingParams
+from xllm.protocol.token_bytes import pack_tokens
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.endpoint import is_local
@@ -84,7 +85,8 @@ class Load:
             encode(
                 SubmitRequest(
                     id=number,
-                    prompt=tuple(prompt) if options.prompt_ids else prompt,
+                    prompt=None if options.prompt_ids else prompt,
+                    packed_prompt=pack_tokens(prompt) if options.prompt_ids else b"",
                     sampling=sampling,
                     stream=not options.batch,
                     hold_ms=options.hold_ms,

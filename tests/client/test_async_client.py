@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from array import array
 
 import pytest
 import uvloop
@@ -23,6 +24,7 @@ from xllm.errors import (
     RequestAbortedError,
 )
 from xllm.protocol.client import ChatMessage
+from xllm.protocol.token_bytes import unpack_tokens
 
 
 def talk(conversation, **options) -> None:
@@ -65,6 +67,22 @@ def test_generate_gives_a_typed_result():
         assert submit.sampling.max_tokens == 5
         assert submit.sampling.stop == ("!",)
         assert 0 < submit.timeout_ms <= 600_000
+
+    talk(conversation)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 5000])
+def test_many_token_ids_leave_as_bytes(length):
+    async def conversation(client, router):
+        ids = [number % 900 for number in range(length)]
+        await client.generate(ids)
+        await client.generate(array("I", ids))
+        for submit in router.submits:
+            if length < 64:
+                assert (submit.prompt, submit.packed_prompt) == (tuple(ids), b"")
+            else:
+                assert submit.prompt is None
+                assert list(unpack_tokens(submit.packed_prompt)) == ids
 
     talk(conversation)
 
@@ -286,6 +304,9 @@ def test_answers_to_what_was_sent_before_the_connection():
     [
         ("a lone \ud800 surrogate", {}),
         ((1, 2**70), {}),
+        ((1,) * 100 + (2**70,), {}),
+        ((1.5,) * 100, {}),
+        (("a",) * 100, {}),
         ("a", {"seed": 2**70}),
         ("a", {"stop": ("\udfff",)}),
         ("a", {"logit_bias": {2**70: 1.0}}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xllm.protocol.client import ChatMessage, ContentPart, ResumePoint, SubmitRequest
+from xllm.protocol.token_bytes import pack_tokens
 from xllm.router.effort import LONG_IDS, LONG_TALK_MESSAGES, LONG_TEXT_CHARS, is_long_request
 
 TEXT = "x" * (LONG_TEXT_CHARS + 1)
@@ -16,6 +17,7 @@ USER = ChatMessage(role="user", content="hi")
     [
         {"prompt": TEXT},
         {"prompt": (1,) * (LONG_IDS + 1)},
+        {"packed_prompt": pack_tokens((1,) * (LONG_IDS + 1))},
         {"messages": (USER,) * (LONG_TALK_MESSAGES + 1)},
         {"messages": (ChatMessage(role="user", content=TEXT),)},
         {"messages": (ChatMessage(role="user", content="", name=TEXT),)},
@@ -36,6 +38,7 @@ def test_long(fields):
     [
         {"prompt": TEXT[1:]},
         {"prompt": (1,) * LONG_IDS},
+        {"packed_prompt": pack_tokens((1,) * LONG_IDS)},
         {"messages": (USER,) * LONG_TALK_MESSAGES},
         {"prompt": "hi", "resume": ResumePoint(attempt=1, outputs=((1,), (2,)), seed=1)},
         {},

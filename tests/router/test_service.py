@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 
+import msgspec
 import pytest
 
 from tests.router.fake_cluster import (
@@ -353,6 +354,27 @@ async def test_a_text_of_five_megabytes_is_refused_by_its_bytes(monkeypatch):
     assert not worked
     assert cluster.service.num_open == 0
     cluster.close()
+
+
+@pytest.mark.parametrize("length", [1, 3, 63, 64, 100])
+@in_loop
+async def test_a_packed_prompt_is_the_same_prompt(length):
+    cluster = FakeCluster("a")
+    prompt = tuple(range(3, 3 + length))
+    sinks = [ListSink(), ListSink()]
+    ways = ({"prompt": prompt}, {"packed_prompt": pack_tokens(prompt)})
+    for way, sink in zip(ways, sinks, strict=True):
+        asked = SubmitRequest(id=1, sampling=SamplingParams(seed=3, max_tokens=1), **way)
+        request_id = cluster.service.submit(asked, Tenant(), sink)
+        cluster.say(request_id, 0, "h", "length")
+        cluster.end(request_id)
+    first, second = (
+        msgspec.structs.replace(one, request_id="", timeout_ms=0) for one in cluster.links.admits()
+    )
+    assert first == second
+    assert bool(first.packed_prompt) == (length >= 64)
+    assert sinks[0].last.choices == sinks[1].last.choices
+    assert sinks[1].last.usage.prompt_tokens == length
 
 
 @in_loop

@@ -109,7 +109,31 @@ def test_exactly_one_of_prompt_and_messages():
     talk = (ChatMessage(role="user", content="x"),)
     refused("prompt", prompt=None)
     refused("prompt", prompt="x", messages=talk)
+    refused("prompt", prompt="x", packed_prompt=pack_tokens((1,)))
+    refused("prompt", prompt=None, messages=talk, packed_prompt=pack_tokens((1,)))
     check(messages=talk)
+
+
+@pytest.mark.parametrize("num_ids", [1, 99])
+def test_packed_prompts(num_ids):
+    check(prompt=None, packed_prompt=pack_tokens((49,) * num_ids))
+    ids = (49,) * (num_ids - 1)
+    for wrong in (50, 2**31, 2**32 - 1):
+        refused("prompt", prompt=None, packed_prompt=pack_tokens((*ids, wrong)))
+    refused("packed_prompt", prompt=None, packed_prompt=pack_tokens((*ids, 1)) + b"\0")
+
+
+def test_packed_prompts_that_do_not_fit():
+    long = pack_tokens((1,) * 100)
+    refused(
+        "max_tokens",
+        kind=ContextLengthError,
+        prompt=None,
+        packed_prompt=long[4:],
+        sampling={"max_tokens": 101},
+    )
+    refused("prompt", kind=ContextLengthError, prompt=None, packed_prompt=long)
+    refused("prompt", kind=ContextLengthError, prompt=None, packed_prompt=long * 1000)
 
 
 def test_messages():

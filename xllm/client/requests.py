@@ -11,6 +11,7 @@ from xllm.errors import InvalidRequestError
 from xllm.protocol.client import ChatMessage, ClientMessage, SubmitRequest, TokenizeText
 from xllm.protocol.codec import encode
 from xllm.protocol.sampling import SamplingParams
+from xllm.protocol.token_bytes import PACK_FROM, pack_tokens
 
 T = TypeVar("T")
 
@@ -21,7 +22,8 @@ Messages = Sequence[Mapping[str, Any] | ChatMessage]
 """A conversation: mappings with `role` and `content`, as in the OpenAI API."""
 
 _REQUEST_FIELDS = frozenset(SubmitRequest.__struct_fields__) - {
-    "id", "prompt", "messages", "sampling", "stream", "timeout_ms", "resume", "embed", "dimensions",
+    "id", "prompt", "packed_prompt", "messages", "sampling", "stream", "timeout_ms", "resume",
+    "embed", "dimensions",
 }  # fmt: skip
 _EMBED_FIELDS = frozenset(("model", "priority", "offline", "cache_salt", "traceparent", "ttft_ms"))
 
@@ -53,7 +55,7 @@ def build_submit(
     if (prompt is None) == (messages is None):
         raise InvalidRequestError("give a prompt or messages, one of them", param="prompt")
     if prompt is not None:
-        fields["prompt"] = prompt if isinstance(prompt, str) else _token_ids(prompt)
+        fields |= _prompt_fields(prompt)
     else:
         fields["messages"] = messages
     fields["id"] = request_id
@@ -78,8 +80,8 @@ def build_embed(
             raise InvalidRequestError(f"unknown option {name}", param=name)
     fields = {
         **options, "type": "submit", "id": request_id, "stream": False, "embed": True,
-        "prompt": prompt if isinstance(prompt, str) else _token_ids(prompt),
         "timeout_ms": max(1, int(timeout_s * 1000)), "dimensions": dimensions,
+        **_prompt_fields(prompt),
     }  # fmt: skip
     return _convert(fields, SubmitRequest)
 
@@ -112,11 +114,19 @@ def encode_request(message: ClientMessage) -> bytes:
         raise InvalidRequestError(f"this cannot be sent: {str(error)[:200]}") from error
 
 
-def _token_ids(prompt: Sequence[int]) -> tuple[int, ...]:
+def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as the fields of a submit; many ids as bytes."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
     try:
-        return tuple(prompt)
+        ids = tuple(prompt)
+        if len(ids) >= PACK_FROM:
+            return {"packed_prompt": pack_tokens(ids)}
+    except OverflowError:
+        pass  # no id of any model: the router says what is one
     except TypeError as error:
         raise InvalidRequestError("prompt is a text or token ids", param="prompt") from error
+    return {"prompt": ids}
 
 
 def _convert(fields: dict[str, Any], cls: type[T]) -> T:

@@ -48,7 +48,7 @@ class ResumePoint(MapPart, frozen=True):
 
 
 class SubmitRequest(MapMessage, tag="submit", frozen=True):
-    """Ask for completions of one prompt, given as text, token ids or chat messages (one of)."""
+    """Ask for completions of one prompt: text, token ids, these as bytes, or chat messages."""
 
     id: int
     model: str = ""
@@ -85,6 +85,9 @@ class SubmitRequest(MapMessage, tag="submit", frozen=True):
     request's later attempts replace its earlier ones, wherever they run. "": none."""
     session: str = ""
     """Requests of one session (and tenant) go to one instance while that is not overrun."""
+    packed_prompt: bytes = b""
+    """Token ids as bytes (32 bits each, little-endian), in place of `prompt`: many ids are one
+    thing to copy and to check so."""
 
 
 class AbortRequest(MapMessage, tag="abort", frozen=True):

@@ -11,6 +11,8 @@ from array import array
 from collections.abc import Sequence
 
 TOKEN_BYTES = 4
+PACK_FROM = 64
+"""Prompts of so many tokens travel so."""
 _LITTLE_ENDIAN = sys.byteorder == "little"
 
 

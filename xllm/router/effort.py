@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xllm.protocol.client import ChatMessage, SubmitRequest
+from xllm.protocol.token_bytes import TOKEN_BYTES
 
 LONG_TEXT_CHARS = 4096
 LONG_TALK_MESSAGES = 64
@@ -17,6 +18,8 @@ LONG_IDS = 4096
 
 def is_long_request(request: SubmitRequest) -> bool:
     """Whether a request's own text and ids are much work."""
+    if len(request.packed_prompt) > LONG_IDS * TOKEN_BYTES:
+        return True
     prompt = request.prompt
     if prompt is not None:
         if len(prompt) > (LONG_TEXT_CHARS if isinstance(prompt, str) else LONG_IDS):

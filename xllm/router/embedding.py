@@ -36,7 +36,7 @@ def check_embedding(request: SubmitRequest, size: int) -> None:
         if request.dimensions:
             raise InvalidRequestError("dimensions needs embed", param="dimensions")
         return
-    if request.prompt is None:
+    if request.prompt is None and not request.packed_prompt:
         raise InvalidRequestError("a vector is that of a prompt", param="messages")
     if request.sampling != _DEFAULTS:
         raise InvalidRequestError("nothing is sampled for a vector", param="sampling")

@@ -19,7 +19,7 @@ from xllm.kvcache.hashing import root_hash
 from xllm.protocol.client import ChatMessage, ModelInfo, SubmitRequest, TokenizeText
 from xllm.protocol.records import InstanceRecord
 from xllm.protocol.sampling import SamplingParams
-from xllm.protocol.token_bytes import TOKEN_BYTES, pack_tokens, unpack_tokens
+from xllm.protocol.token_bytes import PACK_FROM, TOKEN_BYTES, pack_tokens, unpack_tokens
 from xllm.router.block_names import BlockNames
 from xllm.router.embedding import VECTOR_SAMPLING, check_task
 from xllm.router.front import Tenant
@@ -33,9 +33,6 @@ from xllm.router.validation import (
     check_resumed_length,
     check_text_bytes,
 )
-
-PACK_FROM = 64
-"""Prompts of so many tokens travel as bytes."""
 
 
 class Intake:

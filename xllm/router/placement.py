@@ -89,8 +89,10 @@ class Placement:
         if not usable:
             return None
         most = self._bound(offline)
-        passable = self.breakers.passable(for_whole(usable), self._clock())
-        return any(takes_more(one, most) for one in passable)
+        for one in self.breakers.passable(for_whole(usable), self._clock()):
+            if takes_more(one, most):
+                return True
+        return False
 
     def _bound(self, offline: bool) -> int:
         """Half is for online requests alone."""
@@ -170,6 +172,9 @@ class Placement:
 
 def for_whole(usable: Sequence[InstanceView]) -> Sequence[InstanceView]:
     """Those that whole requests go to: of the role `both`, or all where none has it."""
-    if all(one.role == WHOLE for one in usable):
+    for one in usable:
+        if one.role != WHOLE:
+            break
+    else:
         return usable
     return [one for one in usable if one.role == WHOLE] or usable

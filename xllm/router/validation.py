@@ -17,7 +17,7 @@ from xllm.config.settings import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError
 from xllm.protocol.client import ChatMessage, ResumePoint, SubmitRequest
 from xllm.protocol.sampling import SamplingParams
-from xllm.protocol.token_bytes import pack_tokens
+from xllm.protocol.token_bytes import TOKEN_BYTES, pack_tokens
 from xllm.router.embedding import check_embedding
 from xllm.router.text.template import MAX_KWARG_CHARS, TEMPLATE_KWARGS
 
@@ -65,12 +65,15 @@ def check_request(
     that passed under the same limits and facts: most requests ask for those of the one before.
     Returns the bytes of a prompt of ids (see token_bytes), which show its bounds; else none."""
     check_embedding(request, facts.embedding_size)
-    given = (request.prompt is not None) + (request.messages is not None)
+    packed = request.packed_prompt
+    given = (request.prompt is not None) + (request.messages is not None) + bool(packed)
     if given != 1:
         raise InvalidRequestError(f"give one of prompt and messages, not {given}", param="prompt")
-    packed = b""
-    if request.prompt is not None:
-        packed = check_prompt(request.prompt, facts, num_new=0 if request.embed else 1)
+    num_new = 0 if request.embed else 1
+    if packed:
+        check_packed(packed, facts, num_new)
+    elif request.prompt is not None:
+        packed = check_prompt(request.prompt, facts, num_new)
     elif request.messages is not None:
         check_messages(request.messages, facts)
         check_template_kwargs(request)
@@ -116,6 +119,17 @@ def check_prompt(prompt: str | tuple[int, ...], facts: ModelFacts, num_new: int 
     except OverflowError:
         pass  # neither is an id of any model
     raise refuse("prompt", f"must hold ids from 0 to {facts.vocab_size - 1}")
+
+
+def check_packed(packed: bytes, facts: ModelFacts, num_new: int) -> None:
+    """The same for ids that come as bytes."""
+    num_ids, rest = divmod(len(packed), TOKEN_BYTES)
+    if rest:
+        raise refuse("packed_prompt", f"must have {TOKEN_BYTES} bytes an id, not {len(packed)}")
+    if num_ids + num_new > facts.max_model_len:
+        raise too_long(num_ids, num_new, facts.max_model_len)
+    if np.frombuffer(packed, "<u4").max() >= facts.vocab_size:
+        raise refuse("prompt", f"must hold ids from 0 to {facts.vocab_size - 1}")
 
 
 def check_text_bytes(param: str, text: str, facts: ModelFacts) -> None:

@@ -17,8 +17,9 @@ class RoundRobin:
 
     def choose(self, candidates: Sequence[InstanceView], ask: RouteQuestion) -> Stages:
         """Whose turn it is."""
-        names = sorted(one.name for one in candidates)
-        name = next((name for name in names if name > self._last), names[0])
+        last = self._last
+        names = [one.record.name for one in candidates]
+        name = min([name for name in names if name > last] or names)
         self._last = name
         self._figures.count("turn")
         return (("both", name),)
