@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 Words = npt.NDArray[np.uint64]
 Slots = npt.NDArray[np.intp]
@@ -20,7 +21,6 @@ WINDOW_BITS = 3
 WINDOW = 1 << WINDOW_BITS
 """Slots that are looked at together where a key is not at home."""
 MAX_POSITION = (1 << 32) - 1
-_WINDOW: Slots = np.arange(WINDOW)
 _HALF = np.uint64(32)
 _POSITION = np.uint64(MAX_POSITION)
 
@@ -33,6 +33,8 @@ class BlockHash:
         self._scale = np.uint64(num_homes)
         self._log = log
         self._slots: Words = np.zeros(num_homes + SPILL, np.uint64)
+        # From each slot on so many: a row is copied as one piece.
+        self._windows: Words = sliding_window_view(self._slots, WINDOW)
         # One element of these takes a third of the time.
         self._slot_view, self._log_view = self._slots.data, log.data
 
@@ -108,16 +110,15 @@ class BlockHash:
 
     def _free_behind(self, at: Slots) -> Slots:
         """From each slot on the first that is free, or as far as a window goes."""
-        is_taken = self._slots[at[:, None] + _WINDOW] != 0
+        is_taken = self._windows[at] != 0
         is_taken[:, -1] = False
         offsets: Slots = is_taken.argmin(axis=1)
         return at + offsets
 
     def _find_behind(self, marks: Words, at: Slots) -> Words:
         """The positions of keys from these slots on, as far as 32 bits tell."""
-        slots = (at[:, None] + _WINDOW).ravel()
-        there = self._slots[slots]
-        words = there ^ marks.repeat(WINDOW)
+        there = self._windows[at]
+        words = (there ^ marks[:, None]).ravel()
         hits = (words <= _POSITION).nonzero()[0]
         row = hits >> WINDOW_BITS
         found = np.zeros(len(marks), np.uint64)
@@ -127,7 +128,7 @@ class BlockHash:
             return found
         # Where a window has no empty slot, the key may be behind it.
         further = (found == 0).nonzero()[0]
-        further = further[there.reshape(-1, WINDOW)[further].all(axis=1)]
+        further = further[there[further].all(axis=1)]
         if len(further):
             found[further] = self._find_behind(marks[further], at[further] + WINDOW)
         return found
