@@ -47,6 +47,41 @@ def test_failures_open_it_and_a_trial_closes_it():
     assert names(one.passable([A, B], 7.5)) == ["a", "b"]
 
 
+def test_a_long_trial_lets_another_through_once_it_answers():
+    one = breakers()
+    fail(one, 3)
+    one.answers("a", "r0")  # no trial
+    for number, at in enumerate((8.0, 9.0, 10.0)):
+        assert names(one.passable([A, B], at)) == ["a", "b"]
+        one.sent("a", f"t{number}", at)
+        assert names(one.passable([A, B], at)) == ["b"]
+        one.answers("a", f"t{number}")
+        assert one.state("a", at) == "half-open"
+    one.left("a", "t0")
+    one.ended("a", "t0", "", 11.0)  # it had left: no verdict
+    assert one.state("a", 11.0) == "half-open"
+    one.ended("a", "t2", "", 11.0)
+    assert one.state("a", 11.0) == "closed"
+
+
+@pytest.mark.parametrize("failed", ["t1", "t2", ""])
+def test_any_failed_trial_opens_it_again(failed):
+    one = breakers()
+    fail(one, 3)
+    one.sent("a", "t1", 8.0)
+    one.answers("a", "t1")
+    one.sent("a", "t2", 8.5)
+    one.ended("a", "old", "engine_error", 8.6)
+    assert one.state("a", 8.6) == "half-open"
+    if failed:
+        one.ended("a", failed, "engine_error", 9.0)
+    else:
+        one.died("a", 9.0)
+    assert (one.state("a", 18.9), one.state("a", 19.0)) == ("open", "half-open")
+    one.ended("a", "t1", "", 20.0)  # it belongs to the trial before
+    assert one.state("a", 20.0) == "half-open"
+
+
 def test_a_failed_trial_opens_it_for_longer():
     one = breakers()
     now = fail(one, 3)
@@ -140,7 +175,7 @@ def test_what_is_long_past_is_dropped():
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(("ill", "well", "sent", "left", "died", "forget")),
+        st.sampled_from(("ill", "well", "sent", "answers", "left", "died", "forget")),
         st.sampled_from("ab"),
         st.sampled_from(("r1", "r2")),
         st.floats(0, 4),
@@ -150,7 +185,7 @@ EVENTS = st.lists(
 
 
 @given(EVENTS)
-def test_somebody_is_always_left_and_one_trial_is_out_at_most(events):
+def test_somebody_is_always_left_and_one_trial_waits_for_a_token_at_most(events):
     one = breakers()
     now = 0.0
     for kind, name, request_id, pause in events:
@@ -165,6 +200,8 @@ def test_somebody_is_always_left_and_one_trial_is_out_at_most(events):
             one.sent(name, request_id, now)
             if name in passable and one.state(name, now) == "half-open" and "closed" in both:
                 assert name not in names(one.passable([A, B], now))
+        elif kind == "answers":
+            one.answers(name, request_id)
         elif kind == "left":
             one.left(name, request_id)
         elif kind == "died":

@@ -285,6 +285,7 @@ class Dispatcher:
 
     def _first_token(self, request: InflightRequest) -> None:
         request.told = True
+        self._placement.answers(request)
         self._metrics.ttft.observe(self._clock() - request.started)
 
     def _ended(self, request: InflightRequest, last: RequestFinished | RequestFailed) -> None:

@@ -133,6 +133,11 @@ class Placement:
         self.traffic.refused(one.instance)
         return OverloadedError.code
 
+    def answers(self, request: InflightRequest) -> None:
+        """The first token of a request came."""
+        if request.state is not None:
+            self.breakers.answers(request.placed, request.state.spec.request_id)
+
     def leave(self, request: InflightRequest) -> None:
         """The request runs nowhere from now on."""
         if request.placed:

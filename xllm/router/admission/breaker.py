@@ -4,8 +4,9 @@ Failures are the instance's own: an engine error, a lost worker, an internal err
 with a request (a 4xx), a deadline, an abort and a full queue say nothing about an instance and
 are ignored. One fault that hits many requests at once counts once. The breaker opens after
 `failures` of them within `window_s`, if no more requests ended well than ill meanwhile; after
-`open_s` one request is let through as a trial (half-open): if it ends well the breaker closes,
-if it fails it opens again for twice as long, at most MAX_DOUBLED times `open_s`.
+`open_s` one request is let through as a trial (half-open), and another one once that has a token:
+an answer may take minutes. The first trial that ends well closes the breaker; one that fails opens
+it again for twice as long, at most MAX_DOUBLED times `open_s`.
 
 Breakers choose between instances and never refuse a request: where all instances of a model
 are open, they are all used as if none was.
@@ -40,7 +41,9 @@ class BreakerState:
     """0: closed."""
     open_s: float = 0.0
     trial: str = ""
-    """The request that is let through."""
+    """The request that was let through, and has no token yet."""
+    begun: set[str] = dataclasses.field(default_factory=set)
+    """Trials that have."""
 
 
 class CircuitBreakers:
@@ -73,11 +76,20 @@ class CircuitBreakers:
         if one is not None and one.opened_until and now >= one.opened_until and not one.trial:
             one.trial = request_id
 
-    def left(self, name: str, request_id: str) -> None:
-        """It runs there no more; of a trial without a verdict there will be another."""
+    def answers(self, name: str, request_id: str) -> None:
+        """Its first token came from there."""
         one = self._states.get(name)
         if one is not None and one.trial == request_id:
             one.trial = ""
+            one.begun.add(request_id)
+
+    def left(self, name: str, request_id: str) -> None:
+        """It runs there no more; of a trial without a verdict there will be another."""
+        one = self._states.get(name)
+        if one is not None:
+            one.begun.discard(request_id)
+            if one.trial == request_id:
+                one.trial = ""
 
     def ended(self, name: str, request_id: str, code: str, now: float) -> None:
         """An instance ended an attempt: with an error's code, or "" for well."""
@@ -94,7 +106,8 @@ class CircuitBreakers:
         """Call now and then: drop what is long past."""
         for name, one in list(self._states.items()):
             past = now - self._window_s - 2 * one.open_s
-            if not one.trial and one.opened_until < past and one.failures[-1] < past:
+            on_trial = one.trial or one.begun
+            if not on_trial and one.opened_until < past and one.failures[-1] < past:
                 del self._states[name]
 
     def _passes(self, name: str, now: float) -> bool:
@@ -108,7 +121,7 @@ class CircuitBreakers:
         if one is None:
             return
         one.num_well += 1
-        if one.opened_until and one.trial == request_id:
+        if one.opened_until and (one.trial == request_id or request_id in one.begun):
             del self._states[name]
 
     def _ill(self, name: str, request_id: str, now: float) -> None:
@@ -118,7 +131,8 @@ class CircuitBreakers:
         if one is None:
             one = self._states[name] = BreakerState(deque(maxlen=self._failures))
         if one.opened_until:
-            if one.trial and request_id in ("", one.trial):
+            on_trial = one.begun | {one.trial} - {""}
+            if on_trial and (not request_id or request_id in on_trial):
                 self._open(one, min(2 * one.open_s, MAX_DOUBLED * self._open_s), now)
             return
         times = one.failures
@@ -137,4 +151,5 @@ class CircuitBreakers:
         one.open_s = open_s
         one.opened_until = now + open_s
         one.trial = ""
+        one.begun.clear()
         self.num_opened += 1
