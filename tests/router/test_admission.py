@@ -9,13 +9,16 @@ import pytest
 
 from tests.router.fake_cluster import FakeCluster, ListSink, in_loop
 from xllm.config.admission import AdmissionSettings
+from xllm.errors import ModelNotFoundError, RateLimitError
 from xllm.protocol.bus import InstanceLoad, RouterPresence, TenantUse
 from xllm.protocol.client import (
     LIFE_ATTEMPTS,
     ChatMessage,
+    DetokenizeIds,
     RequestFinished,
     ResumePoint,
     SubmitRequest,
+    TokenizeText,
 )
 from xllm.protocol.sampling import SamplingParams
 from xllm.router.effort import LONG_TALK_MESSAGES
@@ -325,6 +328,36 @@ async def test_connections_without_a_name_share_their_limits():
         request = SubmitRequest(id=1, prompt="hello", sampling=SamplingParams(max_tokens=5))
         cluster.service.submit(request, Tenant(name, account="default"), sink)
         assert bool(sink.messages) == bool(number)
+    close(cluster)
+
+
+@in_loop
+async def test_work_on_texts_and_ids_counts_as_requests():
+    cluster = cluster_with("a", requests_per_minute=3, concurrency=1)
+    tenant, other = Tenant("t"), Tenant("u")
+    text, ids = TokenizeText(id=1, text="hello"), DetokenizeIds(id=1, token_ids=(5,))
+    with pytest.raises(ModelNotFoundError):
+        await cluster.service.tokenize(TokenizeText(id=1, model="no", text="x"), tenant)
+    request_id, sink = ask(cluster)
+    assert not sink.messages, "nothing is open any more"
+    with pytest.raises(RateLimitError, match="open"):
+        await cluster.service.tokenize(text, tenant)
+    with pytest.raises(RateLimitError, match="open"):
+        await cluster.service.detokenize(ids, tenant)
+    cluster.service.abort(request_id)
+    long = TokenizeText(id=1, text="hello " * 900)
+    asked = asyncio.ensure_future(cluster.service.tokenize(long, tenant))
+    await asyncio.sleep(0)
+    _, refused = ask(cluster)
+    assert refused.last.code == "rate_limit_exceeded", "it is open as long as a thread works on it"
+    assert (await asked).token_ids
+    with pytest.raises(RateLimitError, match="3 requests a minute"):
+        await cluster.service.detokenize(ids, tenant)
+    assert (await cluster.service.encode(text, tenant)).token_ids, "part of a request"
+    assert (await cluster.service.decode(ids, tenant)).text
+    assert (await cluster.service.tokenize(text, other)).token_ids
+    [use] = [one for one in cluster.service.admission.word() if one.tenant == "t"]
+    assert (use.num_open, use.num_requests) == (0, 3)
     close(cluster)
 
 

@@ -247,7 +247,18 @@ class RouterService:
         return tuple(one.info(bool(self.view.usable(one.name))) for one in self.served)
 
     async def tokenize(self, request: TokenizeText, tenant: Tenant) -> TokenizedText:
-        """Token ids of a text or of messages; XllmError where it cannot."""
+        """Token ids of a text or of messages; XllmError where it cannot. It counts as a request
+        of the tenant."""
+        with self.admission.question(tenant.account or tenant.name):
+            return await self.encode(request, tenant)
+
+    async def detokenize(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:
+        """The text of token ids; XllmError where it cannot. It counts as a request."""
+        with self.admission.question(tenant.account or tenant.name):
+            return await self.decode(request, tenant)
+
+    async def encode(self, request: TokenizeText, tenant: Tenant) -> TokenizedText:
+        """`tokenize` as a part of a request that is counted."""
         intake = self.served.find(request.model)
         info = intake.check_text(request)
         talk = request.messages
@@ -257,8 +268,8 @@ class RouterService:
             ids = intake.encode_text(request, tenant)
         return TokenizedText(id=request.id, token_ids=ids, max_model_len=info.max_model_len)
 
-    async def detokenize(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:
-        """The text of token ids; XllmError where it cannot."""
+    async def decode(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:
+        """`detokenize` as a part of a request that is counted."""
         intake = self.served.find(request.model)
         ids = request.token_ids
         intake.check_ids(ids)

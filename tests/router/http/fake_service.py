@@ -229,17 +229,21 @@ class FakeService(RouterService):
     def models(self) -> tuple[ModelInfo, ...]:
         return (ModelInfo(name=MODEL, max_model_len=1000, vocab_size=8),)
 
-    async def tokenize(self, request: TokenizeText, tenant: Tenant) -> TokenizedText:
+    async def encode(self, request: TokenizeText, tenant: Tenant) -> TokenizedText:
         if request.model not in ("", MODEL):
             raise ModelNotFoundError("no such model", param="model")
         words = (request.text or "").split()
         ids = tuple(WORDS.index(" " + word) for word in words)
         return TokenizedText(id=request.id, token_ids=ids, max_model_len=1000)
 
-    async def detokenize(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:
+    tokenize = encode
+
+    async def decode(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:
         if any(not 0 <= token < len(WORDS) for token in request.token_ids):
             raise InvalidRequestError("token_ids must be from 0 to 7", param="token_ids")
         return DetokenizedText(id=0, text="".join(WORDS[token] for token in request.token_ids))
+
+    detokenize = decode
 
     def token_bytes(self, model: str, token_id: int) -> bytes:
         return WORDS[token_id].encode()

@@ -8,8 +8,9 @@ abort or a shutdown ends it as one of those. Invariant: the lines hold open requ
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from xllm.config.admission import AdmissionSettings
 from xllm.errors import InvalidRequestError, OverloadedError, UnavailableError
@@ -71,6 +72,22 @@ class AdmissionControl:
         except OverloadedError as error:
             self.figures.reject("limit", account)
             raise error
+
+    @contextlib.contextmanager
+    def question(self, account: str) -> Iterator[None]:
+        """Around work on texts or ids that is no part of a request: it counts as one against the
+        tenant's requests, and while it is open. RateLimitError: not now."""
+        try:
+            counted = self._gate.enter(account, self._clock())
+        except OverloadedError as error:
+            self.figures.reject("limit", account)
+            raise error
+        try:
+            yield
+        finally:
+            if counted:
+                # It says nothing of how long requests take.
+                self._gate.leave(account, 0, self._gate.mean_s, self._clock())
 
     def foresee(self, request: InflightRequest, model: str, tenant: str, rank: Rank) -> None:
         """OverloadedError for a request that would be sent away once its prompt is known: it is
