@@ -10,7 +10,7 @@ import pytest
 from xllm.master.process_state import is_process_stopped
 from xllm.master.rank_link import RankLink
 from xllm.master.step_times import FIRST_STEP_S, StepTimes, StepWork
-from xllm.master.vigil import HELD_S, HUSH_S, MOST_DENIED_S, SILENCE_S, WorkerVigil
+from xllm.master.vigil import HELD_S, HUSH_S, MOST_DENIED_S, PROOF_S, SILENCE_S, WorkerVigil
 from xllm.protocol.bus import WorkerState
 from xllm.protocol.step import PULSE_PERIOD_S, StepItem, StepPlan, WorkerFailed, WorkerReady
 
@@ -189,17 +189,17 @@ def test_an_idle_worker_may_stand_still_but_not_be_silent():
 
 def test_the_bound_of_silence_is_many_pulses():
     assert SILENCE_S >= 5.0 >= 10 * PULSE_PERIOD_S
-    assert HUSH_S == 1.0
+    assert 0.6 < HUSH_S < PROOF_S == 1.0
 
 
-def test_a_worker_that_falls_silent_in_a_step_is_looked_at_after_a_second():
+def test_a_worker_that_falls_silent_in_a_step_is_looked_at_within_a_second():
     one = Watched()
     one.run(decodes(1), 0.1)
     one.vigil.sent(decodes(1), one.now)
     began = one.now
     while not one.vigil.is_hushed(one.now):
         assert one.tick(moves=False, silent=True) == ""
-    assert 0.9 < one.now - began < 1.3
+    assert HUSH_S <= one.now - began < 1.0
 
 
 def test_pulses_of_a_moving_step_are_a_proof_of_work():
@@ -209,7 +209,7 @@ def test_pulses_of_a_moving_step_are_a_proof_of_work():
     for _ in range(30):
         one.tick(moves=True)
     assert one.vigil.shows_work(one.now)
-    assert not one.vigil.shows_work(one.now + HUSH_S + STEP)
+    assert not one.vigil.shows_work(one.now + PROOF_S + STEP)
     one.vigil.result(3.0, one.now)
     assert not one.vigil.shows_work(one.now)
 

@@ -1,6 +1,7 @@
 """What a socket sends in one turn of the loop: order for each peer, whatever the socket takes."""
 
 import asyncio
+import time
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.protocol.test_transport import BOTH, echo_pair, run, until
 from xllm.errors import BackpressureError, BrokenError
-from xllm.protocol.client import AbortRequest
+from xllm.protocol.client import AbortRequest, BadMessage
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.limits import SocketLimits
@@ -193,3 +194,75 @@ def test_a_queue_has_bounds_of_messages_and_bytes():
     assert (boxes.count(b"a"), boxes.totals()) == (3, (3, 6))
     assert boxes.drop(b"a") == 3
     assert boxes.totals() == (0, 0)
+
+
+def test_a_send_that_fails_leaves_nothing_unread(tmp_path):
+    """A send reads what came meanwhile into ZeroMQ, without a word of the descriptor."""
+
+    async def main():
+        transport, other = Transport(), Transport()
+        seen = []
+        router = RouterSocket(
+            transport, f"ipc://{tmp_path}/s", BOTH, lambda peer, message, _: seen.append(message.id)
+        )
+        dealer = DealerSocket(other, router.endpoint, BOTH, lambda message, frames: None)
+        await until(lambda: dealer.connected)
+        for number in range(20):
+            await until(lambda: not router._look_scheduled)
+            dealer.send(AbortRequest(id=number))
+            time.sleep(0.02)  # noqa: ASYNC251  # its bytes come while the loop does something else
+            with pytest.raises(BrokenError):
+                router.send(b"nobody", AbortRequest(id=0))
+            await until(lambda number=number: number in seen, 0.5)
+        for thing in (dealer, router, transport, other):
+            thing.close()
+
+    run(main())
+
+
+def test_a_large_body_before_a_small_frame_leaves_at_once():
+    async def main():
+        transport = Transport()
+        router, dealer, _ = echo_pair(transport, "inproc://body")
+        await until(lambda: not dealer._look_scheduled)
+        for number in range(2):
+            dealer.send(BadMessage(message="x" * 20_000 * number), (b"x",))
+        assert dealer.statistics().num_sent == 2
+        for thing in (dealer, router, transport):
+            thing.close()
+
+    run(main())
+
+
+def test_flush_sends_what_waits_for_the_end_of_the_turn():
+    async def main():
+        transport = Transport()
+        router, dealer, got = echo_pair(transport, "inproc://flush")
+        await until(lambda: not dealer._look_scheduled)
+        for number in range(3):
+            dealer.send(AbortRequest(id=number))
+        dealer.flush()
+        assert dealer.statistics().num_sent == 3
+        dealer.flush()
+        await until(lambda: len(got) == 3)
+        for thing in (dealer, router, transport):
+            thing.close()
+
+    run(main())
+
+
+def test_a_message_that_cannot_be_sent_costs_no_other(tmp_path):
+    async def main():
+        transport = Transport()
+        router, dealer, got = echo_pair(transport, f"ipc://{tmp_path}/s")
+        await until(lambda: dealer.connected)
+        dealer.send(AbortRequest(id=0))
+        dealer._send(b"", ("no bytes",))
+        dealer.send(AbortRequest(id=1))
+        await until(lambda: len(got) == 2)
+        assert [message.id for message, _ in got] == [0, 1]
+        assert transport.num_handler_errors == 1
+        for thing in (dealer, router, transport):
+            thing.close()
+
+    run(main())

@@ -21,8 +21,10 @@ from xllm.protocol.step import PULSE_PERIOD_S, StepPlan
 
 SILENCE_S = 25 * PULSE_PERIOD_S
 """Without a word for so long a worker is given up, whatever it may be doing."""
-HUSH_S = max(MIN_PATIENCE_S, 5 * PULSE_PERIOD_S)
+HUSH_S = 3.5 * PULSE_PERIOD_S
 """After so long without a word its process is looked at: a stopped one is given up at once."""
+PROOF_S = 5 * PULSE_PERIOD_S
+"""A pulse older than this proves nothing any more."""
 HELD_S = 1.5
 """So much of a silence may pass at least in a step of a worker that is awake."""
 HELD_LOOKS = 2
@@ -105,7 +107,7 @@ class WorkerVigil:
 
     def shows_work(self, now: float) -> bool:
         """Whether a step is under way and its pulses prove that the engine computes."""
-        if not self._plans or now - self.heard_at > HUSH_S:
+        if not self._plans or now - self.heard_at > PROOF_S:
             return False
         return self._stood_s(0.0) <= self.patience_s()
 

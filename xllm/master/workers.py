@@ -127,6 +127,7 @@ class WorkerGroup:
             assert link.vigil is not None
             link.vigil.sent(plan, now)
             self._send(link, plan)
+        self._socket.flush()  # the next plan is made in this turn of the loop
 
     def tell(self, message: SleepModel | WakeModel) -> None:
         """Put a model to sleep, or wake it."""

@@ -113,6 +113,7 @@ class Dispatcher:
             self._word(scores.request_id, scores)
         for vector in batch.vectors:
             self._word(vector.request_id, vector)
+        on_trial = self._placement.breakers.on_trial
         for item in batch.items:
             request = table.get(item.request_id)
             if request is None or (state := request.state) is None:
@@ -120,6 +121,8 @@ class Dispatcher:
                 continue
             try:
                 instructions = state.tokens(item)
+                if on_trial and item.attempt == state.attempt:
+                    self._placement.answers(request)
                 if instructions:
                     self._carry_out(request, instructions)
             except Exception as error:
@@ -285,7 +288,6 @@ class Dispatcher:
 
     def _first_token(self, request: InflightRequest) -> None:
         request.told = True
-        self._placement.answers(request)
         self._metrics.ttft.observe(self._clock() - request.started)
 
     def _ended(self, request: InflightRequest, last: RequestFinished | RequestFailed) -> None:

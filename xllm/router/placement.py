@@ -134,7 +134,7 @@ class Placement:
         return OverloadedError.code
 
     def answers(self, request: InflightRequest) -> None:
-        """The first token of a request came."""
+        """Tokens of a request's present attempt came."""
         if request.state is not None:
             self.breakers.answers(request.placed, request.state.spec.request_id)
 

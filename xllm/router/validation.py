@@ -68,7 +68,9 @@ def check_request(
     packed = request.packed_prompt
     given = (request.prompt is not None) + (request.messages is not None) + bool(packed)
     if given != 1:
-        raise InvalidRequestError(f"give one of prompt and messages, not {given}", param="prompt")
+        raise InvalidRequestError(
+            f"give one of prompt (or packed_prompt) and messages, not {given}", param="prompt"
+        )
     num_new = 0 if request.embed else 1
     if packed:
         check_packed(packed, facts, num_new)

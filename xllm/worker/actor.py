@@ -192,6 +192,7 @@ class WorkerActor(Actor):
             if not self._is_stale(message):
                 self._send(message, frames)
             if isinstance(message, StepResult):
+                self._socket.flush()  # tokens wait for no pulse
                 self._meter.add(message)
             elif isinstance(message, LoadProgress):
                 self._reporter.progress(message.loaded_bytes, message.total_bytes)

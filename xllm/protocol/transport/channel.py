@@ -219,26 +219,29 @@ class Channel:
 
     def _send(self, peer: bytes, parts: Sequence[bytes]) -> None:
         """Send now or with others of this turn, or queue behind what waits for `peer` already.
-        BackpressureError past the bound. BrokenError: the peer is gone; of what leaves with others
-        that is not told, for the end of the connection is."""
+        BackpressureError past the bound, and BrokenError where the peer is gone, are told of what
+        leaves at once; of what leaves with others the end of the connection tells, or the next
+        message: they pass the bound by a burst at most."""
         if self._closed:
             raise ClosedError(f"{self.name} is closed")
         outboxes = self._outboxes
         if self._look_scheduled:
             burst = self._burst
-            if len(parts[-1]) <= _SMALL_BYTES and not (outboxes and peer in outboxes):
+            small = sum(map(len, parts)) <= _SMALL_BYTES
+            if small and not (outboxes and peer in outboxes):
                 burst.append((peer, parts))
                 if len(burst) >= _MAX_BURST:
                     self._send_burst()
                 return
             if burst:
                 self._send_burst()
+        else:
+            # First, for one that fails may swallow the descriptor's edge, too.
+            self._look_scheduled = True
+            self._loop.call_soon(self._look)
         if (outboxes and peer in outboxes) or not self._try_send(parts):
             outboxes.put(peer, parts)
             self._schedule_retry()
-        if not self._look_scheduled:
-            self._look_scheduled = True
-            self._loop.call_soon(self._look)
 
     def flush(self) -> None:
         """What was sent in this turn of the loop leaves now: before work that takes long."""
@@ -255,6 +258,8 @@ class Channel:
                     self._schedule_retry()
             except BrokenError:
                 pass  # the peer is gone, and so is its connection, which is told
+            except Exception as error:
+                self._transport.handler_failed(self.name, error)  # the others leave
 
     def _try_send(self, parts: Sequence[bytes]) -> bool:
         send = self._send_part

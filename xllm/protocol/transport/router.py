@@ -92,7 +92,8 @@ class RouterSocket(Channel, Generic[T]):
         return self._transport.peer(key, self._domain) is not None
 
     def send(self, identity: bytes, message: msgspec.Struct, frames: Sequence[bytes] = ()) -> None:
-        """Send to one peer. BrokenError: it is gone. BackpressureError: it does not read."""
+        """Send to one peer. BrokenError: it is gone. BackpressureError: it does not read. (Neither
+        is told of what leaves with others, see Channel.)"""
         self._send(identity, (identity, encode(message), *frames))
 
     def num_queued(self, identity: bytes) -> int:

@@ -76,8 +76,13 @@ class CircuitBreakers:
         if one is not None and one.opened_until and now >= one.opened_until and not one.trial:
             one.trial = request_id
 
+    @property
+    def on_trial(self) -> bool:
+        """Whether a token is waited for somewhere."""
+        return bool(self._states) and any(one.trial for one in self._states.values())
+
     def answers(self, name: str, request_id: str) -> None:
-        """Its first token came from there."""
+        """A token of it came from there."""
         one = self._states.get(name)
         if one is not None and one.trial == request_id:
             one.trial = ""
