@@ -18,7 +18,7 @@ from xllm.protocol.transport.outbox import Outboxes
 from xllm.protocol.transport.router import RouterSocket
 
 PEERS = (b"a", b"b", b"c")
-BURST = 16
+BURST = 8
 """Of the channel's: a queue is over its bound by so many messages at most."""
 LIMITS = SocketLimits(max_queued_messages=4, max_queued_bytes=40_000)
 

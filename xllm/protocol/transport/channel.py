@@ -31,7 +31,7 @@ from xllm.protocol.transport.outbox import Outboxes
 from xllm.protocol.transport.security import plain_client, secure_client, secure_server
 
 _DRAIN_BATCH = 512
-_MAX_BURST = 16
+_MAX_BURST = 8
 """Messages that leave together: with more of them nothing is saved, and the first ones wait."""
 _SMALL_BYTES = 16384
 """Larger ones never wait for others."""
