@@ -353,8 +353,8 @@ async def test_work_on_texts_and_ids_counts_as_requests():
     assert (await asked).token_ids
     with pytest.raises(RateLimitError, match="3 requests a minute"):
         await cluster.service.detokenize(ids, tenant)
-    assert (await cluster.service.encode(text, tenant)).token_ids, "part of a request"
-    assert (await cluster.service.decode(ids, tenant)).text
+    assert (await cluster.service.texts.encode(text, tenant)).token_ids, "part of a request"
+    assert (await cluster.service.texts.decode(ids, tenant)).text
     assert (await cluster.service.tokenize(text, other)).token_ids
     [use] = [one for one in cluster.service.admission.word() if one.tenant == "t"]
     assert (use.num_open, use.num_requests) == (0, 3)

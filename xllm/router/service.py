@@ -10,7 +10,6 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
 
 import structlog
 from prometheus_client import CollectorRegistry, generate_latest
@@ -38,7 +37,6 @@ from xllm.router.admission.breaker import CircuitBreakers
 from xllm.router.admission.control import AdmissionControl
 from xllm.router.decision_metrics import DecisionMetrics
 from xllm.router.dispatcher import Dispatcher
-from xllm.router.effort import LONG_IDS, is_long_talk, is_long_text
 from xllm.router.front import Sink, Tenant
 from xllm.router.inflight import InflightRequest, InstanceLinks
 from xllm.router.kv_feed import KvFeed
@@ -58,6 +56,7 @@ from xllm.router.state.request import RequestLife
 from xllm.router.submission import Submission
 from xllm.router.text.model import TextModel
 from xllm.router.text.pool import TextPool
+from xllm.router.text_work import TextWork
 from xllm.router.view import ClusterView, ViewChange
 
 _log = structlog.get_logger("router")
@@ -107,6 +106,8 @@ class RouterService:
         self.prober = Prober(lambda instance, message: _ignore(links.send(instance, message)))
         self.sleeping = SleepSetter(self.served, self.view, links.send)
         self._pool = TextPool()
+        self.texts = TextWork(self.served, self._pool)
+        """Encodes and decodes as a part of what is counted already."""
         self.objectives = LiveObjectives()
         self.leader_command: LeaderCommand = _cannot_lead
         """Carries out what only a leader may; the part that may lead puts its own here."""
@@ -250,32 +251,12 @@ class RouterService:
         """Token ids of a text or of messages; XllmError where it cannot. It counts as a request
         of the tenant."""
         with self.admission.question(tenant.account or tenant.name):
-            return await self.encode(request, tenant)
+            return await self.texts.encode(request, tenant)
 
     async def detokenize(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:
         """The text of token ids; XllmError where it cannot. It counts as a request."""
         with self.admission.question(tenant.account or tenant.name):
-            return await self.decode(request, tenant)
-
-    async def encode(self, request: TokenizeText, tenant: Tenant) -> TokenizedText:
-        """`tokenize` as a part of a request that is counted."""
-        intake = self.served.find(request.model)
-        info = intake.check_text(request)
-        talk = request.messages
-        if is_long_text(request.text or "") or (talk is not None and is_long_talk(talk)):
-            ids = await self._pool.run(tenant.name, partial(intake.encode_text, request, tenant))
-        else:
-            ids = intake.encode_text(request, tenant)
-        return TokenizedText(id=request.id, token_ids=ids, max_model_len=info.max_model_len)
-
-    async def decode(self, request: DetokenizeIds, tenant: Tenant) -> DetokenizedText:
-        """`detokenize` as a part of a request that is counted."""
-        intake = self.served.find(request.model)
-        ids = request.token_ids
-        intake.check_ids(ids)
-        decode = partial(intake.text.decode, ids, skip_special_tokens=False)
-        text = await self._pool.run(tenant.name, decode) if len(ids) > LONG_IDS else decode()
-        return DetokenizedText(id=request.id, text=text)
+            return await self.texts.decode(request, tenant)
 
     def token_bytes(self, model: str, token_id: int) -> bytes:
         """The bytes that a token stands for (special tokens: their name), for logprobs."""

@@ -226,6 +226,10 @@ class FakeService(RouterService):
             self.aborted.append(request_id)
             self.fail(request_id, "aborted", "the client went away")
 
+    @property
+    def texts(self) -> FakeService:
+        return self
+
     def models(self) -> tuple[ModelInfo, ...]:
         return (ModelInfo(name=MODEL, max_model_len=1000, vocab_size=8),)
 

@@ -118,11 +118,11 @@ class CompletionEndpoint:
             else:
                 ids_message = DetokenizeIds(id=0, model=body.model, token_ids=prompt)
                 with field_named("token_ids", "prompt"):
-                    texts.append((await service.decode(ids_message, caller.tenant)).text)
+                    texts.append((await service.texts.decode(ids_message, caller.tenant)).text)
             if isinstance(prompt, str) and body.logprobs is not None:
                 text_message = TokenizeText(id=0, model=body.model, text=prompt)
                 with field_named("text", "prompt"):
-                    prompt = (await service.encode(text_message, caller.tenant)).token_ids
+                    prompt = (await service.texts.encode(text_message, caller.tenant)).token_ids
             shown.append(prompt)
         ids = tuple(() if isinstance(prompt, str) else prompt for prompt in shown)
         return shown, Echo(tuple(texts), ids, scoring=body.max_tokens == 0)
