@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -107,3 +109,17 @@ def test_a_wrong_option_is_one_line(model, capsys):
 def test_a_wrong_option_is_said_before_the_model_is_read(capsys):
     assert run_command(["run", "hello", "--model", "/nowhere", "--max-tokens", "-3"]) == 64
     assert "max_tokens must be at least 1, not -3" in capsys.readouterr().err
+
+
+def test_assertions_decide_nothing():
+    """`python -O` leaves them out: the answer of the demo model is the same without."""
+
+    def answer(*flags):
+        command = [sys.executable, *flags, "-m", "xllm", "run", "What is xLLM?", "--json"]
+        command += ["--max-tokens", "24", "--temperature", "0.8", "--seed", "5"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return json.loads(done.stdout)
+
+    with_them, without = answer(), answer("-O")
+    assert with_them["choices"] == without["choices"]
+    assert len(without["choices"][0]["token_ids"]) == 24
