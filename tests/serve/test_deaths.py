@@ -275,6 +275,20 @@ def kill_a_router(served, undisturbed):
 
     check(in_bench(served, body), undisturbed)
     assert not alive([victim])
+    wait_until(lambda: routers_ready(served), 60, "the router's return")
+
+
+def routers_ready(served) -> bool:
+    """One that has just come back knows no instance yet, and refuses requests."""
+
+    async def each() -> bool:
+        for endpoint in re.findall(r"ZeroMQ\s+(\S+)", served.text):
+            async with AsyncClient([endpoint], discover=False) as client:
+                if not (await client.health(timeout_s=30)).ready:
+                    return False
+        return True
+
+    return asyncio.run(each())
 
 
 def num_open(served) -> float:

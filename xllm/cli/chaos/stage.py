@@ -68,7 +68,7 @@ class Stage:
         that loses two instances is given up on purpose: no fault is to meet the last one's."""
         options = self.cluster.options
         await asyncio.sleep(self.rng.uniform(0.0, options.phase_s))
-        at_each = options.streams // (4 * options.instances)
+        at_each = options.streams // (2 * options.instances)
         since = self.injections[-1].settled_at if self.injections else 0.0
         end = time.monotonic() + LOAD_S
         while True:
