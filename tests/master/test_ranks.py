@@ -97,6 +97,26 @@ def test_a_killed_rank_comes_back_and_the_other_one_stays(run_dir, killed):
 
 
 @pytest.mark.process
+def test_a_plan_has_left_for_every_rank_before_the_next_is_made(run_dir):
+    async def scenario():
+        async with running(run_dir) as (master, router):
+            await serve_one(master, router, "a")
+            workers = master.workers
+            send_plan, waited = master._sleeping._pump._send_plan, []
+
+            def watched(plan):
+                send_plan(plan)
+                waited.append(workers._socket.statistics().num_queued)
+
+            master._sleeping._pump._send_plan = watched
+            await serve_one(master, router, "b")
+            assert waited
+            assert set(waited) == {0}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.process
 def test_ranks_meet_anew_after_a_step_that_failed(run_dir):
     async def scenario():
         async with running(run_dir) as (master, router):

@@ -200,6 +200,7 @@ class FakeCluster:
             "embed",
             "dimensions",
             "session",
+            "packed_prompt",
             "offline",
         )
         fields = {key: more.pop(key) for key in keys if key in more}

@@ -522,6 +522,28 @@ async def test_an_instance_that_fails_requests_is_left_alone_and_tried_again():
     close(cluster)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@in_loop
+async def test_a_trial_that_answers_makes_room_for_the_next(stream):
+    cluster = cluster_with("a", "b", breaker_failures=1, breaker_open_s=5)
+    failing = ""
+    while failing != "a":
+        request_id, _ = ask(cluster)
+        failing = cluster.links.sent[-1][0]
+        cluster.end(request_id, code="engine_error" if failing == "a" else "")
+    cluster.clock.now += 6
+    for name in "ab":
+        cluster.beat(name)
+    cluster.links.sent.clear()
+    for num_trials in (1, 2, 3):
+        asked = [ask(cluster, stream=stream)[0] for _ in range(4)]
+        places = dict(zip(asked, sent_to(cluster)[-4:], strict=True))
+        assert sent_to(cluster).count("a") == num_trials
+        [trial] = [request_id for request_id, place in places.items() if place == "a"]
+        cluster.say(trial, 0, "a")
+    close(cluster)
+
+
 @in_loop
 async def test_requests_that_are_bad_themselves_open_no_breaker():
     cluster = cluster_with("a", "b", breaker_failures=1)

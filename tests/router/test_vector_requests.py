@@ -13,6 +13,7 @@ from tests.router.fake_cluster import CONTEXT, WIDTH, FakeCluster, in_loop
 from xllm.errors import InvalidRequestError
 from xllm.protocol.client import ChatMessage, RequestFailed, RequestFinished, ResumePoint
 from xllm.protocol.instance import PooledVector, TokenBatch
+from xllm.protocol.token_bytes import pack_tokens
 from xllm.router.embedding import check_task, shorten
 
 VECTOR = array("f", [0.6, 0.0, 0.0, 0.8]).tobytes()
@@ -37,6 +38,19 @@ async def test_a_vector_from_submit_to_finish():
     assert usage.prompt_tokens == len(admit.prompt_ids)
     assert (usage.completion_tokens, usage.cached_tokens) == (0, 2)
     assert not cluster.links.cancels()
+    cluster.close()
+
+
+@in_loop
+async def test_a_vector_of_ids_that_come_as_bytes():
+    cluster = FakeCluster("a", task="embed")
+    packed = pack_tokens((5, 6, 7))
+    request_id, sink = cluster.ask(None, embed=True, packed_prompt=packed)
+    [admit] = cluster.links.admits()
+    assert tuple(admit.prompt_ids) == (5, 6, 7)
+    cluster.pool(request_id, VECTOR)
+    cluster.end(request_id)
+    assert (sink.last.embedding, sink.last.usage.prompt_tokens) == (VECTOR, 3)
     cluster.close()
 
 
