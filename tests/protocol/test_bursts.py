@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.protocol.test_transport import BOTH, echo_pair, run, until
+from tests.protocol.socket_pairs import BOTH, echo_pair, run, until
 from xllm.errors import BackpressureError, BrokenError
 from xllm.protocol.client import AbortRequest, BadMessage
 from xllm.protocol.transport.context import Transport
