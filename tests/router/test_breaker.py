@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.router.test_policies import instance
+from tests.router.policy_questions import instance
 from xllm.errors import error_classes
 from xllm.router.admission.breaker import FAILURES, CircuitBreakers
 

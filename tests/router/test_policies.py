@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 
 import msgspec
@@ -10,149 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm.config.routing import POLICIES, RoutingSettings
+from tests.router.policy_questions import BLOCK, Held, chosen, instance, policy, ready_view
+from xllm.config.routing import POLICIES
 from xllm.errors import ConfigError
-from xllm.protocol.bus import InstanceHeartbeat, InstanceLoad, RouterPresence
-from xllm.protocol.records import InstanceRecord
+from xllm.protocol.bus import InstanceHeartbeat, InstanceLoad
 from xllm.router.policies.guard import ImbalanceGuard
 from xllm.router.policies.kv_load import kv_share
-from xllm.router.policies.load import (
-    free_blocks,
-    num_requests,
-    num_waiting,
-    queued_tokens,
-    takes_more,
-)
-from xllm.router.policies.make import make_policy
+from xllm.router.policies.load import free_blocks, num_requests, queued_tokens
 from xllm.router.policies.prefix_aware import CostWeights, PrefixAware, credited_blocks
 from xllm.router.policies.question import RouteFigures, RouteQuestion
-from xllm.router.policies.session_affinity import rendezvous
-from xllm.router.traffic import UNDER_WAY_S, Traffic
-from xllm.router.view import ClusterView, InstanceView
-
-BLOCK = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """What an index says of one instance."""
-
-    device: int = 0
-    dram: int = 0
-    ssd: int = 0
-
-
-def record(name: str, **more) -> InstanceRecord:
-    facts = {"max_model_len": 4096, "vocab_size": 320, "block_size": BLOCK, "num_blocks": 1000}
-    addresses = {"incarnation": "1", "endpoint": "", "bus_endpoint": "", "model_path": ""}
-    return InstanceRecord(name=name, model="m", **{**facts, **addresses, **more})
-
-
-def instance(name: str, inflight: int = 0, max_num_seqs: int = 0, **load: int) -> InstanceView:
-    load = {"num_blocks": 1000, "num_free_blocks": 1000, **load}
-    one = InstanceView(record(name, max_num_seqs=max_num_seqs), connected=True, state="ready")
-    one.load = InstanceLoad(**load)
-    one.num_inflight = inflight
-    return one
-
-
-def policy(name: str, figures: RouteFigures | None = None, **settings):
-    return make_policy(name, RoutingSettings(**settings), figures or RouteFigures())
-
-
-def chosen(one, candidates, ask: RouteQuestion | None = None) -> str:
-    [(role, name)] = one.choose(candidates, ask or RouteQuestion(100, BLOCK))
-    assert role == "both"
-    return name
-
-
-def ready_view(*names: str) -> tuple[ClusterView, Traffic]:
-    view = ClusterView(0.2)
-    for name in names:
-        view.registered(record(name), 0.0)
-        view.connected(name)
-        view.heartbeat(InstanceHeartbeat(name, "1", 1, "ready"), 0.0)
-    return view, Traffic(view)
-
-
-# -- how busy an instance is ------------------------------------------------------------------
-
-
-def test_a_heartbeat_is_brought_forward_by_what_was_sent_and_what_ended():
-    view, traffic = ready_view("a")
-    one = view.get("a")
-    traffic.placed("a", 100, 1.0)
-    traffic.placed("a", 50, 1.0)
-    assert (num_requests(one), queued_tokens(one)) == (2, 150)
-    load = InstanceLoad(num_running=7, waiting_tokens=30)  # five are of another router
-    word = InstanceHeartbeat("a", "1", 2, "ready", load=load)
-    view.heartbeat(word, 1.2)
-    traffic.heartbeat(word, 1.2)
-    assert (num_requests(one), queued_tokens(one)) == (7, 30)
-    traffic.left("a")
-    assert num_requests(one) == 6
-    traffic.placed("a", 40, 1.3)
-    traffic.placed("a", 40, 1.3)
-    assert (num_requests(one), queued_tokens(one)) == (8, 110)
-
-
-def test_what_was_under_way_when_a_heartbeat_was_made_still_counts():
-    view, traffic = ready_view("a")
-    traffic.placed("a", 100, 1.0)
-    traffic.placed("a", 64, 1.2 - UNDER_WAY_S / 2)
-    word = InstanceHeartbeat("a", "1", 2, "ready", load=InstanceLoad(num_running=1))
-    view.heartbeat(word, 1.2)
-    traffic.heartbeat(word, 1.2)
-    one = view.get("a")
-    assert (num_requests(one), queued_tokens(one)) == (2, 64)
-
-
-def test_requests_of_other_routers_count_while_they_speak():
-    view, traffic = ready_view("a", "b")
-    traffic.presence(RouterPresence("r2", "1", 1, (("a", 3), ("gone", 9))), 1.0)
-    traffic.presence(RouterPresence("r3", "1", 1, (("a", 4),)), 1.1)
-    assert (num_requests(view.get("a")), num_requests(view.get("b"))) == (7, 0)
-    traffic.forget(5.0)
-    traffic.heartbeat(InstanceHeartbeat("a", "1", 2, "ready"), 5.0)
-    assert num_requests(view.get("a")) == 0
-
-
-def test_a_full_instance_is_believed_until_it_speaks_or_has_one_less():
-    view, traffic = ready_view("a")
-    one = view.get("a")
-    for _ in range(3):
-        traffic.placed("a", 1, 1.0)
-    for num_left in (2, 1):
-        traffic.refused("a")
-        assert not takes_more(one, 64)
-        traffic.left("a")  # the one that was refused
-        assert one.num_inflight == num_left
-        assert not takes_more(one, 64)
-    traffic.left("a")  # one that ran
-    assert takes_more(one, 64)
-    traffic.refused("a")  # others fill it
-    assert not takes_more(one, 0)
-    traffic.heartbeat(InstanceHeartbeat("a", "1", 2, "ready"), 1.1)
-    assert takes_more(one, 0)
-
-
-def test_who_waits_is_beyond_what_runs_at_once():
-    assert num_waiting(instance("a", inflight=900)) == 0  # it did not say what it can run
-    assert num_waiting(instance("a", inflight=300, max_num_seqs=256)) == 44
-    assert num_waiting(instance("a", inflight=200, max_num_seqs=256)) == 0
-    assert num_waiting(instance("a", num_waiting=5, num_running=20, max_num_seqs=256)) == 5
-    assert num_waiting(instance("a", num_waiting=5)) == 5
-    assert takes_more(instance("a", num_waiting=5), 6)
-    assert not takes_more(instance("a", num_waiting=5), 5)
-    assert takes_more(instance("a", num_waiting=5), 0)
-
-
-def test_blocks_promised_since_the_last_heartbeat_are_not_free():
-    one = instance("a", num_free_blocks=10)
-    one.unseen_tokens = 33
-    assert free_blocks(one, BLOCK) == 7
-    assert free_blocks(InstanceView(record("a")), BLOCK) == 1000
-
 
 # -- what each chooses ------------------------------------------------------------------------
 
@@ -321,63 +186,6 @@ def test_requests_that_no_heartbeat_knows_bound_affinity_too():
     counts = [num_requests(each) for each in view]
     assert sum(counts) == 1000
     assert max(counts) <= max(min(counts) + 8, 1.5 * sum(counts) / 8) + 1
-
-
-# -- sessions ---------------------------------------------------------------------------------
-
-
-def test_a_session_stays_while_its_instance_is_there():
-    figures = RouteFigures()
-    one = policy("least-load", figures)
-    candidates = [instance(f"i{k}") for k in range(5)]
-    ask = RouteQuestion(10, BLOCK, session="talk 1", tenant="t")
-    home = chosen(one, candidates, ask)
-    assert {chosen(one, candidates, ask) for _ in range(9)} == {home}
-    assert figures.chosen == {"session": 10}
-    others = [each for each in candidates if each.name != home]
-    second = chosen(one, others, ask)
-    assert {chosen(one, others, ask) for _ in range(9)} == {second}
-    assert chosen(one, candidates, ask) == home
-
-
-def test_a_session_leaves_an_instance_that_is_overrun():
-    figures = RouteFigures()
-    one = policy("least-load", figures, guard_requests=4)
-    candidates = [instance(f"i{k}") for k in range(3)]
-    ask = RouteQuestion(10, BLOCK, session="s")
-    home = chosen(one, candidates, ask)
-    next(each for each in candidates if each.name == home).num_inflight = 50
-    assert chosen(one, candidates, ask) != home
-    assert (figures.num_yields, figures.chosen["load"]) == (1, 1)
-
-
-def test_sessions_can_be_turned_off():
-    one = policy("least-load", sessions="none")
-    candidates = [instance(f"i{k}") for k in range(3)]
-    ask = RouteQuestion(10, BLOCK, session="s")
-    assert len({chosen(one, candidates, ask) for _ in range(3)}) == 3
-
-
-def test_tenants_do_not_share_sessions():
-    names = [f"i{k}" for k in range(16)]
-    homes = {rendezvous(names, f"t{k}", "s") for k in range(64)}
-    assert len(homes) > 8
-    assert rendezvous(names, "ab", "c") != rendezvous(names, "a", "bc")
-
-
-@pytest.mark.parametrize("num", [2, 5, 8, 32])
-def test_few_sessions_move_when_an_instance_joins_or_leaves(num):
-    names = [f"instance-{k}" for k in range(num)]
-    sessions = [f"s{k}" for k in range(2000)]
-    before = {session: rendezvous(names, "t", session) for session in sessions}
-    joined = {session: rendezvous([*names, "new"], "t", session) for session in sessions}
-    moved = [session for session in sessions if joined[session] != before[session]]
-    assert all(joined[session] == "new" for session in moved)
-    assert len(moved) <= 2000 / (num + 1) * 1.5
-    left = {session: rendezvous(names[1:], "t", session) for session in sessions}
-    moved = [session for session in sessions if left[session] != before[session]]
-    assert all(before[session] == names[0] for session in moved)
-    assert max(Counter(before.values()).values()) <= 2000 / num * 1.5
 
 
 # -- what holds for all -----------------------------------------------------------------------
