@@ -1,6 +1,6 @@
 """A running service with keys: what listens, who is heard, what it tells, and whom it keeps apart.
 
-One service with two API tenants, a CURVE client and logs in files, for all tests of this module.
+One service for all tests of this module.
 """
 
 from __future__ import annotations
@@ -15,95 +15,32 @@ import subprocess
 import sys
 import tempfile
 import threading
-import zlib
 
 import httpx
-import msgpack
 import pytest
 import zmq
 
-from scripts.docs.examples import members
-from tests.cli.toy_model import expected_ids, make_toy_model
+from tests.cli.toy_model import expected_ids
 from tests.security.keyed_peers import pair_of
+from tests.security.keyed_service import (
+    ALICE,
+    ALICE_TOO,
+    BOB,
+    CANARY,
+    CAROL,
+    KEYS,
+    MODEL,
+    PROMPT,
+    Keyed,
+)
 from tests.security.listeners import tcp_listeners, udp_sockets, unix_listeners
-from tests.serve.served import Served, wait_until
+from tests.security.pickles import frames_of, pickles
+from tests.serve.served import wait_until
 from xllm.cli.keys import allow_peer, revoke_peer
-from xllm.client import Client
 from xllm.errors import PermissionDeniedError, XllmError
-from xllm.protocol.authority import CONVERSATIONS, Subscribe
 from xllm.protocol.transport.security import create_keys
 
 pytestmark = pytest.mark.process
-
-MODEL = "toy-model"
-ALICE, ALICE_TOO, BOB, CAROL = (
-    f"{name}-0123456789-canary-key" for name in ("alice", "alice2", "bob", "carol")
-)
-KEYS = f"alice:{ALICE}\nalice:{ALICE_TOO}\nbob:{BOB}\ncarol:{CAROL}\n"
-PROMPT = list(range(70, 110))
-CANARY = "canary prompt kestrel 7f3a"
-
-
-class Keyed:
-    """The service, its keys and who asks it."""
-
-    def __init__(self, folder: pathlib.Path, run_dir: str) -> None:
-        self.folder = folder
-        self.model = make_toy_model(folder / MODEL)
-        self.logs = folder / "logs"
-        self.key_file = folder / "api-keys"
-        self.write_keys(KEYS)
-        self.keys_dir = str(folder / "node")
-        self.public_key = create_keys(self.keys_dir)
-        self.client_key = create_keys(str(folder / "client"))
-        allow_peer(self.keys_dir, "app", self.client_key, client=True)
-        allow_peer(self.keys_dir, "ops", create_keys(str(folder / "ops")), roles=("admin",))
-        self.served = Served(
-            self.model,
-            run_dir,
-            *("--api-key-file", str(self.key_file), "--cluster-keys-dir", self.keys_dir),
-            *("--cluster-log-dir", str(self.logs), "--cluster-log-level", "debug"),
-            *("--worker-toy-step-ms", "2"),
-        )
-        self.url = self.served.http.removesuffix("/v1")
-        self.pids = self.served.family()
-
-    def write_keys(self, text: str) -> None:
-        """Replace the API keys as operators should: whole."""
-        fresh = self.key_file.with_suffix(".new")
-        fresh.write_text(text)
-        fresh.chmod(0o600)
-        os.replace(fresh, self.key_file)
-
-    def post(self, key, prompt=PROMPT, **fields):
-        """A completion, as HTTP answers it."""
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": 4, "temperature": 0} | fields
-        headers = {"authorization": f"Bearer {key}"}
-        return httpx.post(
-            self.url + "/v1/completions", json=body, headers=headers, timeout=30, trust_env=False
-        )
-
-    def cached(self, key, prompt, **fields) -> int:
-        """Tokens of a prompt that were found cached for that key."""
-        answer = self.post(key, prompt, **fields)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
-
-    def client(self, name="client") -> Client:
-        """A ZeroMQ client with keys."""
-        keys_dir = str(self.folder / name)
-        return Client(self.served.zmq, server_key=self.public_key, keys_dir=keys_dir)
-
-    def metrics(self) -> str:
-        """The page of figures."""
-        headers = {"authorization": f"Bearer {CAROL}"}
-        return httpx.get(self.url + "/metrics", headers=headers, trust_env=False).text
-
-    def check(self) -> None:
-        """It is the same service, and serves."""
-        assert self.served.family() == self.pids
-        answer = self.post(CAROL, logprobs=0)
-        assert answer.status_code == 200
 
 
 @pytest.fixture(scope="module")
@@ -162,49 +99,12 @@ def test_files_are_the_users_alone(keyed):
 # -- nothing unpickles ---------------------------------------------------------------------------
 
 
-def pickles(path) -> list[bytes]:
-    """Programs for an unpickler that make a file, in protocols 0 and 2."""
-    target = os.fspath(path).encode()
-    command = b"touch " + target
-    return [
-        b"cbuiltins\nopen\n(S'" + target + b"'\nS'w'\ntR.",
-        b"\x80\x02cos\nsystem\nX" + len(command).to_bytes(4, "little") + command + b"\x85R.",
-    ]
-
-
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_pickles_do_what_they_are_for(tmp_path, number):
     canary = tmp_path / "canary"
     program = "import pickle, sys; pickle.loads(sys.stdin.buffer.read())"
     subprocess.run([sys.executable, "-c", program], input=pickles(canary)[number], check=True)
     assert canary.exists()
-
-
-def frames_of(poison: bytes) -> list[list[bytes]]:
-    """Messages with a pickle first, last, in every place of every message, in every extension."""
-    packed = zlib.compress(poison)
-    found = [[poison], [b"", poison], [poison, poison], [msgpack.packb(poison)]]
-    found += [[packed], [b"", packed], [msgpack.packb(packed)]]
-    for _, union in CONVERSATIONS.values():
-        for message in members(union):
-            if message is Subscribe:
-                continue
-            name = message.__struct_config__.tag
-            fields = message.__struct_fields__
-            if message.__struct_config__.array_like:
-                for place in range(len(fields)):
-                    values = [None] * len(fields)
-                    values[place] = poison
-                    found.append([msgpack.packb([name, *values]), poison])
-            else:
-                found += [
-                    [msgpack.packb({"type": name, "id": None, field: poison})]
-                    for field in message.__struct_encode_fields__
-                ]
-    length = len(poison).to_bytes(2, "big")
-    found += [[b"\xc8" + length + bytes([code]) + poison] for code in range(256)]
-    found.append([msgpack.packb(["AdmitRequest", poison])])
-    return found
 
 
 def test_nothing_unpickles(keyed, tmp_path):
