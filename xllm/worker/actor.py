@@ -42,8 +42,9 @@ from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.endpoint import split_key
 from xllm.protocol.transport.security import Security
-from xllm.worker.engine import Engine, EngineAnswer, InlineEngine, JobRunner, ThreadEngine
+from xllm.worker.engine import Engine, InlineEngine, ThreadEngine
 from xllm.worker.executor import Executor
+from xllm.worker.job_runner import EngineAnswer, JobRunner
 from xllm.worker.meter import StepMeter
 from xllm.worker.rank_board import RankBoard
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from xllm.protocol.step import StepPlan, StepResult, WorkerReady
 from xllm.worker.rank_board import RankBoard
@@ -65,6 +65,40 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Release device memory and files. Called once, last."""
+
+
+class LaunchedStep(Protocol):
+    """A step that was begun on a device which computes behind the host's back."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once."""
+
+    def wait(self) -> StepOutput:
+        """Its output, once it is done. Called once, in the order of launches, by one thread that
+        need not be the engine's. Raises what the step failed with."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DoneStep:
+    """A LaunchedStep that left nothing to wait for."""
+
+    output: StepOutput
+    is_done: bool = True
+
+    def wait(self) -> StepOutput:
+        """See LaunchedStep."""
+        return self.output
+
+
+@runtime_checkable
+class LaunchingExecutor(Executor, Protocol):
+    """An executor whose device goes on with the next step while the host learns of the last one."""
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Begin a plan behind those that were launched before it, whose outputs may not be known
+        yet. What keeps it from being begun is raised here; see `execute` for the rest. Other
+        methods than `counter`, `arrive` and this one are called while no step is under way."""
 
 
 class HostedExecutor(Executor, Protocol):

@@ -13,7 +13,7 @@ from xllm.protocol.step import (
     WorkerFailed,
     WorkerReady,
 )
-from xllm.worker.engine import JobRunner
+from xllm.worker.job_runner import JobRunner
 from xllm.worker.rank_board import RankBoard
 from xllm.worker.toy.executor import ToyExecutor, make_toy_executor
 

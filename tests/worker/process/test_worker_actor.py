@@ -28,7 +28,7 @@ from xllm.protocol.step import (
 )
 from xllm.protocol.transport.context import Transport
 from xllm.worker.actor import WorkerActor
-from xllm.worker.engine import JobRunner
+from xllm.worker.job_runner import JobRunner
 from xllm.worker.toy.executor import make_toy_executor
 from xllm.worker.toy.faults import ToyFaults
 from xllm.worker.toy.stream import predict
