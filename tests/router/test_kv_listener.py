@@ -8,7 +8,7 @@ import os
 from hashlib import sha256
 
 from tests.router.fake_instance import MODEL, FakeInstance
-from tests.router.test_router_actor import in_bench, until  # noqa: F401  # in_bench is a fixture
+from tests.router.router_bench import until
 from xllm.config.settings import KvCacheSettings
 from xllm.kvcache.daemon import KvCacheDaemon
 from xllm.kvcache.daemon_client import CacheClient
@@ -92,7 +92,7 @@ def is_equal(b, one):
     return feed.followers[one.name].is_known and told == (len(one.held), one.digest)
 
 
-def test_an_index_of_a_hundred_thousand_blocks_is_there_soon_after_the_router(in_bench):  # noqa: F811
+def test_an_index_of_a_hundred_thousand_blocks_is_there_soon_after_the_router(in_bench):
     async def body(b):
         one = CachingInstance(b.transport, b.registry, b.run_dir, "a")
         b.instances.append(one)
@@ -113,7 +113,7 @@ def test_an_index_of_a_hundred_thousand_blocks_is_there_soon_after_the_router(in
     in_bench(body)
 
 
-def test_a_flood_that_a_busy_router_does_not_read_leaves_a_gap_and_then_the_truth(in_bench):  # noqa: F811
+def test_a_flood_that_a_busy_router_does_not_read_leaves_a_gap_and_then_the_truth(in_bench):
     async def body(b):
         one = await caching(b, "a")
         feed = b.router.service.kv
@@ -133,7 +133,7 @@ def test_a_flood_that_a_busy_router_does_not_read_leaves_a_gap_and_then_the_trut
     in_bench(body)
 
 
-def test_what_is_not_told_is_found_by_the_digest_and_a_lost_answer_is_asked_for_again(in_bench):  # noqa: F811
+def test_what_is_not_told_is_found_by_the_digest_and_a_lost_answer_is_asked_for_again(in_bench):
     async def body(b):
         one = await caching(b, "a")
         feed = b.router.service.kv
@@ -153,7 +153,7 @@ def test_what_is_not_told_is_found_by_the_digest_and_a_lost_answer_is_asked_for_
     in_bench(body)
 
 
-def test_who_leaves_takes_its_blocks_along(in_bench):  # noqa: F811
+def test_who_leaves_takes_its_blocks_along(in_bench):
     async def body(b):
         one, two = await caching(b, "a"), await caching(b, "b")
         feed = b.router.service.kv
@@ -169,7 +169,7 @@ def test_who_leaves_takes_its_blocks_along(in_bench):  # noqa: F811
     in_bench(body)
 
 
-def test_a_daemon_is_heard_and_asked_over_a_connection_of_its_own(in_bench):  # noqa: F811
+def test_a_daemon_is_heard_and_asked_over_a_connection_of_its_own(in_bench):
     async def body(b):
         settings = dataclasses.replace(
             b.settings, kvcache=KvCacheSettings(name="d", dram_bytes=1 << 20)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from tests.router.fake_instance import MODEL
-from tests.router.test_router_actor import RawClient, in_bench, until  # noqa: F401  # a fixture
+from tests.router.router_bench import RawClient, until
 from xllm.config.admission import AdmissionSettings
 from xllm.protocol.client import AbortRequest, RequestFailed, ResumePoint
 from xllm.router.actor import RouterActor
@@ -25,7 +25,7 @@ async def started(b, router) -> RawClient:
     return RawClient(b.transport, router.zmq.endpoint)
 
 
-def test_what_is_open_at_one_router_counts_at_the_other(in_bench):  # noqa: F811
+def test_what_is_open_at_one_router_counts_at_the_other(in_bench):
     async def body(b):
         await b.instance("a", tokens_at_once=1)
         limited = dataclasses.replace(b.settings, admission=AdmissionSettings(concurrency=ALL))

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.router.test_router_actor import in_bench, until  # noqa: F401  # in_bench is a fixture
+from tests.router.router_bench import until
 from xllm.protocol.client import (
     LIFE_ATTEMPTS,
     Ping,
@@ -26,7 +26,7 @@ from xllm.router.submission import bound_id
 KEY = "0123456789abcdef" * 2
 
 
-def test_a_ping_is_answered_and_a_stop_is_said(in_bench):  # noqa: F811
+def test_a_ping_is_answered_and_a_stop_is_said(in_bench):
     async def body(b):
         await b.instance("a", tokens_at_once=1)
         client, old = b.client(), b.client()
@@ -70,7 +70,7 @@ def test_only_addresses_that_lead_somewhere_are_named(endpoint, is_named):
     assert peers.addresses == ()
 
 
-def test_routers_sign_with_one_key(in_bench):  # noqa: F811
+def test_routers_sign_with_one_key(in_bench):
     async def body(b):
         keys = await asyncio.gather(*(shared_key(b.registry, "other") for _ in range(5)))
         assert len(set(keys)) == 1
@@ -85,7 +85,7 @@ def submit(number, key, resume=None):
     return SubmitRequest(id=number, prompt="hello", sampling=sampling, key=key, resume=resume)
 
 
-def test_a_key_is_open_once_and_goes_to_the_highest_attempt(in_bench):  # noqa: F811
+def test_a_key_is_open_once_and_goes_to_the_highest_attempt(in_bench):
     async def body(b):
         instance = await b.instance("a", tokens_at_once=3)
         first, second, third = b.client(), b.client(), b.client()
