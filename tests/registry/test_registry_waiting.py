@@ -57,6 +57,25 @@ def test_a_registry_that_starts_late_is_waited_for(cluster, capsys):
     run(main())
 
 
+@pytest.mark.parametrize(("say_s", "num_lines"), [(60.0, 1), (0.0, 5)])
+def test_the_log_tells_when_waiting_begins_and_ends(cluster, monkeypatch, say_s, num_lines):
+    monkeypatch.setattr(waiting, "SAY_S", say_s)
+    errors = [BrokenError("silent")] * 5
+
+    async def call():
+        if errors:
+            raise errors.pop()
+        return "here"
+
+    with structlog.testing.capture_logs() as logs:
+        assert run(wait_registry(cluster, call)) == "here"
+    names = [line["event"] for line in logs]
+    assert names == ["registry_awaited"] * num_lines + ["registry_answers"]
+    with structlog.testing.capture_logs() as logs:
+        assert run(wait_registry(cluster, call)) == "here"
+    assert logs == []
+
+
 def test_one_that_never_comes_is_missing_in_time(run_dir):
     cluster = ClusterSettings(registry=f"ipc://{run_dir}/none;key=k", registry_wait_s=0.1)
 

@@ -149,6 +149,11 @@ class FakeCluster:
             self.join(name)
 
     def join(self, name: str, incarnation: str = "1") -> None:
+        self.register(name, incarnation)
+        self.change(self.service.view.connected(name))
+        self.beat(name, incarnation)
+
+    def register(self, name: str, incarnation: str = "1") -> None:
         registered = self.service.registered(
             InstanceRecord(
                 name=name,
@@ -168,8 +173,6 @@ class FakeCluster:
             )
         )
         self.change(registered)
-        self.change(self.service.view.connected(name))
-        self.beat(name, incarnation)
 
     def tick(self) -> None:
         self.change(self.service.tick())

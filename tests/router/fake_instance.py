@@ -35,10 +35,17 @@ def drawn(index: int) -> int:
 
 class FakeInstance:
     """`tokens_at_once`: how many a request gets right after its admission (None: all).
-    `answers_pings`: else it is of a version that knows none."""
+    `answers_pings`: else it is of a version that knows none; `beats`: it says that it is there."""
 
     def __init__(
-        self, transport, registry, run_dir, name, tokens_at_once=None, answers_pings=True
+        self,
+        transport,
+        registry,
+        run_dir,
+        name,
+        tokens_at_once=None,
+        answers_pings=True,
+        beats=True,
     ) -> None:
         self.name = name
         self.tokens_at_once = tokens_at_once
@@ -59,6 +66,7 @@ class FakeInstance:
         )
         self._bus = PublisherSocket(transport, f"ipc://{run_dir}/{name}-bus")
         self._seq = 0
+        self.beats = beats
         self._beating = asyncio.ensure_future(self._beat())
 
     async def register(self) -> None:
@@ -95,6 +103,9 @@ class FakeInstance:
 
     async def _beat(self) -> None:
         while True:
+            if not self.beats:
+                await asyncio.sleep(HEARTBEAT_S)
+                continue
             self._seq += 1
             load = InstanceLoad(num_running=len(self.admits))
             self._bus.publish(

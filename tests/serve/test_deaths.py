@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import signal
+import urllib.parse
 import urllib.request
 
 import pytest
@@ -275,20 +276,40 @@ def kill_a_router(served, undisturbed):
 
     check(in_bench(served, body), undisturbed)
     assert not alive([victim])
-    wait_until(lambda: routers_ready(served), 60, "the router's return")
+    ask_the_returned_router(served, undisturbed)
 
 
-def routers_ready(served) -> bool:
-    """One that has just come back knows no instance yet, and refuses requests."""
+def ask_the_returned_router(served, undisturbed) -> None:
+    """Whoever asks it in the moment in which its socket is there, and no other router, is answered:
+    it has not heard of an instance then."""
+    endpoint = re.findall(r"ZeroMQ\s+(\S+)", served.text)[0]
+    options = {"max_tokens": TOKENS, "ignore_eos": True, "seed": 11, "temperature": 0.9}
+    wanted = undisturbed[1]["sampled whole 0"]
 
-    async def each() -> bool:
-        for endpoint in re.findall(r"ZeroMQ\s+(\S+)", served.text):
-            async with AsyncClient([endpoint], discover=False) as client:
-                if not (await client.health(timeout_s=30)).ready:
-                    return False
-        return True
+    async def answered(client) -> tuple:
+        return comparable(await client.generate(PROMPT, **options))
 
-    return asyncio.run(each())
+    async def streamed(client) -> tuple:
+        stream = client.stream(PROMPT, **options)
+        async for _ in stream:
+            pass
+        return comparable(stream.completion)
+
+    async def main() -> None:
+        address = urllib.parse.urlsplit(endpoint)
+        async with asyncio.timeout(60):
+            while True:
+                with contextlib.suppress(OSError):
+                    _, writer = await asyncio.open_connection(address.hostname, address.port)
+                    break
+                await asyncio.sleep(0.002)
+        async with AsyncClient([endpoint], discover=False) as client:
+            whole = [answered(client) for _ in range(8)]
+            streams = [streamed(client) for _ in range(8)]
+            assert await asyncio.gather(*whole, *streams) == [wanted] * 16
+        writer.close()
+
+    asyncio.run(asyncio.wait_for(main(), 90))
 
 
 def num_open(served) -> float:

@@ -43,6 +43,15 @@ class AdmissionSettings:
         low=0.01,
         high=86400,
     )
+    expected_instance_s: float = setting(
+        3.0,
+        "Time that requests wait for an instance that the registry lists and that this router has "
+        "not heard from yet, as when it has just started, where no other is ready; 0: they are "
+        "refused at once.",
+        unit="s",
+        low=0,
+        high=3600,
+    )
     breaker_failures: int = setting(
         5, "Failures of an instance that open its circuit breaker; 0: never.", low=0, high=1000
     )

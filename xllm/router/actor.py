@@ -118,6 +118,10 @@ class RouterActor(Actor):
         self._closers.append(self._kv.close)
         self._bus = PublisherSocket(self.transport, self._bus_endpoint())
         self._closers.append(self._bus.close)
+        self.every(TICK_S, self._tick)
+        self.every(settings.cluster.heartbeat_s, self._beat)
+        await self._join_cluster()
+        # Not before: who asks a router that knows no instance is refused.
         zmq_endpoint = f"tcp://{_bracketed(settings.router.zmq_host)}:{settings.router.zmq_port}"
         self.zmq = ZmqFront(
             self.transport,
@@ -128,9 +132,6 @@ class RouterActor(Actor):
             peers=lambda: peers.addresses,
         )
         self._closers.append(self.zmq.close)
-        self.every(TICK_S, self._tick)
-        self.every(settings.cluster.heartbeat_s, self._beat)
-        await self._join_cluster()
         self._http = HttpFront(self.service, settings)
         self.http_address = await self._http.start()
         await self._register()

@@ -186,6 +186,8 @@ class Dispatcher:
         if change.ready:
             _log.info("instance_ready", instances=change.ready)
             self._rehouse()
+            if self.door is not None:
+                self.door.instances_ready()
         if change.suspect or change.ready:
             for name in self._placement.deserted():
                 self._move_all(name)

@@ -27,6 +27,10 @@ class AdmissionDoor(Protocol):
         """A request got its terminal message."""
         ...
 
+    def instances_ready(self) -> None:
+        """Instances can take requests now that could not before."""
+        ...
+
     def take_back(self, request: InflightRequest) -> bool:
         """No instance takes it now: whether it waits for one that does, without a state."""
         ...

@@ -94,6 +94,14 @@ class Placement:
                 return True
         return False
 
+    def expects(self, model: str, now: float, grace_s: float) -> bool:
+        """Whether an instance of a model may soon take requests: it was listed less than `grace_s`
+        ago, and is not both connected and heard of yet."""
+        return any(
+            one.expected and one.record.model == model and now - one.listed_at < grace_s
+            for one in self._view
+        )
+
     def _bound(self, offline: bool) -> int:
         """Half is for online requests alone."""
         most = self._most_waiting

@@ -99,7 +99,12 @@ class RouterService:
         self.placement = self._place(settings, policy, routes, links)
         self.dispatcher = Dispatcher(self.placement, links, self.metrics, clock)
         self.admission = AdmissionControl(
-            limits, self.placement.has_room, self._start, self.dispatcher.fail, clock
+            limits,
+            self.placement.has_room,
+            self.placement.expects,
+            self._start,
+            self.dispatcher.fail,
+            clock,
         )
         self.dispatcher.door = self.admission
         DecisionMetrics(self.registry, self.view, self.placement, self.admission, clock)

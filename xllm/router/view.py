@@ -5,7 +5,8 @@ instance is usable once it is registered, while it is connected, heard of under 
 within three heartbeat periods, hears this router (`hearing`), and says that it is ready: the
 registry says who there is, never who is well. Three silent periods make it suspect, and so does
 its deafness; suspicion is enough to move its requests to another: their words carry attempts, so
-being wrong costs time and nothing else.
+being wrong costs time and nothing else. An instance that is registered and was not heard of yet is
+expected, for a while.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class InstanceView:
     """It does not hear this router, though it may speak."""
     leaving: bool = False
     """Its record is gone: it drains, and says so, or it alone lost the registry."""
+    listed_at: float = 0.0
+    """When this router read that it is registered."""
+    expected: bool = True
+    """Nothing came from it yet that tells whether it takes requests."""
 
     @property
     def name(self) -> str:
@@ -164,7 +169,7 @@ class ClusterView:
             old.record = record
             old.leaving = False
             return self._changed(old, was)
-        fresh = InstanceView(record, heard_at=now)
+        fresh = InstanceView(record, heard_at=now, listed_at=now)
         self._instances[record.name] = fresh
         self._usable.clear()
         return ViewChange(lost=(record.name,)) if old is not None else _UNCHANGED
@@ -190,6 +195,8 @@ class ClusterView:
         was = one.usable
         one.connected = True
         one.deaf = False
+        if one.seq:
+            one.expected = False
         return self._changed(one, was)
 
     def disconnected(self, name: str) -> ViewChange:
@@ -200,6 +207,7 @@ class ClusterView:
         # Who was paused was cut off by the others, none of whom died of it.
         lives = (one.leaving and one.state != "ready") or self._ticked_at < self._excused_until
         one.connected = False
+        one.expected = False
         one.state = "unknown"
         self._forget_leaving(one)
         return ViewChange(lost=(name,), left=(name,) if lives else ())
@@ -222,6 +230,8 @@ class ClusterView:
         one.load = word.load
         one.workers = word.workers
         one.silent = False
+        if one.connected or one.state != "ready":
+            one.expected = False
         if word.metrics:
             one.metrics = word.metrics
         if failed_now:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from xllm.config.admission import AdmissionSettings
@@ -39,12 +40,14 @@ class Held:
 
 class AdmissionControl:
     """Of one router. `has_room(model, offline)` says whether an instance may get one more (None:
-    none is usable); `start` lets a request go to one, `fail` ends one that is not to be had."""
+    none is usable), `expects(model, now, grace_s)` whether one may soon; `start` lets a request go
+    to one, `fail` ends one that is not to be had."""
 
     def __init__(
         self,
         settings: AdmissionSettings,
         has_room: Callable[[str, bool], bool | None],
+        expects: Callable[[str, float, float], bool],
         start: Start,
         fail: Fail,
         clock: Callable[[], float],
@@ -52,6 +55,7 @@ class AdmissionControl:
     ) -> None:
         self._settings = settings
         self._has_room = has_room
+        self._expects = expects
         self._start = start
         self._fail = fail
         self._clock = clock
@@ -133,9 +137,13 @@ class AdmissionControl:
             return
         waiting = self._lines.get(spec.model)
         empty = waiting is None or not len(waiting.line)
-        if empty and self._has_room(spec.model, spec.offline) is not False:
-            self._start(request, state, instructions)
-            return
+        if empty:
+            room = self._has_room(spec.model, spec.offline)
+            early = room is None and self._may_come(spec.model)
+            if room is not False and not early:
+                self._start(request, state, instructions)
+                return
+            self._line(spec.model).is_early = early
         self._wait(request, state, instructions)
         self._pump(spec.model)
 
@@ -171,6 +179,8 @@ class AdmissionControl:
         """About ten times a second: deadlines, and room that heartbeats told of."""
         now = self._clock()
         for model, one in self._lines.items():
+            if one.is_early:
+                self._look_again(model, one, now)
             for waiter in one.line.expire(now):
                 held = self._held.pop(waiter.request_id)
                 self.figures.waited(now - waiter.joined)
@@ -184,6 +194,12 @@ class AdmissionControl:
                 self._pump(model)
             one.count(now)
         self._gate.forget(now)
+
+    def instances_ready(self) -> None:
+        """Instances can take requests now that could not before."""
+        for model, one in self._lines.items():
+            if len(one.line):
+                self._pump(model)
 
     # -- other routers -----------------------------------------------------------------------
 
@@ -236,6 +252,26 @@ class AdmissionControl:
             self.figures.reject("queue", request.account)
             raise error
         self._reject(last.request_id, held.request, error, "shed")
+
+    def _may_come(self, model: str) -> bool:
+        """Whether it is worth waiting for an instance of a model that has none."""
+        settings = self._settings
+        return bool(settings.queue_size) and self._expects(
+            model, self._clock(), settings.expected_instance_s
+        )
+
+    def _look_again(self, model: str, one: ModelLine, now: float) -> None:
+        """The line began when no instance of its model was heard of: one was since, which settles
+        how long they wait, or none will be."""
+        if self._has_room(model, False) is None:
+            if self._may_come(model):
+                return
+            error = UnavailableError("no instance is ready")
+            for waiter in one.line.expire(math.inf):
+                held = self._held.pop(waiter.request_id)
+                self.figures.waited(now - waiter.joined)
+                self._reject(waiter.request_id, held.request, error, "timeout")
+        one.is_early = False
 
     def _full_error(self, one: ModelLine, now: float) -> OverloadedError:
         size = self._settings.queue_size

@@ -16,6 +16,8 @@ class ModelLine:
     """Those who wait for an instance of one model."""
 
     line: WaitingLine
+    is_early: bool = False
+    """It began when no instance was usable, and one was expected."""
     rate: float = 0.0
     """Requests a second; 0: not known yet."""
     num_served: int = 0
