@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 from tests.master.test_master_actor import stage
 from tests.master.test_scheduler_workloads import DEPTHS, random_instance, random_request
-from tests.master.toy_instance import ToyInstance
+from tests.master.toy_instance import PROMPT, ToyInstance
 from xllm.master.scheduler import Scheduler
 from xllm.protocol.instance import AdmitRequest, PrefillDone, ReleaseHold
 from xllm.protocol.sampling import SamplingParams
 
-PROMPT = list(range(20, 30))
 STAGES = (("prefill", "here"), ("decode", "there"))
 
 

@@ -4,11 +4,9 @@ import array
 
 import pytest
 
-from tests.master.toy_instance import ToyInstance
+from tests.master.toy_instance import PROMPT, ToyInstance
 from xllm.errors import BadMessageError
 from xllm.protocol.step import StepResult
-
-PROMPT = list(range(20, 30))
 
 
 def with_rows(step: int, num_items: int, rows: tuple[int, ...]) -> tuple[StepResult, list[bytes]]:

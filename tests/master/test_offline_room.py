@@ -1,8 +1,6 @@
 """Offline work gives way to online work: as much as lets it start, or not at all."""
 
-from tests.master.toy_instance import ToyInstance
-
-PROMPT = list(range(20, 30))
+from tests.master.toy_instance import PROMPT, ToyInstance
 
 
 def test_offline_runs_on_where_its_blocks_would_not_let_online_start():

@@ -8,13 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.master.test_scheduler_workloads import random_request
-from tests.master.toy_instance import ToyInstance
+from tests.master.toy_instance import PROMPT, ToyInstance
 from xllm.master.idleness import IdleMeter
 from xllm.protocol.step import ItemKind, StepResult
 from xllm.worker.toy.faults import ToyFaults
 from xllm.worker.toy.stream import predict
-
-PROMPT = list(range(20, 30))
 
 
 def pipelined(**limits) -> ToyInstance:

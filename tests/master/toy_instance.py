@@ -24,6 +24,8 @@ from xllm.worker.toy.faults import NO_FAULTS, ToyFaults
 from xllm.worker.toy.stream import predict
 
 VOCAB = 1000
+PROMPT = list(range(20, 30))
+"""What tests ask with where any ten tokens will do."""
 SCHEDULING = (
     "strategy",
     "fairness",
