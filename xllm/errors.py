@@ -2,6 +2,7 @@
 
 XllmError
 ├── ConfigError
+│   └── NameTakenError
 ├── DependencyError
 ├── FencedError
 ├── InvariantError
@@ -53,6 +54,12 @@ class ConfigError(XllmError):
 
     code = "config_error"
     exit_code = 64
+
+
+class NameTakenError(ConfigError):
+    """Another living process of the cluster has the name of this one."""
+
+    code = "name_taken"
 
 
 class DependencyError(XllmError):

@@ -60,15 +60,18 @@ class FullRegistry(LocalRegistry):
 def test_whatever_refuses_the_first_write_it_is_tried_again(monkeypatch, error):
     monkeypatch.setattr(registration, "_AGAIN_S", 0.01)
 
+    replaced = []
+
     async def main():
         registry = FullRegistry([error] * 3)
         monkeypatch.setattr(registration, "open_registry", lambda *args, **more: registry)
         settings = Settings(cluster=ClusterSettings(registry="inproc://none"))
-        own = InstanceRegistration(settings, "a", None)
+        own = InstanceRegistration(settings, "a", "1", None, replaced.append)
         await own.publish(RECORD)
         assert not registry.errors
         assert (await registry.get(KEY)) is not None
         await own.withdraw()
         assert registry.store.statistics().num_keys == 0
+        assert replaced == []
 
     asyncio.run(asyncio.wait_for(main(), 20))

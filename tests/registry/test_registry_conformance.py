@@ -8,8 +8,11 @@ import contextlib
 import pytest
 
 from xllm.errors import ClosedError, FencedError, InvalidRequestError
+from xllm.protocol.codec import encode
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
+from xllm.protocol.registry.holder import Holder
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES, MAX_VALUE_BYTES
+from xllm.protocol.registry.keeper import Registration
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.open import open_registry
 from xllm.protocol.registry.store import RegistryStore
@@ -119,6 +122,29 @@ def test_compare_and_set_elects_one(run):
         changed = await two.compare_and_set("/leader", winner.entry.mod_revision, b"new")
         assert changed.ok
         assert changed.entry.create_revision == winner.entry.create_revision
+
+    run(check)
+
+
+def test_one_of_two_that_claim_a_name_at_once_has_it(run):
+    async def check(one, two):
+        claims = []
+        for registry, incarnation in ((one, "1"), (two, "2")):
+            value = encode(Holder(incarnation=incarnation))
+            claims.append(
+                Registration(registry, "/me", lambda v=value: v, 60.0, incarnation=incarnation)
+            )
+        for _ in range(5):
+            had = await asyncio.gather(*(claim.attempt() for claim in claims))
+            assert sorted(had) == [False, True]
+            winner, loser = (claims[had.index(one_has_it)] for one_has_it in (True, False))
+            assert loser.lease_id == 0
+            assert not await loser.is_free()
+            assert (await two.get("/me")).lease_id == winner.lease_id
+            await winner.refresh()  # its own name: at once
+            assert (await two.get("/me")).lease_id == winner.lease_id
+            await winner.withdraw()
+            assert await loser.is_free()
 
     run(check)
 

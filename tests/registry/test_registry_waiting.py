@@ -210,38 +210,6 @@ def test_a_key_that_went_while_its_lease_stands_is_put_again(monkeypatch):
     run(main())
 
 
-def test_the_earlier_of_two_of_one_name_says_so_once(monkeypatch):
-    monkeypatch.setattr(keeper, "_RENEWAL_S", 0.01)
-    monkeypatch.setattr(keeper, "_MIN_PAUSE_S", 0.01)
-    monkeypatch.setattr(keeper, "_LOOK_S", 0.01)
-
-    async def looks(registry, count):
-        seen = registry.num_gets
-        while registry.num_gets < seen + count:
-            await asyncio.sleep(0.01)
-
-    async def main():
-        registry = MoodyRegistry(time.monotonic)
-        first = Registration(registry, "/me", lambda: b"first", 120.0)
-        await first.start()
-        with structlog.testing.capture_logs() as logs:
-            await looks(registry, 3)
-            assert logs == []
-            second = Registration(registry, "/me", lambda: b"second", 120.0)
-            await second.start()
-            await looks(registry, 6)
-            assert [line["event"] for line in logs] == ["name_taken"]
-            assert logs[0]["lease_id"] == second.lease_id
-            assert (await registry.get("/me")).value == b"second"
-            await second.withdraw()
-            await looks(registry, 6)
-        assert (await registry.get("/me")).value == b"first"
-        await first.withdraw()
-        await registry.close()
-
-    run(main())
-
-
 def test_long_leases_are_renewed_often_enough_to_miss_them_soon(monkeypatch):
     monkeypatch.setattr(keeper, "_RENEWAL_S", 0.01)
     monkeypatch.setattr(keeper, "_MIN_PAUSE_S", 0.01)

@@ -52,7 +52,8 @@ def _wait_addresses(process: subprocess.Popen[str], lines: Iterator[str]) -> Ser
         elif text.lstrip().startswith("ZeroMQ"):
             zmq = text.split()[-1]
     code = process.wait()
-    classes = {cls.exit_code: cls for cls in error_classes().values()}
+    # The most general one of a code.
+    classes = {cls.exit_code: cls for cls in reversed(error_classes().values())}
     raise classes.get(code, XllmError)(f"the service did not start (exit code {code})")
 
 

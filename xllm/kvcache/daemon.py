@@ -7,6 +7,7 @@ heard them all, or took a snapshot after a gap, knows what is here.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import uuid
 
@@ -17,6 +18,7 @@ from xllm.errors import (
     BackpressureError,
     BrokenError,
     ConfigError,
+    FencedError,
 )
 from xllm.kvcache.arena import Arena
 from xllm.kvcache.dram import DramTier
@@ -29,10 +31,10 @@ from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.instance import QuerySnapshot
 from xllm.protocol.message import PROTOCOL_VERSION
 from xllm.protocol.records import DaemonRecord, daemon_key
+from xllm.protocol.registry.holder import own_process
 from xllm.protocol.registry.interface import Registry
-from xllm.protocol.registry.keeper import Registration
+from xllm.protocol.registry.keeper import Registration, register
 from xllm.protocol.registry.open import open_registry
-from xllm.protocol.registry.waiting import wait_registry
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.pubsub import PublisherSocket
 from xllm.protocol.transport.router import RouterSocket
@@ -100,8 +102,11 @@ class KvCacheDaemon(Actor):
                 daemon_key(settings.cluster.name, self.name),
                 lambda: encode(self.record()),
                 settings.cluster.lease_s,
+                incarnation=self.incarnation,
+                setting="kvcache.name",
+                on_replaced=functools.partial(self.request_stop, FencedError.exit_code),
             )
-            await wait_registry(settings.cluster, self._registration.start)
+            await register(settings.cluster, self._registration)
         _log.info("kvcache_ready", name=self.name, dram_bytes=settings.kvcache.dram_bytes)
         self._reporter.ready(
             (("kvcache", self._socket.endpoint),),
@@ -133,6 +138,7 @@ class KvCacheDaemon(Actor):
             dram_bytes=self._settings.kvcache.dram_bytes,
             public_key=security.public_key if security is not None else "",
             protocol=PROTOCOL_VERSION,
+            process=own_process(),
         )
 
     def _endpoint(self, configured: str, name: str) -> str:

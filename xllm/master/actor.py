@@ -18,7 +18,7 @@ import structlog
 
 from xllm.config.models import each_model
 from xllm.config.settings import Settings
-from xllm.errors import ConfigError
+from xllm.errors import ConfigError, FencedError, NameTakenError
 from xllm.kvcache.owners import SharedMemory
 from xllm.master.limits import InstanceLimits
 from xllm.master.plan_pump import PlanPump
@@ -118,6 +118,7 @@ class MasterActor(Actor):
             self.models.append(ServedModel(self, own, index, pump))
         self._workers.start()
         self.every(settings.cluster.heartbeat_s, self.beat)
+        self.spawn(self._check_names())
 
     async def stop(self) -> None:
         """Finish what is open, within the time for it; then leave in order."""
@@ -212,8 +213,23 @@ class MasterActor(Actor):
         first, self._was_ready = not self._was_ready, True
         self.spawn(self._register(first))
 
+    async def _check_names(self) -> None:
+        """Beside the load, which a process that may not have its name need not end."""
+        try:
+            await asyncio.gather(*(one.wait_for_name() for one in self.models))
+        except NameTakenError as error:
+            self.worker_given_up(error.exit_code, error.code, error.message)
+
+    def replaced(self, reason: str) -> None:
+        """Another process has this one's name, and routers go there."""
+        self.worker_given_up(FencedError.exit_code, FencedError.code, reason)
+
     async def _register(self, first: bool) -> None:
-        await asyncio.gather(*(one.register() for one in self.models))
+        try:
+            await asyncio.gather(*(one.register() for one in self.models))
+        except NameTakenError as error:
+            self.worker_given_up(error.exit_code, error.code, error.message)
+            return
         if first and self._reporter is not None:
             reports = [one.ready for one in self.models if one.ready is not None]
             names = ", ".join(one.model for one in reports)

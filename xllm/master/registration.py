@@ -7,16 +7,24 @@ is tried again until it succeeds. The lease is the Registration's business.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import structlog
 
 from xllm.config.settings import Settings
-from xllm.errors import FencedError, OverloadedError, TransportError, XllmError
+from xllm.errors import (
+    FencedError,
+    NameTakenError,
+    OverloadedError,
+    TransportError,
+    XllmError,
+)
 from xllm.protocol.codec import encode
 from xllm.protocol.message import PROTOCOL_VERSION
 from xllm.protocol.records import InstanceRecord, instance_key
+from xllm.protocol.registry.holder import own_process
 from xllm.protocol.registry.interface import Registry
-from xllm.protocol.registry.keeper import Registration
+from xllm.protocol.registry.keeper import HELD_PAUSE_S, Registration
 from xllm.protocol.registry.open import open_registry
 from xllm.protocol.step import WorkerReady
 from xllm.protocol.transport.context import Transport
@@ -26,49 +34,70 @@ _AGAIN_S = 1.0
 
 
 class InstanceRegistration:
-    """Registers one instance; nowhere if the cluster has no registry."""
+    """Registers one instance; nowhere if the cluster has no registry. `on_replaced`: see
+    Registration."""
 
-    def __init__(self, settings: Settings, name: str, transport: Transport) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        name: str,
+        incarnation: str,
+        transport: Transport,
+        on_replaced: Callable[[str], None],
+    ) -> None:
         cluster = settings.cluster
         self._registry: Registry | None = None
         self._record: InstanceRecord | None = None
-        self._cluster = cluster
-        self._name = name
         self._registration: Registration | None = None
+        self._is_registered = False
         self._withdrawn = False
         self._writing = asyncio.Lock()
         if cluster.registry:
             self._registry = open_registry(cluster.registry, transport, etcd=settings.etcd)
+            self._registration = Registration(
+                self._registry,
+                instance_key(cluster.name, name),
+                self._encoded,
+                cluster.lease_s,
+                incarnation=incarnation,
+                setting="master.name",
+                on_replaced=on_replaced,
+            )
+
+    async def wait_for_name(self) -> None:
+        """Return once no other living process has the name, or may have it; NameTakenError where
+        one has."""
+        if self._registration is not None:
+            await self._until(self._registration.is_free)
 
     async def publish(self, record: InstanceRecord) -> None:
-        """Write the record, or write it anew; returns when it is there."""
-        if self._registry is None:
+        """Write the record, or write it anew; returns when it is there. NameTakenError where
+        another living process has the name."""
+        if self._registration is None:
             return
         self._record = record
         async with self._writing:
-            if self._registration is None:
-                await self._register(self._registry)
+            if self._is_registered:
+                await self._registration.refresh()
                 return
-            await self._registration.refresh()
+            self._is_registered = await self._until(self._registration.attempt)
 
-    async def _register(self, registry: Registry) -> None:
-        registration = Registration(
-            registry,
-            instance_key(self._cluster.name, self._name),
-            self._encoded,
-            self._cluster.lease_s,
-        )
+    async def _until(self, attempt: Callable[[], Awaitable[bool]]) -> bool:
+        """Try again until it succeeds; False where it is over before that."""
         while not self._withdrawn:
+            pause_s = _AGAIN_S
             try:
-                await registration.start()
+                if await attempt():
+                    return True
+                pause_s = HELD_PAUSE_S
+            except NameTakenError:
+                raise
             except (TransportError, FencedError, OverloadedError) as error:
                 _log.warning("registry_unreachable", error=error.message)
             except XllmError as error:  # it refuses us, until somebody changes its mind
                 _log.error("registration_refused", error=error.message)
-            else:
-                self._registration = registration
-                return
-            await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(pause_s)
+        return False
 
     async def withdraw(self) -> None:
         """End the registration and the connection; a write under way is waited for a little, so
@@ -121,4 +150,5 @@ def make_record(
         embedding_size=ready.embedding_size,
         max_num_seqs=settings.scheduler.max_num_seqs,
         protocol=PROTOCOL_VERSION,
+        process=own_process(),
     )

@@ -63,7 +63,9 @@ class ServedModel:
             self.metrics,
         )
         pump.loops[settings.model.name] = self.steps
-        self._registration = InstanceRegistration(settings, self.name, self.transport)
+        self._registration = InstanceRegistration(
+            settings, self.name, master.incarnation, self.transport, master.replaced
+        )
 
     @property
     def model(self) -> str:
@@ -132,8 +134,13 @@ class ServedModel:
         _log.info("instance_ready", model=ready.model, num_blocks=ready.num_blocks)
         self.beat()
 
+    async def wait_for_name(self) -> None:
+        """See InstanceRegistration."""
+        await self._registration.wait_for_name()
+
     async def register(self) -> None:
-        """Say in the registry what is served now; returns when it is there."""
+        """Say in the registry what is served now; returns when it is there. NameTakenError where
+        another living process has the name."""
         await self._registration.publish(self.record())
 
     def worker_lost(self, reason: str, by_itself: bool) -> None:

@@ -1,7 +1,8 @@
 """What processes register about themselves, under `/xllm/<cluster>/`.
 
 Addresses come from here and never from a request. A record is written under its process's
-lease; a new incarnation replaces the old one.
+lease; a new incarnation replaces one that has ended (see registry/holder). `process` says where
+its writer can be looked for.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class InstanceRecord(MapPart, frozen=True):
     """Sequences that it runs at once at most; 0: not said."""
     protocol: int = 1
     """Version of the protocol that it speaks; records of before this field are of version 1."""
+    process: str = ""
 
 
 class DaemonRecord(MapPart, frozen=True):
@@ -49,6 +51,7 @@ class DaemonRecord(MapPart, frozen=True):
     dram_bytes: int = 0
     public_key: str = ""
     protocol: int = 1
+    process: str = ""
 
 
 class RouterRecord(MapPart, frozen=True):
@@ -61,6 +64,7 @@ class RouterRecord(MapPart, frozen=True):
     bus_endpoint: str = ""
     public_key: str = ""
     protocol: int = 1
+    process: str = ""
 
 
 class LeaderRecord(MapPart, frozen=True):

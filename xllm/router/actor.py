@@ -21,7 +21,7 @@ import structlog
 from xllm.config.exposure import check_exposure
 from xllm.config.models import each_model, model_name
 from xllm.config.settings import Settings
-from xllm.errors import ConfigError
+from xllm.errors import ConfigError, FencedError
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
 from xllm.protocol.bus import RouterPresence
@@ -29,8 +29,9 @@ from xllm.protocol.codec import encode
 from xllm.protocol.instance import InstanceRequest
 from xllm.protocol.message import PROTOCOL_VERSION
 from xllm.protocol.records import LeaderRecord, RouterRecord, router_key
+from xllm.protocol.registry.holder import own_process
 from xllm.protocol.registry.interface import Registry
-from xllm.protocol.registry.keeper import Registration
+from xllm.protocol.registry.keeper import Registration, register, wait_for_name
 from xllm.protocol.registry.open import open_registry
 from xllm.protocol.registry.waiting import wait_registry
 from xllm.protocol.transport.context import Transport
@@ -134,7 +135,8 @@ class RouterActor(Actor):
         self._closers.append(self.zmq.close)
         self._http = HttpFront(self.service, settings)
         self.http_address = await self._http.start()
-        await self._register()
+        assert self._registration is not None
+        await register(settings.cluster, self._registration)
         await self._run_for_leader()
         addresses = (("http", self.http_address), ("zmq", self.zmq.endpoint))
         _log.info("router_ready", http=self.http_address, zmq=self.zmq.endpoint)
@@ -148,16 +150,25 @@ class RouterActor(Actor):
         registry = self._registry = open_registry(
             cluster.registry, self.transport, etcd=self._settings.etcd
         )
+        self._registration = Registration(
+            registry,
+            router_key(cluster.name, self.name),
+            lambda: encode(self.record()),
+            cluster.lease_s,
+            incarnation=self.incarnation,
+            setting="router.name",
+            on_replaced=functools.partial(self.request_stop, FencedError.exit_code),
+        )
+        await wait_for_name(cluster, self._registration)
         await self.membership.join(registry, cluster)
         self.service.event_key = await wait_registry(
             cluster, functools.partial(shared_key, registry, cluster.name)
         )
 
-    async def _register(self) -> None:
-        assert self._registry is not None
-        cluster = self._settings.cluster
+    def record(self) -> RouterRecord:
+        """What the registry says of this process."""
         security = self.transport.security
-        record = RouterRecord(
+        return RouterRecord(
             name=self.name,
             incarnation=self.incarnation,
             zmq_endpoint=self.zmq.endpoint,
@@ -165,14 +176,8 @@ class RouterActor(Actor):
             bus_endpoint=self._bus.endpoint,
             public_key=security.public_key if security is not None else "",
             protocol=PROTOCOL_VERSION,
+            process=own_process(),
         )
-        self._registration = Registration(
-            self._registry,
-            router_key(cluster.name, self.name),
-            lambda: encode(record),
-            cluster.lease_s,
-        )
-        await wait_registry(cluster, self._registration.start)
 
     async def _run_for_leader(self) -> None:
         assert self._registry is not None

@@ -1,0 +1,143 @@
+"""Who holds a name in the registry, and what another process of that name may do about it.
+
+A record says which process wrote it: the boot of its machine, its PID namespace, its id there and
+when it was started. A reader in the same namespace knows for certain whether that process has
+ended; any other one has to see its lease end. `NameClaim` decides, without I/O; `own_process` and
+`has_ended` read /proc (proc(5), pid_namespaces(7)).
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Callable
+
+from xllm.errors import BadMessageError
+from xllm.protocol.codec import Decoder
+from xllm.protocol.message import MapPart
+from xllm.protocol.registry.interface import MIN_TTL_S
+from xllm.protocol.registry_wire import Entry
+
+_SLACK_S = 1.0
+_ENDED = (b"Z", b"X")
+"""States of a process that runs no more: it waits for its parent, or is being removed."""
+
+
+class Holder(MapPart, frozen=True):
+    """What all records say of who wrote them; "" where one does not."""
+
+    incarnation: str = ""
+    process: str = ""
+
+
+class NameState(enum.Enum):
+    """Of a name, for one who wants it."""
+
+    FREE = "free"
+    """Its key may be written: there is none, it is ours, or its owner has ended."""
+    HELD = "held"
+    """Another process has it, which may have ended; its lease will tell."""
+    TAKEN = "taken"
+    """Another living process has it."""
+
+
+class NameClaim:
+    """One incarnation's claim to one key. Invariant: a key whose owner may live is not FREE, and
+    one that stands for longer than two leases and a second is TAKEN: who ended does not renew, and
+    an etcd whose leader changed gives every lease its whole time once more. All processes of a
+    cluster have leases of the same length."""
+
+    def __init__(
+        self, incarnation: str, ttl_s: float, ended: Callable[[str], bool] | None = None
+    ) -> None:
+        self._incarnation = incarnation
+        self._ended = has_ended if ended is None else ended
+        self._decoder: Decoder[Holder] = Decoder(Holder)
+        self._patience_s = 2 * max(ttl_s, MIN_TTL_S) + _SLACK_S
+        self._rival: tuple[int, float] | None = None
+        """Lease of the other one, and when it was first seen."""
+
+    def judge(
+        self, entry: Entry | None, lease_id: int, asked_at: float, told_at: float
+    ) -> NameState:
+        """How the name stands, by what its key held between these times. `lease_id`: ours, or 0."""
+        if entry is None or self._may_write(entry, lease_id):
+            self._rival = None
+            return NameState.FREE
+        if self._rival is None or self._rival[0] != entry.lease_id:
+            self._rival = (entry.lease_id, told_at)
+        waited_s = asked_at - self._rival[1]
+        return NameState.TAKEN if waited_s > self._patience_s else NameState.HELD
+
+    def describe_holder(self, entry: Entry) -> str:
+        """Who wrote an entry, for people."""
+        holder = self._holder(entry)
+        who = describe_process(holder.process)
+        return f"{who} (incarnation {holder.incarnation[:32] or 'unknown'}, lease {entry.lease_id})"
+
+    def _may_write(self, entry: Entry, lease_id: int) -> bool:
+        if lease_id and entry.lease_id == lease_id:
+            return True
+        holder = self._holder(entry)
+        is_ours = bool(self._incarnation) and holder.incarnation == self._incarnation
+        return is_ours or self._ended(holder.process)
+
+    def _holder(self, entry: Entry) -> Holder:
+        try:
+            return self._decoder.decode(entry.value)
+        except BadMessageError:
+            return Holder()  # its key says that there is somebody, and nothing more
+
+
+def own_process() -> str:
+    """This process as its record says it: boot, PID namespace, id, start. "" where the machine
+    does not tell."""
+    place, start = _own_place(), _start_of(os.getpid())
+    return f"{place}/{os.getpid()}/{start}" if place and start else ""
+
+
+def has_ended(process: str) -> bool:
+    """Whether that process certainly runs no more. False where it cannot be told from here."""
+    place, _, rest = process.rpartition("/")[0].rpartition("/")
+    started = process.rpartition("/")[2]
+    if not place or place != _own_place() or not rest.isdecimal():
+        return False
+    try:
+        os.kill(int(rest), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass  # another user's, of whom /proc may still say more
+    start = _start_of(int(rest))
+    return start == "ended" or bool(start and start != started)
+
+
+def describe_process(process: str) -> str:
+    """`process 17 of this machine`, or `a process elsewhere` where that is not known."""
+    place, _, pid = process.rpartition("/")[0].rpartition("/")
+    is_here = place and place == _own_place()
+    return f"process {pid} of this machine" if is_here else "a process elsewhere"
+
+
+def _own_place() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}" if boot else ""
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> str:
+    """When a process was started, in ticks since the boot; `ended` of one that only waits to be
+    removed, "" where that cannot be read."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            line = file.read()
+    except OSError:
+        return ""
+    # The name in parentheses may hold anything; the state follows the last of them.
+    fields = line[line.rfind(b")") + 1 :].split()
+    if len(fields) < 20:
+        return ""
+    return "ended" if fields[0] in _ENDED else fields[19].decode()
