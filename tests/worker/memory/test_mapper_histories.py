@@ -3,11 +3,9 @@ and those before it say, from its beginning to its end, whatever comes meanwhile
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
 from collections import deque
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -19,12 +17,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.worker.memory.back_ends import KINDS, PAGE, BackEnd, CpuBackEnd, read
 from xllm.protocol.step import MapPages
 from xllm.worker.memory.mapper import PageMapper
 from xllm.worker.memory.slots import SlotSpace
-from xllm.worker.memory.virtual import CpuVirtualMemory
 
-PAGE = mmap.PAGESIZE
 NUM_PAGES, NUM_SLOTS, PAGES_PER_SLOT = 12, 3, 5
 MAX_IN_FLIGHT = 3
 
@@ -32,15 +29,16 @@ MAX_IN_FLIGHT = 3
 class PlanHistories(RuleBasedStateMachine):
     """`told`: what is mapped once all plans so far are carried out."""
 
+    kind: type[BackEnd] = CpuBackEnd
+
     @initialize(is_early=st.booleans())
     def begin(self, is_early: bool) -> None:
         self.is_early = is_early
-        self.fd = os.memfd_create("pages", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, NUM_PAGES * PAGE)
+        self.back_end = self.kind(NUM_PAGES)
         for page in range(NUM_PAGES):
-            os.pwrite(self.fd, b"%02d" % page, page * PAGE)
+            self.back_end.fill(page, b"%02d" % page)
         self.space = SlotSpace(
-            CpuVirtualMemory(self.fd),
+            self.back_end.open(),
             num_slots=NUM_SLOTS,
             pages_per_slot=PAGES_PER_SLOT,
             page_bytes=PAGE,
@@ -86,7 +84,7 @@ class PlanHistories(RuleBasedStateMachine):
         for slot, want in (getattr(self, "reads", None) or {}).items():
             assert self.mapper.failure(slot, len(want)) == ""
             base = self.space.address(slot)
-            found = [int(ctypes.string_at(base + i * PAGE, 2)) for i in range(len(want))]
+            found = [int(read(base + i * PAGE, 2)) for i in range(len(want))]
             assert found == want
 
     def teardown(self) -> None:
@@ -100,7 +98,7 @@ class PlanHistories(RuleBasedStateMachine):
         self._settle()
         assert [list(self.space.pages(slot)) for slot in range(NUM_SLOTS)] == self.told
         self.mapper.close()
-        os.close(self.fd)
+        self.back_end.close()
 
     def _settle(self) -> None:
         for slot in range(NUM_SLOTS):
@@ -119,7 +117,15 @@ class PlanHistories(RuleBasedStateMachine):
         return MapPages(slot, first, ids)
 
 
-def test_any_history_of_plans() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_history_of_plans(kind: type[BackEnd]) -> None:
+    class Histories(PlanHistories):
+        pass
+
+    Histories.kind = kind
     run_state_machine_as_test(
-        PlanHistories, settings=settings(max_examples=60, stateful_step_count=40, deadline=None)
+        Histories,
+        settings=settings(
+            max_examples=60 if kind is CpuBackEnd else 30, stateful_step_count=40, deadline=None
+        ),
     )

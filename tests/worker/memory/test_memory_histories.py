@@ -7,12 +7,10 @@ is lost, given twice, mapped at the wrong place or not mapped at all reads wrong
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import mmap
-import os
 from pathlib import Path
 
+import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -23,13 +21,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from tests.worker.memory.back_ends import KINDS, PAGE, BackEnd, CpuBackEnd, read, write
 from xllm.kvcache.owners import OwnedMemory, SharedMemory
 from xllm.kvcache.pages import PageState
 from xllm.worker.memory.mapper import PageMapper
 from xllm.worker.memory.slots import SlotSpace
-from xllm.worker.memory.virtual import CpuVirtualMemory
 
-PAGE = mmap.PAGESIZE
 NUM_PAGES, NUM_SLOTS, PAGES_PER_SLOT = 18, 4, 9
 NAMES = ("one", "two")
 TEXTS = st.text("ab", min_size=1, max_size=8)
@@ -51,11 +48,12 @@ class Living:
 
 
 class Histories(RuleBasedStateMachine):
+    kind: type[BackEnd] = CpuBackEnd
+
     @initialize(max_mappings=st.sampled_from([PAGES_PER_SLOT + 2, 18, 100]))
     def begin(self, max_mappings: int) -> None:
         self.shared = SharedMemory(NUM_PAGES, 2)
-        self.fd = os.memfd_create("pages", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, NUM_PAGES * PAGE)
+        self.back_end = self.kind(NUM_PAGES)
         self.spaces: dict[str, SlotSpace] = {}
         self.mappers: dict[str, PageMapper] = {}
         for name in NAMES:
@@ -66,7 +64,7 @@ class Histories(RuleBasedStateMachine):
                 max_mappings=max_mappings,
             )
             self.spaces[name] = SlotSpace(
-                CpuVirtualMemory(self.fd),
+                self.back_end.open(),
                 num_slots=NUM_SLOTS,
                 pages_per_slot=PAGES_PER_SLOT,
                 page_bytes=PAGE,
@@ -173,7 +171,8 @@ class Histories(RuleBasedStateMachine):
             self._carry_out(name, owned)
             for seq in mine:
                 self._read(seq)
-            assert self._mappings(name) <= owned.slots.statistics().num_mappings + 1
+            if self.kind is CpuBackEnd:
+                assert self._mappings(name) <= owned.slots.statistics().num_mappings + 1
             states = owned.slots.states(NUM_PAGES, owned.cache.pool.is_free)
             held = {block for seq in mine for block in seq.blocks}
             assert {p for p, state in enumerate(states) if state is PageState.MAPPED} == held
@@ -190,7 +189,7 @@ class Histories(RuleBasedStateMachine):
             self.mappers[name].close()
             self.spaces[name].close()
         self.shared.check()
-        os.close(self.fd)
+        self.back_end.close()
         assert self.shared.pages.num_free == NUM_PAGES
 
     def _some(self, data: st.DataObject) -> Living | None:
@@ -212,7 +211,7 @@ class Histories(RuleBasedStateMachine):
         base = self.spaces[seq.model].address(seq.slot)
         hashes = [content(seq.model, seq.text[: i + 1]) for i in range(len(seq.text))]
         for index in range(first, len(seq.blocks)):
-            ctypes.memmove(base + index * PAGE, hashes[index], 32)
+            write(base + index * PAGE, hashes[index])
             parent = hashes[index - 1] if index else b""
             if not seq.is_private:
                 block = seq.blocks[index]
@@ -222,7 +221,7 @@ class Histories(RuleBasedStateMachine):
         base = self.spaces[seq.model].address(seq.slot)
         for index in range(len(seq.text)):
             want = content(seq.model, seq.text[: index + 1])
-            assert ctypes.string_at(base + index * PAGE, 32) == want
+            assert read(base + index * PAGE, 32) == want
 
     def _mappings(self, name: str) -> int:
         """Mappings of the kernel under a model's slots."""
@@ -233,7 +232,15 @@ class Histories(RuleBasedStateMachine):
         return sum(low <= int(line.split("-")[0], 16) < high for line in lines)
 
 
-def test_any_history() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_history(kind: type[BackEnd]) -> None:
+    class Run(Histories):
+        pass
+
+    Run.kind = kind
     run_state_machine_as_test(
-        Histories, settings=settings(max_examples=40, stateful_step_count=50, deadline=None)
+        Run,
+        settings=settings(
+            max_examples=40 if kind is CpuBackEnd else 20, stateful_step_count=50, deadline=None
+        ),
     )

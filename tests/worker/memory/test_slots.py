@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
 import threading
 from collections.abc import Iterator
 
 import pytest
 
+from tests.worker.memory.back_ends import BACK_ENDS, PAGE, BackEnd, read
 from xllm.errors import EngineError
 from xllm.protocol.step import MapPages
 from xllm.worker.memory.mapper import PageMapper
 from xllm.worker.memory.slots import NO_PAGE, SlotSpace
-from xllm.worker.memory.virtual import CpuVirtualMemory
+from xllm.worker.memory.virtual import VirtualMemory
 
-PAGE = mmap.PAGESIZE
 NUM_PAGES = 16
 
 
-class WatchedMemory(CpuVirtualMemory):
-    """Counts calls; can be made to fail or to wait."""
+class WatchedMemory:
+    """A back-end's memory that counts calls and can be made to fail or to wait."""
 
-    def __init__(self, fd: int) -> None:
-        super().__init__(fd)
+    def __init__(self, inner: VirtualMemory) -> None:
+        self._inner = inner
+        self.granularity = inner.granularity
+        self.reserve = inner.reserve
+        self.unmap = inner.unmap
+        self.close = inner.close
         self.calls: list[tuple[int, int]] = []
         self.fails = False
         self.go_on = threading.Event()
@@ -35,16 +36,15 @@ class WatchedMemory(CpuVirtualMemory):
         if self.fails:
             raise EngineError("no mapping is left")
         self.calls.append((offset // PAGE, num_bytes // PAGE))
-        super().map(address, offset, num_bytes)
+        self._inner.map(address, offset, num_bytes)
 
 
 class Setup:
-    def __init__(self) -> None:
-        self.fd = os.memfd_create("pages", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, NUM_PAGES * PAGE)
+    def __init__(self, back_end: BackEnd) -> None:
+        self.back_end = back_end
         for page in range(NUM_PAGES):
-            os.pwrite(self.fd, b"%02d" % page, page * PAGE)
-        self.memory = WatchedMemory(self.fd)
+            back_end.fill(page, b"%02d" % page)
+        self.memory = WatchedMemory(back_end.open())
         self.space = SlotSpace(
             self.memory, num_slots=3, pages_per_slot=6, page_bytes=PAGE, num_pages=NUM_PAGES
         )
@@ -52,18 +52,18 @@ class Setup:
 
     def seen(self, slot: int, count: int) -> list[int]:
         base = self.space.address(slot)
-        return [int(ctypes.string_at(base + i * PAGE, 2)) for i in range(count)]
+        return [int(read(base + i * PAGE, 2)) for i in range(count)]
 
 
-@pytest.fixture
-def one() -> Iterator[Setup]:
-    setup = Setup()
+@pytest.fixture(params=BACK_ENDS)
+def one(request: pytest.FixtureRequest) -> Iterator[Setup]:
+    setup = Setup(request.param(NUM_PAGES))
     yield setup
     setup.memory.go_on.set()
     setup.mapper.close()
     setup.space.check()
     setup.space.close()
-    os.close(setup.fd)
+    setup.back_end.close()
 
 
 def test_runs_are_one_call_and_what_is_there_stays(one: Setup) -> None:

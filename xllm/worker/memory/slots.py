@@ -83,14 +83,18 @@ class SlotSpace:
         self._map_ns += time.perf_counter_ns() - began
 
     def unmap(self, slot: int, first_page: int = 0) -> None:
-        """Take away all pages of a slot from an index on; they read as zeros from now on."""
+        """Take away all pages of a slot from an index on. EngineError where the device refuses;
+        then none of them counts as mapped, and some may be."""
         self._check_range(slot, first_page, 0)
         mapped = self._pages[slot]
         if first_page >= len(mapped):
             return
         began = time.perf_counter_ns()
         address = self.address(slot) + first_page * self.page_bytes
-        self._memory.unmap(address, (len(mapped) - first_page) * self.page_bytes)
+        count = len(mapped) - first_page
+        # Nothing is known to be there until the call is back.
+        mapped[first_page:] = [NO_PAGE] * count
+        self._memory.unmap(address, count * self.page_bytes)
         del mapped[first_page:]
         self._num_unmap_calls += 1
         self._map_ns += time.perf_counter_ns() - began

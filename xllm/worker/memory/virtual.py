@@ -2,7 +2,8 @@
 
 A device reserves ranges of addresses and maps parts of one physical memory under them. On a CPU
 the physical memory is a memfd, and a range without pages reads as zeros (the kernel's zero page)
-and cannot be written. Decides nothing and keeps no books of what is mapped where.
+and cannot be written; elsewhere (`device_virtual`) to touch one is a fault. Decides nothing and
+keeps no books of what is mapped where.
 """
 
 from __future__ import annotations

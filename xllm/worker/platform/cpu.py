@@ -49,6 +49,9 @@ class CpuPlatform:
         """A quarter of what is free, at most 4 GiB."""
         return min(self.memory().free_bytes // _KV_SHARE, _KV_CEILING_BYTES)
 
+    def virtual_driver(self) -> None:
+        """The kernel's calls are enough: see `CpuVirtualMemory`."""
+
     def synchronize(self) -> None:
         """Nothing runs behind our back here."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from xllm.errors import DependencyError
+from xllm.worker.platform.cuda_driver import CudaDriver
 from xllm.worker.platform.platform import DeviceMark, DeviceMemory
 
 _KV_SHARE = 0.85
@@ -43,6 +44,10 @@ class CudaPlatform:
         """85% of what is free once the cached blocks of torch are given back."""
         torch.cuda.empty_cache()
         return int(self.memory().free_bytes * _KV_SHARE)
+
+    def virtual_driver(self) -> CudaDriver:
+        """Through cuda-bindings."""
+        return CudaDriver(self.device)
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from xllm.errors import DependencyError
+from xllm.worker.platform.ascend_driver import AscendDriver
 from xllm.worker.platform.platform import DeviceMark, DeviceMemory
 
 _KV_SHARE = 0.85
@@ -62,6 +63,10 @@ class NpuPlatform:
         """85% of what is free once the cached blocks of torch are given back."""
         self._npu.empty_cache()
         return int(self.memory().free_bytes * _KV_SHARE)
+
+    def virtual_driver(self) -> AscendDriver:
+        """Through CANN's module acl."""
+        return AscendDriver(self.device)
 
     def synchronize(self) -> None:
         """Wait for the device."""

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from xllm.errors import ConfigError
+from xllm.worker.platform.device_driver import DeviceDriver
 
 DeviceMark = Callable[[], bool]
 """Whether the device has come past this place in its work; any thread may ask."""
@@ -47,6 +48,10 @@ class Platform(Protocol):
     def kv_budget(self) -> int:
         """Bytes that KV may take where the settings leave it open; called after the weights
         are loaded."""
+
+    def virtual_driver(self) -> DeviceDriver | None:
+        """Calls on the device's virtual memory; None on a CPU, which has its own. EngineError or
+        DependencyError where the device has none, or what it takes is not installed."""
 
     def synchronize(self) -> None:
         """Wait until all that was started on the device is done."""
