@@ -273,3 +273,12 @@ def error_classes() -> dict[str, type[XllmError]]:
 def error_from_code(code: str, message: str, param: str | None = None) -> XllmError:
     """The exception a peer's error message stands for; an unknown code gives the root."""
     return error_classes().get(code, XllmError)(message, param=param)
+
+
+def error_from_exit_code(code: int, message: str) -> XllmError:
+    """The exception whose exit code a child's end stands for. Zero, a signal (negative) and a code
+    that is none of ours give the root."""
+    for cls in (ConfigError, DependencyError, FencedError, ListenError):
+        if cls.exit_code == code:
+            return cls(message)
+    return XllmError(message)

@@ -15,6 +15,7 @@ from xllm.cli.supervision import (
     Restart,
     RestartPolicy,
 )
+from xllm.errors import error_from_exit_code
 
 
 def test_delays_double_until_it_is_given_up():
@@ -110,3 +111,12 @@ def test_a_child_in_quarantine_that_is_needed_now_ends_the_service():
     for i in range(MAX_CRASHES):
         policy.exited(-9, float(i), was_ready=True, needed=False)
     assert isinstance(policy.exited(-9, 5.0, was_ready=True, needed=True), GiveUp)
+
+
+@pytest.mark.parametrize(
+    ("ended_with", "exit_code"),
+    [(64, 64), (69, 69), (70, 70), (71, 71), (75, 75), (0, 70), (-9, 70), (1, 70), (143, 70)],
+)
+def test_an_exit_code_gives_an_error_with_it_and_an_unknown_one_a_fault(ended_with, exit_code):
+    error = error_from_exit_code(ended_with, "it ended")
+    assert (error.exit_code, error.message) == (exit_code, "it ended")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 
 import pytest
 
@@ -136,6 +137,27 @@ def test_a_process_that_cannot_start_is_one_clear_line(run_dir, tmp_path):
         assert f"127.0.0.1:{port} did not answer" in done.stdout  # and the process reported it
 
 
+def test_the_exit_code_is_that_of_the_process_that_failed(run_dir, tmp_path):
+    """What only the process itself can find wrong is told apart as its own exit code does."""
+    file, port = write_node(run_dir, tmp_path)
+    text = file.read_text()
+    with stopped_at_the_end(file), socket.socket() as taken:
+        file.write_text(
+            text.replace("[[process]]", f'keys_dir = "{tmp_path}/none"\n[[process]]', 1)
+        )
+        wrong = run_script("node-start", file)
+        assert wrong.returncode == 64
+        assert "n-registry ended with exit code 64" in wrong.stderr
+        assert "no usable key" in wrong.stderr
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        file.write_text(text)
+        refused = run_script("node-start", file)
+        assert refused.returncode == 71
+        assert "n-registry ended with exit code 71" in refused.stderr
+        assert set(pids(file).values()) == {0}
+
+
 def test_a_wrong_setting_starts_nothing(run_dir, tmp_path):
     file, _ = write_node(run_dir, tmp_path, more="heartbeat_s = 99")
     done = run_script("node-start", file)
@@ -143,6 +165,14 @@ def test_a_wrong_setting_starts_nothing(run_dir, tmp_path):
     assert "heartbeat_s" in done.stderr
     assert done.stdout == ""
     assert set(pids(file).values()) == {0}
+
+
+def test_a_wrong_setting_stops_nothing(run_dir, tmp_path):
+    file, _ = write_node(run_dir, tmp_path)
+    file.write_text(file.read_text().replace("shutdown_s = 3.0", 'shutdown_s = "soon"'))
+    done = run_script("node-stop", file)
+    assert (done.returncode, done.stdout) == (64, "")
+    assert "cluster.shutdown_s must be a number" in done.stderr
 
 
 def test_with_keys_only_those_who_are_allowed_get_in(run_dir, tmp_path):
@@ -186,5 +216,5 @@ def test_a_node_whose_registry_is_etcd(run_dir, tmp_path):
         file.write_text(text)
         with stopped_at_the_end(file):
             done = run_script("node-start", file)
-            assert done.returncode == 69
+            assert done.returncode == 64
             assert "etcd is its own server" in done.stderr

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 from xllm.cli.startup import ServiceAddresses
-from xllm.errors import DependencyError, XllmError, error_classes
+from xllm.errors import DependencyError, XllmError, error_from_exit_code
 
 _PR_SET_PDEATHSIG = 1
 _STOP_S = 30.0
@@ -52,9 +52,7 @@ def _wait_addresses(process: subprocess.Popen[str], lines: Iterator[str]) -> Ser
         elif text.lstrip().startswith("ZeroMQ"):
             zmq = text.split()[-1]
     code = process.wait()
-    # The most general one of a code.
-    classes = {cls.exit_code: cls for cls in reversed(error_classes().values())}
-    raise classes.get(code, XllmError)(f"the service did not start (exit code {code})")
+    raise error_from_exit_code(code, f"the service did not start (exit code {code})")
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

@@ -15,6 +15,7 @@ from xllm.cli.node_process import (
     write_config,
 )
 from xllm.config.load import load
+from xllm.errors import ConfigError
 
 EXIT_NOT_RUNNING = 3
 """As the Linux Standard Base has it for `status`."""
@@ -77,4 +78,6 @@ def show_status(described: NodeFile) -> int:
 
 def _drain_s(process: NodeProcess) -> float:
     shutdown_s = process.sections.get("cluster", {}).get("shutdown_s", 15.0)
+    if isinstance(shutdown_s, bool) or not isinstance(shutdown_s, int | float):
+        raise ConfigError("cluster.shutdown_s must be a number", param="cluster.shutdown_s")
     return float(shutdown_s)

@@ -18,7 +18,8 @@ from xllm.cli.node_process import (
     start_detached,
     write_config,
 )
-from xllm.errors import DependencyError
+from xllm.cli.supervision import describe_exit
+from xllm.errors import DependencyError, error_from_exit_code
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.codec import Decoder
 from xllm.protocol.launch import LaunchMessage, ProcessFailed, ProcessReady
@@ -53,7 +54,8 @@ class NodeStarter(Actor):
             self._reports.close()
 
     async def start_all(self) -> None:
-        """Start the processes, role by role; DependencyError names the first that failed."""
+        """Start the processes, role by role. The first that fails is named by an error with its
+        exit code, one that is not ready in time by a DependencyError."""
         await self.open()
         try:
             for process in self._node.processes:
@@ -79,9 +81,10 @@ class NodeStarter(Actor):
             ) from None
         if ready is None:
             files.pid.unlink(missing_ok=True)
-            raise DependencyError(
-                f"{process.name} ended with exit code {started.returncode}: "
-                f"{last_line(files)} ({files.log})"
+            raise error_from_exit_code(
+                started.returncode,
+                f"{process.name} ended with {describe_exit(started.returncode)}: "
+                f"{last_line(files)} ({files.log})",
             )
         where = ", ".join(f"{what} {address}" for what, address in ready.addresses)
         self._say(f"{process.name}: ready (pid {started.pid}) {where}".rstrip())
