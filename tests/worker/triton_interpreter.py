@@ -1,0 +1,53 @@
+"""Triton's interpreter, which runs kernels on a CPU: what it needs here.
+
+Tests that run kernels import DEVICE from here: on a machine with a GPU they run there, compiled.
+tests/conftest.py chooses the interpreter, before anything imports Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from triton import knobs
+from triton.runtime import interpreter
+
+DEVICE = torch.device("cpu" if knobs.runtime.interpret else "cuda")
+
+
+def _allow_scalars_as_bounds():
+    """Triton 3.6 makes a loop's bound an int by way of an array of one number, which numpy 2.4
+    refuses; Triton 3.9 squeezes it."""
+    patched = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patched(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+def _prepare_once_a_launch():
+    """The interpreter puts its own functions in place of Triton's at every call of one kernel's
+    function by another, hundreds of times a program; once a launch is enough."""
+    launch = interpreter.GridExecutor.__call__
+    prepared = set()
+
+    def launched(self, *args, **kwargs):
+        prepared.clear()
+        return launch(self, *args, **kwargs)
+
+    def called(self, *args, **kwargs):
+        modules = [v for v in self.fn.__globals__.values() if v is tl or v is tl.core]
+        if (key := tuple(map(id, modules))) not in prepared:
+            prepared.add(key)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launched
+    interpreter.InterpretedFunction.__call__ = called
+
+
+_allow_scalars_as_bounds()
+# Each sum of whole numbers is taken twice to see whether it overflows: half of all time.
+object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
+_prepare_once_a_launch()

@@ -1,0 +1,47 @@
+"""Launches of every kernel at the shapes of real models, for the compiler alone: no memory is
+touched."""
+
+from __future__ import annotations
+
+import torch
+
+from xllm.worker.triton_kernels.decode_attention import decode_attention
+from xllm.worker.triton_kernels.strides import KvStrides
+
+
+def strides(kv_heads, head_dim, block_size, dtype, value_dim=0, in_keys=False, layers=4):
+    key_numbers = kv_heads * block_size * head_dim
+    value_numbers = 0 if in_keys else kv_heads * block_size * (value_dim or head_dim)
+    layer = key_numbers + value_numbers
+    return KvStrides(
+        block_size, layers * layer, layer, key_numbers, block_size * head_dim, kv_heads, head_dim,
+        dtype, value_dim, in_keys,
+    )  # fmt: skip
+
+
+def decode(kv, heads, *, seqs=64, m=1, tables=False, window=0, softcap=0.0, length=4096, split=0):
+    q = torch.empty((seqs, m, heads, kv.head_dim), dtype=kv.dtype)
+    out = torch.empty((seqs, m, heads, kv.value_dim or kv.head_dim), dtype=kv.dtype)
+    shape = (seqs, 64) if tables else (seqs,)
+    decode_attention(
+        q, out, torch.empty(shape, dtype=torch.int64), torch.empty(seqs, dtype=torch.int32), 1, kv,
+        scale=0.1, max_length=length, scratch=torch.empty(seqs * m * heads * 32 * 513),
+        window=window, softcap=softcap, split_tokens=split,
+    )  # fmt: skip
+
+
+BF16 = torch.bfloat16
+QWEN3 = strides(8, 128, 128, BF16)
+SMALL_BLOCKS = strides(8, 128, 16, BF16)
+
+CASES = {
+    "decode": lambda: decode(QWEN3, 32),
+    "decode split": lambda: decode(QWEN3, 32, seqs=1, length=32768),
+    "decode tables": lambda: decode(SMALL_BLOCKS, 32, tables=True),
+    "decode window": lambda: decode(SMALL_BLOCKS, 32, m=4, window=512, softcap=30.0),
+    "decode 64": lambda: decode(strides(8, 64, 128, torch.float16), 64),
+    "decode 80": lambda: decode(strides(32, 80, 64, BF16), 32),
+    "decode 256": lambda: decode(strides(4, 256, 64, BF16), 8),
+    "decode mla": lambda: decode(strides(1, 576, 64, BF16, 512, True), 128),
+    "decode fp32": lambda: decode(strides(8, 128, 16, torch.float32), 16, seqs=1),
+}
