@@ -26,18 +26,15 @@ def role(connect: Callable[[], Client], instance: str, role: str) -> None:
 @click.command()
 @service_options
 @click.option(
-    "--ttft-ms",
-    type=click.IntRange(0, MAX_MS),
-    default=0,
-    metavar="MS",
-    help="Objective for the first token. [default: 0, each instance's own]",
-)
-@click.option(
-    "--tpot-ms", type=click.IntRange(0, MAX_MS), default=0, metavar="MS",
-    help="Objective for each later token. [default: 0, each instance's own]",
+    "--ttft-ms", type=click.IntRange(0, MAX_MS), metavar="MS",
+    help="Objective for the first token; 0: each instance's own. [default: as it is]",
 )  # fmt: skip
-def slo(connect: Callable[[], Client], ttft_ms: int, tpot_ms: int) -> None:
-    """Set the objectives of requests that name none. Asks the router that leads."""
+@click.option(
+    "--tpot-ms", type=click.IntRange(0, MAX_MS), metavar="MS",
+    help="Objective for each later token; 0: each instance's own. [default: as it is]",
+)  # fmt: skip
+def slo(connect: Callable[[], Client], ttft_ms: int | None, tpot_ms: int | None) -> None:
+    """Set the objectives of requests that name none, and show both. Asks the router that leads."""
     with connect() as client:
-        client.set_objectives(ttft_ms=ttft_ms, tpot_ms=tpot_ms)
+        ttft_ms, tpot_ms = client.set_objectives(ttft_ms=ttft_ms, tpot_ms=tpot_ms)
     click.echo(f"ttft_ms {ttft_ms}, tpot_ms {tpot_ms}")

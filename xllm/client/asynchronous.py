@@ -210,12 +210,17 @@ class AsyncClient:
         await self._ask(question, RoleSet, timeout_s)
 
     async def set_objectives(
-        self, *, ttft_ms: int = 0, tpot_ms: int = 0, timeout_s: float | None = None
-    ) -> None:
-        """Set the objectives of requests that name none; both 0: each instance's own again. The
-        router must be the leader."""
+        self,
+        *,
+        ttft_ms: int | None = None,
+        tpot_ms: int | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[int, int]:
+        """Set the objectives of requests that name none; 0: each instance's own again, None: as it
+        is. Returns both as they are then. The router must be the leader."""
         question = SetObjectives(id=self.connection.next_id(), ttft_ms=ttft_ms, tpot_ms=tpot_ms)
-        await self._ask(question, ObjectivesSet, timeout_s)
+        answer = await self._ask(question, ObjectivesSet, timeout_s)
+        return answer.ttft_ms, answer.tpot_ms
 
     async def tokenize(
         self,

@@ -141,10 +141,14 @@ class Client:
         self._call(self._client.assign_role(instance, role, timeout_s=timeout_s))
 
     def set_objectives(
-        self, *, ttft_ms: int = 0, tpot_ms: int = 0, timeout_s: float | None = None
-    ) -> None:
+        self,
+        *,
+        ttft_ms: int | None = None,
+        tpot_ms: int | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[int, int]:
         """Set the objectives of requests that name none; see AsyncClient."""
-        self._call(
+        return self._call(
             self._client.set_objectives(ttft_ms=ttft_ms, tpot_ms=tpot_ms, timeout_s=timeout_s)
         )
 

@@ -160,12 +160,12 @@ class SetRole(MapMessage, tag="set_role", frozen=True):
 
 
 class SetObjectives(MapMessage, tag="set_objectives", frozen=True):
-    """Set the objectives of requests that name none, at all routers; both 0: each instance's own
-    again. For the router that leads."""
+    """Set the objectives of requests that name none, at all routers; 0: each instance's own again,
+    nil: as it is. For the router that leads."""
 
     id: int
-    ttft_ms: int = 0
-    tpot_ms: int = 0
+    ttft_ms: int | None = 0
+    tpot_ms: int | None = 0
 
 
 ClientMessage = (
@@ -356,7 +356,7 @@ class RoleSet(MapMessage, tag="role_set", frozen=True):
 
 
 class ObjectivesSet(MapMessage, tag="objectives_set", frozen=True):
-    """Answer to `set_objectives`: the registry has them."""
+    """Answer to `set_objectives`: the registry has them. Both, whichever was set."""
 
     id: int
     ttft_ms: int = 0

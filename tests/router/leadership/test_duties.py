@@ -14,7 +14,7 @@ from xllm.protocol.client import SubmitRequest
 from xllm.protocol.records import experts_key, kv_key, load_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES
 from xllm.router.leadership.mirror import MAX_EXPERTS_BYTES, Mirror
-from xllm.router.leadership.objectives import LiveObjectives, encode_objectives, read_objectives
+from xllm.router.leadership.objectives import LiveObjectives, amend_objectives, read_objectives
 from xllm.router.leadership.roles import MAX_ROWS, TELL_AGAIN_S, RoleTable, decode_roles
 from xllm.router.leadership.standing import Standing
 
@@ -187,10 +187,35 @@ def test_objectives_fill_what_a_request_leaves_open():
     assert (filled.ttft_ms, filled.tpot_ms) == (500, 7)
     vector = SubmitRequest(id=1, prompt="x", embed=True)
     assert live.fill(vector) is vector
-    assert encode_objectives(live.now) == b'{"ttft_ms":500,"tpot_ms":50}'
     live.changed(None)
     assert live.fill(request) is request
-    assert encode_objectives(live.now) is None
+
+
+@pytest.mark.parametrize(
+    ("standing", "ttft_ms", "tpot_ms", "written"),
+    [
+        (None, 500, 50, b'{"ttft_ms":500,"tpot_ms":50}'),
+        (None, 500, None, b'{"ttft_ms":500,"tpot_ms":0}'),
+        (None, None, None, None),
+        (None, 0, None, None),
+        (b'{"tpot_ms": 50}', 500, None, b'{"ttft_ms":500,"tpot_ms":50}'),
+        (b'{"ttft_ms": 500, "tpot_ms": 50}', None, 70, b'{"ttft_ms":500,"tpot_ms":70}'),
+        (b'{"ttft_ms":500,"tpot_ms":50}', None, None, b'{"ttft_ms":500,"tpot_ms":50}'),
+        (b'{"ttft_ms": 500}', 0, None, b'{"ttft_ms":0,"tpot_ms":0}'),
+        (b"fast", 500, 50, b'{"ttft_ms":500,"tpot_ms":50}'),
+    ],
+)
+def test_what_is_not_named_stays_as_it_is(standing, ttft_ms, tpot_ms, written):
+    assert amend_objectives(standing, ttft_ms, tpot_ms) == written
+
+
+@pytest.mark.parametrize(
+    ("standing", "ttft_ms", "tpot_ms", "field"),
+    [(None, -1, None, "ttft_ms"), (b"{}", None, 3_600_001, "tpot_ms"), (b"fast", 500, None, "slo")],
+)
+def test_what_cannot_be_set_or_left_is_refused(standing, ttft_ms, tpot_ms, field):
+    with pytest.raises(InvalidRequestError, match=field):
+        amend_objectives(standing, ttft_ms, tpot_ms)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import asyncio
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 
@@ -172,15 +174,33 @@ async def commands(watcher, leader, others) -> None:
         await own.assign_role(instance, role)
         for client in (own, *others):
             await until(lambda client=client, role=role: has(client, role), what=role)
-    await own.set_objectives(ttft_ms=500, tpot_ms=50)
-    entry = await watcher.registry.get(slo_key(CLUSTER))
-    assert entry.value == b'{"ttft_ms":500,"tpot_ms":50}'
+    await objectives(watcher, leader, own)
     await watcher.registry.put(slo_key(CLUSTER), b"fast")
     await until(lambda: len(watcher.cluster.events("bad_slo")) == NUM_ROUTERS, what="a refusal")
     kept = {event["kept"] for event in watcher.cluster.events("bad_slo")}
     assert kept == {"ServiceObjectives(ttft_ms=500, tpot_ms=50)"}
-    await own.set_objectives()
+    with pytest.raises(InvalidRequestError, match="slo"):
+        await own.set_objectives(ttft_ms=500)  # nobody knows what the other one should stay
+    assert await own.set_objectives(ttft_ms=0, tpot_ms=0) == (0, 0)
+
+
+async def objectives(watcher, leader, own) -> None:
+    """Set together, and each by itself: what is not named stays."""
+
+    async def held() -> bytes:
+        return (await watcher.registry.get(slo_key(CLUSTER))).value
+
+    assert await own.set_objectives() == (0, 0)
     assert await watcher.registry.get(slo_key(CLUSTER)) is None
+    assert await own.set_objectives(ttft_ms=900, tpot_ms=50) == (900, 50)
+    assert await held() == b'{"ttft_ms":900,"tpot_ms":50}'
+    endpoint = (await watcher.routers())[leader.name].zmq_endpoint
+    for flag, told in (("--ttft-ms=500", "500, tpot_ms 50"), ("--tpot-ms=70", "500, tpot_ms 70")):
+        command = [sys.executable, "-m", "xllm", "slo", flag, "--endpoint", endpoint]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, f"ttft_ms {told}\n"), done.stderr
+    assert await own.set_objectives(tpot_ms=50) == (500, 50)
+    assert await held() == b'{"ttft_ms":500,"tpot_ms":50}'
 
 
 def test_a_killed_leader_is_replaced_and_no_request_fails(cluster):

@@ -11,7 +11,7 @@ from xllm.errors import UnavailableError
 from xllm.protocol.records import leader_key, roles_key
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.store import RegistryStore
-from xllm.router.leadership.office import Office
+from xllm.router.leadership.office import MAX_AMENDMENTS, Office
 from xllm.router.view import ClusterView
 
 
@@ -33,13 +33,22 @@ class GatedRegistry:
         self.inner = LocalRegistry(RegistryStore())
         self.gate = asyncio.Event()
         self.gate.set()
+        self.between: list[bytes] = []
+        """What others write behind the next reads."""
 
     async def list(self, prefix):
         await self.gate.wait()
         return await self.inner.list(prefix)
 
     async def get(self, key):
-        return await self.inner.get(key)
+        entry = await self.inner.get(key)
+        for between in self.between[:1]:
+            self.between.remove(between)
+            await self.inner.put(key, between)
+        return entry
+
+    async def compare_and_set(self, *arguments):
+        return await self.inner.compare_and_set(*arguments)
 
     async def write_guarded(self, *arguments):
         await self.gate.wait()
@@ -139,5 +148,32 @@ def test_a_leader_that_was_replaced_says_so():
         with pytest.raises(UnavailableError, match="any more"):
             await asked
         assert await b.table() == {}
+
+    on_bench(body)
+
+
+def test_nothing_is_lost_that_others_write_between_reading_and_writing():
+    async def body(b):
+        await b.elected()
+        assert await b.office.amend("k", lambda value: value) is None
+        assert await b.registry.inner.get("k") is None
+        b.registry.between = [b"x", b"y"]
+        assert await b.office.amend("k", lambda value: (value or b"") + b"!") == b"y!"
+        assert (await b.registry.inner.get("k")).value == b"y!"
+        assert await b.office.amend("k", lambda value: value) == b"y!"
+        assert (await b.registry.inner.get("k")).value == b"y!"
+        b.registry.between = [b"%d" % number for number in range(100)]
+        with pytest.raises(UnavailableError, match="others write k"):
+            await b.office.amend("k", lambda value: b"mine")
+        assert (await b.registry.inner.get("k")).value == b"%d" % (MAX_AMENDMENTS - 1)
+
+    on_bench(body)
+
+
+def test_who_leads_no_more_amends_nothing():
+    async def body(b):
+        with pytest.raises(UnavailableError, match="any more"):
+            await b.office.amend("k", lambda value: b"mine")
+        assert await b.registry.inner.get("k") is None
 
     on_bench(body)

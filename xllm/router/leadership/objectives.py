@@ -20,8 +20,11 @@ class ServiceObjectives(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     tpot_ms: int = 0
 
 
-def read_objectives(value: bytes) -> ServiceObjectives:
-    """The objectives of a registry's value; InvalidRequestError naming field and bound."""
+def read_objectives(value: bytes | None) -> ServiceObjectives:
+    """The objectives of a registry's value (None: no key); InvalidRequestError naming field and
+    bound."""
+    if value is None:
+        return ServiceObjectives()
     try:
         found = msgspec.json.decode(value, type=ServiceObjectives)
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -39,11 +42,18 @@ def check_objectives(objectives: ServiceObjectives) -> None:
             )
 
 
-def encode_objectives(objectives: ServiceObjectives) -> bytes | None:
-    """The registry's value; None: no key."""
-    if objectives == ServiceObjectives():
+def amend_objectives(value: bytes | None, ttft_ms: int | None, tpot_ms: int | None) -> bytes | None:
+    """What the registry's value (None: no key) becomes when these are set; None leaves what it has.
+    InvalidRequestError naming field and bound, of what is set or of what was to be left."""
+    is_whole = ttft_ms is not None and tpot_ms is not None
+    now = ServiceObjectives() if is_whole else read_objectives(value)
+    amended = ServiceObjectives(
+        now.ttft_ms if ttft_ms is None else ttft_ms, now.tpot_ms if tpot_ms is None else tpot_ms
+    )
+    check_objectives(amended)
+    if value is None and amended == ServiceObjectives():
         return None
-    return msgspec.json.encode(objectives)
+    return msgspec.json.encode(amended)
 
 
 class LiveObjectives:
@@ -59,7 +69,7 @@ class LiveObjectives:
 
     def changed(self, value: bytes | None) -> None:
         """The key was written, or (None) is gone. InvalidRequestError changes nothing."""
-        self._now = read_objectives(value) if value is not None else ServiceObjectives()
+        self._now = read_objectives(value)
 
     def fill(self, request: SubmitRequest) -> SubmitRequest:
         """The request with these objectives where it has none of its own."""

@@ -2,7 +2,8 @@
 
 A shell around `roles` and `mirror`: `tick` runs each heartbeat, writes go out once a second, in one
 guarded transaction. Invariant: nothing is sent or written unless the candidate says, just before,
-that it leads; and what is written only takes effect while the registry agrees.
+that it leads; and what is written only takes effect while the registry agrees (an amendment: while
+the key is what was amended).
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _log = structlog.get_logger("leadership")
 WRITE_PERIOD_S = 1.0
 ASSIGN_S = 5.0
 """How long the registry gets to take a row that an operator waits for."""
+MAX_AMENDMENTS = 8
+"""Others who may write a key between its reading and its writing, one after the other."""
+
+Amendment = Callable[[bytes | None], bytes | None]
 
 
 class Office:
@@ -106,18 +111,25 @@ class Office:
         except TimeoutError:
             raise UnavailableError("the registry has not taken the role yet") from None
 
-    async def write(self, key: str, value: bytes | None) -> bool:
-        """Write a key, or (None) delete it, as the leader: whether this process still is. XllmError
-        where the registry does not answer."""
-        epoch = self._candidate.epoch
-        if not epoch:
-            return False
-        puts = [(key, value)] if value is not None else []
-        deletes = [key] if value is None else []
-        done = await self._registry.write_guarded(leader_key(self._cluster), epoch, puts, deletes)
-        if not done:
-            self._candidate.disproved(epoch)
-        return done
+    async def amend(self, key: str, change: Amendment) -> bytes | None:
+        """Write what `change` makes of a key's value (None: no key), and nothing that others write
+        meanwhile is lost; returns it. UnavailableError: this process leads no more, or others write
+        all the time; XllmError of `change`, or where the registry does not answer.
+
+        Not guarded by the leader key: it takes effect only if nobody, so no later leader either,
+        has written the key since it was read."""
+        for _ in range(MAX_AMENDMENTS):
+            entry = await self._registry.get(key)
+            before = None if entry is None else entry.value
+            value = change(before)
+            if value is None or value == before:
+                return before
+            if not self._candidate.epoch:
+                raise UnavailableError("this router does not lead any more")
+            revision = 0 if entry is None else entry.mod_revision
+            if (await self._registry.compare_and_set(key, revision, value)).ok:
+                return value
+        raise UnavailableError(f"others write {key} all the time: ask again")
 
     def _tell_roles(self, epoch: int, now: float) -> None:
         reachable = [

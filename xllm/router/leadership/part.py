@@ -33,8 +33,9 @@ from xllm.router.leadership.candidate import Candidate, boot_clock
 from xllm.router.leadership.figures import LeadershipFigures
 from xllm.router.leadership.objectives import (
     ServiceObjectives,
+    amend_objectives,
     check_objectives,
-    encode_objectives,
+    read_objectives,
 )
 from xllm.router.leadership.office import Office
 from xllm.router.leadership.roles import check_row
@@ -135,23 +136,24 @@ class Leadership(MembershipListener):
         if isinstance(message, SetRole):
             check_row(message.instance, message.role)
         else:
-            objectives = ServiceObjectives(message.ttft_ms, message.tpot_ms)
-            check_objectives(objectives)
+            check_objectives(ServiceObjectives(message.ttft_ms or 0, message.tpot_ms or 0))
         if not self.epoch:
             where = f"{self._standing.leader} at {self._standing.address}"
             who = f"{where} does: ask there" if self._standing.leader else "nobody is known to"
             raise UnavailableError(f"this router does not lead; {who}")
         if isinstance(message, SetObjectives):
-            value = encode_objectives(objectives)
-            if not await self.office.write(slo_key(self._cluster.name), value):
-                raise UnavailableError("this router does not lead any more")
-            return ObjectivesSet(id=message.id, ttft_ms=message.ttft_ms, tpot_ms=message.tpot_ms)
+            return await self._set_objectives(message)
         if self._service.view.get(message.instance) is None:
             raise InvalidRequestError(
                 f"no instance {message.instance!r} is there", param="instance"
             )
         await self.office.assign(message.instance, message.role, self._clock())
         return RoleSet(id=message.id, instance=message.instance, role=message.role)
+
+    async def _set_objectives(self, message: SetObjectives) -> ObjectivesSet:
+        change = partial(amend_objectives, ttft_ms=message.ttft_ms, tpot_ms=message.tpot_ms)
+        now = read_objectives(await self.office.amend(slo_key(self._cluster.name), change))
+        return ObjectivesSet(id=message.id, ttft_ms=now.ttft_ms, tpot_ms=now.tpot_ms)
 
     def complaints(self) -> tuple[str, ...]:
         """What is amiss, for health reports."""
