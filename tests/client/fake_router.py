@@ -42,10 +42,11 @@ class FakeRouter:
     """Words of the prompt decide: `echo a b` gives the tokens a, b; `fail CODE` fails;
     `silent` says nothing; `half` sends one delta and no end; `bad` answers bad_message; `part K a
     b` gives as `echo` does, but only the first K to who holds none. `mute`: it hears and says
-    nothing; `named`: the routers that its pongs name."""
+    nothing; `named`: the routers that its pongs name; `refusal`: the code with which it refuses."""
 
     def __init__(self, endpoint: str = "tcp://127.0.0.1:0") -> None:
         self.mute = False
+        self.refusal = ""
         self.named: tuple[RouterAddress, ...] = ()
         self.peers: set[bytes] = set()
         self.num_pings = 0
@@ -81,6 +82,8 @@ class FakeRouter:
         match message:
             case SubmitRequest():
                 self.submits.append(message)
+                if self.refusal:
+                    return [self._refuse(message)]
                 return list(self._answer(message))
             case AbortRequest():
                 self.aborts.append(message.id)
@@ -101,6 +104,11 @@ class FakeRouter:
             case DetokenizeIds():
                 text = "".join(map(chr, message.token_ids))
                 return [DetokenizedText(id=message.id, text=text)]
+
+    def _refuse(self, submit: SubmitRequest) -> RequestFailed:
+        return RequestFailed(
+            id=submit.id, code=self.refusal, message="as told", retry_after_ms=1000
+        )
 
     def _answer(self, submit: SubmitRequest):
         prompt = submit.prompt

@@ -199,6 +199,7 @@ EVENTS = st.one_of(
     st.tuples(st.just("delta"), st.integers(1, 12), st.integers(0, 3)),
     st.tuples(st.just("finished"), st.integers(1, 12)),
     st.tuples(st.just("failed"), st.integers(1, 12)),
+    st.tuples(st.just("refused"), st.integers(1, 12)),
     st.tuples(st.just("models"), st.integers(1, 12)),
     st.tuples(st.just("forget"), st.integers(1, 12)),
     st.tuples(st.just("wait"), st.floats(0, 2)),
@@ -209,9 +210,10 @@ EVENTS = st.one_of(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(EVENTS, max_size=40))
-def test_any_history_ends_each_request_once(events):
+@given(st.lists(EVENTS, max_size=40), st.integers(1, 3))
+def test_any_history_ends_each_request_once(events, num_routers):
     session = ClientSession()
+    session.num_routers = num_routers
     recorders: dict[int, Recorder] = {}
     forgotten: set[int] = set()
     now = 0.0
@@ -227,6 +229,8 @@ def test_any_history_ends_each_request_once(events):
                 session.receive(finished(key))
             case ("failed", key):
                 session.receive(RequestFailed(id=key, code="engine_error", message="m"))
+            case ("refused", key):
+                session.receive(RequestFailed(id=key, code="unavailable", message="m"))
             case ("models", key):
                 session.receive(ModelList(id=key, models=()))
             case ("forget", key):
@@ -235,11 +239,16 @@ def test_any_history_ends_each_request_once(events):
             case ("wait", time_s):
                 now += time_s
                 session.expire(now)
+                if session.is_turned_away(now):
+                    session.lost("no instance")
+                while (one := session.due(now)) is not None:
+                    one[0].is_sent = True
             case _:
                 session.fail_all(BrokenError("gone"))
         session.check()
     session.expire(now + 10)
     assert session.num_open == 0
+    assert not session.is_turned_away(now + 10)
     for key, recorder in recorders.items():
         assert recorder.num_ends == (0 if key in forgotten else 1)
         assert [d.first_index for d in recorder.deltas] == list(range(len(recorder.deltas)))

@@ -175,7 +175,7 @@ class ClientConnection:
 
     def _open_socket(self) -> DealerSocket[RouterMessage]:
         router = self._routers.present
-        self._watch.num_routers = len(self._routers)
+        self._count_routers()
         self._watch.opened(self._random.random())
         self._is_leaving = False
         return DealerSocket(
@@ -189,6 +189,9 @@ class ClientConnection:
             server_key=router.public_key,
             name="client",
         )
+
+    def _count_routers(self) -> None:
+        self._watch.num_routers = self._session.num_routers = len(self._routers)
 
     def _connected(self) -> None:
         """First a ping: from then on the router tells when it stops."""
@@ -214,7 +217,7 @@ class ClientConnection:
         self._heard = True
         if type(message) is Pong:
             self._routers.learn(message.routers)
-            self._watch.num_routers = len(self._routers)
+            self._count_routers()
             if message.is_stopping and len(self._routers) > 1:
                 # Later: this socket is in the middle of its reading.
                 self._loop.call_soon(self._leave, self._socket, f"{self.endpoint} stops")
@@ -276,6 +279,8 @@ class ClientConnection:
         now = time.monotonic()
         for abort in self._session.expire(now):
             self._send_word(abort)
+        if self._session.is_turned_away(now):
+            self._turn(f"{self.endpoint} has no instance")
         self._send_due()
         heard, self._heard = self._heard, False
         self._heed(

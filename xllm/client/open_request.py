@@ -75,6 +75,7 @@ class OpenRequest:
         "listener",
         "message",
         "num_losses",
+        "num_refusals",
         "timeout_s",
     )
 
@@ -98,6 +99,14 @@ class OpenRequest:
         """Whether the present router was asked."""
         self.num_losses = 0
         """Routers that were lost with it."""
+        self.num_refusals = 0
+        """Routers that had no instance for it."""
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether no router was lost with it, none said anything of its answer, and it is still
+        wanted: it may be asked for as if for the first time."""
+        return not (self.num_losses or self.held or self.heard or self.aborted)
 
     def take(self, delta: TokenDelta) -> int:
         """Count a delta as heard. Returns 0 if it is new, -1 if it is late or double, and the
@@ -125,15 +134,20 @@ class OpenRequest:
             self.heard = False
             self.num_losses += 1
 
+    def refused(self) -> None:
+        """The router that was asked has no instance for it, and did nothing."""
+        self.is_sent = False
+        self.num_refusals += 1
+
     def words(self, now: float) -> ClientMessage:
         """What to say to the present router: the request, with what the last ones gave of it."""
         message = self.message
-        if not self.num_losses:
-            return message
-        if not isinstance(message, SubmitRequest):
+        if not self.num_losses + self.num_refusals or not isinstance(message, SubmitRequest):
             return message
         left_ms = max(1, int((self.deadline - now) * 1000))
         sampling = message.sampling
+        if not self.num_losses:
+            return msgspec.structs.replace(message, timeout_ms=left_ms)
         if message.embed or sampling.seed is None or not 1 <= sampling.n <= MAX_CHOICES:
             return msgspec.structs.replace(message, timeout_ms=left_ms)
         held = self.held

@@ -7,6 +7,7 @@ and `on_error`, and then nothing.
 
 When a router is lost, the open requests and the tokens they received are all that another one
 needs to go on with them (`ResumePoint`): `lost` says so, `due` gives the words for the next one.
+What a router refuses for want of an instance is asked of the next one as new (`is_turned_away`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import heapq
 from collections import deque
 
 from xllm.client.open_request import Listener, OpenRequest
+from xllm.client.refusals import Refusals, Worth, is_worth_another
 from xllm.client.retries import MAX_LOSSES, RetryBudget, is_paced
 from xllm.errors import (
     BadMessageError,
@@ -64,6 +66,9 @@ class ClientSession:
         self._unsent: deque[int] = deque()
         self._paced: deque[int] = deque()
         """Of those that wait for a router: the ones that wait for the budget, too."""
+        self._refusals = Refusals()
+        self.num_routers = 1
+        """Routers that are known: who knows one only need not ask another."""
         self._num_resumed = 0
         self._open: dict[int, OpenRequest] = {}
         self._timers: list[tuple[float, int]] = []
@@ -87,7 +92,7 @@ class ClientSession:
     @property
     def has_due(self) -> bool:
         """Whether some request waits for a router, and for nothing else."""
-        return bool(self._unsent)
+        return bool(self._unsent) or len(self._refusals) > 0
 
     def open(
         self, message: ClientMessage, listener: Listener, now: float, timeout_s: float
@@ -111,7 +116,8 @@ class ClientSession:
         """No router could be asked yet: `due` will give it."""
         entry = self._open.get(request_id)
         if entry is not None:
-            (self._paced if is_paced(entry.num_losses) else self._unsent).append(request_id)
+            paced = is_paced(entry.num_losses + entry.num_refusals)
+            (self._paced if paced else self._unsent).append(request_id)
 
     # -- routers that come and go --------------------------------------------------------------
 
@@ -119,6 +125,7 @@ class ClientSession:
         """The router is gone, stops or says nothing: all that is open is for the next one."""
         self._unsent.clear()
         self._paced.clear()
+        self._refusals.take()
         for request_id, entry in list(self._open.items()):
             entry.lost()
             if entry.aborted:
@@ -131,6 +138,8 @@ class ClientSession:
     def due(self, now: float) -> tuple[OpenRequest, ClientMessage] | None:
         """The next request to ask the present router for, and the words; None: nothing now.
         The caller marks it as sent, or puts it back by `waits`."""
+        if self._refusals:
+            return None
         entry = self._first(self._unsent)
         if entry is None:
             entry = self._first(self._paced)
@@ -141,6 +150,19 @@ class ClientSession:
             self._unsent.popleft()
         self._num_resumed += entry.num_losses > 0
         return entry, entry.words(now)
+
+    def is_turned_away(self, now: float) -> bool:
+        """Call often. Whether the present router refused all that was asked of it, for want of an
+        instance, and the next one may have one: `lost`, then. Where it has other requests of this
+        client, those that it refused end as it said."""
+        if not self._refusals:
+            return False
+        serves_others = any(entry.is_sent for entry in self._open.values())
+        worth = self._refusals.judge(now, serves_others=serves_others)
+        if worth is Worth.KEEP:
+            for request_id, error in self._refusals.take().items():
+                self._fail(request_id, error)
+        return worth is Worth.LEAVE
 
     def _first(self, waiting: deque[int]) -> OpenRequest | None:
         """The first of these that is still open; those before it are dropped."""
@@ -169,6 +191,7 @@ class ClientSession:
         entry = self._open.pop(request_id, None)
         if entry is None:
             return None
+        self._refusals.drop(request_id)
         self._num_failed += 1
         return AbortRequest(id=request_id) if entry.is_sent else None
 
@@ -178,6 +201,8 @@ class ClientSession:
             return self._receive_delta(message)
         if isinstance(message, BadMessage):
             self._refuse_unheard(message.message)
+            return None
+        if isinstance(message, RequestFailed) and self._is_refusal(message):
             return None
         entry = self._open.pop(message.id, None)
         if entry is None:
@@ -231,9 +256,23 @@ class ClientSession:
         """InvariantError where the counts or timers do not fit the open requests."""
         if self._num_opened != self._num_ended + self._num_failed + len(self._open):
             raise InvariantError(f"requests lost: {self.statistics()}")
+        refused = [key for key, entry in self._open.items() if key in self._refusals]
+        if len(refused) != len(self._refusals) or any(self._open[key].is_sent for key in refused):
+            raise InvariantError(f"{len(self._refusals)} refused, of which {refused} are open")
         timed = {request_id for _, request_id in self._timers}
         if not set(self._open) <= timed:
             raise InvariantError(f"requests without a timer: {sorted(set(self._open) - timed)}")
+
+    def _is_refusal(self, message: RequestFailed) -> bool:
+        """Whether a failure is one after which another router is asked; it is remembered then."""
+        entry = self._open.get(message.id)
+        if entry is None or not entry.is_untouched:
+            return False
+        if not is_worth_another(entry.message, message, entry.num_refusals, self.num_routers):
+            return False
+        entry.refused()
+        self._refusals.add(message.id, _failure(message))
+        return True
 
     def _receive_delta(self, delta: TokenDelta) -> AbortRequest | None:
         entry = self._open.get(delta.id)
@@ -261,6 +300,7 @@ class ClientSession:
 
     def _fail(self, request_id: int, error: XllmError) -> None:
         entry = self._open.pop(request_id)
+        self._refusals.drop(request_id)
         self._num_failed += 1
         entry.listener.on_error(error)
 
