@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from xllm.worker.platform.control_group import group_cpus, group_memory
-from xllm.worker.platform.platform import DeviceMemory
+from xllm.worker.platform.copies import InstantCopier
+from xllm.worker.platform.platform import CollectiveKind, DeviceMemory, KernelKind
 
 _GROUPS = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
@@ -22,6 +23,8 @@ class CpuPlatform:
     told otherwise: a host is shared."""
 
     name = "cpu"
+    kernels: KernelKind = "cpu"
+    collectives: CollectiveKind = "gloo"
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -57,6 +60,17 @@ class CpuPlatform:
 
     def mark(self) -> None:
         """What was started is done."""
+
+    def upload(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy of it."""
+        return tensor.clone() if out is None else out.copy_(tensor)
+
+    def copier(self) -> InstantCopier:
+        """Copies are there at once."""
+        return InstantCopier()
+
+    def graphs(self) -> None:
+        """A call costs little here."""
 
     def describe(self) -> str:
         """Instruction set and threads."""

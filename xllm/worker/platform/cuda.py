@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from xllm.errors import DependencyError
 from xllm.worker.platform.cuda_driver import CudaDriver
-from xllm.worker.platform.platform import DeviceMark, DeviceMemory
+from xllm.worker.platform.pinned import upload_pinned
+from xllm.worker.platform.platform import CollectiveKind, DeviceMark, DeviceMemory, KernelKind
+from xllm.worker.platform.stream_copies import StreamCopier
+from xllm.worker.platform.stream_graphs import StreamGraphs
 
 _KV_SHARE = 0.85
+_LEAST_FOR_TRITON = (8, 0)
+"""Ampere: the first with bfloat16 and asynchronous copies, which our kernels are written for."""
 
 
 class CudaPlatform:
@@ -16,6 +23,7 @@ class CudaPlatform:
     is for activations."""
 
     name = "cuda"
+    collectives: CollectiveKind = "nccl"
 
     def __init__(self, rank: int = 0) -> None:
         if not torch.cuda.is_available():
@@ -25,6 +33,13 @@ class CudaPlatform:
                 param="worker.device",
             )
         self.device = torch.device("cuda", rank % torch.cuda.device_count())
+
+    @property
+    def kernels(self) -> KernelKind:
+        """Our own where Triton is there and the GPU is not older than they are made for."""
+        capability = torch.cuda.get_device_capability(self.device)
+        fits = capability >= _LEAST_FOR_TRITON and importlib.util.find_spec("triton") is not None
+        return "triton" if fits else "torch"
 
     def prepare(self, num_threads: int, model_bytes: int) -> None:
         """Make the device current; fp32 products stay fp32 (no TF32)."""
@@ -58,6 +73,18 @@ class CudaPlatform:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no stub for it
         event.record()
         return event.query
+
+    def upload(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """By way of pinned memory."""
+        return upload_pinned(tensor, self.device, out)
+
+    def copier(self) -> StreamCopier:
+        """Copies on a stream of their own."""
+        return StreamCopier(torch.cuda, self.device)
+
+    def graphs(self) -> StreamGraphs:
+        """CUDA graphs."""
+        return StreamGraphs(torch.cuda, self.device, torch.cuda.CUDAGraph)
 
     def describe(self) -> str:
         """The GPU's name."""

@@ -10,7 +10,10 @@ import torch
 
 from xllm.errors import DependencyError
 from xllm.worker.platform.ascend_driver import AscendDriver
-from xllm.worker.platform.platform import DeviceMark, DeviceMemory
+from xllm.worker.platform.pinned import upload_pinned
+from xllm.worker.platform.platform import CollectiveKind, DeviceMark, DeviceMemory, KernelKind
+from xllm.worker.platform.stream_copies import StreamCopier
+from xllm.worker.platform.stream_graphs import StreamGraphs
 
 _KV_SHARE = 0.85
 
@@ -39,6 +42,8 @@ class NpuPlatform:
     """One Ascend NPU, through torch_npu."""
 
     name = "npu"
+    kernels: KernelKind = "torch"
+    collectives: CollectiveKind = "hccl"
 
     def __init__(self, rank: int = 0) -> None:
         self._npu = _import_npu()
@@ -77,6 +82,20 @@ class NpuPlatform:
         event = self._npu.Event()
         event.record()
         return lambda: bool(event.query())
+
+    def upload(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """By way of pinned memory."""
+        return upload_pinned(tensor, self.device, out)
+
+    def copier(self) -> StreamCopier:
+        """Copies on a stream of their own."""
+        return StreamCopier(self._npu, self.device)
+
+    def graphs(self) -> StreamGraphs | None:
+        """Where torch_npu has them."""
+        if not hasattr(self._npu, "NPUGraph"):
+            return None
+        return StreamGraphs(self._npu, self.device, self._npu.NPUGraph)
 
     def describe(self) -> str:
         """The NPU's name."""

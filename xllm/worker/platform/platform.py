@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from xllm.errors import ConfigError
+from xllm.worker.platform.copies import HostCopier
 from xllm.worker.platform.device_driver import DeviceDriver
+from xllm.worker.platform.graphs import GraphDevice
 
 DeviceMark = Callable[[], bool]
 """Whether the device has come past this place in its work; any thread may ask."""
+
+KernelKind = Literal["cpu", "triton", "torch"]
+"""Whose kernels: ours in C++, ours in Triton, or those that torch and its back-end bring."""
+
+CollectiveKind = Literal["gloo", "nccl", "hccl"]
+"""What ranks on this kind of device are connected by, as torch.distributed names it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,6 +46,14 @@ class Platform(Protocol):
     def device(self) -> torch.device:
         """Where tensors live."""
 
+    @property
+    def kernels(self) -> KernelKind:
+        """Whose kernels compute attention and the small operations around products."""
+
+    @property
+    def collectives(self) -> CollectiveKind:
+        """What connects ranks on such devices."""
+
     def prepare(self, num_threads: int, model_bytes: int) -> None:
         """Set the process up for computing with weights of that size. `num_threads`: threads of
         a CPU; 0: chosen here. Called by the thread that will compute, before it does."""
@@ -58,6 +74,16 @@ class Platform(Protocol):
 
     def mark(self) -> DeviceMark | None:
         """A mark behind all that was started so far; None where that is done already."""
+
+    def upload(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Begin to copy a tensor of the host to `out`, or to a new tensor of the device, on the
+        current stream. The host's tensor may change at once. Not while a graph is captured."""
+
+    def copier(self) -> HostCopier:
+        """A new copier of results to the host."""
+
+    def graphs(self) -> GraphDevice | None:
+        """What records graphs, with a memory pool of its own; None where the device has none."""
 
     def describe(self) -> str:
         """The device in words, for people."""
