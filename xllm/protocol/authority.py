@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from xllm.protocol import cache, client, instance, launch, registry_wire, step
+from xllm.protocol import bus, cache, client, instance, launch, registry_wire, step
 
 
 class PeerRole(enum.StrEnum):
@@ -132,6 +132,15 @@ MATRIX: Mapping[type[msgspec.Struct], Roles] = types.MappingProxyType(
     }
 )
 """By message, the roles that may say it."""
+
+BUS_WORDS: Mapping[PeerRole, type[msgspec.Struct]] = types.MappingProxyType(
+    {
+        PeerRole.MASTER: bus.InstanceHeartbeat,
+        PeerRole.DAEMON: bus.DaemonHeartbeat,
+        PeerRole.ROUTER: bus.RouterPresence,
+    }
+)
+"""What who is registered as that may say on its own bus, in its own name; nothing else is heard."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from xllm.protocol.instance import QuerySnapshot
 from xllm.protocol.records import DaemonRecord, InstanceRecord, RouterRecord
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
+from xllm.router.buses import key_for
 from xllm.router.kv_feed import KvFeed
-from xllm.router.links import key_for
 from xllm.router.membership import Membership, MembershipListener
 
 _log = structlog.get_logger("kv_index")

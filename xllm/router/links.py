@@ -1,4 +1,4 @@
-"""The router's connections: one DEALER to each instance, and one subscriber for all buses.
+"""The router's connections: one DEALER to each instance, and the buses of all publishers.
 
 Knows sockets and records, not requests. Words for an instance that is not connected are not
 queued: they would reach a process that never heard of their request.
@@ -15,10 +15,10 @@ from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BusMessage
 from xllm.protocol.codec import Decoder
 from xllm.protocol.instance import InstanceReply, InstanceRequest
-from xllm.protocol.records import DaemonRecord, InstanceRecord, RouterRecord
+from xllm.protocol.records import InstanceRecord
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
-from xllm.protocol.transport.pubsub import SubscriberSocket
+from xllm.router.buses import PublisherBuses, key_for
 
 _log = structlog.get_logger("router")
 
@@ -39,14 +39,9 @@ class SocketLinks:
         self._on_word = on_word
         self._on_connected = on_connected
         self._on_gone = on_gone
-        self._on_bus = on_bus
         self._decoder: Decoder[InstanceReply] = Decoder(InstanceReply)
         self._sockets: dict[str, DealerSocket[InstanceReply]] = {}
-        self._buses: dict[str, str] = {}
-        """Bus endpoint by publisher."""
-        self._bus: SubscriberSocket[BusMessage] = SubscriberSocket(
-            transport, Decoder(BusMessage), self._hear_word
-        )
+        self.buses = PublisherBuses(transport, on_bus)
 
     def __contains__(self, name: str) -> bool:
         return name in self._sockets
@@ -76,28 +71,9 @@ class SocketLinks:
             _log.error("instance_unreachable", instance=name, error=error.message)
             return
         self._sockets[name] = socket
-        self.hear(record)
+        self.buses.hear(record)
         if socket.connected:
             self._on_connected(name)
-
-    def hear(self, record: InstanceRecord | DaemonRecord | RouterRecord) -> None:
-        """Listen to a publisher's heartbeats."""
-        if self._buses.get(record.name) == record.bus_endpoint or not record.bus_endpoint:
-            return
-        self.unhear(record.name)
-        key = key_for(record.bus_endpoint, record.public_key)
-        try:
-            self._bus.connect(record.bus_endpoint, key, _role_of(record))
-        except XllmError as error:
-            _log.error("bus_unreachable", publisher=record.name, error=error.message)
-            return
-        self._buses[record.name] = record.bus_endpoint
-
-    def unhear(self, name: str) -> None:
-        """Stop listening to a publisher."""
-        endpoint = self._buses.pop(name, None)
-        if endpoint is not None and endpoint not in self._buses.values():
-            self._bus.disconnect(endpoint)
 
     def send(self, instance: str, message: InstanceRequest) -> bool:
         """Send or queue; False where the instance cannot be reached."""
@@ -116,31 +92,15 @@ class SocketLinks:
         socket = self._sockets.pop(name, None)
         if socket is not None:
             socket.close()
-            self.unhear(name)
+            self.buses.unhear(PeerRole.MASTER, name)
 
     def close_all(self) -> None:
         """Close every socket."""
         for name in self.names:
             self.close(name)
-        self._bus.close()
-
-    def _hear_word(self, topic: bytes, message: BusMessage) -> None:
-        if message.publisher in self._buses:  # else its last words came after its record's end
-            self._on_bus(message)
+        self.buses.close()
 
     def _lost(self, name: str, socket: DealerSocket[InstanceReply]) -> None:
         if self._sockets.get(name) is socket:
             socket.discard_queued()
             self._on_gone(name)
-
-
-def _role_of(record: InstanceRecord | DaemonRecord | RouterRecord) -> PeerRole:
-    """What the key of a record's owner must be admitted as."""
-    if isinstance(record, InstanceRecord):
-        return PeerRole.MASTER
-    return PeerRole.DAEMON if isinstance(record, DaemonRecord) else PeerRole.ROUTER
-
-
-def key_for(endpoint: str, public_key: str) -> str:
-    """Keys are for TCP; ipc is guarded by its directory."""
-    return public_key if endpoint.startswith("tcp://") else ""

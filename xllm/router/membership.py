@@ -17,6 +17,7 @@ import structlog
 
 from xllm.config.settings import ClusterSettings
 from xllm.errors import BadMessageError
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BusMessage
 from xllm.protocol.codec import Decoder
 from xllm.protocol.instance import InstanceReply, InstanceRequest, TokenBatch
@@ -125,12 +126,13 @@ class Membership:
         self.changed(dataclasses.replace(change, left=change.lost))
 
     def complaints(self) -> tuple[str, ...]:
-        """Who cannot be understood, for health reports."""
+        """Who cannot be understood, and who speaks as another, for health reports."""
         ours = f"{OLDEST_PROTOCOL} to {PROTOCOL_VERSION}"
-        return tuple(
+        not_understood = tuple(
             f"{_described(key)} speaks version {version} of the protocol, not {ours}"
             for key, version in sorted(self._not_understood.items())
         )
+        return not_understood + self._links.buses.complaints()
 
     def close(self) -> None:
         """Close every link."""
@@ -175,24 +177,26 @@ class Membership:
                 self._links.open(record)
 
     def _daemons_changed(self, changes: Sequence[Change]) -> None:
-        self._publishers_changed(changes, self._daemons)
+        self._publishers_changed(changes, self._daemons, PeerRole.DAEMON)
 
     def _routers_changed(self, changes: Sequence[Change]) -> None:
         others = [one for one in changes if one.key.rpartition("/")[2] != self._name]
-        self._publishers_changed(others, self._routers)
+        self._publishers_changed(others, self._routers, PeerRole.ROUTER)
 
-    def _publishers_changed(self, changes: Sequence[Change], decoder: Decoder[P]) -> None:
+    def _publishers_changed(
+        self, changes: Sequence[Change], decoder: Decoder[P], role: PeerRole
+    ) -> None:
         """Those that are only heard: never sent to."""
         for change in changes:
             name = change.key.rpartition("/")[2]
             record = self._understood(decoder, change)
             if record is not None:
-                self._links.hear(record)
+                self._links.buses.hear(record)
                 for one in self.listeners:
                     one.publisher_registered(record)
             elif change.entry is None or change.key in self._not_understood:
                 self._service.view.publisher_gone(name)
-                self._links.unhear(name)
+                self._links.buses.unhear(role, name)
                 for one in self.listeners:
                     one.publisher_gone(name)
 

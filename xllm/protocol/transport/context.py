@@ -60,7 +60,7 @@ class Transport:
         self.num_bad = 0
         """Messages that did not decode."""
         self.num_refused = 0
-        """Messages that their sender's roles may not say."""
+        """Messages that their sender's roles may not say, or that were said in another's name."""
         self.num_cut = 0
         """Connections that were cut: their key was revoked, or they were too many."""
         if security is not None:
@@ -139,7 +139,7 @@ class Transport:
             ("xllm_transport_bad_messages", "Messages that did not decode.", self.num_bad),
             (
                 "xllm_transport_refused_messages",
-                "Messages that their sender's roles may not say.",
+                "Messages that their sender may not say, or said in another's name.",
                 self.num_refused,
             ),
             (
