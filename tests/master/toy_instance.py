@@ -92,6 +92,7 @@ class ToyInstance:
             "tpot_ms",
             "embed",
             "packed_prompt",
+            "alone",
         ):
             if name in options:
                 fields[name] = options.pop(name)

@@ -132,7 +132,7 @@ class Run:
         moves = self.state.moves
         kinds = ["step"] * 6 + ["hear"] * 6 + ["flush", "repeat", "refuse", "unreached"]
         if moves.num_lost < MAX_MOVES - 1:
-            kinds += ["lose a word", "suspect", "killed"]
+            kinds += ["lose a word", "suspect", "killed", "die in company"]
             if moves.num_deaths < MAX_DEATHS - 1:
                 kinds.append("die")
         kind = data.draw(st.sampled_from(kinds))
@@ -163,10 +163,15 @@ class Run:
                     del self.master.words[data.draw(st.sampled_from(items))]
             case "suspect":
                 self.do(self.state.instance_lost("a"))
-            case "die" | "killed" if self.state.instance:
+            case "die" | "die in company" | "killed" if self.state.instance:
                 self.master.running.pop(self.state.attempt, None)
-                blameless = kind == "killed"
-                word = RequestEnded("r", self.state.attempt, "worker_lost", "", blameless=blameless)
+                word = RequestEnded(
+                    "r",
+                    self.state.attempt,
+                    "worker_lost",
+                    blameless=kind == "killed",
+                    shared=kind == "die in company",
+                )
                 self.hear(word)
 
     def run_out(self) -> None:

@@ -22,7 +22,7 @@ from xllm.protocol.instance import (
 )
 from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 from xllm.router.state.instructions import SendTo, Wish
-from xllm.router.state.moves import MAX_DEATHS, MAX_MOVES, PATIENCE_S
+from xllm.router.state.moves import MAX_MOVES, PATIENCE_S
 
 
 class Client:
@@ -276,17 +276,6 @@ def test_given_up_after_too_many_moves():
     start(state)
     *_, failed = state.instance_lost("a")
     assert isinstance(failed, RequestFailed)
-
-
-def test_a_request_under_which_two_workers_ended_by_themselves_takes_no_third():
-    state = make()
-    for attempt in range(1, MAX_DEATHS + 1):
-        start(state, f"instance-{attempt}")
-        state.tokens(item(attempt - 1, attempt=attempt))
-        said = state.engine_ended(RequestEnded("r", attempt, "worker_lost", "signal 11"))
-    assert Wish.PLACE not in said
-    assert said[-1].code == "engine_error"
-    assert "died" in said[-1].message
 
 
 @pytest.mark.parametrize("by_worker", [True, False])

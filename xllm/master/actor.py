@@ -243,8 +243,9 @@ class MasterActor(Actor):
         """All requests of all models end."""
         self._profile = None
         self.sleeping.worker_lost()
+        num_in_steps = sum(one.steps.num_in_steps for one in self.models)
         for one in self.models:
-            one.worker_lost(reason, by_itself)
+            one.worker_lost(reason, by_itself, num_in_steps)
 
     def worker_result(self, result: StepResult, frames: list[bytes]) -> None:
         """Settle the step; the next one is planned after what else has come in."""

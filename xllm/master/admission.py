@@ -75,9 +75,10 @@ class Admission:
         limits = self._state.limits
         if self._state.is_draining:
             raise UnavailableError("the instance drains and admits nothing more")
-        if len(self._state.waiting) >= limits.max_waiting:
+        num_waiting = self._state.num_waiting
+        if num_waiting >= limits.max_waiting:
             raise OverloadedError(
-                f"{len(self._state.waiting)} sequences wait here, the limit is {limits.max_waiting}"
+                f"{num_waiting} sequences wait here, the limit is {limits.max_waiting}"
             )
         if message.model and limits.model and message.model != limits.model:
             raise ModelNotFoundError(

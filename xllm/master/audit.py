@@ -16,6 +16,7 @@ def check_state(state: InstanceState) -> None:
     sequences = _all_sequences(state)
     _check_requests(state)
     _check_membership(state)
+    _check_lone(state)
     for seq in sequences:
         _check_sequence(state, seq)
     pins = [fork.copy[0] for fork in state.pending_forks if fork.copy is not None]
@@ -77,12 +78,22 @@ def _check_membership(state: InstanceState) -> None:
         raise InvariantError(f"{state.num_held} held, but {len(by_state)} are open: {by_state}")
     if by_state.count(SequencePhase.PAUSED) != len(state.paused):
         raise InvariantError(f"{len(state.paused)} paused, but {len(by_state)} open: {by_state}")
-    queued = {id(seq) for seq in state.waiting}
+    queued = {id(seq) for seq in (*state.waiting, *state.lone_waiting)}
     waiting = {id(seq) for seq in open_sequences if seq.state is SequencePhase.WAITING}
-    if queued != waiting or len(queued) != len(state.waiting):
+    if queued != waiting or len(queued) != state.num_waiting:
         raise InvariantError(
-            f"{len(waiting)} wait, {len(queued)} are queued, {len(state.waiting)} are counted"
+            f"{len(waiting)} wait, {len(queued)} are queued, {state.num_waiting} are counted"
         )
+
+
+def _check_lone(state: InstanceState) -> None:
+    alone = {name for name, request in state.requests.items() if request.runs_alone}
+    if alone != set(state.lone):
+        raise InvariantError(f"{sorted(alone)} run alone, {sorted(state.lone)} are listed")
+    in_steps = [s for step in state.steps.values() for s in (*step.sequences, *step.forked)]
+    together = {seq.request_id for seq in in_steps}
+    if any(seq.request.runs_alone for seq in in_steps) and len(together) > 1:
+        raise InvariantError(f"one of {sorted(together)} is to run alone")
 
 
 def _check_sequence(state: InstanceState, seq: Sequence) -> None:

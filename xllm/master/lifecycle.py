@@ -60,6 +60,8 @@ class InstanceState:
         self.policy = policy
         self.tables = BlockTables(limits, owned)
         self.requests: dict[str, RequestState] = {}
+        self.lone: dict[str, RequestState] = {}
+        """Those of them that share no step; what waits of them is not in `waiting`."""
         self.num_with_logprobs = 0
         self.waiting = policy.waiting
         self.deadlines = DeadlineQueue()
@@ -87,7 +89,28 @@ class InstanceState:
     def add(self, request: RequestState) -> None:
         """A request is open from now on. Its id must not be."""
         self.requests[request.request_id] = request
+        if request.runs_alone:
+            self.lone[request.request_id] = request
         self.num_with_logprobs += request.wants_logprobs
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for their turn."""
+        return len(self.waiting) + len(self.lone_waiting)
+
+    @property
+    def lone_waiting(self) -> list[Sequence]:
+        """Those of them whose requests share no step."""
+        waiting = SequencePhase.WAITING
+        return [s for one in self.lone.values() for s in one.sequences if s.state is waiting]
+
+    def join(self, request: RequestState) -> None:
+        """A request that shared no step shares them from now on. None of it is in flight."""
+        del self.lone[request.request_id]
+        request.runs_alone = False
+        for seq in request.sequences:
+            if seq.state is SequencePhase.WAITING:
+                self.waiting.push(seq)
 
     def take_outcome(self) -> StepOutcome:
         """What was collected since the last call."""
@@ -98,7 +121,8 @@ class InstanceState:
     def enqueue(self, seq: Sequence) -> None:
         """A sequence without blocks waits for its turn."""
         seq.state = SequencePhase.WAITING
-        self.waiting.push(seq)
+        if not seq.request.runs_alone:
+            self.waiting.push(seq)
 
     def run(self, seq: Sequence) -> None:
         """A sequence with blocks runs from now on."""
@@ -149,7 +173,8 @@ class InstanceState:
         settled."""
         if seq.state is SequencePhase.WAITING:
             seq.state = SequencePhase.FINISHED
-            self.waiting.note_gone(seq)
+            if not seq.request.runs_alone:
+                self.waiting.note_gone(seq)
         elif seq.state is SequencePhase.RUNNING:
             self._leave_running(seq)
             seq.state = SequencePhase.FINISHED
@@ -202,6 +227,7 @@ class InstanceState:
 
     def _forget(self, request: RequestState) -> None:
         del self.requests[request.request_id]
+        self.lone.pop(request.request_id, None)
         self.num_with_logprobs -= request.wants_logprobs
 
     def _leave_running(self, seq: Sequence) -> None:

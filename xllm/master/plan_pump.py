@@ -1,7 +1,8 @@
 """Who plans next: the step loops of a worker's models take turns at sending it plans.
 
-A shell around `step_turns`. Invariant: nothing is planned while it is held; what a step gave is
-routed after the next plan has left, so that the worker never waits for it.
+A shell around `step_turns`. Invariants: nothing is planned while it is held; while a request has
+a step to itself, or is to have the next, no other model plans; what a step gave is routed after the
+next plan has left, so that the worker never waits for it.
 """
 
 from __future__ import annotations
@@ -76,10 +77,16 @@ class PlanPump:
 
     def _plan_next(self, now: float) -> bool:
         """Send the plan of whose turn it is; False: nobody has one."""
-        for model in self._turns.order():
-            plan = self.loops[model].plan(now)
+        loops = self.loops
+        order = self._turns.order()
+        if len(order) > 1:
+            order.sort(key=lambda model: not loops[model].is_apart)
+        for model in order:
+            plan = loops[model].plan(now, self._turns.is_clear(model))
             if plan is not None:
                 self._turns.sent(model)
                 self._send_plan(plan)
                 return True
+            if loops[model].is_apart:
+                return False
         return False

@@ -9,12 +9,13 @@ end, nor past a token that forks or holds it.
 
 from __future__ import annotations
 
-from xllm.kvcache.prefix import MatchResult
 from xllm.master.lifecycle import InstanceState
+from xllm.master.lone_steps import LoneSteps
 from xllm.master.making_room import RoomMaker
 from xllm.master.plan_builder import PlanBuilder
-from xllm.master.prefix_sharing import MAX_HELD, MAX_PASSED, PrefixSharing
+from xllm.master.request import RequestState
 from xllm.master.sequence import Sequence
+from xllm.master.starting import SequenceStarter
 from xllm.master.strategies.page_turns import PageTurns
 from xllm.master.strategies.phases import StepKind
 from xllm.master.strategies.step_budget import StepBudget
@@ -33,37 +34,29 @@ class StepPlanner:
         self._policy = state.policy
         self._builder = PlanBuilder(state)
         self._room = RoomMaker(state)
-        self._sharing = PrefixSharing(
-            state.limits.block_size, state.limits.share_prefixes and state.limits.prefix_cache
-        )
+        self._starter = SequenceStarter(state, self._builder, self._room, turns)
+        self._lone = LoneSteps(state, self._builder, self._room, self._starter)
         self._now = 0.0
 
-    def plan(self, now: float) -> StepPlan | None:
-        """The next step, or None where there is nothing to compute or enough is in flight."""
+    def plan(self, now: float, is_clear: bool = True) -> StepPlan | None:
+        """The next step, or None where there is nothing to compute or enough is in flight.
+        `is_clear`: nothing of another model is under way."""
         state = self._state
-        if len(state.steps) >= state.limits.max_in_flight:
+        if len(state.steps) >= state.limits.max_in_flight or self._lone.is_under_way:
             return None
         self._now = now
         if state.is_stale:
             state.sweep()
         if state.paused:
             self._room.resume_paused(now)
-        if self._turns is not None and not len(state.waiting):
+        if self._turns is not None and not state.num_waiting:
             self._turns.leave(state.limits.model)
-        enough = self._room.grow(self._decodes())
-        # Where a decode found no block, there is no room for anybody new in this step.
-        may_start = enough and len(state.waiting) > 0
-        if may_start:
-            self._sharing.begin(state.prefilling)
-            if state.num_offline_running or state.paused:
-                self._make_room()
-        num_decodes = self._fill(self._decodes(), may_start)
-        if self._builder.is_empty:
-            return None
-        plan = self._builder.finish(num_decodes)
-        if self._policy.counters is not None:
-            self._charge(plan)
-        return plan
+        return self._take_turns(is_clear) if state.lone else self._plan_shared(may_start=True)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether nothing of another model may be under way with what this one has or plans."""
+        return self._lone.is_under_way or (bool(self._state.lone) and self._lone.is_wanted)
 
     def new_number(self) -> int:
         """A sequence number that was never used."""
@@ -73,25 +66,79 @@ class StepPlanner:
         """Whether a choice may run beside its leader from now on."""
         return self._room.can_fork(leader, child)
 
-    def _decodes(self) -> list[Sequence]:
-        """Running sequences whose next step is a decode: those that decode, and those whose
-        prompt's last chunk is in flight, unless its token forks, holds or ends them."""
+    def _take_turns(self, is_clear: bool) -> StepPlan | None:
+        """Steps of a request alone, and of all others together."""
+        lone = self._lone
+        lone.is_wanted = False
+        lone.join_passed()
+        request = lone.next_request()
+        for is_alone in (True, False) if lone.is_due(request) else (False, True):
+            plan = None
+            if not is_alone:
+                plan = self._plan_shared(may_start=not lone.holds_back(self._now))
+            elif request is not None:
+                if self._state.steps or not is_clear:
+                    lone.is_wanted = True
+                    return None
+                plan = self._plan_alone(request)
+            if plan is not None:
+                lone.note(plan.step, is_lone=is_alone)
+                return plan
+        return None
+
+    def _plan_alone(self, request: RequestState) -> StepPlan | None:
+        # As long as it may be for the sake of those that wait for it to be over.
+        budget = self._budget(self._decodes(), 0)
+        return self._finish(self._lone.add(request, budget))
+
+    def _plan_shared(self, *, may_start: bool) -> StepPlan | None:
         state = self._state
+        enough = self._room.grow(self._decodes())
+        # Where a decode found no block, there is no room for anybody new in this step.
+        may_start = may_start and enough and len(state.waiting) > 0
+        if may_start:
+            self._starter.begin(self._prefills())
+            if state.num_offline_running or state.paused:
+                self._make_room()
+        return self._finish(self._fill(self._decodes(), may_start))
+
+    def _finish(self, num_decodes: int) -> StepPlan | None:
+        if self._builder.is_empty:
+            return None
+        plan = self._builder.finish(num_decodes)
+        if self._policy.counters is not None:
+            self._charge(plan)
+        return plan
+
+    def _prefills(self) -> list[Sequence]:
+        """Running prefills that share steps."""
+        prefilling = self._state.prefilling
+        if not self._state.lone:
+            return prefilling
+        return [seq for seq in prefilling if not seq.request.runs_alone]
+
+    def _decodes(self) -> list[Sequence]:
+        """Running sequences that share steps and whose next one is a decode: those that decode, and
+        those whose prompt's last chunk is in flight, unless its token forks, holds or ends them."""
+        state = self._state
+        decoding = state.decoding
+        if state.lone:
+            decoding = [seq for seq in decoding if not seq.request.runs_alone]
         if not state.steps or not state.prefilling:
-            return state.decoding
+            return decoding
         ahead = [
             seq
-            for seq in state.prefilling
+            for seq in self._prefills()
             if seq.num_planned >= seq.num_tokens
             and seq.num_samples == 1
             and not seq.request.prefill_only
         ]
-        return [*state.decoding, *ahead] if ahead else state.decoding
+        return [*decoding, *ahead] if ahead else decoding
 
     def _fill(self, decodes: list[Sequence], may_start: bool) -> int:
         """Put work into the step, of the kinds that its phase allows. How many decode."""
         phases = self._policy.phases
-        has_prefills = may_start or bool(self._state.prefilling)
+        has_prefills = may_start or bool(self._prefills())
         kind = phases.choose(bool(decodes), has_prefills)
         num_decodes = 0
         if kind is not StepKind.PREFILL:
@@ -110,7 +157,7 @@ class StepPlanner:
         sitting_out = self._room.sitting_out
         objectives = self._policy.objectives
         if objectives is not None and decodes:
-            objectives.look(self._state.prefilling, self._policy.waiting, len(decodes))
+            objectives.look(self._prefills(), self._policy.waiting, len(decodes))
             if has_prefills:
                 sitting_out = sitting_out | self._left_out(decodes)
         return self._builder.add_decodes(decodes, sitting_out)
@@ -122,7 +169,7 @@ class StepPlanner:
         if objectives is None or limit is None or not self._policy.model.is_ready:
             return set()
         state = self._state
-        rivals = list(state.prefilling)
+        rivals = list(self._prefills())
         if state.num_running < state.limits.max_running:
             first = state.waiting.peek(self._now)
             rivals += [first] if first is not None else []
@@ -155,7 +202,7 @@ class StepPlanner:
         """Running prefills, then new ones; but new online ones before running offline ones, and
         where urgency decides, all in its order."""
         objectives = self._policy.objectives
-        prefilling = list(self._state.prefilling)
+        prefilling = list(self._prefills())
         if objectives is None:
             prefilling.sort(key=lambda seq: seq.key[0])
         else:
@@ -168,32 +215,20 @@ class StepPlanner:
         has_looked = False
         for seq in prefilling:
             if may_start and (objectives is not None or (seq.key[0] and not has_looked)):
-                self._start_waiting(budget, seq)
+                self._starter.start_waiting(budget, seq, self._now)
                 has_looked = True
             if budget.tokens <= 0:
                 break
             remaining = seq.num_tokens - seq.num_planned
             if remaining <= 0 or (sitting_out and seq in sitting_out):
                 continue
-            share = self._share(budget, seq.num_planned, remaining)
+            share = self._starter.share(budget, seq.num_planned, remaining)
             if share <= 0:
                 break
             budget.take(seq.num_planned, share)
             self._builder.add_prefill(seq, share)
         if may_start and budget.tokens > 0:
-            self._start_waiting(budget, None)
-
-    def _comes_before(self, running: Sequence, seq: Sequence) -> bool:
-        """Whether a running prefill goes before one that waits. Without urgency it is an offline
-        one."""
-        objectives = self._policy.objectives
-        if objectives is None:
-            return seq.key[0]
-        return objectives.rank(running, self._now) < objectives.rank(seq, self._now)
-
-    def _share(self, budget: StepBudget, start: int, remaining: int) -> int:
-        allowed = budget.allowed(start, remaining)
-        return self._policy.share.share(remaining, allowed, budget.num_prefills)
+            self._starter.start_waiting(budget, None, self._now)
 
     def _make_room(self) -> None:
         """Take blocks from offline sequences if the next waiting one is online and needs them."""
@@ -202,69 +237,8 @@ class StepPlanner:
         if seq is None or seq.key[0]:
             return
         match = state.tables.match(seq)
-        if not self._sharing.is_held(seq, match):
+        if not self._starter.is_held(seq, match):
             self._room.make_room(seq, match)
-
-    def _start_waiting(self, budget: StepBudget, before: Sequence | None) -> None:
-        """Start sequences in the queue's order, those that go before the running prefill `before`
-        if it is given; the first that cannot start ends it, so that large requests are not
-        overtaken for ever. Those that wait for a leader's prefix are passed, so many times."""
-        state = self._state
-        held: list[Sequence] = []
-        while budget.tokens > 0:
-            seq = state.waiting.peek(self._now)
-            if seq is None or state.num_running >= state.limits.max_running:
-                break
-            if before is not None and self._comes_before(before, seq):
-                break
-            match = state.tables.match(seq)
-            if self._sharing.is_held(seq, match):
-                if seq.num_passed >= MAX_PASSED or len(held) >= MAX_HELD:
-                    break
-                held.append(state.waiting.pop())
-                continue
-            if not self._has_turn(seq, match):
-                break
-            start = len(match.block_ids) * state.limits.block_size
-            share = self._share(budget, start, seq.num_tokens - start)
-            if share <= 0:
-                break
-            state.waiting.pop()
-            budget.take(start, share)
-            self._start(seq, match, share)
-            if self._turns is not None:
-                self._turns.leave(state.limits.model)
-            for follower in held:
-                follower.num_passed += 1
-        for follower in held:
-            state.waiting.put_back(follower)
-
-    def _has_turn(self, seq: Sequence, match: MatchResult) -> bool:
-        """Whether the next waiting sequence can start, and no other model waits for its pages."""
-        turns, model = self._turns, self._state.limits.model
-        if turns is not None and not turns.may_start(model):
-            return False
-        if self._room.can_start(seq, match):
-            return True
-        if turns is not None and self._room.lacks_blocks(seq, match):
-            turns.lacks(model)
-        return False
-
-    def _start(self, seq: Sequence, match: MatchResult, share: int) -> None:
-        """A sequence from the queue runs from now on, with so many tokens in this step."""
-        state = self._state
-        state.tables.start(seq, match)
-        self._builder.introduce(seq)
-        state.run(seq)
-        seq.num_passed = 0
-        request = seq.request
-        if request.cached_tokens < 0:
-            request.cached_tokens = min(seq.num_computed, seq.num_prompt)
-            if self._policy.counters is not None:
-                computed = seq.num_tokens - seq.num_computed
-                self._policy.counters.charge(request.message.tenant, computed, 0)
-        self._sharing.add_leader(seq)
-        self._builder.add_prefill(seq, share)
 
     def _charge(self, plan: StepPlan) -> None:
         """Charge tenants for the tokens that a step draws. Prompts are charged at their start."""

@@ -15,13 +15,13 @@ class RequestState:
     `sequences`: those that exist and have not finished; before a leader forks, it alone stands
     for all choices. `open_choices`: one bit for each choice without a finish reason.
     `num_scored`: prompt positions whose scores were already reported. `prefill_only`: another
-    instance decodes it."""
+    instance decodes it. `runs_alone`: its steps are shared with no other request."""
 
     __slots__ = (
         "admitted_at", "attempt", "cached_tokens", "deadline", "end", "first_token_at", "hashes",
         "key", "message", "num_scored", "open_choices", "prefill_only", "prompt_ids",
         "request_id", "root",
-        "sampling", "sequences", "stop_ids", "stop_tuple",
+        "runs_alone", "sampling", "sequences", "stop_ids", "stop_tuple",
     )  # fmt: skip
 
     def __init__(
@@ -51,6 +51,7 @@ class RequestState:
         self.root = root
         self.hashes = hashes
         self.prefill_only = prefill_only
+        self.runs_alone = message.alone
         self.cached_tokens = -1
         self.num_scored = 1
         self.open_choices = (1 << message.sampling.n) - 1

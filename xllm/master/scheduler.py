@@ -121,9 +121,22 @@ class Scheduler:
         self._state.end_request(request)
         return True
 
-    def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None where there is nothing to do or enough is in flight."""
-        return self._planner.plan(now)
+    def schedule(self, now: float, is_clear: bool = True) -> StepPlan | None:
+        """The next step, or None where there is nothing to do or enough is in flight. `is_clear`:
+        nothing of another model is under way at the worker."""
+        return self._planner.plan(now, is_clear)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether no other model may have a step planned now: one that a request shares with
+        nobody is under way, or is to be the next."""
+        return self._planner.is_apart
+
+    @property
+    def num_in_steps(self) -> int:
+        """Requests in the steps in flight, those that have ended meanwhile included."""
+        steps = self._state.steps.values()
+        return len({id(s.request) for step in steps for s in (*step.sequences, *step.forked)})
 
     def update(
         self, result: StepResult, frames: AbstractSequence[bytes], now: float
@@ -180,7 +193,7 @@ class Scheduler:
         state = self._state
         if len(state.waiting) or state.steps or state.is_stale or state.prefilling:
             return 0
-        if state.paused:
+        if state.paused or state.lone:
             return 0
         if not state.decoding:
             return 0
@@ -214,7 +227,7 @@ class Scheduler:
         state = self._state
         if state.is_stale:
             state.sweep()
-        waiting = list(state.waiting)
+        waiting = [*state.waiting, *state.lone_waiting]
         cache = state.tables.cache.statistics()
         table = state.tables.slots.table
         running: list[Sequence] = [*state.decoding, *state.prefilling]
@@ -222,7 +235,7 @@ class Scheduler:
         waiting_tokens += sum(seq.num_tokens - seq.num_computed for seq in state.prefilling)
         return SchedulerStatistics(
             num_requests=len(state.requests),
-            num_waiting=len(state.waiting),
+            num_waiting=len(waiting),
             num_running=state.num_running,
             num_offline=state.num_offline_running
             + sum(seq.key[0] for seq in (*waiting, *state.paused)),

@@ -143,16 +143,21 @@ class ServedModel:
         another living process has the name."""
         await self._registration.publish(self.record())
 
-    def worker_lost(self, reason: str, by_itself: bool) -> None:
-        """All requests end, and routers resubmit them elsewhere, or here again. Those in the step
-        under way are told apart: one of them may be the reason, where the worker ended by itself.
+    def worker_lost(self, reason: str, by_itself: bool, num_in_steps: int) -> None:
+        """All requests end, and routers resubmit them elsewhere, or here again. Those in the steps
+        under way, `num_in_steps` with those of other models, are told apart: one of them may be the
+        reason, where the worker ended by itself.
         """
         if self.scheduler is None:
             return
         self.metrics.num_worker_ends += 1
         self._heartbeats.forget_blocks(self.scheduler)
         self.steps.fail_all(
-            UnavailableError.code, reason, in_step=WorkerLostError.code, blameless=not by_itself
+            UnavailableError.code,
+            reason,
+            in_step=WorkerLostError.code,
+            blameless=not by_itself,
+            shared=num_in_steps > 1,
         )
         self.steps.scheduler = None
         self.conversation.fail_probes()

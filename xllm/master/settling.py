@@ -90,7 +90,7 @@ class StepSettler:
             else:
                 items.append(TokenItem(seq.request_id, seq.choice, seq.attempt, first_index, drawn))
         state.latency.note_step(now, result.duration_ns / 1e9, step.num_decodes)
-        state.idleness.note(result, state.num_running > 0 or len(state.waiting) > 0)
+        state.idleness.note(result, state.num_running > 0 or state.num_waiting > 0)
         state.policy.learn(step.plan, step.num_decodes, result.duration_ns / 1e9)
         state.deadlines.sweep(len(state.requests))
         state.holds.sweep(len(state.requests))

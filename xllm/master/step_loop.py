@@ -20,7 +20,6 @@ from xllm.errors import BadMessageError, EngineError, InvariantError
 from xllm.master.metrics import MasterMetrics
 from xllm.master.outcome import StepOutcome
 from xllm.master.scheduler import Scheduler
-from xllm.protocol.instance import RequestEnded
 from xllm.protocol.step import StepPlan, StepResult
 from xllm.protocol.transport.context import describe_error
 
@@ -75,16 +74,38 @@ class StepLoop:
         self._forget_steps()
         self.pump()
 
+    @property
+    def num_in_steps(self) -> int:
+        """Requests in the plans under way."""
+        return self.scheduler.num_in_steps if self.scheduler is not None else 0
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether no other model may plan: a step that a request shares with nobody is under way,
+        or is to be the next."""
+        return self.scheduler is not None and self.scheduler.is_apart
+
     def fail_all(
-        self, code: str, message: str, in_step: str = "", *, blameless: bool = False
+        self,
+        code: str,
+        message: str,
+        in_step: str = "",
+        *,
+        blameless: bool = False,
+        shared: bool = False,
     ) -> None:
-        """End every request with this code, now; those of a step in flight with `in_step`, and
-        as `blameless` as said."""
+        """End every request with this code, now; those of a step in flight with `in_step`, which
+        are as `blameless` as said, and the step as `shared`."""
         if self.scheduler is not None:
             self._forget_steps()
             outcome = self.call(self.scheduler.fail_all, code, message, in_step)
-            if blameless:
-                outcome.ended = [_without_blame(one, in_step) for one in outcome.ended]
+            if blameless or shared:
+                outcome.ended = [
+                    msgspec.structs.replace(one, blameless=blameless, shared=shared)
+                    if one.code == in_step
+                    else one
+                    for one in outcome.ended
+                ]
             self._take(outcome)
             self.flush()
 
@@ -114,11 +135,12 @@ class StepLoop:
         if self.scheduler is not None:
             self._take(self.call(self.scheduler.expire, now))
 
-    def plan(self, now: float) -> StepPlan | None:
-        """The next plan, which is sent at once; None where there is none."""
+    def plan(self, now: float, is_clear: bool) -> StepPlan | None:
+        """The next plan, which is sent at once; None where there is none. `is_clear`: none of
+        another model is under way."""
         if self.scheduler is None:
             return None
-        plan = self.call(self.scheduler.schedule, now)
+        plan = self.call(self.scheduler.schedule, now, is_clear)
         if plan is not None:
             self._in_flight.append(plan.step)
             self._metrics.num_steps += 1
@@ -198,7 +220,3 @@ class StepLoop:
             self._outcome = outcome
             return
         self._outcome.extend(outcome)
-
-
-def _without_blame(word: RequestEnded, code: str) -> RequestEnded:
-    return msgspec.structs.replace(word, blameless=True) if word.code == code else word

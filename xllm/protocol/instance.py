@@ -8,6 +8,9 @@ from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 
 ROLES = ("both", "prefill", "decode")
 """What an instance may be for."""
+PASSED_TOKENS = 2
+"""With so many tokens more a choice is past the steps that were under way when its worker ended:
+one for each, and there are two at most."""
 
 
 class AdmitRequest(ArrayMessage, frozen=True):
@@ -45,6 +48,9 @@ class AdmitRequest(ArrayMessage, frozen=True):
     """Asks for the prompt's vector and for no token: `sampling` has max_tokens 0 and n 1."""
     packed_prompt: bytes = b""
     """The prompt's ids in 32 bits each, little-endian, in place of `prompt_ids`."""
+    alone: bool = False
+    """Runs in steps that no other request shares until it has passed where workers ended under it:
+    they ended so twice, and it may be the reason."""
 
 
 class CancelRequest(ArrayMessage, frozen=True):
@@ -166,6 +172,9 @@ class RequestEnded(ArrayPart, frozen=True):
     cached_tokens: int = 0
     blameless: bool = False
     """With worker_lost: somebody ended the worker, and no request is the reason."""
+    shared: bool = False
+    """With worker_lost: other requests were in the steps under way, and one of them may be the
+    reason."""
 
 
 class TokenBatch(ArrayMessage, frozen=True):

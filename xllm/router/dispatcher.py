@@ -251,6 +251,8 @@ class Dispatcher:
                 del self.open[state.spec.request_id]
                 self._homeless.pop(state.spec.request_id, None)
                 self._metrics.num_dropped += state.num_dropped
+                if state.moves.is_convicted:
+                    _log.error("request_ends_workers", request_id=state.spec.request_id)
                 self._ended(request, one)
 
     def _place(self, request: InflightRequest) -> None:
@@ -262,6 +264,7 @@ class Dispatcher:
             if request.is_moving and not self._budget.take(state.moves.num_moves, now):
                 self._hold_back(request, now)
                 return
+            self._metrics.num_alone += state.moves.runs_alone
             self._carry_out(request, state.place(stages, now))
             return
         if self.door is not None and self.door.take_back(request):

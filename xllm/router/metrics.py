@@ -76,6 +76,7 @@ class RouterMetrics(Collector):
         self.num_dropped = 0
         self.registry_degraded = False
         self.num_held_back = 0
+        self.num_alone = 0
         self.ttft = Histogram()
         self.duration = Histogram()
         registry.register(self)
@@ -114,6 +115,7 @@ class RouterMetrics(Collector):
             ("cached_tokens", "Prompt tokens found cached.", self.cached_tokens),
             ("moves", "Times that a request went on elsewhere.", self.num_moves),
             ("moves_held_back", "Moves that had to wait for others.", self.num_held_back),
+            ("lone_attempts", "Attempts that share no step: instances died.", self.num_alone),
             ("dropped_words", "Late or doubled words of instances.", self.num_dropped),
         ):
             yield CounterMetricFamily(f"xllm_router_{name}", text, value)

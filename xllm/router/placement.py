@@ -73,6 +73,8 @@ class Placement:
             usable = self.breakers.passable(usable, self._clock())
             most = self._bound(state.spec.offline)
             usable = [one for one in usable if takes_more(one, most)] or usable
+            if state.moves.runs_alone:
+                usable = for_suspects(usable, state.moves.died_at)
         ask = self._question(state, usable)
         stages = self._policy.choose(usable, ask)
         held = ask.cached.get(stages[0][1])
@@ -181,6 +183,12 @@ class Placement:
             for one in self._view
             if one.suspect and one.num_inflight and self._view.usable(one.record.model)
         ]
+
+
+def for_suspects(usable: Sequence[InstanceView], died_at: frozenset[str]) -> list[InstanceView]:
+    """The one instance for requests under which instances died: what one of them still ends is the
+    same one for all, and, if it is back, one that died already and has little to lose."""
+    return [min(usable, key=lambda one: (one.name not in died_at, one.name))]
 
 
 def for_whole(usable: Sequence[InstanceView]) -> Sequence[InstanceView]:

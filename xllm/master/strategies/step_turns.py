@@ -39,6 +39,10 @@ class StepTurns:
         under_way = sum([len(one.charged) for one in self._accounts.values()])
         return under_way < self._max_in_flight
 
+    def is_clear(self, but: str) -> bool:
+        """Whether no plan is under way, but for those of one model."""
+        return not any(one.charged for name, one in self._accounts.items() if name != but)
+
     def order(self) -> list[str]:
         """All models, whose turn it is first; of equals the one whose last turn is longest ago."""
         accounts = self._accounts

@@ -3,8 +3,10 @@
 Decides when to try again, when to wait and when to give up; knows neither tokens nor messages.
 Four things can happen to an attempt: the instance refuses it, dies under it, loses words of it, or
 is given up for a better place. A death speaks against the request only where it may be the reason:
-a worker that ended by itself in a step of it, or a master whose state broke. Invariants: a request
-never takes a third instance so; whoever has been refused everywhere learns so within PATIENCE_S.
+a worker that ended by itself in a step of it, or a master whose state broke. After two of them it
+runs alone: the next one convicts it, or it passes where they happened, and they speak against it no
+more. Invariants: no request is given up for deaths that others may be the reason of, and none is
+convicted before its second; whoever has been refused everywhere learns so within PATIENCE_S.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ MAX_MOVES = 5
 """Attempts that were lost, beyond the first, before a request is given up. Refusals cost an
 instance nothing and are bounded by time."""
 MAX_DEATHS = 2
-"""Deaths that speak against a request: by then it is more likely the cause than a victim."""
+"""Deaths that speak against a request before it is one of few that may be the cause of them."""
 PATIENCE_S = 30.0
 """How long a request that lost its instance, or holds tokens, waits for another."""
 
@@ -25,7 +27,9 @@ class MoveRecord:
 
     __slots__ = (
         "avoid",
+        "died_at",
         "homeless_since",
+        "is_convicted",
         "last_refusal",
         "num_deaths",
         "num_lost",
@@ -39,6 +43,11 @@ class MoveRecord:
         self.num_lost = 0
         """Those that were not refused."""
         self.num_deaths = 0
+        """Those of them that speak against it."""
+        self.died_at: frozenset[str] = frozenset()
+        """The instances where it had these."""
+        self.is_convicted = False
+        """It was given up for them."""
         self.avoid: frozenset[str] = frozenset()
         """Instances that refused it since it was last accepted."""
         self.last_refusal = ""
@@ -52,12 +61,28 @@ class MoveRecord:
         self.last_refusal = code
         self.num_moves += 1
 
-    def lost(self, *, is_suspect: bool) -> str:
-        """An attempt that was accepted goes on elsewhere; or why it may not. `is_suspect`: it may
-        be the reason."""
-        self.num_deaths += is_suspect
-        if self.num_deaths >= MAX_DEATHS:
-            return f"given up: {self.num_deaths} instances died while they ran this request"
+    @property
+    def runs_alone(self) -> bool:
+        """Whether it must not share steps: too many died under it and others."""
+        return self.num_deaths >= MAX_DEATHS
+
+    def passed(self) -> None:
+        """It is past where these deaths happened."""
+        self.num_deaths = 0
+        self.died_at = frozenset()
+
+    def died(self, instance: str, *, shared: bool) -> str:
+        """An attempt ended with a worker, or a master, that it may have ended; `shared`: or one of
+        others. It goes on elsewhere; or why it may not."""
+        self.num_deaths += 1
+        self.died_at |= {instance}
+        if self.num_deaths >= MAX_DEATHS and not shared:
+            self.is_convicted = True
+            return f"given up: {self.num_deaths} times an instance died while it ran this request"
+        return self.lost()
+
+    def lost(self) -> str:
+        """An attempt that was accepted goes on elsewhere; or why it may not."""
         if self.num_lost >= MAX_MOVES:
             return f"given up after {self.num_lost + 1} attempts"
         self.num_lost += 1
@@ -95,5 +120,5 @@ class MoveRecord:
 
     def check(self) -> None:
         """InvariantError if the counts cannot be."""
-        if not self.num_deaths <= MAX_DEATHS or not self.num_lost <= MAX_MOVES:
+        if self.num_lost > MAX_MOVES or self.num_deaths > self.num_lost + 1:
             raise InvariantError(f"{self.num_deaths} deaths, {self.num_lost} lost attempts")

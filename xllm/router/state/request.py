@@ -21,7 +21,7 @@ from xllm.errors import (
     WorkerLostError,
 )
 from xllm.protocol.client import ResumePoint, next_life
-from xllm.protocol.instance import CancelRequest, RequestEnded, TokenItem
+from xllm.protocol.instance import PASSED_TOKENS, CancelRequest, RequestEnded, TokenItem
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.router.state.choice import ChoiceState
 from xllm.router.state.endings import failed, finished
@@ -43,6 +43,7 @@ class RequestLife:
     __slots__ = (
         "_flush_wished",
         "_heard",
+        "_marks",
         "_prompt_words",
         "attempt",
         "cached_tokens",
@@ -68,6 +69,8 @@ class RequestLife:
         """How long tokens are held at present; longer than asked while the client reads slowly."""
         self.cached_tokens = 0
         self.num_dropped = 0
+        self._marks: list[int] = []
+        """Tokens of each choice when an instance last died, and this request may be the reason."""
         self._flush_wished = False
         self._heard = False
         """Whether the present attempt was accepted: a word of it came."""
@@ -103,7 +106,8 @@ class RequestLife:
         outputs: tuple[tuple[int, ...], ...] = ()
         if self.attempt > 1 and any(choice.ids for choice in choices):
             outputs = tuple(tuple(choice.ids) for choice in choices)
-        admit = self.spec.admit(self.attempt, stages, outputs, now)
+        self._review()
+        admit = self.spec.admit(self.attempt, stages, outputs, now, alone=self.moves.runs_alone)
         if not outputs:
             return (SendTo(self.instance, admit),)
         return (
@@ -194,7 +198,7 @@ class RequestLife:
             # An end without all tokens means that some were lost on the way.
             return self._finish() if self._all_finished() else self._lost()
         if word.code == WorkerLostError.code:
-            return self._lost(is_suspect=not word.blameless, told=True)
+            return self._lost(told=True) if word.blameless else self._died(word.shared)
         if word.code in _MOVABLE:
             return self._refused(word.code)
         return self._fail(word.code, word.message, param=word.param or None, told=True)
@@ -328,11 +332,28 @@ class RequestLife:
         self.moves.refused(self.instance, code)
         return self._move(told=True)
 
-    def _lost(self, *, is_suspect: bool = False, told: bool = False) -> Sequence[Instruction]:
+    def _lost(self, *, told: bool = False) -> Sequence[Instruction]:
         if self._all_finished():
             return self._finish()
-        why = self.moves.lost(is_suspect=is_suspect)
+        why = self.moves.lost()
         return self._fail(EngineError.code, why, told=told) if why else self._move(told)
+
+    def _died(self, shared: bool) -> Sequence[Instruction]:
+        """Its instance died in a step of it, and it may be the reason."""
+        if self._all_finished():
+            return self._finish()
+        self._review()
+        why = self.moves.died(self.instance, shared=shared)
+        self._marks = [len(choice.ids) for choice in self.choices]
+        return self._fail(EngineError.code, why, told=True) if why else self._move(told=True)
+
+    def _review(self) -> None:
+        """What ran alone, and got further than it was when instances died, was not the reason."""
+        if self.moves.runs_alone and all(
+            choice.finish_reason or len(choice.ids) >= mark + PASSED_TOKENS
+            for choice, mark in zip(self.choices, self._marks, strict=True)
+        ):
+            self.moves.passed()
 
     def _move(self, told: bool) -> Sequence[Instruction]:
         """Leave the instance and ask for another, under the next attempt."""

@@ -46,6 +46,8 @@ class RequestSpec(msgspec.Struct, frozen=True, gc=False):
         stages: tuple[tuple[str, str], ...],
         outputs: tuple[tuple[int, ...], ...],
         now: float,
+        *,
+        alone: bool = False,
     ) -> AdmitRequest:
         """The words that start an attempt."""
         return AdmitRequest(
@@ -69,4 +71,5 @@ class RequestSpec(msgspec.Struct, frozen=True, gc=False):
             self.tpot_ms,
             self.embed,
             self.packed_prompt,
+            alone,
         )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
 
 from xllm.cli.chaos.processes import is_alive
 from xllm.cli.chaos.stage import LOST, Stage
-from xllm.errors import XllmError
+from xllm.cli.chaos.verdict import Injection
+from xllm.client.results import Completion
+from xllm.errors import EngineError
 from xllm.protocol.actor.fault_hooks import HANG_S
 from xllm.worker.toy.faults import SLOW_S
 
 WORKER_LOST = ("worker_lost", *LOST)
-_ANSWER_S = 60.0
+MAX_LOST = 3
+"""Workers that a prompt may take: it is in company, it is again, it is alone."""
 
 
 async def hang_master(stage: Stage) -> None:
@@ -44,12 +48,7 @@ async def hang_engine(stage: Stage) -> None:
     poisoned = stage.ask_with(stage.poison["hang"], max_tokens=4)
     await stage.notice(injection, ("worker_lost",), seconds=20.0)
     injection.proofs.append("an engine got the prompt that stops it")
-    # The prompt hangs the next instance, too; then it is given up.
-    try:
-        await poisoned
-        injection.broken.append("a prompt that hangs every engine was answered")
-    except XllmError:
-        pass  # as it should be
+    await _fails(stage, injection, poisoned)
     await stage.settle(injection)
 
 
@@ -69,16 +68,26 @@ async def slow_step(stage: Stage) -> None:
 
 
 async def crash_engine(stage: Stage) -> None:
-    """A prompt that ends the worker that computes it: it may take two of them, never a third."""
+    """A prompt that ends the worker that computes it."""
     await stage.wait_load()
     pids = [one.pid for one in stage.cluster.named("worker")]
     injection = stage.strike("F03-exit", "workers", lambda: None)
-    try:
-        await stage.ask_with(stage.poison["crash"], max_tokens=4)
-        injection.broken.append("a prompt that ends every worker was answered")
-    except XllmError:
-        pass  # as it should be
+    await _fails(stage, injection, stage.ask_with(stage.poison["crash"], max_tokens=4))
     dead = [pid for pid in pids if not is_alive(pid)]
     await stage.prove(injection, f"pids {dead} are gone", lambda: dead)
     await stage.notice(injection, ("worker_lost",))
     await stage.settle(injection)
+
+
+async def _fails(stage: Stage, injection: Injection, poisoned: asyncio.Task[Completion]) -> None:
+    """Until a prompt that ends every worker is given up; it may take MAX_LOST of them. That it
+    alone fails is among the limits."""
+    try:
+        await poisoned
+        injection.broken.append("a prompt that ends every worker was answered")
+    except EngineError:
+        pass  # as it should be
+    num_lost = stage.count_events(injection, ("worker_lost",))
+    injection.notes["workers_lost"] = num_lost
+    if num_lost > MAX_LOST:
+        injection.broken.append(f"a prompt took {num_lost} workers")

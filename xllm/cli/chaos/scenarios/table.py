@@ -47,7 +47,7 @@ _KILLED = Limits(gap_p50_ms=300, gap_max_ms=1000, detect_ms=1000, recover_ms=10_
 _SILENT = Limits(gap_max_ms=2000, detect_ms=1000, recover_ms=5000)
 _CROWDED = Limits(gap_max_ms=2000)
 _ASKED = Limits(gap_max_ms=1000, recover_ms=40_000)
-_POISONED = Limits(recover_ms=30_000, may_fail=True)
+_POISONED = Limits(recover_ms=30_000)
 
 _UNFELT = Limits(gap_max_ms=1000, recover_ms=40_000)
 _JOINED = Limits(gap_max_ms=1000, recover_ms=60_000)

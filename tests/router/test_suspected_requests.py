@@ -1,0 +1,114 @@
+"""Requests under which workers ended by themselves: suspected, alone, convicted or cleared."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.router.oracle import item, make, start, stream
+from xllm.protocol.instance import RequestEnded
+from xllm.router.state.instructions import Wish
+from xllm.router.state.moves import MAX_DEATHS, MAX_MOVES
+
+
+def die(state, *, shared: bool):
+    return state.engine_ended(
+        RequestEnded("r", state.attempt, "worker_lost", "signal 11", shared=shared)
+    )
+
+
+def suspected(n: int = 1):
+    """A request that was in two steps under which workers ended, a token apart."""
+    state = make(n=n)
+    for attempt in range(1, MAX_DEATHS + 1):
+        assert not start(state, f"instance-{attempt}").alone
+        for choice in range(n):
+            state.tokens(item(attempt - 1, attempt=attempt, choice=choice))
+        assert Wish.PLACE in die(state, shared=True)
+    return state
+
+
+def test_a_request_that_alone_was_in_steps_under_which_two_workers_ended_takes_no_third():
+    state = make()
+    for attempt in range(1, MAX_DEATHS + 1):
+        assert not start(state, f"instance-{attempt}").alone
+        state.tokens(item(attempt - 1, attempt=attempt))
+        said = die(state, shared=False)
+    assert Wish.PLACE not in said
+    assert said[-1].code == "engine_error"
+    assert "died" in said[-1].message
+    assert state.moves.is_convicted
+
+
+def test_what_was_in_company_both_times_runs_alone_and_then_takes_no_fourth():
+    state = suspected()
+    assert state.moves.died_at == {"instance-1", "instance-2"}
+    admit = start(state, "instance-3")
+    assert admit.alone
+    assert admit.outputs == (stream(0)[:2],)
+    said = die(state, shared=False)
+    assert said[-1].code == "engine_error"
+    assert state.moves.is_convicted
+
+
+def test_an_instance_that_keeps_none_alone_convicts_nobody():
+    """One of another version, say: bounded as all attempts are."""
+    state = suspected()
+    for _ in range(MAX_MOVES - MAX_DEATHS):
+        assert start(state).alone
+        assert Wish.PLACE in die(state, shared=True)
+    start(state)
+    assert die(state, shared=True)[-1].code == "engine_error"
+    assert not state.moves.is_convicted
+
+
+@pytest.mark.parametrize("how", ["refused", "lost", "unreached", "blameless"])
+def test_it_stays_alone_until_it_has_passed(how):
+    state = suspected()
+    admit = start(state)
+    state.tokens(item(2, attempt=admit.attempt))
+    if how == "refused":
+        state.engine_ended(RequestEnded("r", admit.attempt, "unavailable", "the worker ended"))
+    elif how == "lost":
+        state.instance_lost("a")
+    elif how == "unreached":
+        state.unreached("a", admit.attempt, "unavailable")
+    else:
+        state.engine_ended(RequestEnded("r", admit.attempt, "worker_lost", "9", blameless=True))
+    admit = start(state)
+    assert admit.alone
+    state.tokens(item(3, attempt=admit.attempt))
+    state.instance_lost("a")
+    assert not start(state).alone
+    assert state.moves.num_deaths == 0
+
+
+def test_what_has_passed_is_suspected_anew_from_the_start():
+    state = suspected()
+    admit = start(state)
+    state.tokens(item(2, 2, attempt=admit.attempt))
+    assert Wish.PLACE in die(state, shared=False)  # of something else, where nobody else was
+    assert state.moves.num_deaths == 1
+    assert not start(state).alone
+
+
+def test_every_choice_must_pass_or_have_ended():
+    state = suspected(n=3)
+    admit = start(state)
+    state.tokens(item(2, 2, attempt=admit.attempt, choice=0))
+    state.tokens(item(2, 1, attempt=admit.attempt, choice=1, finish_reason="length"))
+    state.tokens(item(2, 1, attempt=admit.attempt, choice=2))
+    state.instance_lost("a")
+    admit = start(state)
+    assert admit.alone
+    state.tokens(item(3, 1, attempt=admit.attempt, choice=2))
+    state.instance_lost("a")
+    assert not start(state).alone
+
+
+def test_a_master_that_broke_has_no_steps_of_its_own():
+    """Whatever is open there is as likely the reason as ever: two of them are enough."""
+    state = make()
+    start(state)
+    assert Wish.PLACE in die(state, shared=True)
+    start(state)
+    assert die(state, shared=False)[-1].code == "engine_error"
