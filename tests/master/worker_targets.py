@@ -72,7 +72,7 @@ def run_holding_worker(settings: bytes) -> None:
     configure_logs(process=worker_name(decoded), level="warning")
 
     def make(settings: Settings) -> HoldingExecutor:
-        return HoldingExecutor(num_blocks=64, block_size=settings.worker.block_size)
+        return HoldingExecutor(num_blocks=64, block_size=settings.worker.host_block_size)
 
     run_child(lambda: WorkerActor(decoded, make))
 
@@ -98,7 +98,7 @@ def run_computing_worker(settings: bytes) -> None:
     configure_logs(process=worker_name(decoded), level="warning")
 
     def make(settings: Settings) -> ComputingExecutor:
-        size = settings.worker.block_size
+        size = settings.worker.host_block_size
         return ComputingExecutor(num_blocks=64, block_size=size)
 
     run_child(lambda: WorkerActor(decoded, make))

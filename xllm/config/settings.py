@@ -241,6 +241,10 @@ class MasterSettings:
     )
 
 
+HOST_BLOCK_TOKENS = 16
+"""Tokens of a block where the settings leave it open and pages are small."""
+
+
 @dataclasses.dataclass(frozen=True)
 class WorkerSettings:
     """One device's worker."""
@@ -252,7 +256,12 @@ class WorkerSettings:
         choices=("native", "toy"),
     )
     block_size: int = setting(
-        16, "Tokens of a KV block, a power of two.", unit="tokens", low=1, high=256
+        0,
+        "Tokens of a KV block, a power of two; 0: 16, or what suits the pages of a device with "
+        "virtual memory.",
+        unit="tokens",
+        low=0,
+        high=256,
     )
     kv_cache_bytes: int = setting(
         0, "Memory for KV; 0: chosen from what is free.", unit="bytes", low=0
@@ -313,6 +322,11 @@ class WorkerSettings:
         True, "The toy engine writes and reads its KV pages; off: a cheaper hash without memory."
     )
     toy_num_blocks: int = setting(4096, "KV blocks of the toy engine.", low=2)
+
+    @property
+    def host_block_size(self) -> int:
+        """Tokens of a block on a CPU, and of the toy engine's."""
+        return self.block_size or HOST_BLOCK_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,13 +61,13 @@ def check_slots(instance: Instance) -> None:
     assert engine is not None
     mapper, memory = engine.mapper, engine.pool
     assert mapper is not None
-    size = memory.layout.block_bytes
+    size, tokens = memory.layout.block_bytes, memory.layout.block_size
     state = instance.scheduler._state
     untold = {fork.child for fork in state.pending_forks}
     for seq in (*state.decoding, *state.prefilling):
         if seq in untold:
             continue
-        for index, block in enumerate(seq.block_ids[: -(-seq.num_computed // 16)]):
+        for index, block in enumerate(seq.block_ids[: -(-seq.num_computed // tokens)]):
             want = ctypes.string_at(memory.pool_address + block * size, size)
             assert ctypes.string_at(mapper.address(seq.slot) + index * size, size) == want
 

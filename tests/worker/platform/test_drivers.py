@@ -8,10 +8,14 @@ structures and its enumerations are real, and nothing of it calls a device.
 from __future__ import annotations
 
 import importlib
+import inspect
+import json
+import re
 import sys
 import threading
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +212,32 @@ def test_errors_of_acl_carry_their_number_and_the_devices_words(device: HostDevi
     api.message = "E19999: too much"
     with pytest.raises(EngineError, match=r"error 107000 \(E19999: too much\)$"):
         driver.release(1)
+
+
+@pytest.mark.parametrize("version", ["2.7.1", "2.14.0"])
+def test_acls_arguments_are_those_of_the_c_interface(version: str, device: HostDevice) -> None:
+    """The Python functions have the arguments of those of C (`npu_api.json`, of the headers that
+    torch_npu's wheels bring), less the pointers that the answers are written to."""
+    published = json.loads(Path(__file__).with_name("npu_api.json").read_text())[version]["acl"]
+    runtime = AclStandIn(device).rt
+    outputs = {
+        "aclrtReserveMemAddress": 1,
+        "aclrtMallocPhysical": 1,
+        "aclrtMemGetAllocationGranularity": 1,
+    }
+    for name, types_of in published.items():
+        words = re.sub("([A-Z])", r"_\1", name.removeprefix("aclrt")).lower().strip("_")
+        own = inspect.signature(getattr(runtime, words)).parameters
+        assert len(own) == len(types_of) - outputs.get(name, 0), name
+    assert {"aclrtMapMem", "aclrtUnmapMem", "aclrtFreePhysical"} <= set(published)
+
+
+def test_an_older_cann_has_pages_of_2_mib(
+    device: HostDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = AclStandIn(device)
+    monkeypatch.delattr(type(api.rt), "mem_get_allocation_granularity")
+    assert AscendDriver(NPU, api).granularity == 2 << 20
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

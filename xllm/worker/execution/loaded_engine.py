@@ -23,10 +23,12 @@ from xllm.worker.execution.reading import ReadModel
 from xllm.worker.execution.sequences import SequenceTable
 from xllm.worker.kernels.fused import arg_max
 from xllm.worker.layers.experts import ExpertTables
+from xllm.worker.memory.cpu_memory import CpuKvMemory
 from xllm.worker.memory.kv_memory import KvMemory
 from xllm.worker.memory.layout import describe_groups
-from xllm.worker.memory.making import make_memory, make_slots, mappings_each
+from xllm.worker.memory.making import make_memory, make_slots, max_mappings
 from xllm.worker.memory.mapper import PageMapper
+from xllm.worker.memory.plan import log_plan
 from xllm.worker.memory.sharing import SharedPages
 from xllm.worker.memory.slots import SlotSpace
 from xllm.worker.platform.platform import Platform
@@ -54,6 +56,12 @@ class LoadedEngine:
     has_left_nan: bool = False
     """Whether a sequence of it did; see CpuKvMemory.may_hold_nan."""
 
+    def close(self) -> None:
+        """Give slots and KV back; nothing of it may be used any more."""
+        if self.mapper is not None:
+            self.mapper.close()
+        self.pool.close()
+
 
 def make_engine(
     settings: Settings,
@@ -77,6 +85,8 @@ def make_engine(
     layout, tick = pool.layout, progress.tick
     model_len = fit_context(model_len, layout.num_blocks, layout.block_size)
     slots = make_slots(settings, pool, model_len, num_models)
+    if not isinstance(pool, CpuKvMemory):
+        log_plan(settings, read.loaded.model.config, pool.layout, loaded.num_bytes, platform)
     loop = LayerLoop(model, pool, dtype, platform.device, tick, team, phase_ns)
     for num_rows in _WARM_UP_ROWS:
         loop.warm_up(num_rows)
@@ -143,7 +153,7 @@ def _describe(
         dtype=_type_name(settings, loaded.dtype),
         load_s=time.monotonic() - began,
         num_slots=0 if slots is None else slots.num_slots,
-        max_mappings=0 if slots is None else mappings_each(num_models),
+        max_mappings=0 if slots is None else max_mappings(slots, pool, num_models),
         task=loaded.task.task,
         pooling=loaded.task.pooling,
         embedding_size=model.config.hidden_size if loaded.task.pooling else 0,

@@ -114,6 +114,7 @@ class NativeExecutor:
         if engine is None:
             engine = self._engine = self._load(progress)
         else:
+            engine.pool.take_back()
             self._forget(engine)
             progress(engine.num_bytes, engine.num_bytes)
         self._is_asleep = False
@@ -132,11 +133,9 @@ class NativeExecutor:
         if engine is None:
             return
         self._forget(engine)
-        if isinstance(engine.pool, CpuKvMemory) and not engine.pool.is_shared:
-            engine.pool.give_back()
+        engine.pool.give_back()
         if drop_weights:
-            if engine.mapper is not None:
-                engine.mapper.close()
+            engine.close()
             self._engine = None
             self._progress.settle_elsewhere()
             del engine
@@ -146,6 +145,7 @@ class NativeExecutor:
         """See Executor."""
         if self._engine is None:
             self._engine = self._load(progress)
+        self._engine.pool.take_back()
         self._is_asleep = False
 
     def _forget(self, engine: LoadedEngine) -> None:
@@ -182,9 +182,9 @@ class NativeExecutor:
         """Drop the model and its KV, leave the other ranks."""
         if self._ranks is not None:
             self._ranks.leave()
-        if self._engine is not None and self._engine.mapper is not None:
-            self._engine.mapper.close()
-        self._engine = None
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
     def statistics(self) -> NativeStatistics:
         """Steps, sequences and memory."""

@@ -134,9 +134,18 @@ class CpuKvMemory:
         self.may_hold_nan = False
 
     def give_back(self) -> None:
-        """Give all memory back to the machine; the blocks are there and zero. For a sleep."""
+        """Give all memory back to the machine; the blocks are there and zero. For a sleep. What is
+        shared is its owner's to give back."""
+        if self.is_shared:
+            return
         self._map.madvise(mmap.MADV_REMOVE)
-        self.may_hold_nan = self.is_shared
+        self.may_hold_nan = False
+
+    def take_back(self) -> None:
+        """Blocks become real by use."""
+
+    def close(self) -> None:
+        """The descriptor goes with this object, the mapping with the last tensor over it."""
 
     def resident_bytes(self) -> int:
         """Memory that the blocks take now, all mappings together."""

@@ -30,6 +30,11 @@ class DeviceBlocks:
         self._handles: list[int] = []
         self.take()
 
+    def __del__(self) -> None:
+        # A handle that is forgotten would keep its memory for the life of the process.
+        if getattr(self, "_handles", None):
+            self.give_back()
+
     @property
     def held_bytes(self) -> int:
         """Memory that is taken."""
@@ -74,6 +79,9 @@ class DeviceVirtualMemory:
         self._ranges: dict[int, int] = {}
         # Addresses of blocks. Threads that work on different slots change different elements.
         self._mapped: set[int] = set()
+
+    def __del__(self) -> None:
+        self.close()
 
     @property
     def granularity(self) -> int:

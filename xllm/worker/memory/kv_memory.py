@@ -43,7 +43,7 @@ class KvShape(Protocol):
 
 
 class KvMemory(Protocol):
-    """Blocks of keys and values in all layers; see `pool` and `cpu_memory`."""
+    """Blocks of keys and values in all layers; see `pool`, `cpu_memory` and `device_memory`."""
 
     may_hold_nan: bool
 
@@ -67,6 +67,17 @@ class KvMemory(Protocol):
 
     def forget(self) -> None:
         """Make numbers that are not finite zeros."""
+
+    def give_back(self) -> None:
+        """Give its memory back to the device while its owner sleeps, where that can be. Slots must
+        be unmapped before; nothing may run that uses it."""
+
+    def take_back(self) -> None:
+        """Have memory again after `give_back`, all zeros. EngineError where there is none left: it
+        may be tried again."""
+
+    def close(self) -> None:
+        """Give all up. Slots must be closed before; nothing may use it any more."""
 
     def statistics(self) -> KvPoolStatistics:
         """Its size and what was copied."""

@@ -122,6 +122,15 @@ class KvPool:
                 blocks[~blocks.isfinite().all(dim=1)] = 0
         self.may_hold_nan = False
 
+    def give_back(self) -> None:
+        """It keeps its memory, and what is in there."""
+
+    def take_back(self) -> None:
+        """It has its memory."""
+
+    def close(self) -> None:
+        """Its memory goes with the last tensor over it."""
+
     def statistics(self) -> KvPoolStatistics:
         """Its size and what was copied."""
         return KvPoolStatistics(self.layout.num_blocks, self.layout.total_bytes, self._num_copies)

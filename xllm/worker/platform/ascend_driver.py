@@ -24,6 +24,7 @@ _HUGE_PAGES = 4
 _SMALLEST = 0
 _HUGE_RANGE = 1
 
+_HUGE_PAGE_BYTES = 2 << 20
 _SUCCESS = 0
 
 
@@ -46,7 +47,10 @@ class AscendDriver:
             "location": {"id": device.index, "type": _DEVICE_LOCATION},
             "reserve": 0,
         }
-        found = self._here("mem_get_allocation_granularity", self._properties, _SMALLEST)
+        if hasattr(self._api.rt, "mem_get_allocation_granularity"):
+            found = self._here("mem_get_allocation_granularity", self._properties, _SMALLEST)
+        else:
+            found = _HUGE_PAGE_BYTES  # of a CANN that has no call for it
         self.granularity = int(found)
 
     def reserve(self, num_bytes: int) -> int:

@@ -305,7 +305,7 @@ def make_toy_models(settings: Settings, faults: ToyFaults = NO_FAULTS) -> Execut
     models = each_model(settings)
     if len(models) == 1:
         return make_toy_executor(settings, faults)
-    arena = PageArena(settings.worker.toy_num_blocks, settings.worker.block_size)
+    arena = PageArena(settings.worker.toy_num_blocks, settings.worker.host_block_size)
     return ModelHost([make_toy_executor(one, faults, arena) for one in models], models)
 
 
@@ -319,7 +319,7 @@ def make_toy_executor(
         model_dir=model.path,
         max_model_len=model.max_model_len,
         num_blocks=worker.toy_num_blocks,
-        block_size=worker.block_size,
+        block_size=worker.host_block_size,
         step_s=worker.toy_step_ms / 1000,
         token_s=worker.toy_token_us / 1e6,
         memory=worker.toy_memory,

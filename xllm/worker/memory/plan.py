@@ -1,0 +1,89 @@
+"""What a device's memory goes to: weights, KV, and what a step computes with.
+
+All but `log_plan` is numbers only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import structlog
+
+from xllm.config.settings import Settings
+from xllm.worker.loader.config import ModelConfig
+from xllm.worker.memory.kv_memory import KvShape
+from xllm.worker.platform.platform import Platform
+
+log = structlog.get_logger(__name__)
+
+_FLOAT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of a device. `activation_bytes`: see there."""
+
+    weight_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak that is expected."""
+        return self.weight_bytes + self.kv_bytes + self.activation_bytes
+
+
+def plan_memory(weight_bytes: int, kv_bytes: int, activation_bytes: int) -> MemoryPlan:
+    """The plan of an engine."""
+    return MemoryPlan(weight_bytes, kv_bytes, activation_bytes)
+
+
+def activation_bytes(config: ModelConfig, item_bytes: int, max_tokens: int, max_rows: int) -> int:
+    """What the largest step takes beside weights and KV: the most of
+
+    - attention: T x (2 h + (2 H + 2 K) d + H d) x item: the residual and its norm, queries before
+      and after the rotation, keys and values, and the result;
+    - the network: T x (2 h + 3 m) x item: the residual and its norm, gate, up and their product;
+      with experts m is the sum over those that a token goes to;
+    - drawing: T x h x item + R x V x (item + 8): the last layer's rows, the logits of the rows that
+      draw, and twice as float32 (the numbers, and what is made of them);
+
+    with T `max_tokens` of a step, R `max_rows` that draw, h the hidden size, H and K heads of
+    queries and of keys of d numbers, V the vocabulary, `item_bytes` of a number.
+    """
+    hidden, dim = config.hidden_size, config.head_dim
+    width = config.intermediate_size
+    if config.experts is not None:
+        width = max(width, config.experts.top_k * config.experts.intermediate_size)
+    attention = 2 * hidden + (3 * config.num_heads + 2 * config.num_kv_heads) * dim
+    network = 2 * hidden + 3 * width
+    drawing = max_rows * config.vocab_size * (item_bytes + 2 * _FLOAT_BYTES)
+    return max(
+        max_tokens * max(attention, network) * item_bytes,
+        max_tokens * hidden * item_bytes + drawing,
+    )
+
+
+def log_plan(
+    settings: Settings, config: ModelConfig, shape: KvShape, weight_bytes: int, platform: Platform
+) -> MemoryPlan:
+    """Say at the start what a device's memory will go to; a warning where it has not as much."""
+    scheduler = settings.scheduler
+    plan = plan_memory(
+        weight_bytes,
+        shape.num_blocks * shape.block_bytes,
+        activation_bytes(
+            config, shape.item_bytes, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+        ),
+    )
+    device_bytes = platform.memory().total_bytes
+    say = log.warning if plan.total_bytes > device_bytes else log.info
+    say(
+        "memory_plan",
+        weight_bytes=plan.weight_bytes,
+        kv_bytes=plan.kv_bytes,
+        activation_bytes=plan.activation_bytes,
+        total_bytes=plan.total_bytes,
+        device_bytes=device_bytes,
+    )
+    return plan
