@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton import knobs
 
-from tests.worker.interpreter_pace import patched_once  # noqa: F401 (a fixture)
+from tests.worker.triton_interpreter import DEVICE
 from xllm.worker.sampling.noise import draw_keys, gumbel, token_bits, uniform
 from xllm.worker.triton_kernels.noise import (
     bits_of,
@@ -21,7 +20,6 @@ from xllm.worker.triton_kernels.noise import (
     uniform_of,
 )
 
-DEVICE = torch.device("cpu" if knobs.runtime.interpret else "cuda")
 SEEDS = [0, 1, 42, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
 CHOICES = [0, 1, 127, 2**31, 2**32 - 1]
 POSITIONS = [0, 1, 2**16, 131071, 2**31 - 1, 2**31, 2**32 - 1]

@@ -30,10 +30,15 @@ from xllm.worker.sampling.noise import MASK32
 from xllm.worker.sampling.rows import SampleRow
 from xllm.worker.triton_kernels.draw import merge_chunks, search_chunks
 from xllm.worker.triton_kernels.draw_rows import FILTERED, GREEDY, PLAIN, ROW_NUMBERS
+from xllm.worker.triton_kernels.draw_scratch import DrawScratch
+from xllm.worker.triton_kernels.filtered_draw import draw_filtered
+from xllm.worker.triton_kernels.narrowing import gather_chunks, weigh_chunks
 
 CHUNK = 2048
 """Logits a program looks at. 75 programs for a row of 151,936: one row keeps half of an H100's
 multiprocessors busy, two all of them."""
+ROOM = 8192
+"""Candidates of a filtered row that have room in its list: 64 KiB a row."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,17 +55,17 @@ class DeviceSampler:
     at a time."""
 
     def __init__(
-        self, vocab_size: int, device: torch.device, max_rows: int, *, chunk: int = CHUNK
+        self,
+        vocab_size: int,
+        device: torch.device,
+        max_rows: int,
+        *,
+        chunk: int = CHUNK,
+        room: int = ROOM,
     ) -> None:
         self._vocab_size = vocab_size
         self._max_rows = max_rows
-        self._chunk = chunk
-        self._chunks = -(-vocab_size // chunk)
-        places = (max_rows, self._chunks)
-        self._maxima = torch.empty(places, dtype=torch.float32, device=device)
-        self._values = torch.empty(places, dtype=torch.float32, device=device)
-        self._tokens = torch.empty(places, dtype=torch.int32, device=device)
-        self._tops = torch.empty(max_rows, dtype=torch.float32, device=device)
+        self._scratch = DrawScratch(max_rows, vocab_size, chunk, room, device)
 
     def is_for_device(self, row: SampleRow) -> bool:
         """Whether the row's token can be drawn here. Rows that `Sampler` refuses cannot."""
@@ -69,7 +74,6 @@ class DeviceSampler:
             params.logprobs is None
             and row.num_samples == 1
             and not needs_edit(row)
-            and not is_filtered(params, self._vocab_size)
             and all(0 <= token < self._vocab_size for token in row.stop_ids)
         )
 
@@ -118,22 +122,15 @@ class DeviceSampler:
         infinite: its token is 0, and no other row's changes. `filtered`: as `prepare` said;
         without it rows with filters get FLAG_NOT_DRAWN, and with it a draw of rows that have none
         only takes longer."""
-        rows = logits.shape[0]
         self._check(logits, device_inputs, out_tokens, out_flags)
-        if not rows:
+        if not logits.shape[0]:
             return
-        search_chunks(logits, device_inputs, self._maxima, self._values, self._tokens, self._chunk)
-        merge_chunks(
-            device_inputs,
-            self._maxima,
-            self._values,
-            self._tokens,
-            self._tops,
-            out_tokens,
-            out_flags,
-            self._chunks,
-            filters=False,
-        )
+        search_chunks(logits, device_inputs, self._scratch)
+        merge_chunks(device_inputs, self._scratch, out_tokens, out_flags, filters=filtered)
+        if filtered:
+            weigh_chunks(logits, device_inputs, self._scratch)
+            gather_chunks(logits, device_inputs, self._scratch)
+            draw_filtered(logits, device_inputs, self._scratch, out_tokens)
 
     def _check(
         self,

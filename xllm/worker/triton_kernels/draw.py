@@ -28,6 +28,7 @@ from xllm.worker.triton_kernels.draw_rows import (
     PLAIN,
     ROW_NUMBERS,
 )
+from xllm.worker.triton_kernels.draw_scratch import DrawScratch
 from xllm.worker.triton_kernels.noise import bits_of, exact_gumbel_of, gumbel_of, keys_of
 
 _WIDTH = tl.constexpr(ROW_NUMBERS)
@@ -165,40 +166,27 @@ def _merge_chunks(
     tl.store(out_tokens + row, pick.to(tl.int64))
 
 
-def search_chunks(
-    logits: torch.Tensor,
-    numbers: torch.Tensor,
-    maxima: torch.Tensor,
-    values: torch.Tensor,
-    tokens: torch.Tensor,
-    chunk: int,
-) -> None:
+def search_chunks(logits: torch.Tensor, numbers: torch.Tensor, scratch: DrawScratch) -> None:
     """Launch the search of all chunks of `logits` [rows, vocab]. `numbers`: int64 [rows,
-    ROW_NUMBERS]; for each chunk: `maxima` and `values` float32, `tokens` int32, all [rows,
-    chunks]."""
-    rows, vocab_size = logits.shape
-    chunks = triton.cdiv(vocab_size, chunk)
-    _search_chunk[(rows, chunks)](
-        logits, logits.stride(0), numbers, maxima, values, tokens,
-        VOCAB=vocab_size, CHUNKS=chunks, CHUNK=chunk, num_warps=4,
+    ROW_NUMBERS]."""
+    _search_chunk[(logits.shape[0], scratch.chunks)](
+        logits, logits.stride(0), numbers, scratch.maxima, scratch.winners, scratch.winner_ids,
+        VOCAB=scratch.vocab_size, CHUNKS=scratch.chunks, CHUNK=scratch.chunk, num_warps=4,
     )  # fmt: skip
 
 
 def merge_chunks(
     numbers: torch.Tensor,
-    maxima: torch.Tensor,
-    values: torch.Tensor,
-    tokens: torch.Tensor,
-    tops: torch.Tensor,
+    scratch: DrawScratch,
     out_tokens: torch.Tensor,
     out_flags: torch.Tensor,
-    chunks: int,
     *,
     filters: bool,
 ) -> None:
-    """Launch the choice among the chunks' winners: `tops` float32, `out_tokens` int64,
-    `out_flags` uint8, all [rows]. `filters`: whether rows with filters are drawn afterwards."""
+    """Launch the choice among the chunks' winners: `out_tokens` int64, `out_flags` uint8, both
+    [rows]. `filters`: whether rows with filters are drawn afterwards."""
     _merge_chunks[(out_tokens.shape[0],)](
-        numbers, maxima, values, tokens, tops, out_tokens, out_flags,
-        CHUNKS=chunks, PADDED=triton.next_power_of_2(chunks), FILTERS=filters, num_warps=4,
+        numbers, scratch.maxima, scratch.winners, scratch.winner_ids, scratch.tops, out_tokens,
+        out_flags, CHUNKS=scratch.chunks, PADDED=triton.next_power_of_2(scratch.chunks),
+        FILTERS=filters, num_warps=4,
     )  # fmt: skip
