@@ -33,9 +33,7 @@ from xllm.protocol.actor.rundir import RunDirectory
 from xllm.protocol.codec import Decoder
 from xllm.protocol.launch import LaunchMessage, ProcessProgress, ProcessReady
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
-from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.router import RouterSocket
-from xllm.protocol.transport.security import Security
 
 STOP_GRACE_S = 3.0
 """What a process gets beyond the time to drain before it is killed."""
@@ -55,7 +53,7 @@ class LaunchedService(Actor):
         screen: LaunchScreen,
         plan: Plan = plan_children,
     ) -> None:
-        super().__init__("launcher")
+        super().__init__("launcher", keys_dir=settings.cluster.keys_dir)
         self._plan = plan
         self._settings = settings
         self._screen = screen
@@ -72,16 +70,6 @@ class LaunchedService(Actor):
         self._gave_up = False
         self._num_interrupts = 0
         self._interrupted_at = 0.0
-
-    @property
-    def security(self) -> Security | None:
-        """The node's keys, if it has any."""
-        keys_dir = self._settings.cluster.keys_dir
-        return Security.load(keys_dir) if keys_dir else None
-
-    def make_transport(self) -> Transport:
-        """With the node's keys, if it has any."""
-        return Transport(self.security)
 
     async def start(self) -> None:
         """Make the run directory, the registry and the children; all of them start at once."""
@@ -176,7 +164,7 @@ class LaunchedService(Actor):
         """Ask the service itself until it is ready, then say so."""
         task = "generate"
         if addresses.zmq:
-            security = self.security
+            security = self.transport.security
             client = AsyncClient(
                 addresses.zmq,
                 keys_dir=self._settings.cluster.keys_dir,

@@ -43,7 +43,6 @@ from xllm.protocol.codec import Decoder
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.endpoint import check_public_key
-from xllm.protocol.transport.security import Security
 
 _TICK_S = 0.02
 DEFAULT_MAX_REQUEST_BYTES = RouterSettings().max_body_bytes
@@ -81,7 +80,7 @@ class ClientConnection:
         self._watch = RouterWatch(connect_timeout_s, silence_s)
         self._random = random.Random()
         self._decoder: Decoder[RouterMessage] = Decoder(RouterMessage)
-        self._transport = Transport(Security.load(keys_dir) if keys_dir else None)
+        self._transport = Transport.with_keys(keys_dir)
         self._closed = False
         self._heard = False
         self._num_refusals = 0

@@ -38,7 +38,6 @@ from xllm.protocol.registry.open import open_registry
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.pubsub import PublisherSocket
 from xllm.protocol.transport.router import RouterSocket
-from xllm.protocol.transport.security import Security
 
 _log = structlog.get_logger("kvcache")
 METRICS_PERIOD_S = 1.0
@@ -54,7 +53,7 @@ class KvCacheDaemon(Actor):
     """One node's daemon, with one arena. Without `cluster.registry` it registers nowhere."""
 
     def __init__(self, settings: Settings, transport: Transport | None = None) -> None:
-        super().__init__(daemon_name(settings), transport)
+        super().__init__(daemon_name(settings), transport, settings.cluster.keys_dir)
         self.incarnation = uuid.uuid4().hex
         self._settings = settings
         self._arena = Arena(settings.kvcache.dram_bytes)
@@ -67,11 +66,6 @@ class KvCacheDaemon(Actor):
         self._registration: Registration | None = None
         self._seq = 0
         self._metrics_at = 0.0
-
-    def make_transport(self) -> Transport:
-        """With the node's keys, if it has any."""
-        keys_dir = self._settings.cluster.keys_dir
-        return Transport(Security.load(keys_dir) if keys_dir else None)
 
     async def start(self) -> None:
         """Bind, register, begin to beat."""

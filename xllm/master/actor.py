@@ -34,7 +34,6 @@ from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
 from xllm.protocol.step import ModelAwake, StepResult, WorkerFailed, WorkerReady
 from xllm.protocol.transport.context import Transport
-from xllm.protocol.transport.security import Security
 
 _log = structlog.get_logger("master")
 _LAST_WORD_S = 0.1
@@ -57,7 +56,7 @@ class MasterActor(Actor):
         worker_target: WorkerTarget | None = None,
         transport: Transport | None = None,
     ) -> None:
-        super().__init__(master_name(settings), transport)
+        super().__init__(master_name(settings), transport, settings.cluster.keys_dir)
         self.incarnation = uuid.uuid4().hex
         self.has_given_up = False
         self.models: list[ServedModel] = []
@@ -73,11 +72,6 @@ class MasterActor(Actor):
         self._sleeping: Sleeping | None = None
         self._profile: StartProfile | None = None
         self._reporter: LaunchReporter | None = None
-
-    def make_transport(self) -> Transport:
-        """With the node's keys, if it has any."""
-        keys_dir = self._settings.cluster.keys_dir
-        return Transport(Security.load(keys_dir) if keys_dir else None)
 
     @property
     def workers(self) -> WorkerGroup:

@@ -36,7 +36,6 @@ from xllm.protocol.registry.open import open_registry
 from xllm.protocol.registry.waiting import wait_registry
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.pubsub import PublisherSocket
-from xllm.protocol.transport.security import Security
 from xllm.router.http.server import HttpFront
 from xllm.router.kv_listener import KvListener
 from xllm.router.leadership.part import Leadership
@@ -66,7 +65,7 @@ class RouterActor(Actor):
 
     def __init__(self, settings: Settings, transport: Transport | None = None) -> None:
         check_exposure(settings)
-        super().__init__(router_name(settings), transport)
+        super().__init__(router_name(settings), transport, settings.cluster.keys_dir)
         self.incarnation = uuid.uuid4().hex
         self._settings = settings
         self._closers: list[Callable[[], None]] = []
@@ -77,11 +76,6 @@ class RouterActor(Actor):
         self.leadership: Leadership | None = None
         self._seq = 0
         self.http_address = ""
-
-    def make_transport(self) -> Transport:
-        """With the node's keys, if it has any."""
-        keys_dir = self._settings.cluster.keys_dir
-        return Transport(Security.load(keys_dir) if keys_dir else None)
 
     # -- starting ----------------------------------------------------------------------------
 

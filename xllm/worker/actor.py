@@ -41,7 +41,6 @@ from xllm.protocol.step import (
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.endpoint import split_key
-from xllm.protocol.transport.security import Security
 from xllm.worker.engine import Engine, InlineEngine, ThreadEngine
 from xllm.worker.executor import Executor
 from xllm.worker.job_runner import EngineAnswer, JobRunner
@@ -67,7 +66,7 @@ class WorkerActor(Actor):
         make: Callable[[Settings], Executor],
         transport: Transport | None = None,
     ) -> None:
-        super().__init__(worker_name(settings), transport)
+        super().__init__(worker_name(settings), transport, settings.cluster.keys_dir)
         self._settings = settings
         self._rank = settings.worker.rank
         self._incarnation = uuid.uuid4().hex
@@ -85,11 +84,6 @@ class WorkerActor(Actor):
         self._num_unsent = 0
         self._num_pending = 0  # plans and pings without an answer, oldest first
         self._num_stale = 0  # of those, the ones whose master is gone
-
-    def make_transport(self) -> Transport:
-        """With the node's keys, if it has any."""
-        keys_dir = self._settings.cluster.keys_dir
-        return Transport(Security.load(keys_dir) if keys_dir else None)
 
     async def start(self) -> None:
         """Connect to the master and begin to load the model."""

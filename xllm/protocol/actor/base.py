@@ -47,11 +47,12 @@ class Timer:
 
 
 class Actor:
-    """Base of every process's shell."""
+    """Base of every process's shell. `keys_dir`: its node's keys, where it has any."""
 
-    def __init__(self, name: str, transport: Transport | None = None) -> None:
+    def __init__(self, name: str, transport: Transport | None = None, keys_dir: str = "") -> None:
         self.name = name
         self._given_transport = transport
+        self._keys_dir = keys_dir
         self.transport: Transport = transport  # type: ignore[assignment]  # made in `open`
         self._timers: list[Timer] = []
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -61,10 +62,6 @@ class Actor:
         self._stopping_by_signal = False
 
     # -- for subclasses ----------------------------------------------------------------------
-
-    def make_transport(self) -> Transport:
-        """The transport of this process; override it to bring keys."""
-        return Transport()
 
     async def start(self) -> None:
         """Open sockets, start timers. An error here ends the process with its exit code."""
@@ -114,7 +111,7 @@ class Actor:
     async def open(self) -> None:
         """Make the transport and start; for tests and `run`."""
         if self._given_transport is None:
-            self.transport = self.make_transport()
+            self.transport = Transport.with_keys(self._keys_dir)
         self.transport.on_fatal = self._fatal
         if self.transport.security is not None:
             self.every(KEYS_PERIOD_S, self.transport.refresh_keys)

@@ -18,7 +18,6 @@ from xllm.protocol.registry.embedded import EmbeddedRegistryServer
 from xllm.protocol.registry.etcd_address import is_etcd
 from xllm.protocol.registry.open import split_address
 from xllm.protocol.transport.context import Transport
-from xllm.protocol.transport.security import Security
 
 _log = structlog.get_logger("registry")
 
@@ -27,15 +26,10 @@ class RegistryActor(Actor):
     """Serves the embedded registry at `cluster.registry`."""
 
     def __init__(self, settings: Settings, transport: Transport | None = None) -> None:
-        super().__init__("registry", transport)
+        super().__init__("registry", transport, settings.cluster.keys_dir)
         self._settings = settings
         self._reporter: LaunchReporter | None = None
         self.server: EmbeddedRegistryServer | None = None
-
-    def make_transport(self) -> Transport:
-        """With the node's keys, if it has any."""
-        keys_dir = self._settings.cluster.keys_dir
-        return Transport(Security.load(keys_dir) if keys_dir else None)
 
     async def start(self) -> None:
         """Bind and serve."""

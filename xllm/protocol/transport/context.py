@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, Self
 
 import structlog
 import zmq
@@ -74,6 +74,11 @@ class Transport:
         self.security = security
         self.on_fatal = on_fatal
         self.num_handler_errors = 0
+
+    @classmethod
+    def with_keys(cls, keys_dir: str) -> Self:
+        """One whose sockets use the keys of a directory; "": without any."""
+        return cls(Security.load(keys_dir) if keys_dir else None)
 
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         """A raw socket of the context; only this package asks for one."""
