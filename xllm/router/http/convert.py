@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import cast
 
+import msgspec
+
 from xllm.config.settings import RouterSettings
 from xllm.errors import InvalidRequestError
 from xllm.protocol.client import ChatMessage, ContentPart, SubmitRequest
@@ -47,22 +49,10 @@ def chat_request(
         )
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = sampling_of(body, limit_too if limit is None else limit, logprobs)
-    messages = chat_messages(body.messages)
-    return SubmitRequest(
-        id=0,
-        model=body.model,
-        messages=messages,
+    return msgspec.structs.replace(
+        _request(body, sampling, settings, trace, session),
+        messages=chat_messages(body.messages),
         chat_template_kwargs=body.chat_template_kwargs or {},
-        sampling=sampling,
-        stream=bool(body.stream),
-        hold_ms=settings.hold_ms,
-        priority=body.priority or 0,
-        offline=bool(body.offline),
-        cache_salt=body.cache_salt or "",
-        traceparent=trace,
-        ttft_ms=body.ttft_ms or 0,
-        tpot_ms=body.tpot_ms or 0,
-        session=session,
     )
 
 
@@ -80,24 +70,35 @@ def completion_requests(
     sampling = sampling_of(body, 1 if scoring else limit, body.logprobs)
     if body.echo and body.logprobs is not None:
         sampling = with_prompt_logprobs(sampling, body.logprobs)
+    request = _request(body, sampling, settings, trace, session)
     return [
-        SubmitRequest(
-            id=index,
-            model=body.model,
-            prompt=prompt,
-            sampling=sampling,
-            stream=bool(body.stream),
-            hold_ms=settings.hold_ms,
-            priority=body.priority or 0,
-            offline=bool(body.offline),
-            cache_salt=body.cache_salt or "",
-            traceparent=trace,
-            ttft_ms=body.ttft_ms or 0,
-            tpot_ms=body.tpot_ms or 0,
-            session=session,
-        )
+        msgspec.structs.replace(request, id=index, prompt=prompt)
         for index, prompt in enumerate(prompts)
     ]
+
+
+def _request(
+    body: GenerationBody,
+    sampling: SamplingParams,
+    settings: RouterSettings,
+    trace: str,
+    session: str,
+) -> SubmitRequest:
+    """What chats and completions ask alike: all but their content."""
+    return SubmitRequest(
+        id=0,
+        model=body.model,
+        sampling=sampling,
+        stream=bool(body.stream),
+        hold_ms=settings.hold_ms,
+        priority=body.priority or 0,
+        offline=bool(body.offline),
+        cache_salt=body.cache_salt or "",
+        traceparent=trace,
+        ttft_ms=body.ttft_ms or 0,
+        tpot_ms=body.tpot_ms or 0,
+        session=session,
+    )
 
 
 def check_completion(body: CompletionBody, settings: RouterSettings) -> list[Prompt]:
