@@ -17,13 +17,12 @@ from xllm.router.http.event_ids import EventStage
 from xllm.router.http.logprob_shape import legacy_logprobs
 from xllm.router.http.shape import (
     ENCODER,
-    MARK,
     Envelope,
     Events,
-    EventTemplate,
     event,
     usage_fields,
 )
+from xllm.router.http.streamed_shape import StreamedShape
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,54 +35,26 @@ class Echo:
     """No output at all: only the prompt with its logprobs."""
 
 
-class CompletionShape:
+class CompletionShape(StreamedShape):
     """Writes the answer to one completion request; `num_choices` is its n."""
 
     def __init__(self, envelope: Envelope, num_choices: int, echo: Echo | None) -> None:
-        self._envelope = envelope
+        super().__init__(envelope, "cmpl", "text_completion")
         self._num_choices = num_choices
         self._echo = echo
-        self._templates: dict[int, EventTemplate] = {}
         self._offsets: dict[int, int] = {}
-        self._ended: set[int] = set()
-
-    def delta(self, choice: int, delta: TokenDelta) -> Events:
-        """See AnswerShape."""
-        template = self._templates.get(choice)
-        events = []
-        if template is None:
-            events += self._begin(choice)
-            template = self._templates[choice]
-        said = EventStage.LAST_TEXT if delta.finish_reason else EventStage.SAID
-        if not self._scoring:
-            if delta.logprobs:
-                shown, self._offsets[choice] = legacy_logprobs(
-                    delta.logprobs, self._envelope.bytes_of, self._offsets[choice]
-                )
-                events.append((said, event(self._chunk(choice, delta.text, None, shown))))
-            elif delta.text:
-                events.append((said, template.text(delta.text)))
-        if delta.finish_reason:
-            events.append((EventStage.ENDED, self._end(choice, delta.finish_reason)))
-        return events
-
-    def finish(self, choice: int, result: ChoiceResult) -> Events:
-        """See AnswerShape."""
-        events: Events = []
-        if choice not in self._ended:
-            if choice not in self._templates:
-                events += self._begin(choice)
-            events.append((EventStage.ENDED, self._end(choice, result.finish_reason)))
-        return events
 
     def usage(self, usage: Usage) -> bytes:
         """See AnswerShape."""
-        fields = self._fields() | {"choices": [], "usage": usage_fields(self._counted(usage))}
+        fields = self._fields(self._kind) | {
+            "choices": [],
+            "usage": usage_fields(self._counted(usage)),
+        }
         return event(fields)
 
     def whole(self, results: Sequence[RequestFinished], usage: Usage) -> bytes:
         """See AnswerShape."""
-        fields = self._fields()
+        fields = self._fields(self._kind)
         fields["choices"] = [
             self._choice(result, choice) for result in results for choice in result.choices
         ]
@@ -119,38 +90,25 @@ class CompletionShape:
             "stop_reason": choice.stop_reason,
         }
 
-    def _begin(self, choice: int) -> Events:
-        self._templates[choice] = EventTemplate(self._chunk(choice, MARK, None), MARK)
+    def _saying(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _ending(self) -> dict[str, Any]:
+        return {"text": ""}
+
+    def _opening(self, choice: int) -> Events:
         self._offsets[choice] = 0
         if self._echo is None:
             return []
         text = self._echo.texts[choice // self._num_choices]
         return [(EventStage.NOTHING, self._templates[choice].text(text))]
 
-    def _end(self, choice: int, reason: str) -> bytes:
-        self._ended.add(choice)
-        return event(self._chunk(choice, "", reason))
-
-    def _chunk(
-        self,
-        choice: int,
-        text: str,
-        reason: str | None,
-        logprobs: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        fields = self._fields()
-        fields["choices"] = [
-            {"index": choice, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        ]
-        if self._envelope.include_usage:
-            fields["usage"] = None
-        return fields
-
-    def _fields(self) -> dict[str, Any]:
-        envelope = self._envelope
-        return {
-            "id": f"cmpl-{envelope.request_id}",
-            "object": "text_completion",
-            "created": envelope.created,
-            "model": envelope.model,
-        }
+    def _say(self, choice: int, delta: TokenDelta) -> bytes | None:
+        if self._scoring:
+            return None
+        if delta.logprobs:
+            shown, self._offsets[choice] = legacy_logprobs(
+                delta.logprobs, self._envelope.bytes_of, self._offsets[choice]
+            )
+            return event(self._chunk(choice, self._saying(delta.text), None, shown))
+        return self._templates[choice].text(delta.text) if delta.text else None
