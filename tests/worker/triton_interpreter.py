@@ -6,6 +6,7 @@ tests/conftest.py chooses the interpreter, before anything imports Triton.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton.language as tl
 from triton import knobs
@@ -47,7 +48,33 @@ def _prepare_once_a_launch():
     interpreter.InterpretedFunction.__call__ = called
 
 
+def _round_to_nearest():
+    """The interpreter cuts bfloat16 off instead of rounding it, and multiplies the bits of such
+    matrices as whole numbers."""
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def widened(bits):
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    def converted(numbers, from_dtype, to_dtype, rounding_mode):
+        if (from_dtype, to_dtype) == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(np.ascontiguousarray(numbers)).bfloat16()
+            return rounded.view(torch.int16).numpy().view(np.uint16)
+        if (from_dtype, to_dtype) == (tl.bfloat16, tl.float32):
+            return widened(numbers)
+        return convert(numbers, from_dtype, to_dtype, rounding_mode)
+
+    def multiplied(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (interpreter.TensorHandle(widened(x.data), tl.float32) for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    interpreter._convert_float = converted
+    interpreter.InterpreterBuilder.create_dot = multiplied
+
+
 _allow_scalars_as_bounds()
+_round_to_nearest()
 # Each sum of whole numbers is taken twice to see whether it overflows: half of all time.
 object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
 _prepare_once_a_launch()

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import torch
 
+from xllm.worker.triton_kernels.activation import silu_mul
 from xllm.worker.triton_kernels.decode_attention import decode_attention
+from xllm.worker.triton_kernels.norm import add_rms_norm, rms_norm
+from xllm.worker.triton_kernels.prefill_attention import prefill_attention
+from xllm.worker.triton_kernels.rope_write import rope_write
 from xllm.worker.triton_kernels.strides import KvStrides
 
 
@@ -30,6 +34,33 @@ def decode(kv, heads, *, seqs=64, m=1, tables=False, window=0, softcap=0.0, leng
     )  # fmt: skip
 
 
+def prefill(kv, heads, *, tables=False, window=0, softcap=0.0):
+    q = torch.empty((256, heads, kv.head_dim), dtype=kv.dtype)
+    out = torch.empty((256, heads, kv.value_dim or kv.head_dim), dtype=kv.dtype)
+    ints = torch.empty(16, dtype=torch.int32)
+    addresses = torch.empty((16, 64) if tables else (16,), dtype=torch.int64)
+    prefill_attention(
+        q, out, ints, torch.empty((16, 2), dtype=torch.int32), addresses, ints, 1, kv,
+        scale=0.1, window=window, softcap=softcap,
+    )  # fmt: skip
+
+
+def write(kv, heads, norm):
+    rows, dim = 64, kv.head_dim
+    weight = torch.empty(dim, dtype=kv.dtype) if norm else None
+    rope_write(
+        torch.empty((rows, (heads + 2 * kv.num_kv_heads) * dim), dtype=kv.dtype),
+        torch.empty((rows, heads, dim), dtype=kv.dtype),
+        torch.empty((rows, dim // 2)), torch.empty((rows, dim // 2)),
+        torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int32), 1, kv,
+        query_weight=weight, key_weight=weight, eps=1e-6,
+    )  # fmt: skip
+
+
+def rows_of(columns):
+    return torch.empty((64, columns), dtype=BF16)
+
+
 BF16 = torch.bfloat16
 QWEN3 = strides(8, 128, 128, BF16)
 SMALL_BLOCKS = strides(8, 128, 16, BF16)
@@ -44,4 +75,17 @@ CASES = {
     "decode 256": lambda: decode(strides(4, 256, 64, BF16), 8),
     "decode mla": lambda: decode(strides(1, 576, 64, BF16, 512, True), 128),
     "decode fp32": lambda: decode(strides(8, 128, 16, torch.float32), 16, seqs=1),
+    "prefill": lambda: prefill(QWEN3, 32),
+    "prefill tables": lambda: prefill(SMALL_BLOCKS, 32, tables=True),
+    "prefill window": lambda: prefill(SMALL_BLOCKS, 32, window=512, softcap=30.0),
+    "prefill 64": lambda: prefill(strides(8, 64, 128, torch.float16), 64),
+    "prefill 80": lambda: prefill(strides(32, 80, 64, BF16), 32),
+    "prefill 256": lambda: prefill(strides(4, 256, 64, BF16), 8),
+    "prefill mla": lambda: prefill(strides(1, 576, 64, BF16, 512, True), 128),
+    "prefill fp32": lambda: prefill(strides(8, 128, 16, torch.float32), 16),
+    "write": lambda: write(QWEN3, 32, True),
+    "write plain": lambda: write(strides(8, 64, 16, BF16), 32, False),
+    "norm": lambda: add_rms_norm(rows_of(4096), rows_of(4096), rows_of(4096)[0], 1e-6),
+    "norm alone": lambda: rms_norm(rows_of(2560), rows_of(2560)[0], 1e-6),
+    "silu": lambda: silu_mul(rows_of(2 * 12288)),
 }

@@ -81,9 +81,9 @@ def prefill_tiles(strides: KvStrides) -> AttentionTiles:
     """
     dim = power_of_two(strides.value_numbers_of_token, 64)
     if strides.item_bytes > 2:
-        return AttentionTiles(32, 16 if dim > 128 else 32, 4, 2)
+        return AttentionTiles(16 if dim > 128 else 32, 16, 4, 2)
     if dim > 256:
-        return AttentionTiles(64, 32, 8, 2)
+        return AttentionTiles(64, 16, 8, 2)
     if dim > 128:
         return AttentionTiles(128, 32, 8, 2)
     return AttentionTiles(128, 64, 8, 3)
