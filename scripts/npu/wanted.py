@@ -28,9 +28,7 @@ NPU = (
 """Of the module torch.npu. "Class.method" is a method, without self."""
 
 OPERATORS = (
-    "npu_add_rms_norm",
     "npu_fused_infer_attention_score",
-    "npu_fused_infer_attention_score.out",
     "npu_rms_norm",
     "npu_rotary_mul",
     "npu_swiglu",

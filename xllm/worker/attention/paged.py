@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from xllm.worker.attention.plan import DecodeGroup, FreshGroup, PrefillPart, SeenKeys, WindowPlan
 from xllm.worker.memory.kv_memory import KvMemory
+from xllm.worker.platform.back_end_ops import BackEndOps
 
 
 class AttentionWorkspace:
@@ -39,7 +40,7 @@ class AttentionWorkspace:
 class PagedAttention:
     """The attention of one step: `slots` [rows] say where its keys and values go, `plans` holds
     the plan of each window, `windows` the window of each layer; `tick` is called as the
-    attention of a layer begins and after each part of it."""
+    attention of a layer begins and after each part of it. `ops` attend where they can."""
 
     def __init__(
         self,
@@ -49,7 +50,9 @@ class PagedAttention:
         plans: dict[int, WindowPlan],
         windows: tuple[int, ...],
         tick: Callable[[], None],
+        ops: BackEndOps | None = None,
     ) -> None:
+        self._ops = ops
         self._pool = pool
         self._workspace = workspace
         self._slots = slots
@@ -110,6 +113,9 @@ class PagedAttention:
 
     def _decode(self, layer: int, group: DecodeGroup, q: torch.Tensor) -> torch.Tensor:
         keys, values = self._gathered(layer, group.block_ids, group.batch)
+        found = self._by_ops(q[:, :, None], keys, values, group.mask)
+        if found is not None:
+            return found.reshape(group.batch, -1)
         # Heads that share keys become rows: [batch, kv_heads, group, head_dim].
         folded = q.reshape(group.batch, keys.shape[1], -1, keys.shape[3])
         found = self._attended(folded, keys, values, group.mask)
@@ -143,6 +149,9 @@ class PagedAttention:
     ) -> torch.Tensor:
         """Attention [batch, heads, rows, head_dim] of q over k and v, whose heads q's share;
         without a mask it is causal over as many keys as rows."""
+        found = self._by_ops(q, k, v, mask)
+        if found is not None:
+            return found
         if not self._softcap:
             return F.scaled_dot_product_attention(
                 q,
@@ -154,6 +163,18 @@ class PagedAttention:
                 enable_gqa=q.shape[1] != k.shape[1],
             )
         return _softcapped(q, k, v, mask, self._scale or q.shape[-1] ** -0.5, self._softcap)
+
+    def _by_ops(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The same by the back-end's operator; None where it cannot. What was gathered is given
+        as it lies."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self._ops is None or self._softcap or not self._ops.can_attend(q, k):
+            return None
+        hidden = None if mask is None else (mask < 0).view(-1, 1, *mask.shape[-2:])
+        scale = self._scale or q.shape[-1] ** -0.5
+        return self._ops.attend(q, k, v, hidden, scale).transpose(1, 2)
 
     def _mask_of(self, seen: SeenKeys, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
         """One mask is kept: it serves all layers where a step has a single part."""

@@ -172,6 +172,7 @@ class LayerLoop:
             },
             self._windows,
             self._tick,
+            None if isinstance(self._model, WholeModel) else self._model.ops,
         )
 
     def _through_fused(

@@ -96,7 +96,7 @@ def load_model(
     team = select(dtype, torch.get_num_threads(), head_dim=config.head_dim)
     if quantization != "none":
         require_team(team, "model.quantization", quantization)
-    table = WeightTable(dtype, platform.device, team, quantization, shards)
+    table = WeightTable(dtype, platform.device, team, quantization, shards, platform.back_end_ops())
     model = family.build(config if shards is None else shards.local, table)
     _settle_names(table, checkpoint, config.tie_word_embeddings)
     load_weights(checkpoint, table, progress, unused)

@@ -68,9 +68,11 @@ class DecoderLayer:
         self._num_kv_heads = config.num_kv_heads
         self._head_dim = config.head_dim
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self._input_norm = RmsNorm(table.one(f"{prefix}.input_layernorm.weight", hidden), eps)
+        self._input_norm = RmsNorm(
+            table.one(f"{prefix}.input_layernorm.weight", hidden), eps, table.ops
+        )
         self._output_norm = RmsNorm(
-            table.one(f"{prefix}.post_attention_layernorm.weight", hidden), eps
+            table.one(f"{prefix}.post_attention_layernorm.weight", hidden), eps, table.ops
         )
         heads, kv_heads = config.num_heads, config.num_kv_heads
         rows = [heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim]
@@ -86,7 +88,7 @@ class DecoderLayer:
                 table.one(f"{attention}.q_norm.weight", config.head_dim),
                 table.one(f"{attention}.k_norm.weight", config.head_dim),
             )
-            self._qk_norm = RmsNorm(torch.empty(0), eps)
+            self._qk_norm = RmsNorm(torch.empty(0), eps, table.ops)
         self._mlp = mlp or gated_mlp(config, f"{prefix}.mlp", table)
 
     def finish(self) -> None:
@@ -173,6 +175,7 @@ def gated_mlp(config: ModelConfig, prefix: str, table: WeightTable) -> GatedMlp:
     return GatedMlp(
         table.linear(gate_up, [inner, inner], hidden, bias=bias, gated=True),
         table.linear([f"{prefix}.down_proj"], [hidden], inner, bias=bias),
+        table.ops,
     )
 
 

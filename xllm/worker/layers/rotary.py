@@ -12,18 +12,22 @@ import math
 import torch
 
 from xllm.worker.loader.config import RopeConfig
+from xllm.worker.platform.back_end_ops import BackEndOps
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RotaryTables:
     """cos and sin of a step's rows, each [rows, 1, head_dim]; the sign of the first half's
-    rotation is in `sin`."""
+    rotation is in `sin`, but where `ops` rotate."""
 
     cos: torch.Tensor
     sin: torch.Tensor
+    ops: BackEndOps | None = None
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate x [rows, heads, head_dim] by its rows' positions."""
+        if self.ops is not None:
+            return self.ops.rotate(x, self.cos, self.sin)
         first, second = x.chunk(2, dim=-1)
         return x * self.cos + torch.cat((second, first), dim=-1) * self.sin
 
@@ -31,17 +35,27 @@ class RotaryTables:
 class Rotary:
     """The frequencies of a model, and tables for positions."""
 
-    def __init__(self, config: RopeConfig, head_dim: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: RopeConfig,
+        head_dim: int,
+        device: torch.device,
+        ops: BackEndOps | None = None,
+    ) -> None:
         frequencies = rotary_frequencies(config, head_dim)
         self._frequencies = frequencies.to(device)
         self._scale = config.attention_factor
+        # Operators are given cosines and sines as they are, which a factor may take beyond 1.
+        self._ops = ops if self._scale == 1.0 else None
 
     def tables(self, positions: torch.Tensor, dtype: torch.dtype) -> RotaryTables:
         """The tables of `positions` [rows] (int64), in `dtype`."""
         cos, sin = self.angles(positions)
+        first = -sin if self._ops is None else sin
         return RotaryTables(
             torch.cat((cos, cos), dim=-1).to(dtype)[:, None, :],
-            torch.cat((-sin, sin), dim=-1).to(dtype)[:, None, :],
+            torch.cat((first, sin), dim=-1).to(dtype)[:, None, :],
+            self._ops,
         )
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

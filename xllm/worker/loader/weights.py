@@ -32,6 +32,7 @@ from xllm.worker.loader.targets import (
     WeightTarget,
     ZeroTarget,
 )
+from xllm.worker.platform.back_end_ops import BackEndOps
 
 _SHOWN = 5
 
@@ -49,13 +50,16 @@ class WeightTable:
         team: Team | None = None,
         quantization: str = "none",
         shards: ShardPlan | None = None,
+        ops: BackEndOps | None = None,
     ) -> None:
         """`shards`: which rank of the model this is. What is asked for are then its parts, and
-        they are filled by parts of the checkpoint's tensors."""
+        they are filled by parts of the checkpoint's tensors. `ops`: what the layers compute with
+        beside torch, where the device has that."""
         self._shards = shards
         self.dtype = dtype
         self.device = device
         self.team = team
+        self.ops = ops
         self.quantization = quantization
         self.targets: dict[str, list[WeightTarget]] = {}
         self.num_bytes = 0

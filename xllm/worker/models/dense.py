@@ -40,10 +40,11 @@ class DenseDecoder:
             )
             for index in range(config.num_layers)
         ]
-        self._norm = RmsNorm(table.one("model.norm.weight", hidden), config.rms_norm_eps)
+        self.ops = table.ops
+        self._norm = RmsNorm(table.one("model.norm.weight", hidden), config.rms_norm_eps, self.ops)
         self._head = self._make_head(table) if config.has_head else None
         self._fused_head: FusedHead | None = None
-        self._rotary = Rotary(config.rope, config.head_dim, table.device)
+        self._rotary = Rotary(config.rope, config.head_dim, table.device, self.ops)
 
     def _make_head(self, table: WeightTable) -> Linear | PackedLinear:
         tied = self.config.tie_word_embeddings

@@ -19,6 +19,7 @@ from xllm.worker.layers.rotary import RotaryTables
 from xllm.worker.loader.config import ModelConfig, RawConfig
 from xllm.worker.loader.kv_groups import KvGroupSpec
 from xllm.worker.loader.weights import WeightTable
+from xllm.worker.platform.back_end_ops import BackEndOps
 
 
 class DecoderModel(Protocol):
@@ -45,6 +46,10 @@ class DecoderModel(Protocol):
 
 class NativeModel(DecoderModel, Protocol):
     """A decoder that computes one layer at a time."""
+
+    @property
+    def ops(self) -> BackEndOps | None:
+        """What its layers compute with beside torch; attention may, too."""
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[rows] int64 to hidden [rows, hidden]."""

@@ -82,6 +82,9 @@ class CudaPlatform:
         """Copies on a stream of their own."""
         return StreamCopier(torch.cuda, self.device)
 
+    def back_end_ops(self) -> None:
+        """None: what torch lacks our kernels have."""
+
     def graphs(self) -> StreamGraphs:
         """CUDA graphs."""
         return StreamGraphs(torch.cuda, self.device, torch.cuda.CUDAGraph)

@@ -10,6 +10,7 @@ import torch
 
 from xllm.errors import DependencyError
 from xllm.worker.platform.ascend_driver import AscendDriver
+from xllm.worker.platform.npu_ops import NpuOps
 from xllm.worker.platform.pinned import upload_pinned
 from xllm.worker.platform.platform import CollectiveKind, DeviceMark, DeviceMemory, KernelKind
 from xllm.worker.platform.stream_copies import StreamCopier
@@ -90,6 +91,10 @@ class NpuPlatform:
     def copier(self) -> StreamCopier:
         """Copies on a stream of their own."""
         return StreamCopier(self._npu, self.device)
+
+    def back_end_ops(self) -> NpuOps:
+        """Those of torch_npu."""
+        return NpuOps(importlib.import_module("torch_npu"), self.device)
 
     def graphs(self) -> StreamGraphs | None:
         """Where torch_npu has them."""

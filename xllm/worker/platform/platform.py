@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import torch
 
 from xllm.errors import ConfigError
+from xllm.worker.platform.back_end_ops import BackEndOps
 from xllm.worker.platform.copies import HostCopier
 from xllm.worker.platform.device_driver import DeviceDriver
 from xllm.worker.platform.graphs import GraphDevice
@@ -81,6 +82,10 @@ class Platform(Protocol):
 
     def copier(self) -> HostCopier:
         """A new copier of results to the host."""
+
+    def back_end_ops(self) -> BackEndOps | None:
+        """Operators that torch's back-end has in one piece, for layers that are not computed by
+        kernels of ours; None: it has none that are better than torch's own."""
 
     def graphs(self) -> GraphDevice | None:
         """What records graphs, with a memory pool of its own; None where the device has none."""
