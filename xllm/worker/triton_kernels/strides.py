@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from xllm.errors import ConfigError
+from xllm.worker.memory.device_layout import DeviceLayout
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,3 +74,17 @@ class KvStrides:
     def item_bytes(self) -> int:
         """Bytes of a number."""
         return self.dtype.itemsize
+
+
+def strides_of(layout: DeviceLayout, dtype: torch.dtype) -> KvStrides:
+    """The distances in a device's memory of numbers of `dtype`. ConfigError: see KvStrides."""
+    return KvStrides(
+        layout.block_size,
+        layout.block_numbers,
+        layout.layer_numbers,
+        layout.value_numbers,
+        layout.head_numbers,
+        layout.num_kv_heads,
+        layout.head_dim,
+        dtype,
+    )
