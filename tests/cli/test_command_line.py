@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -180,6 +181,17 @@ def test_version():
     assert done.returncode == 0
     assert "xllm 0." in done.stdout
     assert "pyzmq" in done.stdout
+
+
+def test_devices():
+    done = run("devices")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert {line.split()[0] for line in lines} == {"cpu", "cuda", "npu"}
+    assert re.match(
+        r"cpu +found +cpu \(.* of [\d.]+ GiB free, kernels cpu, collectives gloo", lines[0]
+    )
+    assert all(line.split()[1] in ("found", "none") for line in lines)
 
 
 def test_a_reader_that_leaves_is_no_failure():

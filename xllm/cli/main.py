@@ -52,6 +52,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "chaos": CommandEntry(
         "xllm.cli.chaos.command", "chaos", "Break a local cluster under load; count its tokens."
     ),
+    "devices": CommandEntry("xllm.cli.devices", "devices", "Show this machine's devices."),
     "version": CommandEntry("xllm.cli.version", "version", "Show versions."),
 }
 
