@@ -56,16 +56,21 @@ def test_faults_one_after_the_other():
         assert found["scenarios"][name]["detect_ms"]["max"] > 0, name
 
 
-def test_a_router_and_the_registry_with_an_instance():
+def test_a_router_a_prompt_that_hangs_engines_and_the_registry_with_an_instance():
     """With a registry of its own, which dies and comes back."""
-    names = ["F07", "F14"]
-    chosen = [dataclasses.replace(SCENARIOS[name], cluster="registry") for name in names]
-    found = run([*chosen, nothing()])
+    names = ["F07", "F05-engine", "F14"]
+    kinds = "registry+poisoned"
+    chosen = [dataclasses.replace(SCENARIOS[name], cluster=kinds) for name in names]
+    found = run([*chosen, dataclasses.replace(nothing(), cluster=kinds)])
     assert found["invalid"] == ["F00: somebody is gone did not come within 0.1 s"]
     assert not found["valid"]
     assert not found["passed"]
     check({**found, "invalid": [], "passed": True}, names)
     assert found["scenarios"]["F07"]["interrupted"] > 0
+    # Nobody failed: the limits say so. Those that shared its steps went on twice.
+    assert found["failed"] == 0
+    assert found["scenarios"]["F05-engine"]["interrupted"] > 0
+    assert found["scenarios"]["F05-engine"]["notes"]["workers_lost"] >= 2
 
 
 @pytest.mark.etcd

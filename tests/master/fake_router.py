@@ -56,6 +56,7 @@ class FakeRouter:
 
     def admit(self, request_id, prompt, attempt=1, **options) -> AdmitRequest:
         timeout_ms, embed = options.pop("timeout_ms", 0), options.pop("embed", False)
+        alone = options.pop("alone", False)
         sampling = SamplingParams(**{"max_tokens": 8, "seed": 7, **options})
         request = AdmitRequest(
             request_id,
@@ -65,6 +66,7 @@ class FakeRouter:
             sampling,
             timeout_ms=timeout_ms,
             embed=embed,
+            alone=alone,
         )
         self.send(request)
         return request

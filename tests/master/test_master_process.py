@@ -14,6 +14,7 @@ import pytest
 from tests.master.fake_router import FakeRouter
 from tests.master.test_master_actor import expected, make_settings
 from tests.master.worker_targets import (
+    CRASH_TOKEN,
     FAIL_TOKEN,
     HANG_TOKEN,
     HOLD_TOKEN,
@@ -95,6 +96,25 @@ def test_a_worker_that_crashes_may_have_been_given_the_reason(run_dir):
             assert not ended.blameless
             assert "ended with -11" in ended.message
             await serve_one(master, router, "c")
+
+    asyncio.run(scenario())
+
+
+def test_company_of_the_reason_hears_so_and_a_request_that_runs_alone_has_none(run_dir):
+    async def scenario():
+        async with running(run_dir) as (master, router):
+            for name, alone in (("a", False), ("b", True)):
+                await serve_one(master, router, f"{name}0")
+                router.admit(name, range(20, 30), max_tokens=200)
+                await router.until(lambda name=name: (name, 1, 0) in router.streams)
+                router.admit(f"{name}1", [20, CRASH_TOKEN], alone=alone)
+                ended = await router.ends(f"{name}1")
+                assert (ended.code, ended.blameless) == ("worker_lost", False)
+                assert ended.shared != alone
+                other = await router.ends(name)
+                assert (other.code, other.shared) == (
+                    ("unavailable", False) if alone else ("worker_lost", True)
+                )
 
     asyncio.run(scenario())
 

@@ -19,13 +19,14 @@ MEETING_S = 30.0
 HANG_TOKEN = 990
 FAIL_TOKEN = 991
 HOLD_TOKEN = 992
+CRASH_TOKEN = 993
 
 
 def run_toy_worker(settings: bytes) -> None:
-    """A toy worker that hangs, or fails a step, at certain prompt tokens."""
+    """A toy worker that hangs, ends, or fails a step, at certain prompt tokens."""
     decoded = decode_settings(settings)
     configure_logs(process=worker_name(decoded), level="warning")
-    faults = ToyFaults(hang=HANG_TOKEN, fail_step=FAIL_TOKEN)
+    faults = ToyFaults(hang=HANG_TOKEN, fail_step=FAIL_TOKEN, crash=CRASH_TOKEN)
     run_child(lambda: WorkerActor(decoded, lambda s: make_toy_models(s, faults)))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.router.fake_cluster import FakeCluster, in_loop
 from tests.router.oracle import item, make, start, stream
-from xllm.protocol.instance import RequestEnded
+from xllm.protocol.instance import AdmitRequest, RequestEnded, TokenBatch
+from xllm.protocol.sampling import SamplingParams
 from xllm.router.state.instructions import Wish
 from xllm.router.state.moves import MAX_DEATHS, MAX_MOVES
 
@@ -112,3 +114,41 @@ def test_a_master_that_broke_has_no_steps_of_its_own():
     assert Wish.PLACE in die(state, shared=True)
     start(state)
     assert die(state, shared=False)[-1].code == "engine_error"
+
+
+@in_loop
+async def test_suspects_all_run_where_an_instance_died_and_the_others_where_they_may():
+    cluster = FakeCluster("a", "b")
+    asked = [cluster.ask(max_tokens=30) for _ in range(6)]
+
+    def end_all(name):
+        placed = {word.request_id: (at, word) for at, word in cluster.links.sent}
+        words = [word for at, word in placed.values() if at == name]
+        ended = [
+            RequestEnded(word.request_id, word.attempt, "worker_lost", shared=True)
+            for word in words
+        ]
+        del cluster.links.sent[:]
+        cluster.service.instance_says(name, TokenBatch((), tuple(ended)))
+        return {word.request_id for word in words}
+
+    suspects = end_all("a")
+    assert len(suspects) == 3
+    assert not any(word.alone for word in cluster.links.admits())
+    cluster.beat("a")  # its worker is back
+    cluster.join("c")
+    for request_id, _ in asked:  # where all of them are by now
+        if request_id not in suspects:
+            cluster.links.sent.append(("b", AdmitRequest(request_id, 1, "m", (), SamplingParams())))
+    assert len(end_all("b")) == 6
+    alone = {word.request_id: name for name, word in cluster.links.sent if word.alone}
+    assert alone == dict.fromkeys(suspects, "a")
+    others = {name for name, word in cluster.links.sent if not word.alone}
+    assert "c" in others
+    assert cluster.service.metrics.num_alone == 3
+    [first, *_] = alone
+    cluster.service.instance_says("a", TokenBatch((), (RequestEnded(first, 3, "worker_lost"),)))
+    [failed] = [sink.last for request_id, sink in asked if request_id == first]
+    assert failed.code == "engine_error"
+    assert cluster.service.dispatcher.statistics().num_open == 5
+    cluster.close()
