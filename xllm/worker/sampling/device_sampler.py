@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from xllm.errors import InvariantError
@@ -39,6 +39,10 @@ CHUNK = 2048
 multiprocessors busy, two all of them."""
 ROOM = 8192
 """Candidates of a filtered row that have room in its list: 64 KiB a row."""
+
+MASK64 = (1 << 64) - 1
+_LINE = struct.Struct("=qQQdqddq")
+"""A row's numbers: see `draw_rows.ROW_NUMBERS`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,26 +88,27 @@ class DeviceSampler:
             raise InvariantError(
                 f"{max(len(rows), size)} rows for a device sampler of {self._max_rows}"
             )
-        numbers = np.zeros((max(len(rows), size), ROW_NUMBERS), dtype=np.int64)
-        doubles = numbers.view(np.float64)
+        numbers = bytearray(_LINE.size * max(len(rows), size))
         filtered = False
         for index, row in enumerate(rows):
             params = row.sampling
-            line = numbers[index]
-            line[1] = _signed((params.seed or 0) & (1 << 64) - 1)
-            line[2] = _signed((row.choice & MASK32) << 32 | row.position & MASK32)
-            doubles[index, 3] = temperature_of(params)
+            mode, top_k, top_p, log_min_p = PLAIN, 0, math.inf, -math.inf
             if params.temperature == 0:
-                line[0] = GREEDY
-            elif not is_filtered(params, self._vocab_size):
-                line[0] = PLAIN
-            else:
-                filtered = True
-                line[0] = FILTERED
-                line[4] = params.top_k if 0 < params.top_k < self._vocab_size else 0
-                doubles[index, 5] = params.top_p if params.top_p < 1.0 else math.inf
-                doubles[index, 6] = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
-        return DrawInputs(torch.from_numpy(numbers), filtered)
+                mode = GREEDY
+            elif is_filtered(params, self._vocab_size):
+                mode, filtered = FILTERED, True
+                top_k = params.top_k if 0 < params.top_k < self._vocab_size else 0
+                top_p = params.top_p if params.top_p < 1.0 else math.inf
+                log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
+            seed = (params.seed or 0) & MASK64
+            place = (row.choice & MASK32) << 32 | row.position & MASK32
+            heat = temperature_of(params)
+            line = (mode, seed, place, heat, top_k, top_p, log_min_p, 0)
+            _LINE.pack_into(numbers, index * _LINE.size, *line)
+        if not numbers:
+            return DrawInputs(torch.empty((0, ROW_NUMBERS), dtype=torch.int64), False)
+        packed = torch.frombuffer(numbers, dtype=torch.int64).view(-1, ROW_NUMBERS)
+        return DrawInputs(packed, filtered)
 
     def draw(
         self,
@@ -160,8 +165,3 @@ class DeviceSampler:
                     f"device sampler: {name} {tuple(tensor.shape)} {tensor.dtype}, not {shape} "
                     f"{dtype} in one piece"
                 )
-
-
-def _signed(number: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number."""
-    return number - (1 << 64) if number >> 63 else number
