@@ -101,6 +101,19 @@ def test_near_ties_are_settled_in_double_precision() -> None:
         assert found[0][index] == scores.index(max(scores))
 
 
+@pytest.mark.parametrize(("seed", "tokens"), [(33, (198, 2111)), (1165, (1503, 1919))])
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9, "temperature": 0.5}], ids=str)
+def test_equals_in_logit_and_noise_go_to_the_lower_id(seed, tokens, params) -> None:
+    """Pairs that have the same 31 bits, in different chunks and in one."""
+    keys = draw_keys(seed, 0, 5)
+    assert len({token_bits(keys, token) for token in tokens}) == 1
+    logits = torch.full((1, 3000), -INF)
+    logits[0, list(tokens)] = 0.5
+    rows = [row_of(seed=seed, **params)]
+    for chunk in (2048, 4096):
+        assert drawn(logits, rows, chunk=chunk) == ([tokens[0]], [0]) == expected(logits, rows)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), INF])
 @pytest.mark.parametrize("place", [0, 63, 64, VOCAB - 1])
 def test_a_row_that_is_not_finite_is_flagged_and_harms_no_other(bad: float, place: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from xllm.worker.sampling.device_sampler import DeviceSampler
 from xllm.worker.triton_kernels.activation import silu_mul
 from xllm.worker.triton_kernels.decode_attention import decode_attention
 from xllm.worker.triton_kernels.norm import add_rms_norm, rms_norm
@@ -57,6 +58,13 @@ def write(kv, heads, norm):
     )  # fmt: skip
 
 
+def draw(dtype):
+    sampler = DeviceSampler(151_936, torch.device("cpu"), 64)
+    logits = torch.empty((64, 151_936), dtype=dtype)
+    tokens, flags = torch.empty(64, dtype=torch.int64), torch.empty(64, dtype=torch.uint8)
+    sampler.draw(logits, sampler.prepare([], 64).numbers, tokens, flags)
+
+
 def rows_of(columns):
     return torch.empty((64, columns), dtype=BF16)
 
@@ -88,4 +96,6 @@ CASES = {
     "norm": lambda: add_rms_norm(rows_of(4096), rows_of(4096), rows_of(4096)[0], 1e-6),
     "norm alone": lambda: rms_norm(rows_of(2560), rows_of(2560)[0], 1e-6),
     "silu": lambda: silu_mul(rows_of(2 * 12288)),
+    "draw": lambda: draw(BF16),
+    "draw fp32": lambda: draw(torch.float32),
 }
