@@ -24,11 +24,13 @@ from xllm.protocol.instance import (
     Drained,
     DrainInstance,
     EpochRefused,
+    HeldTokens,
     InstancePong,
     PingInstance,
     ProbeAnswer,
     ProbeInstance,
     QuerySnapshot,
+    QueryTokens,
 )
 from xllm.protocol.records import InstanceRecord, instance_key
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
@@ -222,6 +224,36 @@ def test_pings_are_answered_whatever_the_worker_does(run_dir):
             await one.router.until(lambda: one.master.models[0].state == "loading")
             one.router.send(PingInstance(41))
             assert (await one.router.answer(InstancePong)).number == 41
+
+    asyncio.run(scenario())
+
+
+def test_a_router_may_ask_for_the_tokens_of_another(run_dir):
+    async def scenario():
+        async with stage(run_dir, toy_step_ms=5.0) as one:
+            other, router = one.make_router(), one.router
+            request = other.admit("a", range(20, 30), max_tokens=200, n=2)
+            await router.until(lambda: len(other.streams) == 2)
+            other.close()  # its requests run on for a while
+
+            async def ask(number: int, name: str) -> tuple[tuple[int, ...], ...]:
+                router.send(QueryTokens(number, name))
+                answer = await router.answer(HeldTokens)
+                router.answers.clear()
+                assert answer.number == number
+                return answer.outputs
+
+            held = await ask(41, "a")
+            assert [len(ids) > 0 for ids in held] == [True, True]
+            assert held == tuple(
+                tuple(expected(request, k)[: len(ids)]) for k, ids in enumerate(held)
+            )
+            assert await ask(42, "unknown") == ()
+            await router.until(lambda: one.master.models[0].steps.num_open == 0)
+            assert await ask(43, "a") == ()
+            await one.worker.close()
+            await router.until(lambda: one.master.models[0].state == "loading")
+            assert await ask(44, "a") == ()
 
     asyncio.run(scenario())
 

@@ -11,11 +11,13 @@ from xllm.protocol.instance import (
     AdmitRequest,
     CancelRequest,
     FrameRefused,
+    HeldTokens,
     InstancePong,
     InstanceRequest,
     PingInstance,
     ProbeAnswer,
     ProbeInstance,
+    QueryTokens,
     RequestEnded,
     TokenBatch,
     TokenItem,
@@ -35,7 +37,8 @@ def drawn(index: int) -> int:
 
 class FakeInstance:
     """`tokens_at_once`: how many a request gets right after its admission (None: all).
-    `answers_pings`: else it is of a version that knows none; `beats`: it says that it is there."""
+    `answers_pings`: else it is of a version that knows none; `beats`: it says that it is there;
+    `held`: by request, tokens of its choices; None: it is of a version that knows no such thing."""
 
     def __init__(
         self,
@@ -53,6 +56,9 @@ class FakeInstance:
         self.cancels: list[CancelRequest] = []
         self.routers: dict[str, bytes] = {}
         self.state = "ready"
+        self.held: dict[str, tuple[tuple[int, ...], ...]] | None = {}
+        self.num_asked = 0
+        """How often it was asked for what it holds."""
         self.answers_probes = True
         self.answers_pings = answers_pings
         self.is_deaf = False
@@ -120,6 +126,11 @@ class FakeInstance:
         if isinstance(message, PingInstance):
             self.num_pings += 1
             answer = InstancePong(message.number) if self.answers_pings else FrameRefused("what?")
+            self._socket.send(identity, answer)
+        elif isinstance(message, QueryTokens):
+            self.num_asked += 1
+            held = None if self.held is None else self.held.get(message.request_id, ())
+            answer = FrameRefused("what?") if held is None else HeldTokens(message.number, held)
             self._socket.send(identity, answer)
         elif isinstance(message, AdmitRequest):
             self.admits.append(message)

@@ -27,6 +27,7 @@ from xllm.protocol.instance import (
     Drained,
     DrainInstance,
     FrameRefused,
+    HeldTokens,
     InstancePong,
     InstanceRequest,
     PingInstance,
@@ -35,6 +36,7 @@ from xllm.protocol.instance import (
     ProbeInstance,
     PromptScores,
     QuerySnapshot,
+    QueryTokens,
     ReleaseHold,
     RequestEnded,
     SetSleep,
@@ -163,6 +165,8 @@ class RouterConversation:
             self._probe(router, message)
         elif isinstance(message, QuerySnapshot):
             self._send(router, self._master.snapshot())
+        elif isinstance(message, QueryTokens):
+            self._tell_tokens(router, message)
         elif isinstance(message, SetSleep):
             self._master.spawn(self._set_sleep(router, message))
         elif isinstance(message, AssignRole | DrainInstance):
@@ -173,6 +177,15 @@ class RouterConversation:
             self._socket.send(router, InstancePong(message.number))
         except (BrokenError, BackpressureError):
             pass  # it is gone, or will see by the lack of it that it does not read
+
+    def _tell_tokens(self, router: bytes, message: QueryTokens) -> None:
+        scheduler = self._master.scheduler
+        request = None if scheduler is None else scheduler.requests.get(message.request_id)
+        outputs = () if request is None else request.outputs()
+        try:
+            self._socket.send(router, HeldTokens(message.number, outputs))
+        except (BrokenError, BackpressureError):
+            pass  # it is gone, or does not read: it does without
 
     async def _set_sleep(self, router: bytes, message: SetSleep) -> None:
         try:

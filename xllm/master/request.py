@@ -61,6 +61,13 @@ class RequestState:
         """Whether this choice still waits for its finish reason."""
         return bool(self.open_choices >> choice & 1)
 
+    def outputs(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens so far of each choice that runs; empty for the others."""
+        found: list[tuple[int, ...]] = [()] * self.sampling.n
+        for seq in self.sequences:
+            found[seq.choice] = tuple(seq.output)
+        return tuple(found)
+
     @property
     def wants_logprobs(self) -> bool:
         """Whether results must bring logprobs of any of its tokens."""

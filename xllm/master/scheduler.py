@@ -10,6 +10,7 @@ before it runs.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from collections.abc import Sequence as AbstractSequence
 
 from xllm.errors import DeadlineError
@@ -22,6 +23,7 @@ from xllm.master.lifecycle import InstanceState
 from xllm.master.limits import InstanceLimits
 from xllm.master.outcome import StepOutcome
 from xllm.master.planning import StepPlanner
+from xllm.master.request import RequestState
 from xllm.master.sequence import Sequence
 from xllm.master.settling import StepSettler
 from xllm.master.strategies.page_turns import PageTurns
@@ -77,6 +79,11 @@ class Scheduler:
         self._admission = Admission(self._state)
         self._planner = StepPlanner(self._state, turns)
         self._settler = StepSettler(self._state, self._planner)
+
+    @property
+    def requests(self) -> Mapping[str, RequestState]:
+        """Open requests by id, to look at."""
+        return self._state.requests
 
     @property
     def num_requests(self) -> int:

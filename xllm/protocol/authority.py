@@ -94,6 +94,7 @@ MATRIX: Mapping[type[msgspec.Struct], Roles] = types.MappingProxyType(
         instance.ProbeInstance: _ROUTER,
         instance.SetSleep: _ROUTER,
         instance.PingInstance: _ROUTER,
+        instance.QueryTokens: _ROUTER,
         step.StepResult: _WORKER,
         step.WorkerHello: _WORKER,
         step.LoadProgress: _WORKER,

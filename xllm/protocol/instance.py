@@ -114,6 +114,13 @@ class PingInstance(ArrayMessage, frozen=True):
     number: int
 
 
+class QueryTokens(ArrayMessage, frozen=True):
+    """Which tokens were drawn of that request so far? A HeldTokens of the same number answers."""
+
+    number: int
+    request_id: str
+
+
 InstanceRequest = (
     AdmitRequest
     | CancelRequest
@@ -124,6 +131,7 @@ InstanceRequest = (
     | ProbeInstance
     | SetSleep
     | PingInstance
+    | QueryTokens
 )
 
 
@@ -236,6 +244,14 @@ class InstancePong(ArrayMessage, frozen=True):
     number: int
 
 
+class HeldTokens(ArrayMessage, frozen=True):
+    """The tokens of a request that runs here, by choice: none of those that have ended or not
+    begun, and no choice at all where it is unknown."""
+
+    number: int
+    outputs: tuple[tuple[int, ...], ...] = ()
+
+
 InstanceReply = (
     TokenBatch
     | PrefillDone
@@ -246,4 +262,5 @@ InstanceReply = (
     | SnapshotOfBlocks
     | SleepSet
     | InstancePong
+    | HeldTokens
 )

@@ -77,6 +77,7 @@ class RouterMetrics(Collector):
         self.registry_degraded = False
         self.num_held_back = 0
         self.num_alone = 0
+        self.num_recalled = 0
         self.ttft = Histogram()
         self.duration = Histogram()
         registry.register(self)
@@ -116,6 +117,7 @@ class RouterMetrics(Collector):
             ("moves", "Times that a request went on elsewhere.", self.num_moves),
             ("moves_held_back", "Moves that had to wait for others.", self.num_held_back),
             ("lone_attempts", "Attempts that share no step: instances died.", self.num_alone),
+            ("recalled", "Streams that went on behind tokens of an instance.", self.num_recalled),
             ("dropped_words", "Late or doubled words of instances.", self.num_dropped),
         ):
             yield CounterMetricFamily(f"xllm_router_{name}", text, value)

@@ -31,7 +31,14 @@ from xllm.protocol.client import (
     TokenizedText,
     TokenizeText,
 )
-from xllm.protocol.instance import InstanceReply, ProbeAnswer, RequestEnded, SleepSet, TokenBatch
+from xllm.protocol.instance import (
+    HeldTokens,
+    InstanceReply,
+    ProbeAnswer,
+    RequestEnded,
+    SleepSet,
+    TokenBatch,
+)
 from xllm.protocol.records import InstanceRecord
 from xllm.router.admission.breaker import CircuitBreakers
 from xllm.router.admission.control import AdmissionControl
@@ -48,6 +55,7 @@ from xllm.router.placement import Placement
 from xllm.router.policies.make import make_policy, reads_cache
 from xllm.router.policies.question import Policy, RouteFigures
 from xllm.router.probe import Prober
+from xllm.router.recall import Outputs, Recaller
 from xllm.router.remembered import RememberedFigures
 from xllm.router.report import degraded_parts, merged_metrics, process_list
 from xllm.router.sleeping import SleepSetter
@@ -109,6 +117,7 @@ class RouterService:
         self.dispatcher.door = self.admission
         DecisionMetrics(self.registry, self.view, self.placement, self.admission, clock)
         self.prober = Prober(lambda instance, message: _ignore(links.send(instance, message)))
+        self.recaller = Recaller(self.view, links.send, self.metrics)
         self.sleeping = SleepSetter(self.served, self.view, links.send)
         self._pool = TextPool()
         self.texts = TextWork(self.served, self._pool)
@@ -159,15 +168,22 @@ class RouterService:
     # -- requests ----------------------------------------------------------------------------
 
     def submit(
-        self, request: SubmitRequest, tenant: Tenant, sink: Sink, borders: Sequence[int] = ()
+        self,
+        request: SubmitRequest,
+        tenant: Tenant,
+        sink: Sink,
+        borders: Sequence[int] = (),
+        recalled: Outputs = (),
     ) -> str:
         """Start a request and return the server's id of it (128 random bits, hex). `borders`: for
-        each choice, behind how many tokens a delta must end; 0: wherever it does.
+        each choice, behind how many tokens a delta must end; 0: wherever it does. `recalled`: the
+        first tokens of choices, where they are known (`recaller`).
 
         Never raises for a fault of the request: `sink` gets deltas (where `request.stream`; the
         last one of each choice has its `finish_reason`), then exactly one RequestFinished or
         RequestFailed, possibly before this returns."""
-        return self.submission.submit(self.objectives.fill(request), tenant, sink, borders)
+        filled = self.objectives.fill(request)
+        return self.submission.submit(filled, tenant, sink, borders, recalled)
 
     def abort(self, request_id: str) -> None:
         """Stop a request: its sink gets RequestFailed with code `aborted`. Unknown: ignored."""
@@ -207,6 +223,8 @@ class RouterService:
             self.dispatcher.batch(message)
         elif isinstance(message, ProbeAnswer):
             self.prober.answered(message)
+        elif isinstance(message, HeldTokens):
+            self.recaller.answered(message)
         elif isinstance(message, SleepSet):
             self.sleeping.answered(message)
         else:

@@ -27,11 +27,12 @@ from xllm.protocol.transport.context import describe_error
 from xllm.router.admission.control import AdmissionControl
 from xllm.router.dispatcher import Dispatcher
 from xllm.router.drawing import RandomBytes
-from xllm.router.effort import is_long_request
+from xllm.router.effort import LONG_IDS, is_long_request
 from xllm.router.front import Sink, Tenant
 from xllm.router.inflight import InflightRequest
 from xllm.router.intake import Intake
 from xllm.router.models import ServedModels
+from xllm.router.recall import Outputs
 from xllm.router.state.instructions import Instruction, Wish
 from xllm.router.state.request import RequestLife
 from xllm.router.text.pool import TextPool
@@ -65,7 +66,12 @@ class Submission:
         """Refuse whatever comes."""
 
     def submit(
-        self, request: SubmitRequest, tenant: Tenant, sink: Sink, borders: Sequence[int] = ()
+        self,
+        request: SubmitRequest,
+        tenant: Tenant,
+        sink: Sink,
+        borders: Sequence[int] = (),
+        recalled: Outputs = (),
     ) -> str:
         """See RouterService.submit."""
         drawn = self._random.take(24)
@@ -88,6 +94,7 @@ class Submission:
         time_s = request.timeout_ms / 1000 if request.timeout_ms > 0 else self._limits.timeout_s
         deadline = now + min(time_s, self._limits.timeout_s)
         opened = InflightRequest(request.id, sink, now, deadline, request.resume)
+        opened.num_held += sum(map(len, recalled))
         self._dispatcher.enter(request_id, opened)
         try:
             self._check_room()
@@ -95,14 +102,15 @@ class Submission:
             intake = self._served.find(request.model)
             packed = intake.check(request)
             self._served.check_awake(intake.name)
-            begin = (intake, request, tenant, request_id, seed, opened.deadline, packed, borders)
-            if is_long_request(request):
+            begin = (intake, request, tenant, request_id, seed, opened.deadline, packed)
+            known = (borders, recalled)
+            if is_long_request(request) or opened.num_held > LONG_IDS:
                 rank = (not request.offline, request.priority)
                 self._admission.foresee(opened, intake.name, tenant.name, rank)
-                opened.encoding = self._pool.run(tenant.name, partial(self._begin, *begin))
+                opened.encoding = self._pool.run(tenant.name, partial(self._begin, *begin, *known))
                 opened.encoding.add_done_callback(partial(self._begun, request_id, opened))
             else:
-                self._start(opened, self._begin(*begin))
+                self._start(opened, self._begin(*begin, *known))
         except Exception as error:
             self._refuse(request_id, opened, error)
         return request_id
@@ -138,6 +146,7 @@ class Submission:
         deadline: float,
         packed: bytes,
         borders: Sequence[int],
+        recalled: Outputs,
     ) -> Beginning:
         """The dear part: no part of it touches what other requests have, save caches."""
         spec = intake.prepare(request, tenant, request_id, seed, deadline, packed)
@@ -146,6 +155,8 @@ class Submission:
         state = RequestLife(spec, [text.output(sampling, prompt_ids) for _ in range(sampling.n)])
         for choice, border in zip(state.choices, borders, strict=False):
             choice.border = border
+        if recalled:
+            return state, state.recall(recalled)
         return state, _PLACE if request.resume is None else state.resume(request.resume)
 
     def _start(self, opened: InflightRequest, beginning: Beginning) -> None:

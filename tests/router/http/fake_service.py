@@ -28,6 +28,7 @@ from xllm.protocol.client import (
 )
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.router.front import Sink, Tenant
+from xllm.router.recall import Recaller
 from xllm.router.service import RouterService
 
 MODEL = "fake"
@@ -74,10 +75,16 @@ class FakeService(RouterService):
         self.aborted: list[str] = []
         self.num_probes = 0
         self.admission = FakeLimits()
+        self.recaller = Recaller((), lambda instance, message: False, None)
         self._numbers = itertools.count(1)
 
     def submit(
-        self, request: SubmitRequest, tenant: Tenant, sink: Sink, borders: tuple[int, ...] = ()
+        self,
+        request: SubmitRequest,
+        tenant: Tenant,
+        sink: Sink,
+        borders: tuple[int, ...] = (),
+        recalled=(),
     ) -> str:
         request_id = f"{next(self._numbers):032x}"
         self.submitted.append((request, tenant))

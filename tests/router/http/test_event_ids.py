@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.router.http.fake_service import FakeService
 from tests.router.http.front_thread import chat, sse_blocks
-from tests.router.oracle import STOPS, ServedLife, make
+from tests.router.oracle import STOPS, ServedLife, make, stream
 from xllm.errors import InvalidRequestError, PermissionDeniedError
 from xllm.protocol.instance import TokenItem
 from xllm.protocol.sampling import TokenLogprobs
@@ -27,9 +28,12 @@ from xllm.router.http.event_ids import (
     Stream,
     body_digest,
     borders_of,
+    proven,
+    token_digest,
 )
 from xllm.router.http.shape import Envelope
 from xllm.router.http.stream_writer import StreamWriter
+from xllm.router.state.instructions import Wish
 
 KEY = b"k" * 32
 BODY = b'{"prompt": "hi"}'
@@ -100,9 +104,10 @@ def test_an_id_goes_with_its_body_and_choices():
 
 
 class Answer(ServedLife):
-    """One life of a streamed request, from the engine's tokens to events."""
+    """One life of a streamed request, from the engine's tokens to events. `held`: so many tokens of
+    each choice an instance still has of the life before."""
 
-    def __init__(self, num_tokens, n, stop, logprobs, last=None) -> None:
+    def __init__(self, num_tokens, n, stop, logprobs, last=None, held=()) -> None:
         state = make(True, 0.02, n=n, stop=stop, max_tokens=num_tokens)
         self.logprobs = logprobs
         shape = CompletionShape(Envelope(STREAM.request_id, 1, "m", lambda t: b"%d" % t), n, None)
@@ -113,7 +118,14 @@ class Answer(ServedLife):
             for choice, border in zip(state.choices, borders_of(last.places), strict=True):
                 choice.border = border
         self.text = b""
-        super().__init__(state, num_tokens)
+        begun = (Wish.PLACE,)
+        if last is not None and held:
+            outputs = [stream(choice)[:count] for choice, count in enumerate(held)]
+            recalled = proven(last.places, outputs)
+            if any(recalled):
+                begun = state.recall(recalled)
+                assert not self.text
+        super().__init__(state, num_tokens, begun)
 
     def tell(self, message) -> None:
         if not self.writer.ended:
@@ -181,8 +193,26 @@ def test_any_cut_of_a_stream_goes_on_to_the_same_whole(data, n, num_tokens, stop
         if keep and data.draw(st.booleans()):
             have += rest[:keep]
     last = EventSigner(KEY, ANNA).read(have[-1][0].encode(), BODY, n)
-    have += Answer(num_tokens, n, stop, logprobs, last).run(data)
+    # An instance may have tokens of the choices that had not ended.
+    held = [data.draw(st.integers(0, num_tokens - 1)) for _ in range(n)]
+    have += Answer(num_tokens, n, stop, logprobs, last, () if logprobs else held).run(data)
     assert put_together(have, n) == wanted
+
+
+def test_only_tokens_with_the_hash_of_an_id_are_proven():
+    def place(count, stage=EventStage.SAID, ids=(5, 6, 7)) -> Place:
+        tokens = hashlib.sha256(array("I", ids[:count]))
+        return Place(count, stage, token_digest(tokens) if count else b"")
+
+    assert proven([place(2)], [(5, 6, 7, 8)]) == [(5, 6)]
+    assert proven([place(2)], [(5, 6)]) == [(5, 6)]
+    assert proven([place(2)], [(5,)]) == [()]
+    assert proven([place(2)], [(5, 9, 7)]) == [()]
+    assert proven([place(2)], []) == [()]
+    assert proven([place(0)], [(5, 6)]) == [()]
+    assert proven([place(2, EventStage.ENDED)], [(5, 6)]) == [()]
+    assert proven([place(1), place(3)], [(9,), (5, 6, 7)]) == [(), (5, 6, 7)]
+    assert proven([place(1)], [(5,), (5,)]) == [(5,)]
 
 
 @settings(max_examples=100, deadline=None)

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import hmac
 import struct
+from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -184,3 +185,16 @@ def borders_of(places: Sequence[Place]) -> tuple[int, ...]:
     """Behind how many tokens of each choice a delta must end, so that what was said can be told
     from what was not; 0: nothing was said, or all."""
     return tuple([one.num_tokens if one.stage <= EventStage.SAID else 0 for one in places])
+
+
+def proven(places: Sequence[Place], outputs: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """For each choice its tokens up to where the client is, if `outputs` has them and they are the
+    same; else none. A choice whose end was said is drawn again: how it ended is not known."""
+    found: list[Sequence[int]] = [()] * len(places)
+    for choice, (place, ids) in enumerate(zip(places, outputs, strict=False)):
+        count = place.num_tokens
+        if count and place.stage <= EventStage.SAID and len(ids) >= count:
+            said = ids[:count]
+            if token_digest(hashlib.sha256(array("I", said))) == place.digest:
+                found[choice] = said
+    return found

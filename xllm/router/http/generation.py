@@ -29,12 +29,14 @@ from xllm.router.http.event_ids import (
     Stream,
     body_digest,
     borders_of,
+    proven,
 )
 from xllm.router.http.problem import problem_of, problem_of_failure
 from xllm.router.http.respond import Scope, Send, send_body
 from xllm.router.http.schema import GenerationBody
 from xllm.router.http.shape import AnswerShape, Envelope, total_usage
 from xllm.router.http.stream_writer import StreamWriter
+from xllm.router.recall import Outputs
 
 LOG = structlog.get_logger(__name__)
 STREAM_HEADERS = [
@@ -115,6 +117,7 @@ class Generation:
         sink: WholeAnswer | StreamedAnswer,
         requests: Sequence[SubmitRequest],
         last: LastEvent | None = None,
+        recalled: Outputs = (),
     ) -> None:
         service, tenant = self._context.service, self._caller.tenant
         borders = () if last is None else borders_of(last.places)
@@ -124,11 +127,21 @@ class Generation:
             n = request.sampling.n
             own = borders[request.id * n : (request.id + 1) * n]
             self._ids.append(
-                service.submit(request, tenant, sink, own)
+                service.submit(request, tenant, sink, own, recalled)
                 if own
                 else service.submit(request, tenant, sink)
             )
         self._caller.connection.watch(self._abort)
+
+    async def _recall(self, last: LastEvent) -> Outputs:
+        """The tokens that the client has, where an instance still knows them: all that is lacking
+        of what a router would have of them is their logprobs."""
+        sampling = self._requests[0].sampling
+        scored = sampling.logprobs is not None or sampling.prompt_logprobs is not None
+        if scored or len(self._requests) > 1 or not any(borders_of(last.places)):
+            return ()
+        recaller = self._context.service.recaller
+        return await recaller.recall(last.stream.request_id, partial(proven, last.places))
 
     def _abort(self) -> None:
         """Stop what is still open; requests that have ended are unknown to the service."""
@@ -174,7 +187,9 @@ class Generation:
             self._caller.connection.abort,
         )
         answer.merges = last is None
-        self._submit(answer, [_seeded(request, seed) for request in self._requests], last)
+        recalled = () if last is None else await self._recall(last)
+        requests = [_seeded(request, seed) for request in self._requests]
+        self._submit(answer, requests, last, recalled)
         messages = await answer.take()
         # The status waits for the first word of the service: a request that it refuses is
         # answered as an error, not as a stream that begins well.

@@ -97,6 +97,20 @@ class RequestLife:
             return self._finish()
         return (*self._deltas(), Wish.PLACE)
 
+    def recall(self, outputs: Sequence[Sequence[int]]) -> Sequence[Instruction]:
+        """Before `place`: the first tokens of its choices are known (empty: they are not), as if
+        a first attempt had drawn them here."""
+        said: list[Instruction] = []
+        for choice, ids in zip(self.choices, outputs, strict=True):
+            if ids:
+                word = TokenItem(self.spec.request_id, choice.index, self.attempt, 0, tuple(ids))
+                said += self.tokens(word)
+        said = [one for one in said if not isinstance(one, SendTo)]  # it runs nowhere yet
+        self.attempt += 1
+        self.moves.resumed = True
+        self._heard = False
+        return [*said, *self._finish()] if self._all_finished() else [*said, Wish.PLACE]
+
     def place(self, stages: tuple[tuple[str, str], ...], now: float) -> Sequence[Instruction]:
         """Run on that route, under the present attempt."""
         if self.ended or self.instance:
