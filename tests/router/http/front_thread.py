@@ -17,7 +17,7 @@ from xllm.router.http.limits import limits_of
 from xllm.router.http.server import HttpFront
 
 
-def wait_until(condition, seconds=5.0):
+def wait_until(condition, seconds=30.0):
     """Poll until `condition()` holds; fail after a deadline."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
