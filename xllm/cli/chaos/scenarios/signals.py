@@ -38,6 +38,22 @@ async def frozen(
         _signal(pids, signal.SIGCONT)
 
 
+async def kill_one(stage: Stage, scenario: str, kind: str) -> None:
+    """SIGKILL, under load, of one of a kind that requests do without."""
+    await stage.wait_load()
+    victim = stage.pick(kind)
+    await stage.settle(await kill(stage, scenario, victim.name, victim.pid))
+
+
+async def freeze_one(stage: Stage, scenario: str, kind: str, seconds: float) -> None:
+    """SIGSTOP, under load, of one of a kind that requests do without."""
+    await stage.wait_load()
+    victim = stage.pick(kind)
+    async with frozen(stage, scenario, victim.name, [victim.pid]) as injection:
+        await stage.pause(seconds)
+    await stage.settle(injection)
+
+
 def _signal(pids: Sequence[int], number: signal.Signals) -> None:
     for pid in pids:
         if is_alive(pid):
