@@ -10,6 +10,7 @@ from xllm.errors import BrokenError, ClosedError, ConfigError, ListenError
 from xllm.protocol.client import AbortRequest
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
+from xllm.protocol.transport.endpoint import own_endpoint
 from xllm.protocol.transport.pubsub import PublisherSocket
 from xllm.protocol.transport.router import RouterSocket
 
@@ -76,3 +77,10 @@ def test_a_taken_port_is_one_clear_error():
         transport.close()
 
     run(main())
+
+
+def test_a_socket_lies_in_the_run_directory_unless_its_endpoint_is_configured():
+    assert own_endpoint("tcp://127.0.0.1:5", "/run/x", "a-bus") == "tcp://127.0.0.1:5"
+    assert own_endpoint("", "/run/x", "a-bus") == "ipc:///run/x/a-bus"
+    with pytest.raises(ConfigError, match=r"a-bus has no endpoint, and cluster\.run_dir"):
+        own_endpoint("", "", "a-bus")

@@ -164,11 +164,10 @@ class LaunchedService(Actor):
         """Ask the service itself until it is ready, then say so."""
         task = "generate"
         if addresses.zmq:
-            security = self.transport.security
             client = AsyncClient(
                 addresses.zmq,
                 keys_dir=self._settings.cluster.keys_dir,
-                server_key=security.public_key if security else "",
+                server_key=self.transport.public_key,
             )
             async with client:
                 task = await self._wait_healthy(client)

@@ -17,7 +17,6 @@ from xllm.config.settings import Settings
 from xllm.errors import (
     BackpressureError,
     BrokenError,
-    ConfigError,
     FencedError,
 )
 from xllm.kvcache.arena import Arena
@@ -36,6 +35,7 @@ from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.keeper import Registration, register
 from xllm.protocol.registry.open import open_registry
 from xllm.protocol.transport.context import Transport
+from xllm.protocol.transport.endpoint import own_endpoint
 from xllm.protocol.transport.pubsub import PublisherSocket
 from xllm.protocol.transport.router import RouterSocket
 
@@ -70,13 +70,14 @@ class KvCacheDaemon(Actor):
     async def start(self) -> None:
         """Bind, register, begin to beat."""
         settings = self._settings
+        run_dir = settings.cluster.run_dir
         self._reporter = LaunchReporter(
             self.transport, settings.cluster.launcher, "kvcache", self.name
         )
         self._reporter.started()
         self._socket = RouterSocket(
             self.transport,
-            self._endpoint(settings.kvcache.endpoint, "kvcache"),
+            own_endpoint(settings.kvcache.endpoint, run_dir, f"{self.name}-kvcache"),
             Decoder(CacheRequest | QuerySnapshot),
             self._on_message,
             on_gone=self._service.forget,
@@ -84,7 +85,8 @@ class KvCacheDaemon(Actor):
             name="kvcache",
         )
         self._bus = PublisherSocket(
-            self.transport, self._endpoint(settings.kvcache.bus_endpoint, "kvcache-bus")
+            self.transport,
+            own_endpoint(settings.kvcache.bus_endpoint, run_dir, f"{self.name}-kvcache-bus"),
         )
         self.every(settings.cluster.heartbeat_s, self._beat)
         if settings.cluster.registry:
@@ -122,7 +124,6 @@ class KvCacheDaemon(Actor):
         """What the registry says of this process."""
         assert self._socket is not None
         assert self._bus is not None
-        security = self.transport.security
         return DaemonRecord(
             name=self.name,
             incarnation=self.incarnation,
@@ -130,20 +131,10 @@ class KvCacheDaemon(Actor):
             bus_endpoint=self._bus.endpoint,
             node=os.uname().nodename,
             dram_bytes=self._settings.kvcache.dram_bytes,
-            public_key=security.public_key if security is not None else "",
+            public_key=self.transport.public_key,
             protocol=PROTOCOL_VERSION,
             process=own_process(),
         )
-
-    def _endpoint(self, configured: str, name: str) -> str:
-        if configured:
-            return configured
-        run_dir = self._settings.cluster.run_dir
-        if not run_dir:
-            raise ConfigError(
-                "neither an endpoint nor cluster.run_dir is set", param="kvcache.endpoint"
-            )
-        return f"ipc://{run_dir}/{self.name}-{name}"
 
     def _on_message(
         self, identity: bytes, message: CacheRequest | QuerySnapshot, frames: list[bytes]

@@ -25,7 +25,7 @@ from xllm.master.plan_pump import PlanPump
 from xllm.master.profiling import StartProfile
 from xllm.master.rank_processes import WorkerTarget
 from xllm.master.scheduler import Scheduler
-from xllm.master.served_model import ServedModel, master_endpoint
+from xllm.master.served_model import ServedModel
 from xllm.master.sleeping import Sleeping
 from xllm.master.strategies.page_turns import PageTurns
 from xllm.master.strategies.policy import build_policy
@@ -34,6 +34,7 @@ from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
 from xllm.protocol.step import ModelAwake, StepResult, WorkerFailed, WorkerReady
 from xllm.protocol.transport.context import Transport
+from xllm.protocol.transport.endpoint import own_endpoint
 
 _log = structlog.get_logger("master")
 _LAST_WORD_S = 0.1
@@ -98,7 +99,7 @@ class MasterActor(Actor):
             self,
             self,
             settings,
-            endpoint or master_endpoint(settings, self.name, "worker"),
+            own_endpoint(endpoint, settings.cluster.run_dir, f"{self.name}-worker"),
             self._target,
         )
         pump = PlanPump(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from xllm.config.settings import Settings
-from xllm.errors import ConfigError, TransportError, UnavailableError, WorkerLostError
+from xllm.errors import TransportError, UnavailableError, WorkerLostError
 from xllm.master.conversation import RouterConversation
 from xllm.master.heartbeat import HeartbeatMaker
 from xllm.master.metrics import MasterMetrics
@@ -26,6 +26,7 @@ from xllm.master.step_loop import StepLoop
 from xllm.protocol.bus import SnapshotOfBlocks
 from xllm.protocol.records import InstanceRecord
 from xllm.protocol.step import WorkerReady
+from xllm.protocol.transport.endpoint import own_endpoint
 from xllm.protocol.transport.pubsub import PublisherSocket
 
 if TYPE_CHECKING:
@@ -181,7 +182,6 @@ class ServedModel:
     def record(self) -> InstanceRecord:
         """What the registry says of this instance; it must be ready."""
         assert self.ready is not None
-        security = self.transport.security
         own = self.settings.master
         return make_record(
             self.ready,
@@ -190,7 +190,7 @@ class ServedModel:
             incarnation=self._master.incarnation,
             endpoint=own.advertised_endpoint or self.conversation.endpoint,
             bus_endpoint=own.advertised_bus_endpoint or self.bus_endpoint,
-            public_key=security.public_key if security is not None else "",
+            public_key=self.transport.public_key,
         )
 
     # -- the bus -------------------------------------------------------------------------------
@@ -217,21 +217,11 @@ class ServedModel:
     def _endpoint(self, configured: str, kind: str) -> str:
         """Where to bind: what is configured is the first model's; further ones of a port take any
         free one, those of a path one beside it. The registry knows them."""
-        if not configured:
-            return master_endpoint(self.settings, self.name, kind)
-        if not self.index:
-            return configured
+        if not configured or not self.index:
+            return own_endpoint(configured, self.settings.cluster.run_dir, f"{self.name}-{kind}")
         if configured.startswith("tcp://"):
             return f"{configured.rpartition(':')[0]}:0"
         return f"{configured}.{self.index}"
-
-
-def master_endpoint(settings: Settings, name: str, kind: str) -> str:
-    """The endpoint in the run directory; ConfigError where there is none."""
-    run_dir = settings.cluster.run_dir
-    if not run_dir:
-        raise ConfigError("neither an endpoint nor cluster.run_dir is set", param="master.endpoint")
-    return f"ipc://{run_dir}/{name}-{kind}"
 
 
 async def drain_all(models: list[ServedModel], timeout_s: float) -> None:

@@ -35,6 +35,7 @@ from xllm.protocol.registry.keeper import Registration, register, wait_for_name
 from xllm.protocol.registry.open import open_registry
 from xllm.protocol.registry.waiting import wait_registry
 from xllm.protocol.transport.context import Transport
+from xllm.protocol.transport.endpoint import own_endpoint
 from xllm.protocol.transport.pubsub import PublisherSocket
 from xllm.router.http.server import HttpFront
 from xllm.router.kv_listener import KvListener
@@ -111,7 +112,9 @@ class RouterActor(Actor):
         self.membership.listeners.append(peers)
         self._kv = KvListener(self.transport, self.membership, self.service.kv)
         self._closers.append(self._kv.close)
-        self._bus = PublisherSocket(self.transport, self._bus_endpoint())
+        bus = settings.router.bus_endpoint
+        bus = own_endpoint(bus, settings.cluster.run_dir, f"{self.name}-bus")
+        self._bus = PublisherSocket(self.transport, bus)
         self._closers.append(self._bus.close)
         self.every(TICK_S, self._tick)
         self.every(settings.cluster.heartbeat_s, self._beat)
@@ -161,14 +164,13 @@ class RouterActor(Actor):
 
     def record(self) -> RouterRecord:
         """What the registry says of this process."""
-        security = self.transport.security
         return RouterRecord(
             name=self.name,
             incarnation=self.incarnation,
             zmq_endpoint=self.zmq.endpoint,
             http_address=self.http_address,
             bus_endpoint=self._bus.endpoint,
-            public_key=security.public_key if security is not None else "",
+            public_key=self.transport.public_key,
             protocol=PROTOCOL_VERSION,
             process=own_process(),
         )
@@ -187,18 +189,6 @@ class RouterActor(Actor):
         )
         self._closers.append(self.leadership.close)
         await self.leadership.start()
-
-    def _bus_endpoint(self) -> str:
-        configured = self._settings.router.bus_endpoint
-        if configured:
-            return configured
-        run_dir = self._settings.cluster.run_dir
-        if not run_dir:
-            raise ConfigError(
-                "neither router.bus_endpoint nor cluster.run_dir is set",
-                param="router.bus_endpoint",
-            )
-        return f"ipc://{run_dir}/{self.name}-bus"
 
     # -- stopping ----------------------------------------------------------------------------
 

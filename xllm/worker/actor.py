@@ -94,10 +94,8 @@ class WorkerActor(Actor):
         self._closers.append(self._reporter.close)
         self._reporter.started(f"{settings.worker.engine} engine")
         self._engine.start()
-        security = self.transport.security
         endpoint, server_key = split_key(settings.master.worker_endpoint, "master.worker_endpoint")
-        if not server_key and security is not None:
-            server_key = security.public_key  # the master of the same node
+        server_key = server_key or self.transport.public_key  # of a master of the same node
         self._socket: DealerSocket[MasterMessage] = DealerSocket(
             self.transport,
             endpoint,

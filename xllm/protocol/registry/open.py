@@ -53,8 +53,8 @@ def open_registry(
             first_timeout_s=first_timeout_s,
         )
     endpoint, server_key = split_address(address)
-    if endpoint.startswith("tcp://") and not server_key and transport.security is not None:
-        server_key = transport.security.public_key
+    if endpoint.startswith("tcp://"):
+        server_key = server_key or transport.public_key
     return RemoteRegistry(
         transport,
         endpoint,

@@ -80,6 +80,11 @@ class Transport:
         """One whose sockets use the keys of a directory; "": without any."""
         return cls(Security.load(keys_dir) if keys_dir else None)
 
+    @property
+    def public_key(self) -> str:
+        """Of this process's node; "" without keys."""
+        return self.security.public_key if self.security is not None else ""
+
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         """A raw socket of the context; only this package asks for one."""
         if self._closed:

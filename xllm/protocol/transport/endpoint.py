@@ -31,6 +31,18 @@ def split_key(address: str, param: str) -> tuple[str, str]:
     return endpoint, server_key
 
 
+def own_endpoint(configured: str, run_dir: str, name: str) -> str:
+    """The endpoint that is configured, or the socket of that name in the run directory;
+    ConfigError where there is neither."""
+    if configured:
+        return configured
+    if not run_dir:
+        raise ConfigError(
+            f"{name} has no endpoint, and cluster.run_dir is not set", param="cluster.run_dir"
+        )
+    return f"ipc://{run_dir}/{name}"
+
+
 def check_public_key(text: str, param: str) -> None:
     """ConfigError, which names the setting, for what is no public key."""
     if not _PUBLIC_KEY.fullmatch(text):
