@@ -1,12 +1,16 @@
 """Random histories of plans that come early or late, over real memory: a step reads what its plan
-and those before it say, from its beginning to its end, whatever comes meanwhile."""
+and those before it say, from its beginning to its end, whatever comes meanwhile.
+
+On a device steps are launched behind one another: here up to three are under way, and the
+engine keeps the rules that `mapper` asks of it.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 
 import pytest
-from hypothesis import settings
+from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -17,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.worker.memory.back_ends import KINDS, PAGE, BackEnd, CpuBackEnd, read
+from tests.worker.memory.back_ends import PAGE, BackEnd, CpuBackEnd, DeviceBackEnd, read
 from xllm.protocol.step import MapPages
 from xllm.worker.memory.mapper import PageMapper
 from xllm.worker.memory.slots import SlotSpace
@@ -27,9 +31,11 @@ MAX_IN_FLIGHT = 3
 
 
 class PlanHistories(RuleBasedStateMachine):
-    """`told`: what is mapped once all plans so far are carried out."""
+    """`told`: what is mapped once all plans so far are carried out. `running`: what each step
+    reads that was begun and has not ended, oldest first; on a device several at once."""
 
     kind: type[BackEnd] = CpuBackEnd
+    max_running = 1
 
     @initialize(is_early=st.booleans())
     def begin(self, is_early: bool) -> None:
@@ -47,7 +53,7 @@ class PlanHistories(RuleBasedStateMachine):
         self.mapper = PageMapper(self.space)
         self.told: list[list[int]] = [[] for _ in range(NUM_SLOTS)]
         self.waiting: deque[tuple[int, list[MapPages], dict[int, list[int]]]] = deque()
-        self.reads: dict[int, list[int]] | None = None
+        self.running: deque[dict[int, list[int]]] = deque()
         self.num_plans = 0
 
     @precondition(lambda self: len(self.waiting) < MAX_IN_FLIGHT)
@@ -64,41 +70,56 @@ class PlanHistories(RuleBasedStateMachine):
         if self.is_early:
             self.mapper.arrive(self.num_plans, maps)
 
-    @precondition(lambda self: self.waiting and self.reads is None)
+    @precondition(lambda self: self.waiting and len(self.running) < self.max_running)
     @rule()
     def begin_step(self) -> None:
-        step, maps, self.reads = self.waiting.popleft()
-        self.mapper.begin_step(step, maps, {slot: len(own) for slot, own in self.reads.items()})
+        step, maps, reads = self.waiting.popleft()
+        touched = self._touched()
+        if any(one.first_page < touched.get(one.slot, 0) for one in maps):
+            event("a step waits for those before it")
+            self.running.clear()
+        self.running.append(reads)
+        self.mapper.begin_step(step, maps, self._touched())
 
-    @precondition(lambda self: self.reads is not None)
+    @precondition(lambda self: self.running)
     @rule(is_settled=st.booleans())
     def end_step(self, is_settled: bool) -> None:
         if is_settled:
             self._settle()
-            self.the_step_reads_its_pages()
-        self.reads = None
-        self.mapper.end_step()
+            self.the_steps_read_their_pages()
+        self.running.popleft()
+        if self.max_running == 1:
+            self.mapper.end_step()
 
     @invariant()
-    def the_step_reads_its_pages(self) -> None:
-        for slot, want in (getattr(self, "reads", None) or {}).items():
-            assert self.mapper.failure(slot, len(want)) == ""
-            base = self.space.address(slot)
-            found = [int(read(base + i * PAGE, 2)) for i in range(len(want))]
-            assert found == want
+    def the_steps_read_their_pages(self) -> None:
+        for reads in getattr(self, "running", ()):
+            for slot, want in reads.items():
+                assert self.mapper.failure(slot, len(want)) == ""
+                base = self.space.address(slot)
+                found = [int(read(base + i * PAGE, 2)) for i in range(len(want))]
+                assert found == want
 
     def teardown(self) -> None:
         if not hasattr(self, "mapper"):
             return
-        if self.reads is not None:
-            self.end_step(is_settled=True)
-        while self.waiting:
-            self.begin_step()
-            self.end_step(is_settled=True)
+        while self.waiting or self.running:
+            if self.running:
+                self.end_step(is_settled=True)
+            if self.waiting:
+                self.begin_step()
         self._settle()
         assert [list(self.space.pages(slot)) for slot in range(NUM_SLOTS)] == self.told
         self.mapper.close()
         self.back_end.close()
+
+    def _touched(self) -> dict[int, int]:
+        """How many leading pages of each slot the running steps read."""
+        found: dict[int, int] = {}
+        for reads in self.running:
+            for slot, pages in reads.items():
+                found[slot] = max(found.get(slot, 0), len(pages))
+        return found
 
     def _settle(self) -> None:
         for slot in range(NUM_SLOTS):
@@ -117,12 +138,14 @@ class PlanHistories(RuleBasedStateMachine):
         return MapPages(slot, first, ids)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_history_of_plans(kind: type[BackEnd]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "max_running"), [(CpuBackEnd, 1), (DeviceBackEnd, 1), (DeviceBackEnd, 3)]
+)
+def test_any_history_of_plans(kind: type[BackEnd], max_running: int) -> None:
     class Histories(PlanHistories):
         pass
 
-    Histories.kind = kind
+    Histories.kind, Histories.max_running = kind, max_running
     run_state_machine_as_test(
         Histories,
         settings=settings(

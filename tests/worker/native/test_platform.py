@@ -179,9 +179,9 @@ def test_kv_sizes() -> None:
 
 def test_block_size_must_be_a_power_of_two(tmp_path: Path) -> None:
     directory = make_model("qwen3", tmp_path)
-    with pytest.raises(ConfigError, match="power of two, at least 16 on this device, not 24"):
+    with pytest.raises(ConfigError, match="power of two of at least 16 on a CPU, not 24"):
         PlanDriver(directory, block_size=24)
-    with pytest.raises(ConfigError, match="at least 16 on this device, not 8"):
+    with pytest.raises(ConfigError, match="at least 16 on a CPU, not 8"):
         PlanDriver(directory, block_size=8)
 
 

@@ -58,6 +58,7 @@ class LoadedEngine:
 
     def close(self) -> None:
         """Give slots and KV back; nothing of it may be used any more."""
+        self.platform.synchronize()  # nothing may run over what is unmapped
         if self.mapper is not None:
             self.mapper.close()
         self.pool.close()

@@ -132,6 +132,7 @@ class NativeExecutor:
         engine = self._engine
         if engine is None:
             return
+        engine.platform.synchronize()  # nothing may run over what is unmapped
         self._forget(engine)
         engine.pool.give_back()
         if drop_weights:

@@ -5,6 +5,12 @@ the next token, which a plan brings one step ahead. A step waits only for pages 
 need and that are not there yet. Invariants: operations on one slot are carried out in the plans'
 order; nothing changes under the leading pages that the running step was said to need; `_ready` of
 a slot is at most the number of its leading pages that are mapped and have nothing queued.
+
+A device is not asked: mapping is not ordered with its streams, and a step that was launched may
+run long after. Where steps are launched behind one another, the engine (1) waits for those that
+touch what a plan changes before it begins that plan's step, (2) counts to the needs of a step
+those of all that may still run, and (3) ends a step, if at all, when the device is past it. So
+nothing is unmapped or replaced under a page that anything under way reads or writes.
 """
 
 from __future__ import annotations
