@@ -50,6 +50,11 @@ class RankBoard:
                 raise EngineError(f"a rank of the instance did not come within {timeout_s:.0f} s")
             return self._notices[key]
 
+    def has(self, key: str) -> bool:
+        """Whether that notice is there."""
+        with self._changed:
+            return key in self._notices
+
     def close(self) -> None:
         """Nobody meets here any more. Any thread."""
         with self._changed:

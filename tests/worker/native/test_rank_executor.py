@@ -18,7 +18,7 @@ from xllm.config.settings import MasterSettings, Settings, WorkerSettings
 from xllm.errors import ConfigError, EngineError
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import StepPlan
-from xllm.worker.collectives.making import check_platform, num_threads_each
+from xllm.worker.collectives.making import num_threads_each
 from xllm.worker.execution.native import NativeExecutor
 
 NUM_TOKENS = 24
@@ -194,11 +194,3 @@ def test_ranks_that_are_started_together_share_the_cores(monkeypatch) -> None:
     assert [threads(count) for count in (1, 2, 4, 8)] == [0, 3, 1, 1]
     assert threads(2, 5) == 5
     assert threads(2, spawn=False) == 0
-
-
-def test_ranks_run_on_cpus() -> None:
-    several = Settings(master=MasterSettings(num_workers=2))
-    check_platform(several, "cpu")
-    check_platform(Settings(), "cuda")
-    with pytest.raises(ConfigError, match="2 ranks run on CPUs, not on cuda"):
-        check_platform(several, "cuda")

@@ -8,11 +8,12 @@ from xllm.config.cpu_list import is_list
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
 from xllm.worker.collectives.gloo import GlooRanks
+from xllm.worker.collectives.placed import PlacedRanks
 from xllm.worker.platform.cpu import num_cores
 from xllm.worker.platform.placement import place_threads
 
 
-def make_ranks(settings: Settings, tick: Callable[[], None]) -> GlooRanks | None:
+def make_ranks(settings: Settings, tick: Callable[[], None]) -> PlacedRanks | None:
     """This rank's end of the others; None where it is alone. They have not met yet."""
     size, worker = settings.master.num_workers, settings.worker
     if size == 1:
@@ -21,7 +22,9 @@ def make_ranks(settings: Settings, tick: Callable[[], None]) -> GlooRanks | None
         raise ConfigError(
             f"worker.rank {worker.rank} of master.num_workers {size}", param="worker.rank"
         )
-    return GlooRanks(worker.rank, size, worker.collective_host, worker.collective_timeout_s, tick)
+    timeout_s = worker.collective_timeout_s
+    hosts = GlooRanks(worker.rank, size, worker.collective_host, timeout_s, tick)
+    return PlacedRanks(hosts, timeout_s)
 
 
 def num_threads_each(settings: Settings) -> int:
@@ -45,13 +48,3 @@ def place_engine(settings: Settings, platform: str) -> int:
         return place_threads(worker.cpu_affinity, num_threads)
     size = settings.master.num_workers
     return place_threads(worker.cpu_affinity, num_threads, worker.rank, size)
-
-
-def check_platform(settings: Settings, platform: str) -> None:
-    """ConfigError where several ranks are asked for on what they cannot run on."""
-    size = settings.master.num_workers
-    if size > 1 and platform != "cpu":
-        raise ConfigError(
-            f"master.num_workers: {size} ranks run on CPUs, not on {platform}",
-            param="master.num_workers",
-        )

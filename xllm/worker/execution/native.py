@@ -101,6 +101,8 @@ class NativeExecutor:
         if self._engine is not None or self._read is not None:
             return
         read = self._read = read_model(self._settings, progress)
+        if self._ranks is not None:
+            self._ranks.place(read.platform)
         if self._pages is not None and not self._has_asked:
             check_shareable(read.platform)
             block = one_block(self._settings, read.loaded.model.config, read.loaded.dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
-from xllm.worker.collectives.making import check_platform, place_engine
+from xllm.worker.collectives.making import place_engine
 from xllm.worker.execution.loading import LoadedModel, load_model, resolve_model_len
 from xllm.worker.kernels.selection import require_team
 from xllm.worker.platform.platform import Platform, select_platform
@@ -31,7 +31,6 @@ def read_model(settings: Settings, progress: Callable[[int, int], None]) -> Read
         raise ConfigError("model.path is empty: no model directory", param="model.path")
     directory = Path(model.path)
     platform = select_platform(worker.device, worker.rank)
-    check_platform(settings, platform.name)
     loaded = load_model(
         directory,
         model.dtype,
