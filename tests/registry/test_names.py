@@ -121,11 +121,22 @@ def test_whether_a_process_has_ended_is_known_on_its_machine():
 
 
 @pytest.mark.parametrize(
-    "process", ["", "/", "//", "a/b/1/1", "x/pid:[1]/17/3", "{place}/x/1", "{place}/-1/1"]
+    "process",
+    ["", "/", "//", "a/b/1/1", "x/pid:[1]/17/3", "{place}/x/1", "{place}/-1/1", "{place}/1"],
 )
 def test_of_what_cannot_be_looked_for_nothing_is_known(process):
     place = own_process().rsplit("/", 2)[0]
     assert not has_ended(process.format(place=place))
+
+
+def test_of_another_time_namespace_nothing_is_known():
+    """Start times differ there, of one and the same process."""
+    boot, pids, times, pid, started = own_process().split("/")
+    assert times.startswith("time:")
+    assert has_ended(f"{boot}/{pids}/{times}/{pid}/{int(started) + 1}")
+    assert not has_ended(f"{boot}/{pids}/time:[1]/{pid}/{int(started) + 1}")
+    assert not has_ended(f"{boot}/pid:[1]/{times}/{pid}/{int(started) + 1}")
+    assert not has_ended(f"{boot}x/{pids}/{times}/{pid}/{int(started) + 1}")
 
 
 def test_another_users_process_lives():

@@ -1,9 +1,9 @@
 """Who holds a name in the registry, and what another process of that name may do about it.
 
-A record says which process wrote it: the boot of its machine, its PID namespace, its id there and
-when it was started. A reader in the same namespace knows for certain whether that process has
-ended; any other one has to see its lease end. `NameClaim` decides, without I/O; `own_process` and
-`has_ended` read /proc (proc(5), pid_namespaces(7)).
+A record says which process wrote it: the boot of its machine, its namespaces of ids and of time,
+its id and when it was started there. A reader in the same namespaces knows for certain whether that
+process has ended; any other one has to see its lease end. `NameClaim` decides, without I/O;
+`own_process` and `has_ended` read /proc (proc(5), pid_namespaces(7), time_namespaces(7)).
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class NameClaim:
 
 
 def own_process() -> str:
-    """This process as its record says it: boot, PID namespace, id, start. "" where the machine
-    does not tell."""
+    """This process as its record says it: boot, namespaces, id, start. "" where the machine does
+    not tell."""
     place, start = _own_place(), _start_of(os.getpid())
     return f"{place}/{os.getpid()}/{start}" if place and start else ""
 
@@ -123,7 +123,9 @@ def _own_place() -> str:
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = file.read().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}" if boot else ""
+        # A start time counts from the boot as the reader's time namespace has it.
+        spaces = (os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "time"))
+        return f"{boot}/{'/'.join(spaces)}" if boot else ""
     except OSError:
         return ""
 
