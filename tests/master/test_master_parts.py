@@ -63,6 +63,14 @@ def test_a_worker_that_worked_for_a_while_starts_again_at_once():
     assert restarts.ended(-9, 40, was_ready=True) is None
 
 
+def test_ends_that_requests_are_the_reason_of_say_nothing_of_the_worker():
+    restarts = WorkerRestarts()
+    assert restarts.ended(-9, 0, was_ready=True) == 0.0
+    assert all(restarts.ended(1, t, was_ready=True, is_excused=True) == 0.0 for t in range(1, 9))
+    assert restarts.ended(-9, 9, was_ready=True) == 0.5
+    assert restarts.num_recent == 2
+
+
 def test_a_worker_that_never_was_ready_is_not_started_at_once():
     restarts = WorkerRestarts()
     assert [restarts.ended(-9, t, was_ready=False) for t in (0, 1, 2)] == [0.5, 1.0, 2.0]

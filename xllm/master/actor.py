@@ -239,6 +239,8 @@ class MasterActor(Actor):
         self._profile = None
         self.sleeping.worker_lost()
         num_in_steps = sum(one.steps.num_in_steps for one in self.models)
+        if by_itself and any(one.steps.is_lone for one in self.models):
+            self.workers.excuse()
         for one in self.models:
             one.worker_lost(reason, by_itself, num_in_steps)
 

@@ -54,6 +54,11 @@ class StepPlanner:
         return self._take_turns(is_clear) if state.lone else self._plan_shared(may_start=True)
 
     @property
+    def is_lone(self) -> bool:
+        """Whether a step that a request shares with nobody is under way."""
+        return self._lone.is_under_way
+
+    @property
     def is_apart(self) -> bool:
         """Whether nothing of another model may be under way with what this one has or plans."""
         return self._lone.is_under_way or (bool(self._state.lone) and self._lone.is_wanted)

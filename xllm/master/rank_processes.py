@@ -52,6 +52,7 @@ class RankProcesses:
         self._restarts = WorkerRestarts()
         self._num_oom_kills = count_oom_kills()
         self._has_given_up = False
+        self._is_excused = False
         self.was_ready = False
         self.is_ending = False
         self._children = Children(self._on_exit)
@@ -69,6 +70,15 @@ class RankProcesses:
     def pid(self, link: RankLink) -> int:
         """Pid of a rank's process; 0: none of ours runs."""
         return self._children.pids.get(link.name, 0)
+
+    def ready(self) -> None:
+        """All of them have loaded."""
+        self.was_ready = True
+        self._is_excused = False
+
+    def excuse(self) -> None:
+        """A request is the reason of what just ended one of them, or is about to."""
+        self._is_excused = True
 
     def start(self) -> None:
         """Start the ranks that do not run."""
@@ -109,7 +119,10 @@ class RankProcesses:
         if end.expected or self.is_ending or self._actor.stopping or self._has_given_up:
             return
         now = time.monotonic()
-        delay_s = self._restarts.ended(end.code, now, was_ready=self.was_ready)
+        is_excused, self._is_excused = self._is_excused, False
+        delay_s = self._restarts.ended(
+            end.code, now, was_ready=self.was_ready, is_excused=is_excused
+        )
         if delay_s is None:
             self._has_given_up = True
             self._given_up(link, self._restarts.exit_code, end.code)

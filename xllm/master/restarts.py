@@ -3,7 +3,7 @@
 Pure: it is told ends and the time. A worker that had been ready, and did not end within the last
 CALM_S, is started again at once; others back off from 0.5 s to 30 s. Five ends within a minute, or
 one that another try cannot help (a wrong setting, a missing thing before the first start), and it
-gives up.
+gives up. An end that a request is known to be the reason of says nothing of the worker.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ class WorkerRestarts:
         """Ends within the window, as of the last one."""
         return len(self._ends)
 
-    def ended(self, code: int, now: float, *, was_ready: bool) -> float | None:
+    def ended(
+        self, code: int, now: float, *, was_ready: bool, is_excused: bool = False
+    ) -> float | None:
         """A worker ended unasked, with this exit code (negative: a signal). Seconds until it is
         started again; None: give up."""
+        if is_excused:
+            return 0.0
         while self._ends and now - self._ends[0] >= WINDOW_S:
             self._ends.popleft()
         self._ends.append(now)

@@ -140,6 +140,11 @@ class Scheduler:
         return self._planner.is_apart
 
     @property
+    def is_lone(self) -> bool:
+        """Whether such a step is under way."""
+        return self._planner.is_lone
+
+    @property
     def num_in_steps(self) -> int:
         """Requests in the steps in flight, those that have ended meanwhile included."""
         steps = self._state.steps.values()

@@ -80,6 +80,11 @@ class StepLoop:
         return self.scheduler.num_in_steps if self.scheduler is not None else 0
 
     @property
+    def is_lone(self) -> bool:
+        """Whether the plan under way is one that a request shares with nobody, on purpose."""
+        return self.scheduler is not None and self.scheduler.is_lone
+
+    @property
     def is_apart(self) -> bool:
         """Whether no other model may plan: a step that a request shares with nobody is under way,
         or is to be the next."""

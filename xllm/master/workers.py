@@ -109,6 +109,10 @@ class WorkerGroup:
         """Pids of the workers that were started here."""
         return self._processes.pids
 
+    def excuse(self) -> None:
+        """A request is the reason of the loss that the owner is just told of."""
+        self._processes.excuse()
+
     def start(self) -> None:
         """Start the workers, or wait for those that are started on their own."""
         self._processes.start()
@@ -228,7 +232,7 @@ class WorkerGroup:
             self._owner.worker_given_up(error.exit_code, error.code, error.message)
             return
         if merged is not None:
-            self._processes.was_ready = True
+            self._processes.ready()
             self._owner.worker_ready(merged)
 
     def _failed(self, link: RankLink, message: WorkerFailed, now: float) -> None:
