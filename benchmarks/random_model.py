@@ -34,8 +34,37 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 8,
         "head_dim": 128,
     },
+    "1.7b": {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "4b": {
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "8b": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
 }
-"""Sizes by name, as config.json calls them: one of about 51 million weights, and Qwen3-0.6B's."""
+"""Sizes by name, as config.json calls them: one of about 51 million weights, and those of Qwen3's
+dense models."""
 _FIXED = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -73,6 +102,8 @@ def tensor_shapes(sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
     }
+    if not sizes.get("tie_word_embeddings", True):
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     for index in range(sizes["num_hidden_layers"]):
         for name, shape in layer.items():
             shapes[f"model.layers.{index}.{name}.weight"] = shape

@@ -27,6 +27,9 @@ def num_weights(sizes) -> int:
 def test_shapes_have_the_sizes_of_their_names():
     assert 45e6 < num_weights(SHAPES["50m"]) < 55e6
     assert 590e6 < num_weights(SHAPES["0.6b"]) < 600e6
+    assert 1.70e9 < num_weights(SHAPES["1.7b"]) < 1.75e9
+    assert 4.00e9 < num_weights(SHAPES["4b"]) < 4.05e9
+    assert 8.15e9 < num_weights(SHAPES["8b"]) < 8.25e9
 
 
 def test_a_random_model_can_be_read(tmp_path):

@@ -294,6 +294,21 @@ class WorkerSettings:
         "Who computes on a CPU: compiled kernels, or torch; auto: compiled where they were built.",
         choices=("auto", "compiled", "torch"),
     )
+    graph_max_batch: int = setting(
+        256,
+        "Decodes of up to this many sequences are launched as one captured graph, on a device that "
+        "has graphs; 0: never.",
+        low=0,
+        high=4096,
+    )
+    graph_max_rows: int = setting(
+        2048,
+        "Other steps of up to this many rows are launched as captured graphs between their "
+        "attentions; 0: never.",
+        unit="tokens",
+        low=0,
+        high=1 << 16,
+    )
     deterministic: bool = setting(False, "Bit-identical logits for a token in any batch.")
     rank: int = setting(0, "Rank of this worker in its instance.", low=0)
     collective_host: str = setting(

@@ -48,6 +48,14 @@ class StepBatch:
             return None
         return [entry.last_row for entry in self.entries]
 
+    def refresh_tokens(self) -> None:
+        """Read the rows' tokens again, as those that were pending are known now."""
+        for entry in self.entries:
+            item = entry.item
+            given = item.options.token_ids if item.options is not None else ()
+            found = given or entry.state.tokens(item.start, item.start + item.num_tokens)
+            self.token_ids[entry.first_row : entry.first_row + item.num_tokens] = found
+
     def single_rows(self) -> list[Span]:
         """The spans cut into spans of one row each, in order."""
         return [

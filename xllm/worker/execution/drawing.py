@@ -98,7 +98,7 @@ class TokenDrawer:
         places = self._index([entry.last_row for entry in entries])
         part = self._head.part(hidden.index_select(0, places))
         self._tick()
-        rows = [_sample_row(entry) for entry in entries]
+        rows = [sample_row(entry) for entry in entries]
         is_bare = [self._sampler.takes_best(row) for row in rows]
         bare = [index for index, found in enumerate(is_bare) if found]
         others = [index for index, found in enumerate(is_bare) if not found]
@@ -137,7 +137,8 @@ class TokenDrawer:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
 
-def _sample_row(entry: BatchEntry) -> SampleRow:
+def sample_row(entry: BatchEntry) -> SampleRow:
+    """What the draw of an entry's token depends on."""
     state = entry.state
     return SampleRow(
         sampling=state.sampling,

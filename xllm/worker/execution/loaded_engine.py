@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from xllm.config.settings import Settings
 from xllm.protocol.step import WorkerReady
 from xllm.worker.collectives.ranks import Ranks
 from xllm.worker.context import fit_context
+from xllm.worker.execution.device.steps import DeviceSteps
 from xllm.worker.execution.drawing import TokenDrawer
 from xllm.worker.execution.layer_loop import LayerLoop
 from xllm.worker.execution.loading import LoadedModel
@@ -31,6 +33,7 @@ from xllm.worker.memory.mapper import PageMapper
 from xllm.worker.memory.plan import log_plan
 from xllm.worker.memory.sharing import SharedPages
 from xllm.worker.memory.slots import SlotSpace
+from xllm.worker.models.model import WholeModel
 from xllm.worker.platform.platform import Platform
 from xllm.worker.sampling.greedy import best_tokens
 
@@ -53,11 +56,20 @@ class LoadedEngine:
     experts: ExpertTables | None
     pooler: Pooler | None
     """Of a model that is served for vectors."""
+    device: DeviceSteps | None = None
+    """Launches steps where the device computes behind the host's back."""
     has_left_nan: bool = False
     """Whether a sequence of it did; see CpuKvMemory.may_hold_nan."""
 
+    def note_nan(self, found: bool) -> None:
+        """Whether a sequence just left numbers that are not finite."""
+        if found:
+            self.pool.may_hold_nan = self.has_left_nan = True
+
     def close(self) -> None:
-        """Give slots and KV back; nothing of it may be used any more."""
+        """Give graphs, slots and KV back; nothing of it may be used any more."""
+        if self.device is not None:
+            self.device.close()
         self.platform.synchronize()  # nothing may run over what is unmapped
         if self.mapper is not None:
             self.mapper.close()
@@ -112,7 +124,27 @@ def make_engine(
         loaded.num_bytes,
         model.experts,
         Pooler(model, tick) if loaded.task.pooling else None,
+        None if slots is None else _on_device(settings, read, pool, model_len, tick),
     )
+
+
+def _on_device(
+    settings: Settings,
+    read: ReadModel,
+    pool: KvMemory,
+    model_len: int,
+    tick: Callable[[], None],
+) -> DeviceSteps | None:
+    """What launches steps on an accelerator with kernels of our own; None: everything is torch's,
+    or the bits of a row may not depend on its batch."""
+    if read.platform.kernels != "triton" or settings.worker.deterministic:
+        return None
+    if settings.master.num_workers > 1 or isinstance(read.loaded.model, WholeModel):
+        return None
+    # Only an accelerator has what it imports.
+    from xllm.worker.execution.device.making import make_device_steps
+
+    return make_device_steps(settings, read, pool, model_len, tick)
 
 
 def _share(

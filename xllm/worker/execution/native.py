@@ -17,17 +17,18 @@ import torch
 from xllm.config.settings import Settings
 from xllm.errors import EngineError
 from xllm.protocol.step import StepPlan, WorkerReady
-from xllm.worker.attention.plan import Span
 from xllm.worker.collectives.making import make_ranks
 from xllm.worker.execution.batch import StepBatch, build_batch
+from xllm.worker.execution.device.steps import DeviceStatistics
+from xllm.worker.execution.device.under_way import StepUnderWay, most_needed
 from xllm.worker.execution.layer_loop import LayerHook
 from xllm.worker.execution.loaded_engine import LoadedEngine, make_engine
 from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.progress import ProgressCounter
 from xllm.worker.execution.reading import ReadModel, read_model
 from xllm.worker.execution.sequences import SequenceTable, SequenceTableStatistics
-from xllm.worker.executor import Executor, HostedExecutor, StepOutput
-from xllm.worker.memory.cpu_memory import CpuKvMemory
+from xllm.worker.execution.torch_steps import run_through_torch
+from xllm.worker.executor import DoneStep, Executor, HostedExecutor, LaunchedStep, StepOutput
 from xllm.worker.memory.making import (
     check_shareable,
     one_block,
@@ -60,6 +61,8 @@ class NativeStatistics:
     pool: KvPoolStatistics
     mapper: MapperStatistics | None = None
     """None: it reads by block tables."""
+    device: DeviceStatistics | None = None
+    """None: steps are not launched, they are run."""
 
 
 class NativeExecutor:
@@ -153,6 +156,8 @@ class NativeExecutor:
 
     def _forget(self, engine: LoadedEngine) -> None:
         """Sequence numbers may begin anew: nothing of the old ones may be found."""
+        if engine.device is not None:
+            engine.note_nan(engine.device.wait(engine.table))
         engine.table = SequenceTable(engine.pool.layout.num_blocks, engine.ready.vocab_size)
         engine.pool.forget()
         if engine.mapper is not None:
@@ -163,6 +168,10 @@ class NativeExecutor:
     def execute(self, plan: StepPlan) -> StepOutput:
         """Run one plan; see Executor. An item that cannot run is reported alone. A sequence that
         failed, alone or with its step, fails from then on: later plans may be on their way."""
+        return self.launch(plan).wait()
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """See LaunchingExecutor. On a CPU the plan was run when this returns."""
         engine = self._loaded()
         began = time.perf_counter_ns()
         try:
@@ -173,13 +182,12 @@ class NativeExecutor:
             for item in plan.items:
                 engine.table.refuse(item.seq, "a step of it failed")
             raise
-        finally:
-            if engine.mapper is not None:
-                engine.mapper.end_step()
+        self._num_steps += 1
+        if isinstance(outputs, StepUnderWay):
+            return outputs
         for index, reason in outputs.failed.items():
             engine.table.refuse(plan.items[index].seq, reason)
-        self._num_steps += 1
-        return outputs.pack(plan.step, time.perf_counter_ns() - began)
+        return DoneStep(outputs.pack(plan.step, time.perf_counter_ns() - began))
 
     def close(self) -> None:
         """Drop the model and its KV, leave the other ranks."""
@@ -198,6 +206,7 @@ class NativeExecutor:
             engine.table.statistics(),
             engine.pool.statistics(),
             None if engine.mapper is None else engine.mapper.statistics(),
+            None if engine.device is None else engine.device.statistics(),
         )
 
     def check(self) -> None:
@@ -208,14 +217,26 @@ class NativeExecutor:
         if engine.mapper is not None:
             engine.mapper.check()
 
-    def _compute(self, engine: LoadedEngine, plan: StepPlan) -> StepOutputs:
+    def _compute(self, engine: LoadedEngine, plan: StepPlan) -> StepOutputs | StepUnderWay:
+        size = engine.pool.layout.block_size
+        if engine.device is not None:
+            engine.note_nan(engine.device.make_room(engine.table, plan.maps, size))
         engine.table.begin(plan)
         if engine.pooler is not None:
             engine.pooler.begin(plan)
-        size = engine.pool.layout.block_size
         if engine.mapper is not None:
             needs = engine.table.slot_needs(plan.items, size)
+            if engine.device is not None:
+                # What steps under way touch is not let go for the plan behind this one either.
+                needs = most_needed(needs, engine.device.under_way.needs(size))
             engine.mapper.begin_step(plan.step, plan.maps, needs)
+        try:
+            return self._begin(engine, plan, size)
+        finally:
+            if engine.mapper is not None and engine.device is None:
+                engine.mapper.end_step()
+
+    def _begin(self, engine: LoadedEngine, plan: StepPlan, size: int) -> StepOutputs | StepUnderWay:
         engine.pool.copy_blocks(plan.copies)
         batch = build_batch(
             plan.items, engine.table, size, engine.ready.max_model_len, engine.mapper
@@ -227,7 +248,11 @@ class NativeExecutor:
             engine.experts.take_counts()  # of a warm-up, or of a step that broke off
         if batch.entries:
             with torch.inference_mode():
-                self._run(engine, batch, outputs)
+                under_way = self._run(engine, plan.step, batch, outputs)
+            if under_way is not None:
+                return under_way
+        elif engine.device is not None:
+            engine.note_nan(engine.device.wait(engine.table))  # answered behind those before it
         if engine.experts is not None:
             outputs.expert_counts = engine.experts.take_counts()
         return outputs
@@ -252,36 +277,29 @@ class NativeExecutor:
             began,
         )
 
-    def _run(self, engine: LoadedEngine, batch: StepBatch, outputs: StepOutputs) -> None:
-        pool = engine.pool
-        if pool.may_hold_nan:
-            # What another model left in a block is cleared once, when a sequence comes to it.
-            entered = isinstance(pool, CpuKvMemory) and pool.is_shared and not engine.has_left_nan
-            pool.clear_slots(_tails(batch.spans, pool.layout.block_size, entered=entered))
+    def _run(
+        self, engine: LoadedEngine, step: int, batch: StepBatch, outputs: StepOutputs
+    ) -> StepUnderWay | None:
+        """Compute a batch; None where its outputs are there."""
         num_failed = len(outputs.failed)
-        loop = engine.loop
-        if self._settings.worker.deterministic and not loop.batch_invariant:
-            hidden = loop.run_single_rows(batch.single_rows(), batch.token_ids, self._hooks)
+        device = engine.device
+        if device is not None and not self._hooks and device.can_run(batch):
+            is_plain = engine.pooler is None and engine.experts is None
+            if is_plain and device.can_draw(batch):
+                return device.launch(step, batch, outputs)
+            batch, hidden = device.hidden(batch)
+            engine.note_nan(device.wait(engine.table))
         else:
-            is_read_whole = engine.pooler is not None or bool(self._hooks)
-            read = None if is_read_whole else batch.read_rows()
-            hidden = loop.run(batch.spans, batch.token_ids, self._hooks, read)
+            if device is not None:
+                engine.note_nan(device.wait(engine.table))
+                batch.refresh_tokens()
+            hidden = run_through_torch(
+                engine, batch, self._hooks, alone=self._settings.worker.deterministic
+            )
         engine.drawer.draw(batch, hidden, outputs)
         if engine.pooler is not None:
             engine.pooler.pool(batch, hidden, outputs)
         engine.platform.synchronize()
         self._progress.settle()
-        if len(outputs.failed) > num_failed:
-            engine.pool.may_hold_nan = engine.has_left_nan = True
-
-
-def _tails(spans: Sequence[Span], block_size: int, *, entered: bool) -> list[int]:
-    """The slots behind each span's end in its last block: they are read, masked, and may hold
-    what another sequence left. `entered`: only where the span begins its last block."""
-    slots: list[int] = []
-    for span in spans:
-        block, offset = divmod(span.end, block_size)
-        if offset and not (entered and span.start > block * block_size):
-            first = span.block_ids[block] * block_size
-            slots.extend(range(first + offset, first + block_size))
-    return slots
+        engine.note_nan(len(outputs.failed) > num_failed)
+        return None

@@ -16,6 +16,9 @@ from xllm.worker.platform.platform import DeviceMark
 _TICKS_A_MARK = 4
 """A mark is a call into the device's driver; a count in four is enough there."""
 
+_MAX_MARKS = 256
+"""Marks kept where nobody asks how far the device has come."""
+
 
 class ProgressCounter:
     """Counts pieces of work. One thread ticks, another may read `value`: each field has one
@@ -56,7 +59,7 @@ class ProgressCounter:
         self._launched += 1
         if self._mark is None:
             self._settled = self._launched
-        elif self._launched % _TICKS_A_MARK == 0:
+        elif self._launched % _TICKS_A_MARK == 0 and len(self._pending) < _MAX_MARKS:
             mark = self._mark()
             if mark is not None:
                 self._pending.append((self._launched, mark))

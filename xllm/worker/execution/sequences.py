@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from xllm.errors import EngineError, InvariantError
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import NewSequence, StepItem, StepPlan
+from xllm.worker.execution.pending_tokens import PENDING, PendingTokens
 from xllm.worker.sampling.counts import TokenCounts
 
 
@@ -25,6 +26,7 @@ class SequenceState:
         "choice",
         "counts",
         "output_ids",
+        "pending",
         "prompt_ids",
         "sampling",
         "seq",
@@ -42,10 +44,11 @@ class SequenceState:
         self.slot = new.slot
         self.block_ids = array("q")
         self.counts: TokenCounts | None = None
+        self.pending = PendingTokens()
 
     @property
     def length(self) -> int:
-        """Tokens known: prompt and output."""
+        """Tokens of prompt and output, those that are pending too."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     def append(self, token: int) -> None:
@@ -54,8 +57,19 @@ class SequenceState:
         if self.counts is not None:
             self.counts.add(token)
 
+    def expect(self, source: int) -> None:
+        """One more token is drawn, to a place of the device; see PendingTokens."""
+        self.pending.add(self.length, source)
+        self.output_ids.append(PENDING)
+
+    def settle(self, token: int) -> None:
+        """The first of the pending tokens is known."""
+        self.output_ids[self.pending.settle() - len(self.prompt_ids)] = token
+        if self.counts is not None:
+            self.counts.add(token)
+
     def counted(self) -> TokenCounts:
-        """The counts of its tokens, kept from the first call on."""
+        """The counts of its tokens, of which none is pending; kept from the first call on."""
         if self.counts is None:
             self.counts = TokenCounts(self.prompt_ids, self.output_ids)
         return self.counts

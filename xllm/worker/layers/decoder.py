@@ -5,6 +5,7 @@ It computes; where keys and values are kept, and which of them a row sees, is th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import torch
 from xllm.worker.kernels.experts import PackedExperts
 from xllm.worker.kernels.fused import LayerParts
 from xllm.worker.kernels.linear import PackedLinear
+from xllm.worker.layers.linear import Linear
 from xllm.worker.layers.mlp import GatedMlp
 from xllm.worker.layers.norm import RmsNorm
 from xllm.worker.layers.rotary import RotaryTables
@@ -49,6 +51,19 @@ class FeedForward(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] to [rows, hidden]."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """A layer's weights as torch has them. `head_norms`: of queries and keys [head_dim], where the
+    family has them; `mlp`: its feed-forward half, which treats each row alone."""
+
+    qkv: Linear
+    out: Linear
+    mlp: FeedForward
+    input_norm: RmsNorm
+    output_norm: RmsNorm
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class DecoderLayer:
@@ -99,6 +114,14 @@ class DecoderLayer:
             self._qk_norm.weight = torch.cat(
                 (q.expand(self._num_heads, -1), k.expand(self._num_kv_heads, -1))
             )
+
+    def weights(self) -> LayerWeights | None:
+        """The weights as they are; None: they are packed."""
+        qkv, out = self._qkv, self._out
+        if not isinstance(qkv, Linear) or not isinstance(out, Linear):
+            return None
+        norms = self._input_norm, self._output_norm
+        return LayerWeights(qkv, out, self._mlp, *norms, self._qk_norm_parts)
 
     def parts(self) -> LayerParts | None:
         """The weights as the kernels take them; None: they are not packed, or the feed-forward half

@@ -7,7 +7,7 @@ import torch
 from xllm.errors import ConfigError, EngineError
 from xllm.worker.kernels.fused import FusedHead, LayerParts
 from xllm.worker.kernels.linear import PackedLinear
-from xllm.worker.layers.decoder import Attention, DecoderLayer, FeedForward
+from xllm.worker.layers.decoder import Attention, DecoderLayer, FeedForward, LayerWeights
 from xllm.worker.layers.experts import ExpertTables
 from xllm.worker.layers.linear import Linear
 from xllm.worker.layers.norm import RmsNorm
@@ -109,6 +109,12 @@ class DenseDecoder:
             assert self._head.team is not None
             norm = self._norm
             self._fused_head = FusedHead(self._head.team, norm.weight, norm.eps, self._head)
+
+    def weights(self) -> list[LayerWeights] | None:
+        """Each layer's weights in torch; None: they are packed."""
+        found = [layer.weights() for layer in self._layers]
+        plain = [weights for weights in found if weights is not None]
+        return plain if len(plain) == len(found) else None
 
     def parts(self) -> list[LayerParts] | None:
         """Each layer's weights as the kernels take them; None: they are not packed, or not all of

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from xllm.worker.kernels.fused import LayerParts
-from xllm.worker.layers.decoder import Attention
+from xllm.worker.layers.decoder import Attention, LayerWeights
 from xllm.worker.layers.experts import ExpertTables
 from xllm.worker.layers.rotary import RotaryTables
 from xllm.worker.loader.config import ModelConfig, RawConfig
@@ -59,6 +59,9 @@ class NativeModel(DecoderModel, Protocol):
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same for the kernels: cosines and sines, fp32 [rows, head_dim / 2]."""
+
+    def weights(self) -> list[LayerWeights] | None:
+        """Each layer's weights in torch; None: they are packed."""
 
     def parts(self) -> list[LayerParts] | None:
         """Each layer's weights as the kernels take them; None: they are not packed, or not all of

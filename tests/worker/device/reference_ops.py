@@ -1,0 +1,128 @@
+"""The kernels of a device in plain torch: slow on any device, quick where Triton is interpreted.
+
+They read and write keys and values by address, as the kernels do, in memory that is the host's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from tests.worker.platform.host_device import FakeDriver
+from xllm.worker.sampling.edits import needs_edit
+from xllm.worker.sampling.sampler import Sampler
+
+
+class ReferenceOps:
+    """DeviceOps over a layout."""
+
+    def __init__(self, config, layout, dtype):
+        self._config = config
+        self._layout = layout
+        self._dtype = dtype
+        self._driver = FakeDriver()
+
+    def add_norm(self, x, residual, weight, eps):
+        residual += x
+        return self.norm(residual, weight, eps)
+
+    def norm(self, x, weight, eps):
+        return F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype) * weight
+
+    def gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def place(self, layer, qkv, norms, angles, row_addresses, positions, q_out):
+        config, rows = self._config, qkv.shape[0]
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        parts = qkv.view(rows, heads + 2 * kv_heads, config.head_dim)
+        q, k, v = parts.split([heads, kv_heads, kv_heads], dim=1)
+        if norms is not None:
+            q, k = self.norm(q, norms.q, norms.eps), self.norm(k, norms.k, norms.eps)
+        cos, sin = (torch.cat([x, x], dim=-1)[:, None] for x in angles)
+        q, k = (x * cos + torch.cat((-x.chunk(2, -1)[1], x.chunk(2, -1)[0]), -1) * sin
+                for x in (q, k))  # fmt: skip
+        q_out.copy_(q)
+        for row, (address, position) in enumerate(
+            zip(row_addresses.tolist(), positions.tolist(), strict=True)
+        ):
+            if address:
+                self._token(address, position, layer, False).copy_(k[row])
+                self._token(address, position, layer, True).copy_(v[row])
+
+    def attend_decodes(self, layer, q, sequences, rows_each, out):
+        for number, length in enumerate(sequences.lengths.tolist()):
+            rows = slice(number * rows_each, (number + 1) * rows_each)
+            address = int(sequences.addresses[number])
+            out[rows] = self._attended(layer, q[rows], address, length)
+
+    def attend_prompts(self, layer, q, sequences, row_starts, row_tiles, out):
+        starts = row_starts.tolist()
+        assert row_tiles.tolist() == [[number, 0] for number in range(len(starts) - 1)]
+        for number, length in enumerate(sequences.lengths.tolist()):
+            rows = slice(starts[number], starts[number + 1])
+            address = int(sequences.addresses[number])
+            out[rows] = self._attended(layer, q[rows], address, length)
+
+    def tile_rows(self, counts, lengths):
+        return [(number, 0) for number in range(len(counts))]
+
+    def _attended(self, layer, q, address, length):
+        if not length:
+            return torch.zeros_like(q)
+        tokens = range(length)
+        keys = torch.stack([self._token(address, token, layer, False) for token in tokens], 1)
+        values = torch.stack([self._token(address, token, layer, True) for token in tokens], 1)
+        position = torch.arange(length - len(q), length)
+        mask = torch.arange(length)[None] <= position[:, None]
+        if window := self._config.layer_windows[layer]:
+            mask &= torch.arange(length)[None] > position[:, None] - window
+        found = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, enable_gqa=True
+        )
+        return found[0].transpose(0, 1)
+
+    def _token(self, address, token, layer, is_value):
+        """[kv_heads, head_dim] of a token; shares the memory."""
+        layout = self._layout
+        size, item = layout.block_size, layout.item_bytes
+        begin = address + token // size * layout.block_bytes
+        block = self._driver.tensor(begin, layout.block_bytes).view(self._dtype)
+        offset = layer * layout.layer_numbers + is_value * layout.value_numbers
+        offset += token % size * layout.head_dim
+        assert layout.head_bytes == layout.head_numbers * item
+        return block.as_strided(
+            (layout.num_kv_heads, layout.head_dim), (layout.head_numbers, 1), offset
+        )
+
+
+@dataclasses.dataclass
+class _Numbers:
+    numbers: torch.Tensor
+    filtered: bool = False
+
+
+class ReferenceDraws:
+    """DeviceDraws by the ordinary sampler."""
+
+    def __init__(self, vocab_size, device, most):
+        self._sampler = Sampler(vocab_size, device)
+        self._rows: list = []
+
+    def is_for_device(self, row):
+        return row.sampling.logprobs is None and row.num_samples == 1 and not needs_edit(row)
+
+    def prepare(self, rows):
+        self._rows = list(rows)
+        return _Numbers(torch.arange(len(rows)))
+
+    def draw(self, logits, device_inputs, out_tokens, out_flags, *, filtered):
+        rows = [self._rows[number] for number in device_inputs.tolist()]
+        found = self._sampler.sample(logits.clone(), rows)
+        failed = dict(found.failed)
+        for number, tokens in enumerate(found.tokens):
+            out_flags[number] = number in failed
+            out_tokens[number] = tokens[0] if tokens else 0

@@ -1,0 +1,1 @@
+"""Steps on a device that computes behind the host's back: launched, replayed, collected."""

@@ -1,0 +1,54 @@
+"""The device steps of a model that was loaded: its layers over our kernels, buffers, graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+
+from xllm.config.settings import Settings
+from xllm.worker.execution.device.layer import DeviceLayer
+from xllm.worker.execution.device.runner import DeviceRunner
+from xllm.worker.execution.device.steps import DeviceSteps, DrawnTokens
+from xllm.worker.execution.device.triton_ops import TritonOps
+from xllm.worker.execution.reading import ReadModel
+from xllm.worker.graphs.choice import GraphLimits
+from xllm.worker.memory.device_memory import DeviceKvMemory
+from xllm.worker.memory.kv_memory import KvMemory
+from xllm.worker.models.model import WholeModel
+from xllm.worker.sampling.device_sampler import DeviceSampler
+
+log = structlog.get_logger(__name__)
+
+
+def make_device_steps(
+    settings: Settings,
+    read: ReadModel,
+    pool: KvMemory,
+    model_len: int,
+    tick: Callable[[], None],
+) -> DeviceSteps | None:
+    """Steps of a native model on its platform, with graphs captured for small decodes; None where
+    the kernels cannot have its weights or its memory, which a line in the log says."""
+    platform, model = read.platform, read.loaded.model
+    assert not isinstance(model, WholeModel)
+    weights = model.weights()
+    if weights is None or not isinstance(pool, DeviceKvMemory):
+        log.warning("device_steps_not_used", packed=weights is None, memory=type(pool).__name__)
+        return None
+    config, dtype = model.config, read.loaded.dtype
+    ops = TritonOps(config, pool.layout, dtype)
+    layers = [DeviceLayer(index, one, ops) for index, one in enumerate(weights)]
+    most = settings.scheduler.max_num_seqs
+    drawn = DrawnTokens(most, platform.device)
+    # Rows of an expert are counted and gathered by the host: no graph holds them.
+    has_graphs = model.experts is None
+    limits = GraphLimits(
+        min(settings.worker.graph_max_batch, most) if has_graphs else 0,
+        settings.worker.graph_max_rows if has_graphs else 0,
+        max_model_len=model_len,
+    )
+    runner = DeviceRunner(model, layers, ops, platform, drawn.flat, dtype, limits, tick)
+    runner.warm_up()
+    sampler = DeviceSampler(config.vocab_size, platform.device, most)
+    return DeviceSteps(model, runner, sampler, drawn, platform)

@@ -1,0 +1,149 @@
+"""The numbers of a step as a device reads them: which token each row is, where it stands, where
+its sequence's keys lie.
+
+Pure. Decodes come first, so that they are one slice of the rows. A shape may be padded: rows and
+sequences behind the real ones have address 0 and length 0, which kernels neither write nor read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xllm.errors import InvariantError
+from xllm.worker.attention.plan import Span
+from xllm.worker.execution.batch import BatchEntry, StepBatch
+from xllm.worker.execution.pending_tokens import PENDING
+from xllm.worker.graphs.choice import LaunchShape
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowCounts:
+    """How many rows, sequences, and sequences of one row, which come first."""
+
+    num_rows: int
+    num_sequences: int
+    num_decodes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepRows:
+    """`sources`: where a pending token lies among the drawn ones, -1 for tokens that are known.
+    `row_starts` has the end of the last sequence, too: its last entries are equal where sequences
+    are padding."""
+
+    counts: RowCounts
+    token_ids: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    row_addresses: NDArray[np.int64]
+    addresses: NDArray[np.int64]
+    positions: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    row_starts: NDArray[np.int32]
+    read_rows: NDArray[np.int64]
+    """The rows whose outputs are drawn from, in the order of the batch's entries."""
+
+    @property
+    def shape(self) -> LaunchShape:
+        """What decides how it is launched."""
+        counts = self.counts
+        each = np.diff(self.row_starts)
+        first = int(each[0]) if len(each) else 0
+        is_even = bool((each == first).all())
+        return LaunchShape(
+            counts.num_rows,
+            counts.num_sequences,
+            first if is_even else 0,
+            int(self.lengths.max(initial=0)),
+        )
+
+    def alone(self) -> StepRows:
+        """The rows without their sequences, as what lies between attentions sees them."""
+        return dataclasses.replace(
+            self,
+            counts=RowCounts(self.counts.num_rows, 0, 0),
+            addresses=self.addresses[:0],
+            lengths=self.lengths[:0],
+            row_starts=self.row_starts[:1],
+            read_rows=self.read_rows[:0],
+        )
+
+    def padded(self, num_rows: int, num_sequences: int) -> StepRows:
+        """The same with rows and sequences that are nobody's behind the real ones."""
+        counts = self.counts
+        if num_rows < counts.num_rows or num_sequences < counts.num_sequences:
+            raise InvariantError(f"{counts} in {num_rows} rows of {num_sequences} sequences")
+        more_rows = num_rows - counts.num_rows
+        more = num_sequences - counts.num_sequences
+        return dataclasses.replace(
+            self,
+            token_ids=np.pad(self.token_ids, (0, more_rows)),
+            sources=np.pad(self.sources, (0, more_rows), constant_values=-1),
+            row_addresses=np.pad(self.row_addresses, (0, more_rows)),
+            positions=np.pad(self.positions, (0, more_rows)),
+            addresses=np.pad(self.addresses, (0, more)),
+            lengths=np.pad(self.lengths, (0, more)),
+            row_starts=np.pad(self.row_starts, (0, more), mode="edge"),
+        )
+
+
+def decodes_first(batch: StepBatch) -> StepBatch:
+    """The same batch with the entries of one row in front, in their order."""
+    order = sorted(range(len(batch.entries)), key=lambda at: batch.spans[at].num_rows != 1)
+    found = StepBatch(failed=batch.failed)
+    for at in order:
+        entry, span = batch.entries[at], batch.spans[at]
+        found.entries.append(dataclasses.replace(entry, first_row=len(found.token_ids)))
+        found.spans.append(span)
+        first = entry.first_row
+        found.token_ids.extend(batch.token_ids[first : first + span.num_rows])
+    return found
+
+
+def lay_out_rows(batch: StepBatch) -> StepRows:
+    """The numbers of a batch whose decodes come first and whose spans all have an address."""
+    spans = batch.spans
+    counts = np.array([span.num_rows for span in spans], dtype=np.int32)
+    starts = np.array([span.start for span in spans], dtype=np.int32)
+    addresses = np.array([span.address for span in spans], dtype=np.int64)
+    row_starts = np.zeros(len(spans) + 1, dtype=np.int32)
+    np.cumsum(counts, out=row_starts[1:])
+    num_rows = int(row_starts[-1])
+    # A row's position is its sequence's first one and how far it is behind that row.
+    shift = starts - row_starts[:-1]
+    token_ids = np.array(batch.token_ids, dtype=np.int64)
+    return StepRows(
+        RowCounts(num_rows, len(spans), int((counts == 1).sum())),
+        token_ids,
+        _sources(batch.entries, token_ids),
+        np.repeat(addresses, counts),
+        addresses,
+        np.arange(num_rows, dtype=np.int32) + np.repeat(shift, counts),
+        starts + counts,
+        row_starts,
+        np.array([entry.last_row for entry in batch.entries], dtype=np.int64),
+    )
+
+
+def has_addresses(spans: Sequence[Span]) -> bool:
+    """Whether every sequence of a step lies in a slot."""
+    return all(span.address for span in spans)
+
+
+def _sources(entries: Sequence[BatchEntry], token_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    sources = np.full(len(token_ids), -1, dtype=np.int64)
+    pending = np.flatnonzero(token_ids == PENDING)
+    if not len(pending):
+        return sources
+    wanted = set(pending.tolist())
+    for entry in entries:
+        start, end = entry.item.start, entry.item.start + entry.item.num_tokens
+        for offset, source in entry.state.pending.between(start, end):
+            sources[entry.first_row + offset] = source
+            wanted.discard(entry.first_row + offset)
+    if wanted:
+        raise InvariantError(f"rows {sorted(wanted)} have tokens that nobody draws")
+    return sources

@@ -1,0 +1,267 @@
+"""Runs the rows of a step through a model's layers: as one graph, as graphs between attentions, or
+operator by operator.
+
+The three give the same numbers: they start the same kernels on the same shapes but for padding.
+Invariant: a body that may be captured reads its inputs from tensors that stay and overwrites
+nothing that it read, so that it can be run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from xllm.worker.execution.device.layer import DeviceLayer
+from xllm.worker.execution.device.ops import DeviceOps, SequenceRows
+from xllm.worker.execution.device.rows import StepRows
+from xllm.worker.execution.device.tensors import StaticNumbers, StepTensors, upload_numbers
+from xllm.worker.graphs.cache import GraphCache, GraphStatistics
+from xllm.worker.graphs.choice import GraphChooser, GraphKey, GraphLimits, GraphMode
+from xllm.worker.loader.config import ModelConfig
+from xllm.worker.models.model import NativeModel
+from xllm.worker.platform.platform import Platform
+
+_MAX_GRAPHS = 64
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+class DeviceRunner:
+    """The layers of one model. `drawn`: int64, flat, where tokens that the host does not know are
+    found; `tick` is called after each layer that is launched, and as often for a graph. Used by
+    one thread."""
+
+    def __init__(
+        self,
+        model: NativeModel,
+        layers: list[DeviceLayer],
+        ops: DeviceOps,
+        platform: Platform,
+        drawn: torch.Tensor,
+        dtype: torch.dtype,
+        limits: GraphLimits,
+        tick: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._ops = ops
+        self._platform = platform
+        self._drawn = drawn
+        self._dtype = dtype
+        self._tick = tick
+        self._chooser = GraphChooser(limits)
+        device = platform.graphs()
+        self._graphs: GraphCache | None = None
+        self._static: dict[GraphKey, StaticNumbers] = {}
+        if device is not None and (limits.max_batch or limits.max_rows):
+            # One partial step is a graph for each stretch between two attentions.
+            self._graphs = GraphCache(device, _MAX_GRAPHS * (len(layers) + 1))
+            most = max(limits.max_batch * limits.max_rows_each, limits.max_rows)
+            self._stretch = _StretchTensors(model.config, most, dtype, platform.device)
+        self._num_steps = dict.fromkeys(GraphMode, 0)
+
+    @property
+    def steps_by_mode(self) -> dict[GraphMode, int]:
+        """Steps so far by the mode that they ran in."""
+        return dict(self._num_steps)
+
+    def graph_statistics(self) -> GraphStatistics | None:
+        """None: there are no graphs."""
+        return None if self._graphs is None else self._graphs.statistics()
+
+    def run(self, rows: StepRows) -> torch.Tensor:
+        """The last layer's output [rows, hidden] of a step's rows, on the device; valid until the
+        next call."""
+        for key in self._chooser.choose(rows.shape):
+            if key.mode == GraphMode.EAGER or self._graphs is None:
+                break
+            hidden = self._through(self._graphs, key, rows)
+            if hidden is not None:
+                self._num_steps[key.mode] += 1
+                return hidden
+        self._num_steps[GraphMode.EAGER] += 1
+        return self._eager(rows)
+
+    def warm_up(self, keys: tuple[GraphKey, ...] | None = None) -> None:
+        """Capture what is worth it before the first request; None: what the chooser says."""
+        if self._graphs is None:
+            return
+        for key in self._chooser.warm_keys() if keys is None else keys:
+            self._graphs.run(key, self._full_body(key))
+
+    def close(self) -> None:
+        """Give the graphs up."""
+        if self._graphs is not None:
+            self._graphs.close()
+        self._static.clear()
+
+    def _through(self, graphs: GraphCache, key: GraphKey, rows: StepRows) -> torch.Tensor | None:
+        """The step through the graphs of a key; None: they are not to be had."""
+        if key.mode == GraphMode.FULL:
+            if not graphs.is_open(key):
+                return None
+            self._numbers(key).fill(rows)
+            if not graphs.run(key, self._full_body(key)):
+                return None
+            self._ticks()
+            return self._stretch.hidden[: rows.counts.num_rows]
+        if not graphs.is_open((key, 0)):
+            return None
+        return self._partial(graphs, key, rows)
+
+    # -- operator by operator --------------------------------------------------------------------
+
+    def _eager(self, rows: StepRows) -> torch.Tensor:
+        tiles = self._tiles(rows)
+        tensors = upload_numbers(self._platform, rows, tiles)
+        residual = self._embed(tensors)
+        angles = self._model.angles(tensors.positions)
+        config = self._model.config
+        num_rows = rows.counts.num_rows
+        shape = (num_rows, config.num_heads, config.head_dim)
+        q = torch.empty(shape, dtype=self._dtype, device=residual.device)
+        attended = torch.empty_like(q)
+        added: torch.Tensor | None = None
+        for layer in self._layers:
+            addresses, positions = tensors.row_addresses, tensors.positions
+            layer.before(added, residual, angles, addresses, positions, q)
+            self._attend(layer.index, rows, tensors, q, attended)
+            added = layer.behind(attended.view(num_rows, -1), residual)
+            self._tick()
+        assert added is not None
+        return residual.add_(added)
+
+    def _attend(
+        self,
+        layer: int,
+        rows: StepRows,
+        tensors: StepTensors,
+        q: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Decodes as one batch, all others as prompts."""
+        counts = rows.counts
+        border, most = counts.num_decodes, int(rows.lengths.max())
+        if border:
+            of = SequenceRows(tensors.addresses[:border], tensors.lengths[:border], most)
+            self._ops.attend_decodes(layer, q[:border], of, 1, out[:border])
+        if border < counts.num_sequences:
+            of = SequenceRows(tensors.addresses[border:], tensors.lengths[border:], most)
+            # Their rows are counted from the first row of all, where q begins.
+            starts = tensors.row_starts[border:]
+            self._ops.attend_prompts(layer, q, of, starts, tensors.row_tiles, out)
+
+    def _tiles(self, rows: StepRows) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+        border = rows.counts.num_decodes
+        counts = np.diff(rows.row_starts)[border:].tolist()
+        tiles = self._ops.tile_rows(counts, rows.lengths[border:].tolist())
+        return np.array(tiles, dtype=np.int32).reshape(-1, 2)
+
+    def _embed(self, tensors: StepTensors) -> torch.Tensor:
+        drawn = self._drawn[tensors.sources.clamp(min=0)].clamp_(min=0)
+        ids = torch.where(tensors.sources >= 0, drawn, tensors.token_ids)
+        return self._model.embed(ids)
+
+    # -- one graph -------------------------------------------------------------------------------
+
+    def _numbers(self, key: GraphKey) -> StaticNumbers:
+        found = self._static.get(key)
+        if found is None:
+            found = StaticNumbers(self._platform, key.num_rows, key.num_sequences)
+            self._static[key] = found
+        return found
+
+    def _full_body(self, key: GraphKey) -> Callable[[], None]:
+        tensors, stretch = self._numbers(key).tensors, self._stretch
+        rows = key.num_rows
+        sequences = SequenceRows(tensors.addresses, tensors.lengths, key.max_length)
+
+        def body() -> None:
+            residual = self._embed(tensors)
+            angles = self._model.angles(tensors.positions)
+            q, attended = stretch.q[:rows], stretch.attended[:rows]
+            added: torch.Tensor | None = None
+            for layer in self._layers:
+                addresses, positions = tensors.row_addresses, tensors.positions
+                layer.before(added, residual, angles, addresses, positions, q)
+                self._ops.attend_decodes(layer.index, q, sequences, key.rows_each, attended)
+                added = layer.behind(attended.view(rows, -1), residual)
+            assert added is not None
+            torch.add(residual, added, out=stretch.hidden[:rows])
+
+        return body
+
+    # -- graphs between attentions ---------------------------------------------------------------
+
+    def _partial(self, graphs: GraphCache, key: GraphKey, rows: StepRows) -> torch.Tensor:
+        self._numbers(key).fill(rows.alone())
+        tensors = upload_numbers(self._platform, rows, self._tiles(rows))
+        stretch, num_rows = self._stretch, rows.counts.num_rows
+        for number in range(len(self._layers) + 1):
+            body = self._stretch_body(key, number)
+            if not graphs.run((key, number), body):
+                body()
+            if number < len(self._layers):
+                q, out = stretch.q[:num_rows], stretch.attended[:num_rows]
+                self._attend(self._layers[number].index, rows, tensors, q, out)
+                self._tick()
+        return stretch.hidden[:num_rows]
+
+    def _stretch_body(self, key: GraphKey, number: int) -> Callable[[], None]:
+        """What lies before attention `number`: the layer below from its attention on, and this one
+        up to its own; the first begins with the embedding, the last one ends the step."""
+        tensors, stretch, rows = self._numbers(key).tensors, self._stretch, key.num_rows
+        # Read from one, written to the other: what was read stays for another run.
+        source, residual = (side[:rows] for side in stretch.sides(number))
+        angles = stretch.angles(rows)
+
+        def body() -> None:
+            added: torch.Tensor | None = None
+            if number == 0:
+                residual.copy_(self._embed(tensors))
+                for place, found in zip(angles, self._model.angles(tensors.positions), strict=True):
+                    place.copy_(found)
+            else:
+                residual.copy_(source)
+                attended = stretch.attended[:rows].view(rows, -1)
+                added = self._layers[number - 1].behind(attended, residual)
+            if number == len(self._layers):
+                assert added is not None
+                torch.add(residual, added, out=stretch.hidden[:rows])
+                return
+            addresses, positions = tensors.row_addresses, tensors.positions
+            q = stretch.q[:rows]
+            self._layers[number].before(added, residual, angles, addresses, positions, q)
+
+        return body
+
+    def _ticks(self) -> None:
+        for _ in self._layers:
+            self._tick()
+
+
+class _StretchTensors:
+    """What graphs leave for each other and for attention between them, for `most` rows."""
+
+    def __init__(
+        self, config: ModelConfig, most: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        heads = (most, config.num_heads, config.head_dim)
+        state = (most, config.hidden_size)
+        self.q = torch.zeros(heads, dtype=dtype, device=device)
+        self.attended = torch.zeros(heads, dtype=dtype, device=device)
+        self.hidden = torch.zeros(state, dtype=dtype, device=device)
+        self._even = torch.zeros(state, dtype=dtype, device=device)
+        self._odd = torch.zeros(state, dtype=dtype, device=device)
+        half = (2, most, config.head_dim // 2)
+        self._angles = torch.zeros(half, dtype=torch.float32, device=device)
+
+    def sides(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows' state as stretch `number` finds it and where it leaves it."""
+        return (self._even, self._odd) if number % 2 else (self._odd, self._even)
+
+    def angles(self, rows: int) -> Angles:
+        """Cosines and sines of the rows."""
+        return self._angles[0, :rows], self._angles[1, :rows]

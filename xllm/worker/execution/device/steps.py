@@ -1,0 +1,170 @@
+"""Launches the steps of one model on its device: layers, head, draw, and the copy of the tokens.
+
+A step begins while the one before it runs: its tokens come from where that one draws them. Steps
+whose draws need what only the host knows (penalties, biases, log-probabilities, several choices)
+or whose rows have no slot give way to the host; they are counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from xllm.protocol.step import MapPages
+from xllm.worker.execution.batch import BatchEntry, StepBatch
+from xllm.worker.execution.device.ops import DeviceDraws
+from xllm.worker.execution.device.rows import decodes_first, has_addresses, lay_out_rows
+from xllm.worker.execution.device.runner import DeviceRunner
+from xllm.worker.execution.device.under_way import StepsUnderWay, StepUnderWay
+from xllm.worker.execution.drawing import sample_row
+from xllm.worker.execution.outputs import StepOutputs
+from xllm.worker.execution.sequences import SequenceTable
+from xllm.worker.graphs.cache import GraphStatistics
+from xllm.worker.graphs.choice import GraphMode
+from xllm.worker.models.model import NativeModel
+from xllm.worker.platform.copies import HostCopier
+from xllm.worker.platform.platform import Platform
+from xllm.worker.sampling.edits import needs_counts
+
+MAX_UNDER_WAY = 3
+"""Steps whose tokens the host has not seen: the master plans one ahead; one more may be on its way
+back."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceStatistics:
+    """Steps by how their layers were launched; those that waited for the ones before them, as the
+    host had to draw or their pages were in use; what became of graphs, where there are any."""
+
+    by_mode: dict[GraphMode, int]
+    num_host_draws: int
+    num_waited: int
+    graphs: GraphStatistics | None
+
+
+class DrawnTokens:
+    """The last tokens of up to MAX_UNDER_WAY + 1 steps on the device, of `most` rows each: a
+    later step finds them by place."""
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        self.most = most
+        self._data = torch.zeros((MAX_UNDER_WAY + 1, most), dtype=torch.int64, device=device)
+        self._at = 0
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """All places."""
+        return self._data.view(-1)
+
+    def next(self, count: int) -> tuple[int, torch.Tensor]:
+        """The first place of the next step's tokens, and the tensor [count] that they go to."""
+        self._at = (self._at + 1) % (MAX_UNDER_WAY + 1)
+        return self._at * self.most, self._data[self._at, :count]
+
+
+class DeviceSteps:
+    """The steps of one engine. Used by the engine's thread; what it launches is waited for by
+    another."""
+
+    def __init__(
+        self,
+        model: NativeModel,
+        runner: DeviceRunner,
+        sampler: DeviceDraws,
+        drawn: DrawnTokens,
+        platform: Platform,
+    ) -> None:
+        self._model = model
+        self._runner = runner
+        self._sampler = sampler
+        self._drawn = drawn
+        self._platform = platform
+        self._copier: HostCopier = platform.copier()
+        self._flags = torch.zeros(drawn.most, dtype=torch.uint8, device=platform.device)
+        self.under_way = StepsUnderWay()
+        self._num_host_draws = 0
+        self._num_waited = 0
+
+    def make_room(self, table: SequenceTable, maps: Sequence[MapPages], block_size: int) -> bool:
+        """Settle what is known; wait for the rest where too many are under way, or a plan maps
+        other pages where they read. Whether numbers came that are not finite."""
+        found = self.under_way.settle(table)
+        touched = self.under_way.needs(block_size)
+        is_in_use = any(one.first_page < touched.get(one.slot, 0) for one in maps)
+        if is_in_use or len(self.under_way) >= MAX_UNDER_WAY:
+            found = self.wait(table) or found
+        return found
+
+    def wait(self, table: SequenceTable) -> bool:
+        """Settle all that is under way, waiting for it; see `make_room`."""
+        if not len(self.under_way):
+            return False
+        self._num_waited += 1
+        return self.under_way.drain(table)
+
+    def can_run(self, batch: StepBatch) -> bool:
+        """Whether the layers of a batch can be launched here."""
+        return bool(batch.entries) and has_addresses(batch.spans)
+
+    def can_draw(self, batch: StepBatch) -> bool:
+        """Whether all its draws can be launched behind them."""
+        if any(entry.item.score_prompt for entry in batch.entries):
+            return False
+        drawing = [entry for entry in batch.entries if entry.item.num_samples]
+        return len(drawing) <= self._drawn.most and all(
+            # Counts are of tokens that the host knows.
+            not needs_counts(entry.state.sampling)
+            and self._sampler.is_for_device(sample_row(entry))
+            for entry in drawing
+        )
+
+    def hidden(self, batch: StepBatch) -> tuple[StepBatch, torch.Tensor]:
+        """The last layer's output of a batch whose draws are the host's, and the batch in the
+        order of its rows."""
+        self._num_host_draws += 1
+        ordered = decodes_first(batch)
+        return ordered, self._runner.run(lay_out_rows(ordered))
+
+    def launch(self, step: int, batch: StepBatch, outputs: StepOutputs) -> StepUnderWay:
+        """Launch a batch that can be run and drawn here."""
+        ordered = decodes_first(batch)
+        hidden = self._runner.run(lay_out_rows(ordered))
+        drawing = [entry for entry in ordered.entries if entry.item.num_samples]
+        first, tokens = self._drawn.next(len(drawing))
+        if drawing:
+            self._draw(drawing, hidden, tokens)
+        for number, entry in enumerate(drawing):
+            entry.state.expect(first + number)
+        # Where nothing is drawn some number tells that the step is done.
+        copy = self._copier.copy(tokens if drawing else self._drawn.flat[:1])
+        found = StepUnderWay(self.under_way, step, ordered.entries, drawing, copy, outputs)
+        self.under_way.add(found)
+        return found
+
+    def close(self) -> None:
+        """Let graphs and copies go; nothing is under way."""
+        self._copier.close()
+        self._runner.close()
+
+    def statistics(self) -> DeviceStatistics:
+        """A snapshot."""
+        return DeviceStatistics(
+            self._runner.steps_by_mode,
+            self._num_host_draws,
+            self._num_waited,
+            self._runner.graph_statistics(),
+        )
+
+    def _draw(
+        self, entries: Sequence[BatchEntry], hidden: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """Tokens of some entries, -1 where the model's output is not finite."""
+        inputs = self._sampler.prepare([sample_row(entry) for entry in entries])
+        places = torch.tensor([entry.last_row for entry in entries], dtype=torch.int64)
+        logits = self._model.head(hidden.index_select(0, self._platform.upload(places)))
+        flags = self._flags[: len(entries)]
+        numbers = self._platform.upload(inputs.numbers)
+        self._sampler.draw(logits, numbers, tokens, flags, filtered=inputs.filtered)
+        tokens.masked_fill_(flags != 0, -1)

@@ -1,0 +1,154 @@
+"""Steps that were launched and whose tokens are not in their sequences yet.
+
+Two threads meet here. The collector's waits for a step's tokens and makes its output; the engine's
+settles what was collected into the sequences before it builds the next batch, and may collect
+itself where it cannot go on without. Invariants: steps are collected and settled in the order of
+their launches; a sequence that failed in one fails in all behind it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from xllm.errors import InvariantError
+from xllm.worker.execution.batch import BatchEntry
+from xllm.worker.execution.outputs import StepOutputs
+from xllm.worker.execution.sequences import SequenceTable
+from xllm.worker.executor import StepOutput
+from xllm.worker.platform.copies import HostCopy
+
+NOT_FINITE = "the model's output is not a number (an overflow of its type?)"
+
+
+class StepUnderWay:
+    """One step. `drawn` entries get a token each, in the order of the copy's numbers, of which
+    there may be more; a negative one says that the model's output was not finite."""
+
+    def __init__(
+        self,
+        board: StepsUnderWay,
+        step: int,
+        entries: Sequence[BatchEntry],
+        drawn: Sequence[BatchEntry],
+        copy: HostCopy,
+        outputs: StepOutputs,
+    ) -> None:
+        self.entries = entries
+        self.drawn = drawn
+        self.outputs = outputs
+        self.tokens: list[int] = []
+        self.error: Exception | None = None
+        self.is_collected = False
+        self.duration_ns = 0
+        self._board = board
+        self._step = step
+        self._copy = copy
+        self._began_ns = time.perf_counter_ns()
+
+    @property
+    def is_done(self) -> bool:
+        """See LaunchedStep."""
+        return self.is_collected or self._copy.is_done()
+
+    def wait(self) -> StepOutput:
+        """See LaunchedStep."""
+        self._board.collect(self)
+        if self.error is not None:
+            raise self.error
+        return self.outputs.pack(self._step, self.duration_ns)
+
+    def receive(self, failed: dict[int, str], before_ns: int) -> int:
+        """Wait for the tokens and write the output; `failed`: sequences that failed before, and
+        now. When it was done; `before_ns`: when the step before it was."""
+        try:
+            self.tokens = self._copy.wait().tolist()[: len(self.drawn)]
+        except Exception as error:  # the device failed: whatever it raises is the step's end
+            self.error = error
+        else:
+            for entry, token in zip(self.drawn, self.tokens, strict=True):
+                seq = entry.item.seq
+                if token < 0:
+                    failed.setdefault(seq, NOT_FINITE)
+                if seq in failed:
+                    self.outputs.fail(entry.index, failed[seq])
+                else:
+                    self.outputs.tokens[entry.index] = (token,)
+        ended_ns = time.perf_counter_ns()
+        self.duration_ns = ended_ns - max(self._began_ns, before_ns)
+        self.is_collected = True
+        return ended_ns
+
+
+class StepsUnderWay:
+    """The steps of one engine, oldest first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._steps: deque[StepUnderWay] = deque()
+        self._failed: dict[int, str] = {}
+        self._ended_ns = 0
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def add(self, step: StepUnderWay) -> None:
+        """The last one to be launched. On the engine's thread."""
+        self._steps.append(step)
+
+    def collect(self, last: StepUnderWay) -> None:
+        """Wait for a step and those before it. On any thread."""
+        with self._lock:
+            for step in tuple(self._steps):
+                if not step.is_collected:
+                    self._ended_ns = step.receive(self._failed, self._ended_ns)
+                if step is last:
+                    return
+        if not last.is_collected:
+            raise InvariantError("a step was settled before it was collected")
+
+    def settle(self, table: SequenceTable) -> bool:
+        """Bring the tokens of collected steps into their sequences; whether one of them left
+        numbers that are not finite. On the engine's thread."""
+        has_failed = False
+        while self._steps and self._steps[0].is_collected:
+            step = self._steps.popleft()
+            if step.error is not None:
+                for entry in step.entries:
+                    table.refuse(entry.item.seq, "a step of it failed")
+                continue
+            for entry, token in zip(step.drawn, step.tokens, strict=True):
+                entry.state.settle(max(token, 0))
+                has_failed = has_failed or token < 0
+            for index, reason in step.outputs.failed.items():
+                for entry in step.entries:
+                    if entry.index == index:
+                        table.refuse(entry.item.seq, reason)
+        if not self._steps:
+            with self._lock:
+                self._failed.clear()
+        return has_failed
+
+    def drain(self, table: SequenceTable) -> bool:
+        """Wait for all of them, and settle. On the engine's thread."""
+        if self._steps:
+            self.collect(self._steps[-1])
+        return self.settle(table)
+
+    def needs(self, block_size: int) -> dict[int, int]:
+        """How many leading blocks of which slots they touch."""
+        found: dict[int, int] = {}
+        for step in self._steps:
+            for entry in step.entries:
+                slot, item = entry.state.slot, entry.item
+                if slot >= 0:
+                    count = -(-(item.start + item.num_tokens) // block_size)
+                    found[slot] = max(count, found.get(slot, 0))
+        return found
+
+
+def most_needed(one: Mapping[int, int], other: Mapping[int, int]) -> dict[int, int]:
+    """The larger of what two need of each slot."""
+    return {slot: max(one.get(slot, 0), other.get(slot, 0)) for slot in {*one, *other}}

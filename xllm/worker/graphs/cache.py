@@ -1,0 +1,107 @@
+"""The graphs that were captured, by key, within a bound; a capture that fails is not tried again.
+
+Invariants: a body that is handed over under a key reads and writes the same tensors each time,
+and may be run again over what it wrote, for a capture runs it for real before it records; what a
+graph leaves for others is in tensors that were there before its capture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import structlog
+
+from xllm.errors import EngineError
+from xllm.worker.platform.graphs import CapturedGraph, GraphDevice
+
+log = structlog.get_logger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GraphStatistics:
+    """How many graphs there are, and what became of the calls: replays, captures, captures that
+    failed (their keys run eagerly from then on), graphs given up for others."""
+
+    num_graphs: int
+    num_replays: int
+    num_captures: int
+    num_failed: int
+    num_evicted: int
+
+
+class GraphCache:
+    """Runs bodies as graphs of one device. Used by one thread."""
+
+    def __init__(self, device: GraphDevice, max_graphs: int, capture_at: int = 2) -> None:
+        """`max_graphs`: kept at once, the one not used for longest goes first. `capture_at`: the
+        sight of a key at which it is captured: shapes that come once do not pay for one."""
+        assert max_graphs > 0
+        self._device = device
+        self._max_graphs = max_graphs
+        self._capture_at = capture_at
+        self._graphs: OrderedDict[Hashable, CapturedGraph] = OrderedDict()
+        self._seen: OrderedDict[Hashable, int] = OrderedDict()
+        self._failed: set[Hashable] = set()
+        self._num_replays = 0
+        self._num_captures = 0
+        self._num_failed = 0
+        self._num_evicted = 0
+
+    def is_open(self, key: Hashable) -> bool:
+        """Whether `run` would replay or capture for this sight of a key. Counts the sight."""
+        if key in self._graphs:
+            return True
+        if key in self._failed:
+            return False
+        self._seen[key] = self._seen.pop(key, 0) + 1
+        if len(self._seen) > 8 * self._max_graphs:
+            self._seen.popitem(last=False)
+        return self._seen[key] >= self._capture_at
+
+    def run(self, key: Hashable, body: Callable[[], None]) -> bool:
+        """Do what `body` does, as the key's graph; where there is none, by the capture of one.
+        False: the capture failed, now or before, and `body` is still to be run."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            return self._capture(key, body)
+        self._graphs.move_to_end(key)
+        graph.replay()
+        self._num_replays += 1
+        return True
+
+    def close(self) -> None:
+        """Give all graphs up, with their memory."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+
+    def statistics(self) -> GraphStatistics:
+        """A snapshot."""
+        return GraphStatistics(
+            len(self._graphs),
+            self._num_replays,
+            self._num_captures,
+            self._num_failed,
+            self._num_evicted,
+        )
+
+    def _capture(self, key: Hashable, body: Callable[[], None]) -> bool:
+        if key in self._failed:
+            return False
+        while len(self._graphs) >= self._max_graphs:
+            _, oldest = self._graphs.popitem(last=False)
+            oldest.close()
+            self._num_evicted += 1
+        try:
+            graph = self._device.capture(body)
+        except EngineError as error:
+            self._failed.add(key)
+            self._num_failed += 1
+            log.warning("graph_capture_failed", key=str(key), reason=error.message)
+            return False
+        self._seen.pop(key, None)
+        self._graphs[key] = graph
+        self._num_captures += 1
+        return True
