@@ -1,19 +1,23 @@
 """How soon who may not is told so: bad keys, roles that may not, operations that are none there.
 
-    python -m benchmarks.refusals [--count 300] [--json]
+    python -m benchmarks.refusals [--count 500] [--json]
 
 A service and a registry with keys (the toy engine, one machine), and one stranger at a time. Each
 figure is from the first byte of a try, a new connection where it is about keys, to the moment in
 which the stranger knows that it is refused; milliseconds.
 
     http_no_key, http_bad_key    a completion without an API key, and with an unknown one: 401
+    http_near_key                with one that differs from a known one in its last character
     curve_bad_key                a key that is on no list: ZeroMQ's refusal
     role_unfit                   a client's key says what only administrators may: permission_denied
     role_unknown                 a worker's key, which has no role at that port: the same
     operation_unfit              a message of another conversation at the port of clients
     registry_role, registry_owner   a write that the role may not; of a key that is another's
 
-`admitted` is a question that is answered, for comparison.
+`admitted` is a question that is answered, for comparison. Kinds take turns in an order drawn by
+lot. `near_or_bad` says whether times tell how near a guess of an API key came: the chance that of a
+time of `http_near_key` and one of `http_bad_key` the smaller is the first's, with its 95% interval,
+and `p` of a permutation test (see two_samples).
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -35,6 +41,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import uvloop
 
 from benchmarks.service import free_port, wait_http
+from benchmarks.two_samples import compare
 from xllm.cli.keys import allow_peer
 from xllm.errors import PermissionDeniedError
 from xllm.protocol.client import BadMessage, Ping, Pong, RequestFailed, RouterMessage, SetRole
@@ -47,6 +54,7 @@ from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.security import Security, create_keys
 
 LIMIT_S = 10.0
+KNOWN, NEAR, BAD = "known-0123456789abcdef", "known-0123456789abcdex", "other-fedcba9876543210"
 ROLES = {"client": "client", "worker": "worker", "master": "master", "other": "master"}
 """Of each stranger's key; that of `nobody` is on no list."""
 
@@ -79,7 +87,7 @@ class Strangers:
         """The service and the registry, as processes."""
         keys = pathlib.Path(self.folder, "api-keys")
         keys.touch(0o600)
-        keys.write_text("somebody:known-0123456789abcdef\n")
+        keys.write_text(f"somebody:{KNOWN}\n")
         run = [sys.executable, "-m", "xllm"]
         serve = [*run, "serve", "--worker-engine", "toy", "--port", str(self.port)]
         serve += ["--zmq-port", str(self.zmq_port), "--api-key-file", str(keys)]
@@ -116,7 +124,7 @@ class Strangers:
         """One connection with a key that nobody admits."""
         refused = asyncio.Event()
         began = time.perf_counter()
-        socket = DealerSocket(
+        socket: DealerSocket[RouterMessage] = DealerSocket(
             transport,
             f"tcp://127.0.0.1:{self.zmq_port}",
             Decoder(RouterMessage),
@@ -162,8 +170,7 @@ class Asker:
 
 
 async def measure(strangers: Strangers, count: int) -> dict[str, list[float]]:
-    """Seconds of each try, by figure; one after the other, all kinds in turn."""
-    found: dict[str, list[float]] = {}
+    """Seconds of each try, by kind; one after the other."""
     names = ("nobody", "client", "worker", "master", "other")
     transports = {name: strangers.transport(name) for name in names}
     client, worker = (Asker(strangers, transports[name]) for name in ("client", "worker"))
@@ -187,7 +194,8 @@ async def measure(strangers: Strangers, count: int) -> dict[str, list[float]]:
     tries: dict[str, Callable[[], Awaitable[float]]] = {
         "admitted": lambda: client.ask(Ping(1), Pong),
         "http_no_key": lambda: asyncio.to_thread(strangers.try_http, ""),
-        "http_bad_key": lambda: asyncio.to_thread(strangers.try_http, "unknown-0123456789abcdef"),
+        "http_bad_key": lambda: asyncio.to_thread(strangers.try_http, BAD),
+        "http_near_key": lambda: asyncio.to_thread(strangers.try_http, NEAR),
         "curve_bad_key": lambda: strangers.try_curve(transports["nobody"]),
         "role_unfit": lambda: client.ask(set_role, RequestFailed, denied),
         "role_unknown": lambda: worker.ask(Ping(1), RequestFailed, denied),
@@ -195,9 +203,12 @@ async def measure(strangers: Strangers, count: int) -> dict[str, list[float]]:
         "registry_role": lambda: refused_write("master", leader_key("default")),
         "registry_owner": lambda: refused_write("other", owned),
     }
+    found: dict[str, list[float]] = {name: [] for name in tries}
+    order, lot = list(tries), random.Random(7)
     for _ in range(count + 3):
-        for name, attempt in tries.items():
-            found.setdefault(name, []).append(await attempt())
+        lot.shuffle(order)
+        for name in order:
+            found[name].append(await tries[name]())
     for registry in registries.values():
         await registry.close()
     for asker in (client, worker):
@@ -223,7 +234,7 @@ def figures(times: list[float]) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=300, help="tries of each kind")
+    parser.add_argument("--count", type=int, default=500, help="tries of each kind")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -231,11 +242,13 @@ def main() -> None:
         with strangers.served():
             found = uvloop.run(measure(strangers, options.count))
     table = {name: figures(times) for name, times in found.items()}
+    guess = dataclasses.asdict(compare(found["http_near_key"], found["http_bad_key"]))
+    table["near_or_bad"] = {name: round(value, 4) for name, value in guess.items()}
     if options.json:
         print(json.dumps(table))
         return
     for name, row in table.items():
-        print(f"{name:16} " + "  ".join(f"{what} {value:8.2f} ms" for what, value in row.items()))
+        print(f"{name:16} " + "  ".join(f"{what} {value:8g}" for what, value in row.items()))
 
 
 if __name__ == "__main__":

@@ -56,4 +56,5 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
 def _wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """For each pair of values, 1 where the one of `a` is the smaller one, 0.5 where they are equal:
     [len(a), len(b)]."""
-    return (a[:, None] < b[None, :]) + 0.5 * (a[:, None] == b[None, :])
+    wins: np.ndarray = (a[:, None] < b[None, :]) + 0.5 * (a[:, None] == b[None, :])
+    return wins
