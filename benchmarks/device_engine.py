@@ -132,6 +132,17 @@ class Bench:
             self._driver.end(sequences)
         return statistics.median(times)
 
+    def totals(self) -> dict[str, Any]:
+        """How the steps were launched, and the peak of memory beside the plan."""
+        found = self.executor.statistics()
+        # Blocks of KV come from the driver, all else from torch.
+        peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+        return {
+            "device": None if found.device is None else dataclasses.asdict(found.device),
+            "peak_bytes": peak + found.pool.total_bytes,
+            "planned_bytes": None if found.plan is None else found.plan.total_bytes,
+        }
+
     def close(self) -> None:
         """Give the device's memory back."""
         self.executor.close()
@@ -148,6 +159,8 @@ def measure_shape(
     sizes: dict[str, int], directory: pathlib.Path, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Times of one model: as it is meant to be, without graphs, and waiting for each step."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     plain = Bench(sizes, settings_for(directory, options), options.context)
     eager_settings = settings_for(directory, options, graph_max_batch=0, graph_max_rows=0)
     found: dict[str, Any] = {"prefill_s": plain.prefill(), "decode_s": {}}
@@ -156,7 +169,7 @@ def measure_shape(
     found["waiting_s"] = {
         str(batch): _in_turns(plain, batch, options.steps) for batch in options.batches
     }
-    found["device"] = dataclasses.asdict(plain.executor.statistics())["device"]
+    found |= plain.totals()
     plain.close()
     eager = Bench(sizes, eager_settings, options.context)
     found["eager_s"] = {str(batch): eager.decode(batch, options.steps) for batch in options.batches}

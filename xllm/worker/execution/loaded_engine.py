@@ -30,7 +30,7 @@ from xllm.worker.memory.kv_memory import KvMemory
 from xllm.worker.memory.layout import describe_groups
 from xllm.worker.memory.making import make_memory, make_slots, max_mappings
 from xllm.worker.memory.mapper import PageMapper
-from xllm.worker.memory.plan import log_plan
+from xllm.worker.memory.plan import MemoryPlan, log_plan
 from xllm.worker.memory.sharing import SharedPages
 from xllm.worker.memory.slots import SlotSpace
 from xllm.worker.models.model import WholeModel
@@ -58,6 +58,8 @@ class LoadedEngine:
     """Of a model that is served for vectors."""
     device: DeviceSteps | None = None
     """Launches steps where the device computes behind the host's back."""
+    plan: MemoryPlan | None = None
+    """What an accelerator's memory goes to."""
     has_left_nan: bool = False
     """Whether a sequence of it did; see CpuKvMemory.may_hold_nan."""
 
@@ -98,8 +100,9 @@ def make_engine(
     layout, tick = pool.layout, progress.tick
     model_len = fit_context(model_len, layout.num_blocks, layout.block_size)
     slots = make_slots(settings, pool, model_len, num_models)
+    plan: MemoryPlan | None = None
     if not isinstance(pool, CpuKvMemory):
-        log_plan(settings, read.loaded.model.config, pool.layout, loaded.num_bytes, platform)
+        plan = log_plan(settings, model.config, pool.layout, loaded.num_bytes, platform)
     loop = LayerLoop(model, pool, dtype, platform.device, tick, team, phase_ns)
     for num_rows in _WARM_UP_ROWS:
         loop.warm_up(num_rows)
@@ -125,6 +128,7 @@ def make_engine(
         model.experts,
         Pooler(model, tick) if loaded.task.pooling else None,
         None if slots is None else _on_device(settings, read, pool, model_len, tick),
+        plan,
     )
 
 

@@ -34,6 +34,7 @@ from xllm.worker.memory.making import (
     one_block,
 )
 from xllm.worker.memory.mapper import MapperStatistics
+from xllm.worker.memory.plan import MemoryPlan
 from xllm.worker.memory.pool import KvPoolStatistics
 from xllm.worker.memory.sharing import SharedPages
 from xllm.worker.rank_board import RankBoard
@@ -63,6 +64,8 @@ class NativeStatistics:
     """None: it reads by block tables."""
     device: DeviceStatistics | None = None
     """None: steps are not launched, they are run."""
+    plan: MemoryPlan | None = None
+    """Of an accelerator's memory."""
 
 
 class NativeExecutor:
@@ -207,6 +210,7 @@ class NativeExecutor:
             engine.pool.statistics(),
             None if engine.mapper is None else engine.mapper.statistics(),
             None if engine.device is None else engine.device.statistics(),
+            engine.plan,
         )
 
     def check(self) -> None:

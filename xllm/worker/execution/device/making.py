@@ -49,6 +49,7 @@ def make_device_steps(
         max_model_len=model_len,
     )
     runner = DeviceRunner(model, layers, ops, platform, drawn.flat, dtype, limits, tick)
-    runner.warm_up()
     sampler = DeviceSampler(config.vocab_size, platform.device, most)
-    return DeviceSteps(model, runner, sampler, drawn, platform)
+    steps = DeviceSteps(model, runner, sampler, drawn, platform)
+    steps.warm_up()
+    return steps

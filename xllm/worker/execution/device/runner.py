@@ -85,7 +85,9 @@ class DeviceRunner:
         return self._eager(rows)
 
     def warm_up(self, keys: tuple[GraphKey, ...] | None = None) -> None:
-        """Capture what is worth it before the first request; None: what the chooser says."""
+        """Have the attentions compiled, and capture what is worth it before the first request;
+        None: what the chooser says."""
+        self._attend_nobody()
         if self._graphs is None:
             return
         for key in self._chooser.warm_keys() if keys is None else keys:
@@ -163,6 +165,18 @@ class DeviceRunner:
         drawn = self._drawn[tensors.sources.clamp(min=0)].clamp_(min=0)
         ids = torch.where(tensors.sources >= 0, drawn, tensors.token_ids)
         return self._model.embed(ids)
+
+    def _attend_nobody(self) -> None:
+        """Both attentions for a sequence without length, once a window."""
+        config, device = self._model.config, self._platform.device
+        q = torch.zeros((1, config.num_heads, config.head_dim), dtype=self._dtype, device=device)
+        none = torch.zeros(2, dtype=torch.int32, device=device)
+        address = torch.zeros(1, dtype=torch.int64, device=device)
+        tile = torch.tensor([[-1, 0]], dtype=torch.int32, device=device)
+        of = SequenceRows(address, none[:1], 1)
+        for layer in {window: at for at, window in enumerate(config.layer_windows)}.values():
+            self._ops.attend_decodes(layer, q, of, 1, torch.empty_like(q))
+            self._ops.attend_prompts(layer, q, of, none, tile, torch.empty_like(q))
 
     # -- one graph -------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import MapPages
 from xllm.worker.execution.batch import BatchEntry, StepBatch
 from xllm.worker.execution.device.ops import DeviceDraws
@@ -27,6 +28,7 @@ from xllm.worker.models.model import NativeModel
 from xllm.worker.platform.copies import HostCopier
 from xllm.worker.platform.platform import Platform
 from xllm.worker.sampling.edits import needs_counts
+from xllm.worker.sampling.rows import SampleRow
 
 MAX_UNDER_WAY = 3
 """Steps whose tokens the host has not seen: the master plans one ahead; one more may be on its way
@@ -86,6 +88,23 @@ class DeviceSteps:
         self.under_way = StepsUnderWay()
         self._num_host_draws = 0
         self._num_waited = 0
+
+    def warm_up(self) -> None:
+        """Have kernels compiled and graphs captured before the first request waits for them."""
+        with torch.inference_mode():
+            self._runner.warm_up()
+            config = self._model.config
+            logits = torch.zeros((1, config.vocab_size), device=self._platform.device)
+            for top_p in (1.0, 0.5):
+                sampling = SamplingParams(temperature=1.0, top_p=top_p, seed=0)
+                row = SampleRow(sampling, 0, 0, (), ())
+                if self._sampler.is_for_device(row):
+                    inputs = self._sampler.prepare([row])
+                    _, tokens = self._drawn.next(1)
+                    numbers = self._platform.upload(inputs.numbers)
+                    flags = self._flags[:1]
+                    self._sampler.draw(logits, numbers, tokens, flags, filtered=inputs.filtered)
+        self._platform.synchronize()
 
     def make_room(self, table: SequenceTable, maps: Sequence[MapPages], block_size: int) -> bool:
         """Settle what is known; wait for the rest where too many are under way, or a plan maps
