@@ -24,7 +24,8 @@ class FakeCluster:
         self.size = size
         self.parts: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
         self.changed = threading.Condition()
-        self.num_aborted = 0
+        self.aborted: set[int] = set()
+        self.all_there = threading.Barrier(size, timeout=WAIT_S)
 
 
 class FakeDistributed:
@@ -50,6 +51,7 @@ class FakeDistributed:
         bound = self._check("init_process_group", args, kwargs)
         assert self.group.WORLD is None, "there is a default group already"
         if self.refusal:
+            self.cluster.all_there.wait()  # so that none leaves while another one comes
             raise RuntimeError(self.refusal)
         self.options = bound
         self._rank, self._meeting, self._num_works = bound["rank"], self._meeting + 1, 0
@@ -81,13 +83,15 @@ class FakeDistributed:
         self._check("destroy_process_group", args, kwargs)
         assert self.group.WORLD is not None
         self.group.WORLD = None
+        if self.refusal:
+            raise RuntimeError(self.refusal)
 
     def _abort(self) -> None:
         self.calls.append("abort")
         if not self._can_abort:
             raise RuntimeError("Backend hccl does not support abort")
         with self.cluster.changed:
-            self.cluster.num_aborted += 1
+            self.cluster.aborted.add(self._meeting)
             self.cluster.changed.notify_all()
 
     def _check(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -103,10 +107,9 @@ class FakeWork:
     def wait(self) -> None:
         cluster = self._owner.cluster
         with cluster.changed:
-            before = cluster.num_aborted
             cluster.changed.wait_for(
                 lambda: (
-                    len(cluster.parts[self._key]) == cluster.size or cluster.num_aborted > before
+                    len(cluster.parts[self._key]) == cluster.size or self._key[0] in cluster.aborted
                 ),
                 WAIT_S,
             )

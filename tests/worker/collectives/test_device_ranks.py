@@ -145,6 +145,22 @@ def test_devices_that_cannot_meet() -> None:
     on_all(2, work)
 
 
+def test_devices_that_cannot_part_free_their_hosts_all_the_same() -> None:
+    devices = Devices(2)
+    devices.meet("first")
+    for api in devices.apis:
+        api.refusal = "device lost"
+
+    def work(rank: int) -> None:
+        with pytest.raises(EngineError, match=r"could not part: device lost"):
+            devices.ranks[rank].leave()
+        with pytest.raises(EngineError, match="have parted"):
+            devices.ranks[rank].agree((1,))
+        devices.ranks[rank].leave()
+
+    on_all(2, work)
+
+
 def test_a_torch_without_the_back_end_is_refused() -> None:
     api = FakeDistributed(FakeCluster(2))
     api.available = False

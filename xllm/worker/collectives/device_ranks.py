@@ -73,15 +73,23 @@ class DeviceRanks:
 
     def leave(self) -> None:
         """Abort what is under way, so that the device and the others are freed, and close the
-        connections."""
-        if self._has_met:
-            self._has_met = False
-            try:
-                self._api.group.WORLD.abort()
-            except RuntimeError:
-                pass  # a back-end that cannot abort: its group is let go below
+        connections. EngineError where the devices' cannot be closed; the hosts' are, then, too."""
+        try:
+            if self._has_met:
+                self._part()
+        finally:
+            self._hosts.leave()
+
+    def _part(self) -> None:
+        self._has_met = False
+        try:
+            self._api.group.WORLD.abort()
+        except RuntimeError:
+            pass  # a back-end that cannot abort: its group is let go below
+        try:
             self._api.destroy_process_group()
-        self._hosts.leave()
+        except RuntimeError as error:
+            raise EngineError(f"the devices could not part: {_first_line(error)}") from error
 
     def agree(self, numbers: Sequence[int]) -> None:
         """See Ranks."""
