@@ -47,8 +47,9 @@ def check(found):
     assert found["registers"] * found["warps"] * 32 <= REGISTERS, where
     if "fp32" in found["case"]:
         return  # without tensor cores: right, not fast
-    # An A100 has its sums in more registers: with a window's two edges some bytes are spilled.
-    assert found["spilled"] <= (0 if found["arch"] == 90 else 128), where
+    # An A100 multiplies out of registers: with a window's two edges, or heads of 256, a prefill
+    # spills some bytes a thread.
+    assert found["spilled"] <= (0 if found["arch"] == 90 else 256), where
     # What merges the chunks of a draw reads a few hundred bytes in all.
     assert 16 in found["loads"] or found["kernel"] == "_merge_chunks", where
     if found["kernel"] in ("decode_kernel", "prefill_kernel"):

@@ -12,24 +12,21 @@ import triton.language as tl
 
 
 @triton.jit
-def block_pointers(addresses, sequence, width, tokens, present, start, dtype, S: tl.constexpr):
+def block_pointers(table, slot, tokens, present, start, S: tl.constexpr):
     """Where the blocks of `tokens` [tile] begin, the first of which is `start`, a multiple of the
     tile: one pointer where a block holds a whole tile, else [tile] of them. With S.tables a
-    block's address is read from `addresses` [sequences, width], where tokens are `present`; else
-    it follows from the sequence's."""
+    block's address is read from the sequence's `table`, where tokens are `present`; else it follows
+    from `slot`, where the sequence begins."""
     BLOCK: tl.constexpr = S.block_size
     BLOCK_NUMBERS: tl.constexpr = S.block_numbers
     TILE: tl.constexpr = S.tile
-    pointer: tl.constexpr = tl.pointer_type(dtype)
     blocks = start // BLOCK if TILE <= BLOCK else tokens // BLOCK
     if not S.tables:
-        begins = tl.load(addresses + sequence).to(pointer)
-        begins += tl.cast(blocks, tl.int64) * BLOCK_NUMBERS
+        begins = slot + tl.cast(blocks, tl.int64) * BLOCK_NUMBERS
     elif TILE <= BLOCK:
-        begins = tl.load(addresses + sequence * width + blocks).to(pointer)
+        begins = tl.load(table + blocks).to(slot.dtype)
     else:
-        found = tl.load(addresses + sequence * width + blocks, mask=present, other=0)
-        begins = found.to(pointer)
+        begins = tl.load(table + blocks, mask=present, other=0).to(slot.dtype)
     return begins
 
 
@@ -120,10 +117,12 @@ def attend_range(
     STAGES: tl.constexpr = S.stages
     dtype: tl.constexpr = queries[0].dtype
     row_max, row_sum, sums = state
+    table = addresses + sequence * width
+    slot = tl.load(table).to(tl.pointer_type(dtype))
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         tokens = start + tl.arange(0, TILE)
         present = (tokens < end) & (tokens >= lowest)
-        begins = block_pointers(addresses, sequence, width, tokens, present, start, dtype, S)
+        begins = block_pointers(table, slot, tokens, present, start, S)
         # Every token begins at a multiple of 16 bytes (KvStrides sees to that): the hint is what
         # makes loads 16 bytes wide.
         pointers = tl.multiple_of(begins + (key_offset + tokens % BLOCK * KEY_DIM), 16)

@@ -72,7 +72,7 @@ def rope_write_kernel(
     inside = tl.where(is_value, value_offset, key_offset) + kv_head * KEY_HEAD
     inside += position % BLOCK_SIZE * DIM
     written = token + tl.multiple_of(inside, 8)[:, None] + dims[None, :]
-    kept = real & (head >= HEADS)[:, None] & (address != 0)
+    kept = real & (tl.where(head >= HEADS, address, 0) != 0)[:, None]
     tl.store(written, first_out, mask=kept)
     tl.store(written + HALF, second_out, mask=kept)
 
