@@ -141,6 +141,17 @@ def test_of_equals_at_the_border_the_lower_ids_are_kept(room: int) -> None:
     assert room == 8 or len(set(tokens)) > 4
 
 
+@pytest.mark.parametrize("room", [2, 8192])
+def test_a_mass_of_exactly_p_is_enough(room: int) -> None:
+    # 4 equals: half of their mass is 2 of them, and min-p 1 leaves all.
+    logits = torch.full((8, VOCAB), -INF)
+    logits[:, [9, 10, 70, 80]] = 1.5
+    tokens, flags = drawn(logits, seeded(8, top_p=0.5), chunk=128, room=room)
+    assert (set(tokens), flags) == ({9, 10}, [0] * 8)
+    tokens, flags = drawn(logits, seeded(8, min_p=1.0), chunk=128, room=room)
+    assert (len(set(tokens)) > 2, flags) == (True, [0] * 8)
+
+
 def test_the_best_is_always_kept() -> None:
     logits = some_logits(3)
     rows = [row_of(top_p=1e-12, seed=5), row_of(min_p=1.0, seed=5), row_of(top_k=1, seed=5)]
