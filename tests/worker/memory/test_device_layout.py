@@ -12,7 +12,7 @@ from tests.fixtures.models import make_model
 from xllm.errors import ConfigError
 from xllm.worker.loader.config import ModelConfig, read_config
 from xllm.worker.memory.device_layout import BLOCK_SIZES, DeviceLayout, choose_block_size
-from xllm.worker.memory.plan import activation_bytes, plan_memory
+from xllm.worker.memory.plan import MemoryPlan, activation_bytes, graph_bytes
 from xllm.worker.models.registry import find_family
 
 PAGE = 2 << 20
@@ -127,5 +127,10 @@ def test_the_plan_of_a_devices_memory(config: ModelConfig) -> None:
     assert activation_bytes(eight, 2, 2048, 256) == drawing
     wide = dataclasses.replace(eight, num_heads=128, intermediate_size=4096)
     assert activation_bytes(wide, 2, 2048, 1) == 2048 * (2 * 4096 + (3 * 128 + 16) * 128) * 2
-    plan = plan_memory(16 << 30, 50 << 30, network)
-    assert plan.total_bytes == (66 << 30) + network
+    # Graphs of 256 rows: as much as 256 tokens of the network, and what they leave for each other.
+    left = 256 * ((2 * 32 * 128 + 3 * 4096) * 2 + 128 * 4)
+    graphs = graph_bytes(eight, 2, 256)
+    assert graphs == network // 8 + left
+    assert graph_bytes(eight, 2, 0) == 0
+    plan = MemoryPlan(16 << 30, 50 << 30, network, graphs)
+    assert plan.total_bytes == (66 << 30) + network + graphs

@@ -21,21 +21,17 @@ _FLOAT_BYTES = 4
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of a device. `activation_bytes`: see there."""
+    """Bytes of a device. `activation_bytes`, `graph_bytes`: see there."""
 
     weight_bytes: int
     kv_bytes: int
     activation_bytes: int
+    graph_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """The peak that is expected."""
-        return self.weight_bytes + self.kv_bytes + self.activation_bytes
-
-
-def plan_memory(weight_bytes: int, kv_bytes: int, activation_bytes: int) -> MemoryPlan:
-    """The plan of an engine."""
-    return MemoryPlan(weight_bytes, kv_bytes, activation_bytes)
+        return self.weight_bytes + self.kv_bytes + self.activation_bytes + self.graph_bytes
 
 
 def activation_bytes(config: ModelConfig, item_bytes: int, max_tokens: int, max_rows: int) -> int:
@@ -51,17 +47,30 @@ def activation_bytes(config: ModelConfig, item_bytes: int, max_tokens: int, max_
     with T `max_tokens` of a step, R `max_rows` that draw, h the hidden size, H and K heads of
     queries and of keys of d numbers, V the vocabulary, `item_bytes` of a number.
     """
+    drawing = max_rows * config.vocab_size * (item_bytes + 2 * _FLOAT_BYTES)
+    return max(
+        max_tokens * _row_numbers(config) * item_bytes,
+        max_tokens * config.hidden_size * item_bytes + drawing,
+    )
+
+
+def graph_bytes(config: ModelConfig, item_bytes: int, max_rows: int) -> int:
+    """What captured steps of up to `max_rows` rows hold for themselves: the memory that they share,
+    as of a step that is not captured, and what one leaves for another or for the attention between:
+    T x (2 H d + 3 h) x item + T x d x 4, queries, results, three states of the rows, angles."""
+    heads, dim = config.num_heads * config.head_dim, config.head_dim
+    left = (2 * heads + 3 * config.hidden_size) * item_bytes + dim * _FLOAT_BYTES
+    return max_rows * (_row_numbers(config) * item_bytes + left)
+
+
+def _row_numbers(config: ModelConfig) -> int:
+    """Numbers that a row takes in a layer, at most."""
     hidden, dim = config.hidden_size, config.head_dim
     width = config.intermediate_size
     if config.experts is not None:
         width = max(width, config.experts.top_k * config.experts.intermediate_size)
     attention = 2 * hidden + (3 * config.num_heads + 2 * config.num_kv_heads) * dim
-    network = 2 * hidden + 3 * width
-    drawing = max_rows * config.vocab_size * (item_bytes + 2 * _FLOAT_BYTES)
-    return max(
-        max_tokens * max(attention, network) * item_bytes,
-        max_tokens * hidden * item_bytes + drawing,
-    )
+    return max(attention, 2 * hidden + 3 * width)
 
 
 def log_plan(
@@ -69,12 +78,16 @@ def log_plan(
 ) -> MemoryPlan:
     """Say at the start what a device's memory will go to; a warning where it has not as much."""
     scheduler = settings.scheduler
-    plan = plan_memory(
+    worker, rows = settings.worker, 0
+    if platform.kernels == "triton" and not worker.deterministic:
+        rows = max(worker.graph_max_rows, min(worker.graph_max_batch, scheduler.max_num_seqs))
+    plan = MemoryPlan(
         weight_bytes,
         shape.num_blocks * shape.block_bytes,
         activation_bytes(
             config, shape.item_bytes, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
         ),
+        graph_bytes(config, shape.item_bytes, rows),
     )
     device_bytes = platform.memory().total_bytes
     say = log.warning if plan.total_bytes > device_bytes else log.info
@@ -83,6 +96,7 @@ def log_plan(
         weight_bytes=plan.weight_bytes,
         kv_bytes=plan.kv_bytes,
         activation_bytes=plan.activation_bytes,
+        graph_bytes=plan.graph_bytes,
         total_bytes=plan.total_bytes,
         device_bytes=device_bytes,
     )
