@@ -65,7 +65,7 @@ class Stage:
     async def wait_load(self) -> None:
         """Until enough streams are in their middle, some of them at each instance, and those that
         felt the fault before have ended; InvalidRunError where that does not come. A request
-        that loses two instances is given up on purpose: no fault is to meet the last one's."""
+        that is moved too often is given up on purpose: no fault is to meet the last one's."""
         options = self.cluster.options
         await asyncio.sleep(self.rng.uniform(0.0, options.phase_s))
         at_each = options.streams // (2 * options.instances)
