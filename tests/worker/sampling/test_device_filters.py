@@ -152,6 +152,28 @@ def test_a_mass_of_exactly_p_is_enough(room: int) -> None:
     assert (len(set(tokens)) > 2, flags) == (True, [0] * 8)
 
 
+# Logits of tokens 9, 10, ...; the parameters; which of those tokens are drawn.
+BORDERS = {
+    "p of the mass that top-k leaves, one": ([1.5] * 4, {"top_k": 2, "top_p": 0.5}, 1),
+    "p of the mass that top-k leaves, two": ([1.5] * 4, {"top_k": 3, "top_p": 0.5}, 2),
+    "top-k beyond the first rung": ([1.5, 0.2, 0.1], {"top_k": 2, "temperature": 2.0}, 2),
+    "top-p from all of top-k, not of what min-p leaves": (
+        [2.0, 1.5, *[0.0] * 10], {"top_k": 12, "top_p": 0.6, "min_p": 0.37}, 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BORDERS)
+def test_what_is_kept_is_drawn_and_nothing_else(case: str) -> None:
+    numbers, params, count = BORDERS[case]
+    rows = [row_of(seed=seed, **params) for seed in range(12)]
+    logits = torch.full((12, VOCAB), -9.0)
+    logits[:, 9 : 9 + len(numbers)] = torch.tensor(numbers)
+    tokens, flags = drawn(logits, rows, chunk=128)
+    assert (tokens, flags) == expected(logits, rows)
+    assert set(tokens) == set(range(9, 9 + count))
+
+
 def test_the_best_is_always_kept() -> None:
     logits = some_logits(3)
     rows = [row_of(top_p=1e-12, seed=5), row_of(min_p=1.0, seed=5), row_of(top_k=1, seed=5)]
