@@ -11,6 +11,7 @@ from tests.router.fake_cluster import FakeCluster, in_loop
 from xllm.config.kv_index import KvIndexSettings
 from xllm.kvcache.digest import digest_of
 from xllm.kvcache.index_parts import CachedPrefix
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import (
     BlockEvents,
     DaemonHeartbeat,
@@ -83,11 +84,55 @@ def test_each_model_has_an_index_and_daemons_are_told_for_all():
     assert feed.match("unheard", both) == {"d": CachedPrefix(0, 1)}
     feed.daemon_registered(daemon)
     assert "d" in feed.match("m", both)
-    feed.gone("a")
-    feed.gone("d")
-    feed.gone("nobody")
+    feed.gone(PeerRole.MASTER, "a")
+    feed.gone(PeerRole.DAEMON, "d")
+    feed.gone(PeerRole.MASTER, "nobody")
     assert feed.match("m", both) == {}
     assert set(feed.indices) == {"m", "n", DAEMONS}
+
+
+def dram_beat(name, seq, stored, incarnation="1", **more):
+    return DaemonHeartbeat(name, incarnation, seq, events=(BlockEvents(stored),), **more)
+
+
+def test_a_daemon_that_bears_the_name_of_an_instance_tells_nothing_of_it():
+    feed = Fed().feed
+    feed.instance_registered(record("a"))
+    feed.heard(beat("a", 1, chain(1)))
+    feed.daemon_registered(DaemonRecord("a", "1", "", ""))
+    # The instance's incarnation and number, as one who listens knows them.
+    feed.heard(dram_beat("a", 2, chain(1, 2, 3), num_cached=9, digest=5))
+    assert feed.match("m", chain(1, 2, 3)) == {"a": CachedPrefix(1)}
+    assert feed.match("n", chain(1, 2, 3)) == {}
+    feed.snapshot(PeerRole.DAEMON, "a", SnapshotOfBlocks("a", "1", 9, chain(1, 2, 3)))
+    feed.heard(beat("a", 2, chain(2)))
+    assert feed.match("m", chain(1, 2, 3)) == {"a": CachedPrefix(2)}
+    feed.gone(PeerRole.DAEMON, "a")
+    feed.heard(beat("a", 3, chain(3)))
+    assert feed.match("m", chain(1, 2, 3)) == {"a": CachedPrefix(3)}
+
+
+def test_an_instance_and_a_daemon_of_one_name_are_both_followed():
+    feed = Fed(jitter_ms=0).feed
+    daemon = DaemonRecord("n1", "7", "", "")
+    feed.daemon_registered(daemon)
+    feed.heard(dram_beat("n1", 1, chain(1, 2), "7"))
+    feed.instance_registered(record("n1"))
+    assert set(feed.followers) == {(PeerRole.DAEMON, "n1"), (PeerRole.MASTER, "n1")}
+    feed.heard(beat("n1", 1, chain(1)))
+    feed.daemon_registered(daemon)
+    assert feed.match("m", chain(1, 2)) == {"n1": CachedPrefix(1)}
+    feed.heard(dram_beat("n1", 5, chain(3), "7"))
+    assert feed.num_unknown == 1
+    assert list(feed.to_ask()) == [(PeerRole.DAEMON, "n1")]
+    assert feed.match("m", chain(1, 2)) == {"n1": CachedPrefix(1)}
+    answer = SnapshotOfBlocks("n1", "7", 5, chain(1, 2, 3), tier="dram")
+    feed.snapshot(PeerRole.MASTER, "n1", answer)
+    assert feed.num_unknown == 1
+    feed.snapshot(PeerRole.DAEMON, "n1", answer)
+    assert feed.num_unknown == 0
+    feed.gone(PeerRole.MASTER, "n1")
+    assert feed.match("m", chain(1, 2, 3)) == {"n1": CachedPrefix(0, 3)}
 
 
 def test_another_incarnation_begins_anew():
@@ -110,15 +155,16 @@ def test_few_questions_are_open_at_once_and_answers_make_room():
         feed.heard(beat(name, 7))
     asked = list(feed.to_ask())
     assert len(asked) == MAX_OPEN_QUESTIONS
-    for name in asked:
-        feed.asked(name, True)
+    for publisher in asked:
+        feed.asked(publisher, True)
     assert list(feed.to_ask()) == []
     assert feed.num_unknown == len(names)
-    for name in asked:
-        feed.snapshot(name, SnapshotOfBlocks(name, "1", 7, chain(1)))
-    feed.snapshot("nobody", SnapshotOfBlocks("nobody", "1", 7, chain(1)))
-    assert set(feed.to_ask()) == set(names) - set(asked)
-    assert set(feed.match("m", chain(1))) == set(asked)
+    told = {name for _, name in asked}
+    for name in told:
+        feed.snapshot(PeerRole.MASTER, name, SnapshotOfBlocks(name, "1", 7, chain(1)))
+    feed.snapshot(PeerRole.MASTER, "nobody", SnapshotOfBlocks("nobody", "1", 7, chain(1)))
+    assert set(feed.to_ask()) == {(PeerRole.MASTER, name) for name in set(names) - told}
+    assert set(feed.match("m", chain(1))) == told
 
 
 def test_who_stays_unknown_is_named():
@@ -169,7 +215,7 @@ def test_promises_that_are_broken_again_and_again_lead_to_a_snapshot():
         feed.ended("a", RequestEnded(f"r{number}", 1, cached_tokens=0), 400)
     assert feed.num_unknown == 1
     assert feed.figures.num_distrusted == 1
-    assert list(feed.to_ask()) == ["a"]
+    assert list(feed.to_ask()) == [(PeerRole.MASTER, "a")]
     assert f"xllm_kv_index_over_tokens_total {BROKEN * 400}.0" in fed.text()
 
 
@@ -207,7 +253,7 @@ def test_without_an_index_nothing_is_known_and_nothing_breaks():
     feed = KvFeed(KvIndexSettings(max_bytes=0), lambda: 0.0)
     feed.instance_registered(record("a"))
     feed.heard(beat("a", 1, chain(1)))
-    feed.snapshot("a", SnapshotOfBlocks("a", "1", 1))
+    feed.snapshot(PeerRole.MASTER, "a", SnapshotOfBlocks("a", "1", 1))
     feed.placed("r", "a", 1)
     feed.ended("a", RequestEnded("r", 1), 100)
     assert feed.match("m", chain(1)) == {}

@@ -14,6 +14,7 @@ from xllm.kvcache.daemon import KvCacheDaemon
 from xllm.kvcache.daemon_client import CacheClient
 from xllm.kvcache.digest import digest_of
 from xllm.kvcache.index_parts import CachedPrefix
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BlockEvents, InstanceHeartbeat, SnapshotOfBlocks
 from xllm.protocol.instance import QuerySnapshot
 from xllm.router.kv_feed import DAEMONS
@@ -89,7 +90,11 @@ def is_equal(b, one):
     feed = b.router.service.kv
     part = feed.indices[MODEL].part(one.name, "device")
     told = (part.num_blocks, part.digest)
-    return feed.followers[one.name].is_known and told == (len(one.held), one.digest)
+    follower = feed.followers[PeerRole.MASTER, one.name]
+    return follower.is_known and told == (
+        len(one.held),
+        one.digest,
+    )
 
 
 def test_an_index_of_a_hundred_thousand_blocks_is_there_soon_after_the_router(in_bench):
@@ -99,7 +104,7 @@ def test_an_index_of_a_hundred_thousand_blocks_is_there_soon_after_the_router(in
         one.store(map(name, range(NUM_BLOCKS)))
         one.publish()  # nobody listens yet
         await one.register()
-        await until(lambda: "a" in b.router.service.kv.followers)
+        await until(lambda: (PeerRole.MASTER, "a") in b.router.service.kv.followers)
         await until(lambda: is_equal(b, one))
         feed = b.router.service.kv
         assert one.num_asked == feed.figures.num_resyncs == 1
@@ -164,7 +169,7 @@ def test_who_leaves_takes_its_blocks_along(in_bench):
         await one.deregister()
         one.close()
         await until(lambda: set(feed.match(MODEL, name(1))) == {"b"})
-        assert set(feed.followers) == {"b"}
+        assert set(feed.followers) == {(PeerRole.MASTER, "b")}
 
     in_bench(body)
 
@@ -188,20 +193,20 @@ def test_a_daemon_is_heard_and_asked_over_a_connection_of_its_own(in_bench):
         try:
             assert await client.wait_attached(5.0)
             await client.put(b"".join(map(name, range(5))), [bytes(4096)] * 5)
-            feed = b.router.service.kv
+            feed, daemon_d = b.router.service.kv, (PeerRole.DAEMON, "d")
             await until(lambda: len(feed.match(MODEL, name(0))) == 1)
             assert feed.match("any", b"".join(map(name, range(9)))) == {"d": CachedPrefix(0, 5)}
             resyncs = feed.figures.num_resyncs
-            feed.followers["d"].doubt(asyncio.get_running_loop().time())
+            feed.followers[daemon_d].doubt(asyncio.get_running_loop().time())
             assert feed.match(MODEL, name(0)) == {}
-            await until(lambda: feed.followers["d"].is_known)
+            await until(lambda: feed.followers[daemon_d].is_known)
             assert feed.figures.num_resyncs > resyncs
             assert feed.match("any", b"".join(map(name, range(9)))) == {"d": CachedPrefix(0, 5)}
             assert feed.indices[DAEMONS].part("d", "dram").digest == daemon.tier.digest
         finally:
             await client.close()
             await daemon.close()
-        await until(lambda: "d" not in feed.followers)
+        await until(lambda: daemon_d not in feed.followers)
         assert feed.match("any", name(0)) == {}
 
     in_bench(body)

@@ -38,7 +38,7 @@ class Heard(MembershipListener):
     def publisher_registered(self, record):
         self.words.append(f"+{record.name}")
 
-    def publisher_gone(self, name):
+    def publisher_gone(self, role, name):
         self.words.append(f"-{name}")
 
 

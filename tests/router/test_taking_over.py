@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from tests.router.router_bench import until
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.client import (
     LIFE_ATTEMPTS,
     Ping,
@@ -66,7 +67,9 @@ def test_only_addresses_that_lead_somewhere_are_named(endpoint, is_named):
     record = RouterRecord(name="b", incarnation="1", zmq_endpoint=endpoint, public_key="k")
     peers.publisher_registered(record)
     assert peers.addresses == ((RouterAddress(endpoint, "k"),) if is_named else ())
-    peers.publisher_gone("b")
+    peers.publisher_gone(PeerRole.DAEMON, "b")
+    assert bool(peers.addresses) == is_named
+    peers.publisher_gone(PeerRole.ROUTER, "b")
     assert peers.addresses == ()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat, InstanceLoad
 from xllm.protocol.records import InstanceRecord
 from xllm.router.report import degraded_parts
@@ -207,5 +208,7 @@ def test_daemons_come_and_go():
     view = ClusterView(0.2)
     view.daemon_heartbeat(DaemonHeartbeat("d", "1", 1, dram_blocks=3), 1.0)
     assert view.daemons["d"].heartbeat.dram_blocks == 3
-    view.publisher_gone("d")
+    view.publisher_gone(PeerRole.ROUTER, "d")
+    assert set(view.daemons) == {"d"}
+    view.publisher_gone(PeerRole.DAEMON, "d")
     assert not view.daemons

@@ -3,7 +3,8 @@
 One index a model, from the heartbeats of its instances, and one of all KV cache daemons, whose
 hashes tell models apart by themselves. Each publisher has a follower that asks for a snapshot where
 it must; here is only who follows whom, and what requests found. It knows the time by a clock
-and no sockets (`kv_listener` has them).
+and no sockets (`kv_listener` has them). Invariant: what an instance has is told by instances'
+heartbeats alone, what a daemon has by daemons', though both may bear one name.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from xllm.kvcache.follower import FeedFigures, PublisherFollower
 from xllm.kvcache.hashing import HASH_BYTES
 from xllm.kvcache.index import KvIndex
 from xllm.kvcache.index_parts import CachedPrefix
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, SnapshotOfBlocks
 from xllm.protocol.instance import RequestEnded
 from xllm.protocol.records import DaemonRecord, InstanceRecord
@@ -30,6 +32,8 @@ UNKNOWN_S = 5.0
 """A publisher that is unknown for longer is named in the health report."""
 DAEMONS = ""
 """Key of the daemons' index among those of models, whose names are not empty."""
+Publisher = tuple[PeerRole, str]
+"""MASTER or DAEMON, and the name: one of each may have the same."""
 
 
 class KvFeed:
@@ -45,7 +49,7 @@ class KvFeed:
         self._clock = clock
         self._random = randomness or random.SystemRandom()
         self._indices: dict[str, KvIndex] = {}
-        self._followers: dict[str, PublisherFollower] = {}
+        self._followers: dict[Publisher, PublisherFollower] = {}
         self._records: dict[str, InstanceRecord] = {}
         self.figures = FeedFigures()
         self.promises = Promises()
@@ -62,7 +66,7 @@ class KvFeed:
         return self._indices
 
     @property
-    def followers(self) -> dict[str, PublisherFollower]:
+    def followers(self) -> dict[Publisher, PublisherFollower]:
         """By publisher."""
         return self._followers
 
@@ -70,36 +74,40 @@ class KvFeed:
 
     def instance_registered(self, record: InstanceRecord) -> None:
         """An instance, or another incarnation of it, begins with an empty cache."""
-        self.gone(record.name)
+        self.gone(PeerRole.MASTER, record.name)
         self._records[record.name] = record
-        self._follow(record.name, record.incarnation, record.model, "device")
+        publisher = PeerRole.MASTER, record.name
+        self._follow(publisher, record.incarnation, record.model, "device")
 
     def daemon_registered(self, record: DaemonRecord) -> None:
         """A daemon, or another incarnation of it; a record that is written again changes
         nothing."""
-        known = self._followers.get(record.name)
+        publisher = PeerRole.DAEMON, record.name
+        known = self._followers.get(publisher)
         if known is None or known.incarnation != record.incarnation:
-            self.gone(record.name)
-            self._follow(record.name, record.incarnation, DAEMONS, "dram")
+            self.gone(*publisher)
+            self._follow(publisher, record.incarnation, DAEMONS, "dram")
 
-    def gone(self, name: str) -> None:
+    def gone(self, role: PeerRole, name: str) -> None:
         """A publisher is gone, and what it had. Unknown ones are ignored."""
-        follower = self._followers.pop(name, None)
+        follower = self._followers.pop((role, name), None)
         if follower is not None:
             follower.end()
+        if role is not PeerRole.MASTER:
+            return
         self._records.pop(name, None)
         self.promises.forget(name)
         self.silence.forget(name)
 
-    def _follow(self, name: str, incarnation: str, model: str, tier: str) -> None:
+    def _follow(self, publisher: Publisher, incarnation: str, model: str, tier: str) -> None:
         if not self.is_on:
             return
         index = self._indices.get(model)
         if index is None:
             secret = self._random.getrandbits(64) | 1
             index = self._indices[model] = KvIndex(self._settings.max_bytes, secret)
-        self._followers[name] = PublisherFollower(
-            index, name, incarnation, tier, self.figures, self._jitter
+        self._followers[publisher] = PublisherFollower(
+            index, publisher[1], incarnation, tier, self.figures, self._jitter
         )
 
     def _jitter(self) -> float:
@@ -108,24 +116,29 @@ class KvFeed:
     # -- what they say -----------------------------------------------------------------------
 
     def heard(self, word: BusMessage) -> None:
-        """A word on a publisher's bus; heartbeats of those that are not registered are
+        """A word on a publisher's bus; heartbeats of those that are not registered as that are
         ignored."""
-        if not isinstance(word, InstanceHeartbeat | DaemonHeartbeat):
+        if isinstance(word, InstanceHeartbeat):
+            role = PeerRole.MASTER
+        elif isinstance(word, DaemonHeartbeat):
+            role = PeerRole.DAEMON
+        else:
             return
         name = word.publisher
-        follower = self._followers.get(name)
+        follower = self._followers.get((role, name))
         if follower is None:
             return
         was_known = follower.is_known
         follower.word(word, self._clock())
         if was_known and not follower.is_known:
             _log.warning("kv_index_unknown", publisher=name, seq=follower.seq, heard=word.seq)
-        if name in self._records and self.silence.look(name, self._is_empty(name), word.seq):
+        is_instance = role is PeerRole.MASTER
+        if is_instance and self.silence.look(name, self._is_empty(name), word.seq):
             _log.error("kv_events_silent", instance=name)
 
-    def snapshot(self, name: str, answer: SnapshotOfBlocks) -> None:
+    def snapshot(self, role: PeerRole, name: str, answer: SnapshotOfBlocks) -> None:
         """A publisher's answer to a question."""
-        follower = self._followers.get(name)
+        follower = self._followers.get((role, name))
         if follower is None:
             return
         follower.snapshot(answer, self._clock())
@@ -133,33 +146,35 @@ class KvFeed:
             num_blocks = len(answer.hashes) // HASH_BYTES
             _log.info("kv_index_resynced", publisher=name, seq=follower.seq, num_blocks=num_blocks)
 
-    def to_ask(self) -> Iterator[str]:
+    def to_ask(self) -> Iterator[Publisher]:
         """Publishers to ask for a snapshot now; `asked` follows each."""
         if not self._followers:
             return
         now = self._clock()
         num_open = sum(one.is_asked(now) for one in self._followers.values())
-        for name, follower in self._followers.items():
+        for publisher, follower in self._followers.items():
             if num_open >= MAX_OPEN_QUESTIONS:
                 return
             if follower.wants_snapshot(now):
                 num_open += 1
-                yield name
+                yield publisher
 
-    def asked(self, name: str, reached: bool) -> None:
+    def asked(self, publisher: Publisher, reached: bool) -> None:
         """The question was sent, or could not be."""
-        self._followers[name].asked(self._clock(), reached)
+        self._followers[publisher].asked(self._clock(), reached)
 
     # -- requests ----------------------------------------------------------------------------
 
     def match(self, model: str, hashes: bytes) -> dict[str, CachedPrefix]:
         """How many leading blocks of a prompt each instance of the model, and each daemon, has by
-        tier. Who is unknown at present, or has none, is absent."""
-        found: dict[str, CachedPrefix] = {}
-        for key in (model, DAEMONS):
-            index = self._indices.get(key)
-            if index is not None:
-                found.update(index.match(hashes))
+        tier. Who is unknown at present, or has none, is absent, and so is a daemon that bears the
+        name of an instance."""
+        index, daemons = self._indices.get(model), self._indices.get(DAEMONS)
+        found = {} if index is None else index.match(hashes)
+        if daemons is not None:
+            for name, prefix in daemons.match(hashes).items():
+                if (PeerRole.MASTER, name) not in self._followers:
+                    found[name] = prefix
         return found
 
     def placed(self, request_id: str, instance: str, num_blocks: int) -> None:
@@ -170,7 +185,8 @@ class KvFeed:
 
     def ended(self, instance: str, word: RequestEnded, num_prompt_tokens: int) -> None:
         """A request ended well there; `num_prompt_tokens`: of its prompt, which gave tokens."""
-        record, follower = self._records.get(instance), self._followers.get(instance)
+        record = self._records.get(instance)
+        follower = self._followers.get((PeerRole.MASTER, instance))
         if record is None or follower is None:
             return
         if self._is_empty(instance):
@@ -204,7 +220,7 @@ class KvFeed:
         ]
         parts += [
             f"what {name} has cached is unknown"
-            for name, one in sorted(self._followers.items())
+            for (_, name), one in sorted(self._followers.items())
             if one.unknown_since is not None and now - one.unknown_since > UNKNOWN_S
         ]
         parts += [

@@ -38,7 +38,8 @@ class KvListener(MembershipListener):
         self._sockets: dict[str, DealerSocket[DaemonAnswer]] = {}
         self._decoder: Decoder[DaemonAnswer] = Decoder(DaemonAnswer)
         membership.listeners.append(self)
-        membership.answers(SnapshotOfBlocks, feed.snapshot)
+        take = functools.partial(feed.snapshot, PeerRole.MASTER)
+        membership.answers(SnapshotOfBlocks, take)
 
     def instance_registered(self, record: InstanceRecord) -> None:
         """See MembershipListener."""
@@ -46,7 +47,7 @@ class KvListener(MembershipListener):
 
     def instance_gone(self, name: str) -> None:
         """See MembershipListener."""
-        self._feed.gone(name)
+        self._feed.gone(PeerRole.MASTER, name)
 
     def publisher_registered(self, record: DaemonRecord | RouterRecord) -> None:
         """See MembershipListener."""
@@ -58,10 +59,10 @@ class KvListener(MembershipListener):
         self._daemons[record.name] = record
         self._feed.daemon_registered(record)
 
-    def publisher_gone(self, name: str) -> None:
+    def publisher_gone(self, role: PeerRole, name: str) -> None:
         """See MembershipListener."""
-        if self._daemons.pop(name, None) is not None:
-            self._feed.gone(name)
+        if role is PeerRole.DAEMON and self._daemons.pop(name, None) is not None:
+            self._feed.gone(role, name)
             self._close(name)
 
     def heard(self, message: BusMessage) -> None:
@@ -70,18 +71,17 @@ class KvListener(MembershipListener):
 
     def tick(self) -> None:
         """Ask whom the feed wants to ask."""
-        for name in list(self._feed.to_ask()):
-            self._feed.asked(name, self._ask(name))
+        for publisher in list(self._feed.to_ask()):
+            self._feed.asked(publisher, self._ask(*publisher))
 
     def close(self) -> None:
         """Close the connections to daemons."""
         for name in tuple(self._sockets):
             self._close(name)
 
-    def _ask(self, name: str) -> bool:
-        follower = self._feed.followers[name]
-        question = QuerySnapshot(follower.seq)
-        if name not in self._daemons:
+    def _ask(self, role: PeerRole, name: str) -> bool:
+        question = QuerySnapshot(self._feed.followers[role, name].seq)
+        if role is PeerRole.MASTER:
             return self._membership.send(name, question)
         socket = self._sockets.get(name) or self._open(self._daemons[name])
         if socket is None or not socket.connected:
@@ -113,7 +113,7 @@ class KvListener(MembershipListener):
 
     def _daemon_says(self, name: str, message: DaemonAnswer, frames: list[bytes]) -> None:
         if isinstance(message, SnapshotOfBlocks):
-            self._feed.snapshot(name, message)
+            self._feed.snapshot(PeerRole.DAEMON, name, message)
         else:
             _log.warning("daemon_refused", daemon=name, error=message.message)
 

@@ -61,8 +61,8 @@ class MembershipListener:
     def publisher_registered(self, record: DaemonRecord | RouterRecord) -> None:
         """A daemon or another router is registered, or wrote its record anew."""
 
-    def publisher_gone(self, name: str) -> None:
-        """The record of a daemon or another router is gone."""
+    def publisher_gone(self, role: PeerRole, name: str) -> None:
+        """The record of a daemon or another router (`role`) is gone."""
 
     def heard(self, message: BusMessage) -> None:
         """A word on a publisher's bus."""
@@ -195,10 +195,10 @@ class Membership:
                 for one in self.listeners:
                     one.publisher_registered(record)
             elif change.entry is None or change.key in self._not_understood:
-                self._service.view.publisher_gone(name)
+                self._service.view.publisher_gone(role, name)
                 self._links.buses.unhear(role, name)
                 for one in self.listeners:
-                    one.publisher_gone(name)
+                    one.publisher_gone(role, name)
 
     def _understood(self, decoder: Decoder[N], change: Change) -> N | None:
         """The record that was written. None: it is gone, is none, or is that of one who speaks a

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.client import RouterAddress
 from xllm.protocol.records import DaemonRecord, RouterRecord
 from xllm.router.membership import MembershipListener
@@ -31,9 +32,10 @@ class Peers(MembershipListener):
         if isinstance(record, RouterRecord) and _leads_here(record.zmq_endpoint):
             self._addresses[record.name] = RouterAddress(record.zmq_endpoint, record.public_key)
 
-    def publisher_gone(self, name: str) -> None:
+    def publisher_gone(self, role: PeerRole, name: str) -> None:
         """See MembershipListener."""
-        self._addresses.pop(name, None)
+        if role is PeerRole.ROUTER:
+            self._addresses.pop(name, None)
 
 
 def _leads_here(endpoint: str) -> bool:

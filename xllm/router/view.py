@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import msgspec
 
 from xllm.errors import InvariantError
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import (
     DaemonHeartbeat,
     InstanceHeartbeat,
@@ -284,10 +285,12 @@ class ClusterView:
         self._routers[word.publisher] = RouterView(word, now)
         return True
 
-    def publisher_gone(self, name: str) -> None:
+    def publisher_gone(self, role: PeerRole, name: str) -> None:
         """The record of a daemon or another router is gone."""
-        self._daemons.pop(name, None)
-        self._routers.pop(name, None)
+        if role is PeerRole.DAEMON:
+            self._daemons.pop(name, None)
+        else:
+            self._routers.pop(name, None)
 
     def tick(self, now: float) -> ViewChange:
         """Call at least once a period: who was silent too long becomes suspect. After a pause of

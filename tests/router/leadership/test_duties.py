@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm.errors import InvalidRequestError
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat, InstanceLoad, RouterPresence
 from xllm.protocol.client import SubmitRequest
 from xllm.protocol.records import experts_key, kv_key, load_key
@@ -132,7 +133,7 @@ def test_only_what_changed_is_written_and_what_is_gone_is_deleted():
     puts, deletes = mirror.batch()
     assert [key for key, _ in puts] == [experts_key("c", "a"), load_key("c", "a")]
     mirror.wrote(puts, deletes, 2.0)
-    mirror.gone("a")
+    mirror.gone(PeerRole.MASTER, "a")
     puts, deletes = mirror.batch()
     assert puts == []
     assert set(deletes) == {load_key("c", "a"), experts_key("c", "a")}
@@ -149,8 +150,27 @@ def test_what_is_cached_is_mirrored_as_a_digest():
     found = msgspec.json.decode(values[kv_key("c", "d")])
     assert found == {"num_cached": 3, "digest": "00000000000000ab"}
     mirror.wrote(puts, [], 1.0)
-    mirror.gone("d")
+    mirror.gone(PeerRole.DAEMON, "d")
     assert mirror.batch() == ([], [kv_key("c", "d")])
+
+
+def test_a_daemon_of_an_instances_name_changes_and_removes_none_of_its_keys():
+    mirror = Mirror("c")
+    first = msgspec.structs.replace(beat("a"), num_cached=2, digest=1)
+    forged = DaemonHeartbeat("a", "1", 2, num_cached=9, digest=0xAB)
+    mirror.heard(forged)  # before the instance says a word
+    mirror.heard(first)
+    mirror.heard(forged)
+    mirror.gone(PeerRole.DAEMON, "a")
+    puts, deletes = mirror.batch()
+    values = dict(puts)
+    assert set(values) == {kv_key("c", "a"), load_key("c", "a")}
+    assert msgspec.json.decode(values[kv_key("c", "a")])["num_cached"] == 2
+    mirror.wrote(puts, deletes, 1.0)
+    mirror.gone(PeerRole.MASTER, "a")
+    mirror.heard(forged)
+    puts, deletes = mirror.batch()
+    assert ([key for key, _ in puts], deletes) == ([kv_key("c", "a")], [load_key("c", "a")])
 
 
 def test_a_report_that_is_too_large_is_counted_and_left_out():

@@ -3,8 +3,8 @@ digest. Pure.
 
 For people and tools that look at the registry, and for what must be known when every router was
 away; no request waits for it. Invariants: a batch is at most MAX_GUARDED_WRITES writes, a value is
-written only where it changed, the key that was left alone longest comes first, and the keys of
-instances that are gone are deleted.
+written only where it changed, the key that was left alone longest comes first, the keys of
+instances that are gone are deleted, and no daemon's word changes a key of an instance of its name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import msgspec
 import structlog
 
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat
 from xllm.protocol.records import experts_key, kv_key, load_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES
@@ -32,8 +33,8 @@ class Mirror:
     def __init__(self, cluster: str) -> None:
         self._cluster = cluster
         self._wanted: dict[str, bytes] = {}
-        self._owner: dict[str, str] = {}
-        """Instance by key."""
+        self._owner: dict[str, tuple[PeerRole, str]] = {}
+        """By key the instance (MASTER) or daemon that it is of."""
         self._written: dict[str, tuple[float, bytes]] = {}
         """By key in the registry: when it was written, and what (before this office: b"")."""
         self._oversized: set[str] = set()
@@ -46,17 +47,19 @@ class Mirror:
 
     def heard(self, word: InstanceHeartbeat | DaemonHeartbeat) -> None:
         """An instance or a KV cache daemon speaks."""
-        if word.num_cached >= 0:
-            key = kv_key(self._cluster, word.publisher)
-            self._want(key, word.publisher, kv_value(word))
+        name, load = word.publisher, load_key(self._cluster, word.publisher)
+        is_daemon = isinstance(word, DaemonHeartbeat)
+        owner = PeerRole.DAEMON if is_daemon else PeerRole.MASTER, name
+        if word.num_cached >= 0 and not (is_daemon and load in self._owner):
+            self._want(kv_key(self._cluster, name), owner, kv_value(word))
         if isinstance(word, DaemonHeartbeat):
             return
-        self._want(load_key(self._cluster, word.publisher), word.publisher, load_value(word))
+        self._want(load, owner, load_value(word))
         if not word.expert_load:
             return
         if len(word.expert_load) <= MAX_EXPERTS_BYTES:
             key = experts_key(self._cluster, word.publisher)
-            self._want(key, word.publisher, word.expert_load)
+            self._want(key, owner, word.expert_load)
             return
         self.num_oversized += 1
         if word.publisher not in self._oversized:
@@ -68,10 +71,11 @@ class Mirror:
                 limit=MAX_EXPERTS_BYTES,
             )
 
-    def gone(self, instance: str) -> None:
-        """An instance or a daemon left: its keys are to be deleted."""
-        self._oversized.discard(instance)
-        for key in [key for key, owner in self._owner.items() if owner == instance]:
+    def gone(self, role: PeerRole, name: str) -> None:
+        """An instance (MASTER) or a daemon left: its keys are to be deleted."""
+        if role is PeerRole.MASTER:
+            self._oversized.discard(name)
+        for key in [key for key, owner in self._owner.items() if owner == (role, name)]:
             del self._wanted[key], self._owner[key]
 
     def batch(self) -> tuple[list[tuple[str, bytes]], list[str]]:
@@ -93,7 +97,7 @@ class Mirror:
         for key in deletes:
             self._written.pop(key, None)
 
-    def _want(self, key: str, owner: str, value: bytes) -> None:
+    def _want(self, key: str, owner: tuple[PeerRole, str], value: bytes) -> None:
         self._wanted[key] = value
         self._owner[key] = owner
 

@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from xllm.errors import InvalidRequestError, UnavailableError, XllmError
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat
 from xllm.protocol.instance import AssignRole
 from xllm.protocol.records import cluster_prefix, leader_key, roles_key
@@ -70,10 +71,14 @@ class Office:
         leads."""
         self.mirror.heard(word)
 
-    def gone(self, name: str) -> None:
-        """An instance or a daemon left."""
+    def instance_gone(self, name: str) -> None:
+        """An instance left."""
         self.roles.gone(name)
-        self.mirror.gone(name)
+        self.mirror.gone(PeerRole.MASTER, name)
+
+    def daemon_gone(self, name: str) -> None:
+        """A daemon left."""
+        self.mirror.gone(PeerRole.DAEMON, name)
 
     def tick(self, now: float) -> None:
         """Each heartbeat."""

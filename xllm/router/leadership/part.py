@@ -15,6 +15,7 @@ import structlog
 
 from xllm.config.settings import ClusterSettings
 from xllm.errors import BadMessageError, InvalidRequestError, UnavailableError
+from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, RouterPresence
 from xllm.protocol.client import (
     ObjectivesSet,
@@ -174,11 +175,12 @@ class Leadership(MembershipListener):
 
     def instance_gone(self, name: str) -> None:
         """Nothing is kept of it, and nothing mirrored."""
-        self.office.gone(name)
+        self.office.instance_gone(name)
 
-    def publisher_gone(self, name: str) -> None:
+    def publisher_gone(self, role: PeerRole, name: str) -> None:
         """A daemon left, or another router, of which nothing is kept."""
-        self.office.gone(name)
+        if role is PeerRole.DAEMON:
+            self.office.daemon_gone(name)
 
     def heard(self, message: BusMessage) -> None:
         """Loads are kept; a higher epoch ends a lower one."""
