@@ -92,7 +92,9 @@ def test_each_model_has_an_index_and_daemons_are_told_for_all():
 
 
 def dram_beat(name, seq, stored, incarnation="1", **more):
-    return DaemonHeartbeat(name, incarnation, seq, events=(BlockEvents(stored),), **more)
+    return DaemonHeartbeat(
+        name, incarnation, seq, events=(BlockEvents(stored, tier="dram"),), **more
+    )
 
 
 def test_a_daemon_that_bears_the_name_of_an_instance_tells_nothing_of_it():
