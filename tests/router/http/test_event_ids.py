@@ -213,6 +213,8 @@ def test_only_tokens_with_the_hash_of_an_id_are_proven():
     assert proven([place(2, EventStage.ENDED)], [(5, 6)]) == [()]
     assert proven([place(1), place(3)], [(9,), (5, 6, 7)]) == [(), (5, 6, 7)]
     assert proven([place(1)], [(5,), (5,)]) == [(5,)]
+    for number in (-1, 1 << 32, -(1 << 63), 1 << 63):  # another process says what it likes
+        assert proven([place(2), place(1)], [(5, number), (5,)]) == [(), (5,)]
 
 
 @settings(max_examples=100, deadline=None)
