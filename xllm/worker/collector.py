@@ -62,8 +62,8 @@ class StepCollector:
         it, by one of two observers; an exception is why it could not be launched. They are called
         on either thread, never on both at once."""
         step = _Step(launched, began_ns, done, failed)
-        self._num_put += 1
         is_known = isinstance(launched, Exception) or launched.is_done
+        self._num_put += 1
         if is_known and self.num_under_way == 1:
             self._settle(step)
             return

@@ -36,6 +36,7 @@ class ReferenceOps:
         return F.silu(gate) * up
 
     def place(self, layer, qkv, norms, angles, row_addresses, positions, q_out):
+        check_aligned(qkv, row_addresses, positions, q_out)
         config, rows = self._config, qkv.shape[0]
         heads, kv_heads = config.num_heads, config.num_kv_heads
         parts = qkv.view(rows, heads + 2 * kv_heads, config.head_dim)
@@ -54,19 +55,21 @@ class ReferenceOps:
                 self._token(address, position, layer, True).copy_(v[row])
 
     def attend_decodes(self, layer, q, sequences, rows_each, out):
+        check_aligned(q, sequences.addresses, sequences.lengths)
         for number, length in enumerate(sequences.lengths.tolist()):
             rows = slice(number * rows_each, (number + 1) * rows_each)
             address = int(sequences.addresses[number])
             out[rows] = self._attended(layer, q[rows], address, length)
 
     def attend_prompts(self, layer, q, sequences, row_starts, row_tiles, out):
+        check_aligned(q, row_starts, row_tiles, sequences.addresses, sequences.lengths)
         starts = row_starts.tolist()
-        if row_tiles.tolist() == [[-1, 0]]:
-            return
-        assert row_tiles.tolist() == [[number, 0] for number in range(len(starts) - 1)]
-        for number, length in enumerate(sequences.lengths.tolist()):
+        for number, first in row_tiles.tolist():
+            if number < 0:
+                continue
+            assert first == 0
             rows = slice(starts[number], starts[number + 1])
-            address = int(sequences.addresses[number])
+            address, length = int(sequences.addresses[number]), int(sequences.lengths[number])
             out[rows] = self._attended(layer, q[rows], address, length)
 
     def tile_rows(self, counts, lengths):
@@ -101,6 +104,12 @@ class ReferenceOps:
         )
 
 
+def check_aligned(*tensors):
+    """Triton compiles a kernel anew for a pointer that is no multiple of 16: none may be, whatever
+    the shape of a step."""
+    assert not [tensor.shape for tensor in tensors if tensor.numel() and tensor.data_ptr() % 16]
+
+
 @dataclasses.dataclass
 class _Numbers:
     numbers: torch.Tensor
@@ -122,6 +131,7 @@ class ReferenceDraws:
         return _Numbers(torch.arange(len(rows)))
 
     def draw(self, logits, device_inputs, out_tokens, out_flags, *, filtered):
+        check_aligned(logits, device_inputs, out_tokens, out_flags)
         rows = [self._rows[number] for number in device_inputs.tolist()]
         found = self._sampler.sample(logits.clone(), rows)
         failed = dict(found.failed)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.fixtures.models import make_model
@@ -199,6 +200,58 @@ def test_a_sequence_whose_numbers_are_not_finite_fails_alone(directory, monkeypa
     later = executor.launch(plans[3]).wait().result
     assert "not a number" in dict(later.failed)[0]
     assert all(len(result.tokens[1]) == 1 for result in (*results, later))
+    executor.close()
+
+
+def test_a_host_draw_behind_a_step_that_failed_fails_too(directory, monkeypatch):
+    """Its draws are the host's, so that it is launched before the failure is known."""
+    driver = interpreted_driver(monkeypatch, directory)
+    executor = driver.executor
+    device = executor._engine.device
+    head, calls = device._model.head, []
+
+    def broken(hidden):
+        logits = head(hidden)
+        calls.append(len(logits))
+        if len(calls) == 2:
+            logits[0] = float("nan")
+        return logits
+
+    monkeypatch.setattr(device._model, "head", broken)
+    plans = two_sequences(driver, 2)
+    steps = [executor.launch(plan) for plan in plans[:2]]
+    monkeypatch.setattr(device, "can_draw", lambda batch: False)
+    last = executor.launch(plans[2]).wait().result
+    assert [dict(step.wait().result.failed).keys() for step in steps] == [set(), {0}]
+    assert "not a number" in dict(last.failed)[0]
+    assert len(last.tokens[1]) == 1
+    executor.close()
+
+
+def test_an_item_that_cannot_be_built_fails_its_sequence_from_then_on(directory, monkeypatch):
+    driver = interpreted_driver(monkeypatch, directory)
+    executor = driver.executor
+    plans = two_sequences(driver, 2)
+    # The second sequence's pages are not mapped.
+    first = msgspec.structs.replace(plans[0], maps=plans[0].maps[:1])
+    results = [executor.launch(plan) for plan in (first, plans[1])]
+    failed = [dict(step.wait().result.failed) for step in results]
+    assert [list(one) for one in failed] == [[1], [1]]
+    assert failed[0][1] == failed[1][1]
+    executor.close()
+
+
+def test_a_launch_that_breaks_waits_for_what_was_begun(directory, monkeypatch):
+    platform = InterpretedPlatform()
+    driver = interpreted_driver(monkeypatch, directory, platform)
+    executor = driver.executor
+    waited = []
+    monkeypatch.setattr(platform, "synchronize", lambda: waited.append(1))
+    device = executor._engine.device
+    monkeypatch.setattr(device, "_draw", lambda *args: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        executor.launch(two_sequences(driver, 1)[0])
+    assert waited
     executor.close()
 
 

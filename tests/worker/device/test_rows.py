@@ -35,13 +35,14 @@ def test_each_row_knows_its_token_position_and_place(ranges):
         assert entry.first_row == row == rows.row_starts[number]
         assert rows.addresses[number] == address
         assert rows.lengths[number] == span.end
-        assert rows.read_rows[number] == entry.last_row
         for position in range(span.start, span.end):
             assert rows.positions[row] == position
             assert rows.row_addresses[row] == address
             assert rows.token_ids[row] == entry.state.tokens(position, position + 1)[0]
             row += 1
     assert row == rows.counts.num_rows == rows.row_starts[-1]
+    drawn = [entry.last_row for entry in ordered.entries if entry.item.num_samples]
+    assert rows.read_rows.tolist() == drawn
     assert (rows.sources == -1).all()
 
 

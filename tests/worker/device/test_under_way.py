@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.worker.device.batches import PATIENCE_S, HeldCopy, batch_of, table_of
 from xllm.errors import EngineError, InvariantError
+from xllm.protocol.step import StepPlan
 from xllm.worker.execution.device.under_way import (
     NOT_FINITE,
     StepsUnderWay,
@@ -122,6 +123,25 @@ def test_pages_of_steps_under_way_are_in_use_until_they_are_settled():
     flow.board.settle(flow.table)
     assert flow.board.needs(16) == {}
     assert most_needed({1: 2, 3: 1}, {1: 1, 2: 4}) == {1: 2, 2: 4, 3: 1}
+
+
+def test_the_oldest_is_settled_alone():
+    flow = Flow()
+    (_, one), _ = flow.launch(), flow.launch()
+    one.arrive([5, 6])
+    assert not flow.board.settle_oldest(flow.table)
+    assert flow.outputs(1) == [5, -1]
+    assert len(flow.board) == 1
+
+
+def test_a_failure_of_a_sequence_that_has_ended_is_not_kept():
+    flow = Flow()
+    first, one = flow.launch()
+    flow.table.begin(StepPlan(9, ended=(1,)))
+    one.arrive([-1, 6])
+    assert dict(first.wait().result.failed) == {0: NOT_FINITE}
+    flow.board.settle(flow.table)
+    assert flow.table.statistics().num_refused == 0
 
 
 def test_a_step_that_was_never_launched_is_a_defect():

@@ -55,6 +55,37 @@ def test_the_graph_not_used_for_longest_goes_and_can_come_back():
     assert device.num_captures == 4
 
 
+def test_a_keys_parts_come_and_go_together():
+    device, gone = FakeGraphs(), []
+    cache = GraphCache(device, 2, 1, gone.append)
+    for key in ("a", "b"):
+        for part in range(3):
+            assert cache.run(key, device.body(f"{key}{part}"), part)
+    assert cache.statistics().num_graphs == 6
+    assert cache.run("c", device.body("c0"))
+    assert gone == ["a"]
+    assert [graph.name for graph in device.open_graphs()] == ["b0", "b1", "b2", "c0"]
+
+
+def test_a_part_that_fails_leaves_the_others_graphs():
+    device, cache = make(failing={"a1"})
+    for _ in range(2):
+        assert [cache.run("a", device.body(f"a{part}"), part) for part in range(3)] == [
+            True, False, True,
+        ]  # fmt: skip
+    assert cache.is_open("a")
+    assert device.num_failures == 1
+
+
+def test_whatever_a_body_raises_it_is_run_eagerly_from_then_on():
+    def broken():
+        raise ZeroDivisionError("no such kernel")
+
+    _, cache = make()
+    assert not cache.run("a", broken)
+    assert not cache.is_open("a")
+
+
 def test_close_gives_all_graphs_up():
     device, cache = make(max_graphs=4)
     for key in "abc":

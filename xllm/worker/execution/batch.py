@@ -56,6 +56,20 @@ class StepBatch:
             found = given or entry.state.tokens(item.start, item.start + item.num_tokens)
             self.token_ids[entry.first_row : entry.first_row + item.num_tokens] = found
 
+    def drop_refused(self, table: SequenceTable) -> list[tuple[int, str]]:
+        """Take out the entries whose sequences have failed since the batch was built; their rows
+        stay. (index in the plan, reason) of each."""
+        found, kept = [], []
+        for entry in self.entries:
+            try:
+                table.find(entry.item.seq)
+            except EngineError as error:
+                found.append((entry.index, error.message))
+            else:
+                kept.append(entry)
+        self.entries = kept
+        return found
+
     def single_rows(self) -> list[Span]:
         """The spans cut into spans of one row each, in order."""
         return [

@@ -182,14 +182,17 @@ class NativeExecutor:
         except Exception:
             if self._ranks is not None:
                 self._ranks.leave()  # the others may wait for this one in the middle of a layer
+            if engine.device is not None:
+                engine.device.abandon()  # what was launched of it may read pages that go now
             for item in plan.items:
                 engine.table.refuse(item.seq, "a step of it failed")
             raise
         self._num_steps += 1
+        known = outputs.outputs if isinstance(outputs, StepUnderWay) else outputs
+        for index, reason in known.failed.items():
+            engine.table.refuse(plan.items[index].seq, reason)
         if isinstance(outputs, StepUnderWay):
             return outputs
-        for index, reason in outputs.failed.items():
-            engine.table.refuse(plan.items[index].seq, reason)
         return DoneStep(outputs.pack(plan.step, time.perf_counter_ns() - began))
 
     def close(self) -> None:
@@ -300,6 +303,9 @@ class NativeExecutor:
             hidden = run_through_torch(
                 engine, batch, self._hooks, alone=self._settings.worker.deterministic
             )
+        if device is not None:
+            for index, reason in batch.drop_refused(engine.table):
+                outputs.fail(index, reason)
         engine.drawer.draw(batch, hidden, outputs)
         if engine.pooler is not None:
             engine.pooler.pool(batch, hidden, outputs)

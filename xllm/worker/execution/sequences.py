@@ -122,6 +122,10 @@ class SequenceTable:
             raise EngineError(self._refused.get(seq, f"sequence {seq} is not known here"))
         return state
 
+    def knows(self, seq: int) -> bool:
+        """Whether a sequence is here, and has not failed."""
+        return seq in self._states
+
     def refuse(self, seq: int, reason: str) -> None:
         """A sequence failed: its KV and its history have a gap, so that every later item of it
         fails with this reason, until it is ended."""

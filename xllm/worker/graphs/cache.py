@@ -13,7 +13,6 @@ from collections.abc import Callable, Hashable
 
 import structlog
 
-from xllm.errors import EngineError
 from xllm.worker.platform.graphs import CapturedGraph, GraphDevice
 
 log = structlog.get_logger(__name__)
@@ -32,18 +31,27 @@ class GraphStatistics:
 
 
 class GraphCache:
-    """Runs bodies as graphs of one device. Used by one thread."""
+    """Runs bodies as graphs of one device. A key's work may be several bodies, its parts. Used by
+    one thread."""
 
-    def __init__(self, device: GraphDevice, max_graphs: int, capture_at: int = 2) -> None:
-        """`max_graphs`: kept at once, the one not used for longest goes first. `capture_at`: the
-        sight of a key at which it is captured: shapes that come once do not pay for one."""
-        assert max_graphs > 0
+    def __init__(
+        self,
+        device: GraphDevice,
+        max_keys: int,
+        capture_at: int = 2,
+        dropped: Callable[[Hashable], None] = lambda key: None,
+    ) -> None:
+        """`max_keys`: kept at once, the one not used for longest goes first, with all its parts,
+        and `dropped` is told. `capture_at`: the sight of a key at which it is captured: shapes that
+        come once do not pay for one."""
+        assert max_keys > 0
         self._device = device
-        self._max_graphs = max_graphs
+        self._max_keys = max_keys
         self._capture_at = capture_at
-        self._graphs: OrderedDict[Hashable, CapturedGraph] = OrderedDict()
+        self._dropped = dropped
+        self._graphs: OrderedDict[Hashable, dict[int, CapturedGraph]] = OrderedDict()
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
-        self._failed: set[Hashable] = set()
+        self._failed: set[tuple[Hashable, int]] = set()
         self._num_replays = 0
         self._num_captures = 0
         self._num_failed = 0
@@ -53,19 +61,19 @@ class GraphCache:
         """Whether `run` would replay or capture for this sight of a key. Counts the sight."""
         if key in self._graphs:
             return True
-        if key in self._failed:
+        if (key, 0) in self._failed:
             return False
         self._seen[key] = self._seen.pop(key, 0) + 1
-        if len(self._seen) > 8 * self._max_graphs:
+        if len(self._seen) > 8 * self._max_keys:
             self._seen.popitem(last=False)
         return self._seen[key] >= self._capture_at
 
-    def run(self, key: Hashable, body: Callable[[], None]) -> bool:
-        """Do what `body` does, as the key's graph; where there is none, by the capture of one.
-        False: the capture failed, now or before, and `body` is still to be run."""
-        graph = self._graphs.get(key)
+    def run(self, key: Hashable, body: Callable[[], None], part: int = 0) -> bool:
+        """Do what `body` does, as the graph of a part of a key; where there is none, by the capture
+        of one. False: the capture failed, now or before, and `body` is still to be run."""
+        graph = self._graphs.get(key, {}).get(part)
         if graph is None:
-            return self._capture(key, body)
+            return self._capture(key, body, part)
         self._graphs.move_to_end(key)
         graph.replay()
         self._num_replays += 1
@@ -73,35 +81,43 @@ class GraphCache:
 
     def close(self) -> None:
         """Give all graphs up, with their memory."""
-        for graph in self._graphs.values():
-            graph.close()
+        for parts in self._graphs.values():
+            for graph in parts.values():
+                graph.close()
         self._graphs.clear()
+        self._device.close()
 
     def statistics(self) -> GraphStatistics:
         """A snapshot."""
         return GraphStatistics(
-            len(self._graphs),
+            sum(len(parts) for parts in self._graphs.values()),
             self._num_replays,
             self._num_captures,
             self._num_failed,
             self._num_evicted,
         )
 
-    def _capture(self, key: Hashable, body: Callable[[], None]) -> bool:
-        if key in self._failed:
+    def _capture(self, key: Hashable, body: Callable[[], None], part: int) -> bool:
+        if (key, part) in self._failed:
             return False
-        while len(self._graphs) >= self._max_graphs:
-            _, oldest = self._graphs.popitem(last=False)
-            oldest.close()
-            self._num_evicted += 1
+        if key not in self._graphs:
+            self._make_room()
         try:
             graph = self._device.capture(body)
-        except EngineError as error:
-            self._failed.add(key)
+        except Exception as error:  # whatever the body's kernels raise, too: it is run eagerly then
+            self._failed.add((key, part))
             self._num_failed += 1
-            log.warning("graph_capture_failed", key=str(key), reason=error.message)
+            log.warning("graph_capture_failed", key=str(key), part=part, reason=str(error))
             return False
         self._seen.pop(key, None)
-        self._graphs[key] = graph
+        self._graphs.setdefault(key, {})[part] = graph
         self._num_captures += 1
         return True
+
+    def _make_room(self) -> None:
+        while len(self._graphs) >= self._max_keys:
+            oldest, parts = self._graphs.popitem(last=False)
+            for graph in parts.values():
+                graph.close()
+                self._num_evicted += 1
+            self._dropped(oldest)

@@ -10,7 +10,7 @@ from xllm.errors import DependencyError
 from xllm.worker.platform.cuda_driver import CudaDriver
 from xllm.worker.platform.pinned import upload_pinned
 from xllm.worker.platform.platform import CollectiveKind, DeviceMark, DeviceMemory, KernelKind
-from xllm.worker.platform.stream_copies import StreamCopier
+from xllm.worker.platform.stream_copies import StreamCopier, event_passed
 from xllm.worker.platform.stream_graphs import StreamGraphs
 
 _KV_SHARE = 0.85
@@ -72,7 +72,7 @@ class CudaPlatform:
         """An event on the current stream."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no stub for it
         event.record()
-        return event.query
+        return lambda: event_passed(event)
 
     def upload(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """By way of pinned memory."""

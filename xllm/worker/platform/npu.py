@@ -13,7 +13,7 @@ from xllm.worker.platform.ascend_driver import AscendDriver
 from xllm.worker.platform.npu_ops import NpuOps
 from xllm.worker.platform.pinned import upload_pinned
 from xllm.worker.platform.platform import CollectiveKind, DeviceMark, DeviceMemory, KernelKind
-from xllm.worker.platform.stream_copies import StreamCopier
+from xllm.worker.platform.stream_copies import StreamCopier, event_passed
 from xllm.worker.platform.stream_graphs import StreamGraphs
 
 _KV_SHARE = 0.85
@@ -82,7 +82,7 @@ class NpuPlatform:
         """An event on the current stream."""
         event = self._npu.Event()
         event.record()
-        return lambda: bool(event.query())
+        return lambda: event_passed(event)
 
     def upload(self, tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """By way of pinned memory."""

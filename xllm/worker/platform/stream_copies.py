@@ -62,6 +62,15 @@ class StreamCopier:
             self._buffers.clear()
 
 
+def event_passed(event: Any) -> bool:
+    """Whether a device has come past an event. One that failed comes no further: then it has, and
+    whoever waits for its results is told."""
+    try:
+        return bool(event.query())
+    except RuntimeError:
+        return True
+
+
 class StreamCopy:
     """A copy under way."""
 
@@ -84,7 +93,7 @@ class StreamCopy:
 
     def is_done(self) -> bool:
         """See HostCopy."""
-        return bool(self._done.query())
+        return event_passed(self._done)
 
     def settle(self) -> None:
         """Wait until the device is done with it."""

@@ -46,6 +46,7 @@ def make_device_steps(
     limits = GraphLimits(
         min(settings.worker.graph_max_batch, most) if has_graphs else 0,
         settings.worker.graph_max_rows if has_graphs else 0,
+        max_rows_each=1,  # no plan asks for the verification of several tokens yet
         max_model_len=model_len,
     )
     runner = DeviceRunner(model, layers, ops, platform, drawn.flat, dtype, limits, tick)

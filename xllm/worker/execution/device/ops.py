@@ -84,11 +84,12 @@ class DeviceOps(Protocol):
         row_tiles: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """The same where sequence i has rows row_starts[i] to row_starts[i + 1], its last ones,
-        cut into `row_tiles`."""
+        """The same where sequence i has rows row_starts[i] to row_starts[i + 1], its last ones, for
+        the sequences that `row_tiles` (sequence, its first row) name; other rows of `out` stay."""
 
     def tile_rows(self, counts: list[int], lengths: list[int]) -> list[tuple[int, int]]:
-        """The row tiles of sequences that compute their last `counts` tokens of `lengths`."""
+        """The row tiles of sequences that compute their last `counts` tokens of `lengths`, counted
+        from the first of them."""
 
 
 class DrawNumbers(Protocol):

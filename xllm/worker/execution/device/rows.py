@@ -44,7 +44,7 @@ class StepRows:
     lengths: NDArray[np.int32]
     row_starts: NDArray[np.int32]
     read_rows: NDArray[np.int64]
-    """The rows whose outputs are drawn from, in the order of the batch's entries."""
+    """The rows that tokens are drawn from, in the order of the batch's entries."""
 
     @property
     def shape(self) -> LaunchShape:
@@ -124,7 +124,9 @@ def lay_out_rows(batch: StepBatch) -> StepRows:
         np.arange(num_rows, dtype=np.int32) + np.repeat(shift, counts),
         starts + counts,
         row_starts,
-        np.array([entry.last_row for entry in batch.entries], dtype=np.int64),
+        np.array(
+            [entry.last_row for entry in batch.entries if entry.item.num_samples], dtype=np.int64
+        ),
     )
 
 

@@ -8,7 +8,7 @@ nothing that it read, so that it can be run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from xllm.worker.models.model import NativeModel
 from xllm.worker.platform.platform import Platform
 
 _MAX_GRAPHS = 64
+"""Kinds of steps whose graphs are kept; of a partial one there are as many as layers, and one."""
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 
@@ -56,8 +57,7 @@ class DeviceRunner:
         self._graphs: GraphCache | None = None
         self._static: dict[GraphKey, StaticNumbers] = {}
         if device is not None and (limits.max_batch or limits.max_rows):
-            # One partial step is a graph for each stretch between two attentions.
-            self._graphs = GraphCache(device, _MAX_GRAPHS * (len(layers) + 1))
+            self._graphs = GraphCache(device, _MAX_GRAPHS, dropped=self._drop)
             most = max(limits.max_batch * limits.max_rows_each, limits.max_rows)
             self._stretch = _StretchTensors(model.config, most, dtype, platform.device)
         self._num_steps = dict.fromkeys(GraphMode, 0)
@@ -71,16 +71,16 @@ class DeviceRunner:
         """None: there are no graphs."""
         return None if self._graphs is None else self._graphs.statistics()
 
-    def run(self, rows: StepRows) -> torch.Tensor:
-        """The last layer's output [rows, hidden] of a step's rows, on the device; valid until the
-        next call."""
+    def run(self, rows: StepRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last layer's output [rows, hidden] of a step's rows and the numbers of those that
+        are drawn from, on the device; valid until the next call."""
         for key in self._chooser.choose(rows.shape):
             if key.mode == GraphMode.EAGER or self._graphs is None:
                 break
-            hidden = self._through(self._graphs, key, rows)
-            if hidden is not None:
+            found = self._through(self._graphs, key, rows)
+            if found is not None:
                 self._num_steps[key.mode] += 1
-                return hidden
+                return found
         self._num_steps[GraphMode.EAGER] += 1
         return self._eager(rows)
 
@@ -99,7 +99,9 @@ class DeviceRunner:
             self._graphs.close()
         self._static.clear()
 
-    def _through(self, graphs: GraphCache, key: GraphKey, rows: StepRows) -> torch.Tensor | None:
+    def _through(
+        self, graphs: GraphCache, key: GraphKey, rows: StepRows
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The step through the graphs of a key; None: they are not to be had."""
         if key.mode == GraphMode.FULL:
             if not graphs.is_open(key):
@@ -108,14 +110,15 @@ class DeviceRunner:
             if not graphs.run(key, self._full_body(key)):
                 return None
             self._ticks()
-            return self._stretch.hidden[: rows.counts.num_rows]
-        if not graphs.is_open((key, 0)):
+            read = self._numbers(key).tensors.read_rows[: len(rows.read_rows)]
+            return self._stretch.hidden[: rows.counts.num_rows], read
+        if not graphs.is_open(key):
             return None
         return self._partial(graphs, key, rows)
 
     # -- operator by operator --------------------------------------------------------------------
 
-    def _eager(self, rows: StepRows) -> torch.Tensor:
+    def _eager(self, rows: StepRows) -> tuple[torch.Tensor, torch.Tensor]:
         tiles = self._tiles(rows)
         tensors = upload_numbers(self._platform, rows, tiles)
         residual = self._embed(tensors)
@@ -133,7 +136,7 @@ class DeviceRunner:
             added = layer.behind(attended.view(num_rows, -1), residual)
             self._tick()
         assert added is not None
-        return residual.add_(added)
+        return residual.add_(added), tensors.read_rows
 
     def _attend(
         self,
@@ -150,16 +153,17 @@ class DeviceRunner:
             of = SequenceRows(tensors.addresses[:border], tensors.lengths[:border], most)
             self._ops.attend_decodes(layer, q[:border], of, 1, out[:border])
         if border < counts.num_sequences:
-            of = SequenceRows(tensors.addresses[border:], tensors.lengths[border:], most)
-            # Their rows are counted from the first row of all, where q begins.
-            starts = tensors.row_starts[border:]
-            self._ops.attend_prompts(layer, q, of, starts, tensors.row_tiles, out)
+            of = SequenceRows(tensors.addresses, tensors.lengths, most)
+            self._ops.attend_prompts(layer, q, of, tensors.row_starts, tensors.row_tiles, out)
 
     def _tiles(self, rows: StepRows) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
         border = rows.counts.num_decodes
         counts = np.diff(rows.row_starts)[border:].tolist()
         tiles = self._ops.tile_rows(counts, rows.lengths[border:].tolist())
-        return np.array(tiles, dtype=np.int32).reshape(-1, 2)
+        # Counted from the first sequence of all: their arrays are not cut, see `tensors`.
+        found = np.array(tiles, dtype=np.int32).reshape(-1, 2)
+        found[:, 0] += border
+        return found
 
     def _embed(self, tensors: StepTensors) -> torch.Tensor:
         drawn = self._drawn[tensors.sources.clamp(min=0)].clamp_(min=0)
@@ -209,19 +213,21 @@ class DeviceRunner:
 
     # -- graphs between attentions ---------------------------------------------------------------
 
-    def _partial(self, graphs: GraphCache, key: GraphKey, rows: StepRows) -> torch.Tensor:
+    def _partial(
+        self, graphs: GraphCache, key: GraphKey, rows: StepRows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self._numbers(key).fill(rows.alone())
         tensors = upload_numbers(self._platform, rows, self._tiles(rows))
         stretch, num_rows = self._stretch, rows.counts.num_rows
         for number in range(len(self._layers) + 1):
             body = self._stretch_body(key, number)
-            if not graphs.run((key, number), body):
+            if not graphs.run(key, body, number):
                 body()
             if number < len(self._layers):
                 q, out = stretch.q[:num_rows], stretch.attended[:num_rows]
                 self._attend(self._layers[number].index, rows, tensors, q, out)
                 self._tick()
-        return stretch.hidden[:num_rows]
+        return stretch.hidden[:num_rows], tensors.read_rows
 
     def _stretch_body(self, key: GraphKey, number: int) -> Callable[[], None]:
         """What lies before attention `number`: the layer below from its attention on, and this one
@@ -250,6 +256,11 @@ class DeviceRunner:
             self._layers[number].before(added, residual, angles, addresses, positions, q)
 
         return body
+
+    def _drop(self, key: Hashable) -> None:
+        """A key's graphs were given up: nobody reads its tensors any more."""
+        if isinstance(key, GraphKey):
+            self._static.pop(key, None)
 
     def _ticks(self) -> None:
         for _ in self._layers:

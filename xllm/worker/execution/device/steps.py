@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import structlog
 import torch
 
 from xllm.protocol.sampling import SamplingParams
@@ -29,6 +30,8 @@ from xllm.worker.platform.copies import HostCopier
 from xllm.worker.platform.platform import Platform
 from xllm.worker.sampling.edits import needs_counts
 from xllm.worker.sampling.rows import SampleRow
+
+log = structlog.get_logger(__name__)
 
 MAX_UNDER_WAY = 3
 """Steps whose tokens the host has not seen: the master plans one ahead; one more may be on its way
@@ -51,8 +54,10 @@ class DrawnTokens:
     later step finds them by place."""
 
     def __init__(self, most: int, device: torch.device) -> None:
-        self.most = most
-        self._data = torch.zeros((MAX_UNDER_WAY + 1, most), dtype=torch.int64, device=device)
+        # Every step's tokens begin at a multiple of 16 bytes: see `tensors`.
+        self.most = most + most % 2
+        shape = (MAX_UNDER_WAY + 1, self.most)
+        self._data = torch.zeros(shape, dtype=torch.int64, device=device)
         self._at = 0
 
     @property
@@ -110,9 +115,12 @@ class DeviceSteps:
         """Settle what is known; wait for the rest where too many are under way, or a plan maps
         other pages where they read. Whether numbers came that are not finite."""
         found = self.under_way.settle(table)
+        if len(self.under_way) >= MAX_UNDER_WAY:
+            self._num_waited += 1
+            found = self.under_way.settle_oldest(table) or found
         touched = self.under_way.needs(block_size)
         is_in_use = any(one.first_page < touched.get(one.slot, 0) for one in maps)
-        if is_in_use or len(self.under_way) >= MAX_UNDER_WAY:
+        if is_in_use:
             found = self.wait(table) or found
         return found
 
@@ -122,6 +130,13 @@ class DeviceSteps:
             return False
         self._num_waited += 1
         return self.under_way.drain(table)
+
+    def abandon(self) -> None:
+        """Wait until nothing runs any more, behind a launch that failed half-way."""
+        try:
+            self._platform.synchronize()
+        except RuntimeError as error:
+            log.warning("device_not_synchronized", reason=str(error))
 
     def can_run(self, batch: StepBatch) -> bool:
         """Whether the layers of a batch can be launched here."""
@@ -144,16 +159,16 @@ class DeviceSteps:
         order of its rows."""
         self._num_host_draws += 1
         ordered = decodes_first(batch)
-        return ordered, self._runner.run(lay_out_rows(ordered))
+        return ordered, self._runner.run(lay_out_rows(ordered))[0]
 
     def launch(self, step: int, batch: StepBatch, outputs: StepOutputs) -> StepUnderWay:
         """Launch a batch that can be run and drawn here."""
         ordered = decodes_first(batch)
-        hidden = self._runner.run(lay_out_rows(ordered))
+        hidden, read_rows = self._runner.run(lay_out_rows(ordered))
         drawing = [entry for entry in ordered.entries if entry.item.num_samples]
         first, tokens = self._drawn.next(len(drawing))
         if drawing:
-            self._draw(drawing, hidden, tokens)
+            self._draw(drawing, hidden.index_select(0, read_rows), tokens)
         for number, entry in enumerate(drawing):
             entry.state.expect(first + number)
         # Where nothing is drawn some number tells that the step is done.
@@ -179,10 +194,10 @@ class DeviceSteps:
     def _draw(
         self, entries: Sequence[BatchEntry], hidden: torch.Tensor, tokens: torch.Tensor
     ) -> None:
-        """Tokens of some entries, -1 where the model's output is not finite."""
+        """Tokens of some entries from their rows' last states, -1 where the model's output is not
+        finite."""
         inputs = self._sampler.prepare([sample_row(entry) for entry in entries])
-        places = torch.tensor([entry.last_row for entry in entries], dtype=torch.int64)
-        logits = self._model.head(hidden.index_select(0, self._platform.upload(places)))
+        logits = self._model.head(hidden)
         flags = self._flags[: len(entries)]
         numbers = self._platform.upload(inputs.numbers)
         self._sampler.draw(logits, numbers, tokens, flags, filtered=inputs.filtered)

@@ -18,6 +18,10 @@ from xllm.worker.platform.platform import Platform
 _WIDE = ("token_ids", "sources", "row_addresses", "addresses", "read_rows")
 _NARROW = ("positions", "lengths", "row_starts")
 
+_ALIGNMENT = 16
+"""Bytes at a multiple of which every part begins, whatever is before it: a kernel is compiled anew
+for a pointer that does not."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepTensors:
@@ -37,36 +41,62 @@ class StepTensors:
 
 def pack_numbers(rows: StepRows, row_tiles: NDArray[np.int32]) -> NDArray[np.uint8]:
     """All numbers of a step as bytes, in the order of `split_numbers`."""
-    parts = [getattr(rows, name) for name in _WIDE]
-    parts += [getattr(rows, name) for name in _NARROW]
-    return np.concatenate([part.view(np.uint8) for part in (*parts, row_tiles.reshape(-1))])
+    parts = [getattr(rows, name) for name in (*_WIDE, *_NARROW)]
+    parts.append(row_tiles.reshape(-1))
+    packed = np.zeros(sum(_aligned(part.nbytes) for part in parts), dtype=np.uint8)
+    at = 0
+    for part in parts:
+        packed[at : at + part.nbytes] = part.view(np.uint8)
+        at += _aligned(part.nbytes)
+    return packed
+
+
+def packed_bytes(num_rows: int, num_sequences: int, num_read: int, num_tiles: int) -> int:
+    """Bytes of a step of these sizes."""
+    return sum(
+        _aligned(count * size)
+        for count, size in _parts(num_rows, num_sequences, num_read, num_tiles)
+    )
 
 
 def split_numbers(
     data: torch.Tensor, num_rows: int, num_sequences: int, num_read: int, num_tiles: int
 ) -> StepTensors:
     """Views of packed numbers (uint8, flat) of a step of these sizes."""
-    wide = [num_rows, num_rows, num_rows, num_sequences, num_read]
-    narrow = [num_rows, num_sequences, num_sequences + 1, 2 * num_tiles]
-    border = 8 * sum(wide)
-    ids, sources, places, addresses, read = data[:border].view(torch.int64).split_with_sizes(wide)
-    small = data[border : border + 4 * sum(narrow)].view(torch.int32)
-    positions, lengths, starts, tiles = small.split_with_sizes(narrow)
+    found, at = [], 0
+    for count, size in _parts(num_rows, num_sequences, num_read, num_tiles):
+        dtype = torch.int64 if size == 8 else torch.int32
+        found.append(data[at : at + count * size].view(dtype))
+        at += _aligned(count * size)
+    ids, sources, places, addresses, read, positions, lengths, starts, tiles = found
     return StepTensors(
         ids, sources, places, addresses, read, positions, lengths, starts, tiles.view(-1, 2)
     )
 
 
+def _parts(
+    num_rows: int, num_sequences: int, num_read: int, num_tiles: int
+) -> list[tuple[int, int]]:
+    """Numbers of each part and bytes of each."""
+    wide = [num_rows, num_rows, num_rows, num_sequences, num_read]
+    narrow = [num_rows, num_sequences, num_sequences + 1, 2 * num_tiles]
+    return [*((count, 8) for count in wide), *((count, 4) for count in narrow)]
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
 class StaticNumbers:
-    """The tensors that a graph reads: made once for a number of rows and sequences, all rows of
-    which are read and none of which are tiled."""
+    """The tensors that a graph reads: made once for a number of rows and sequences, at most one row
+    of each of which is read and none of which are tiled."""
 
     def __init__(self, platform: Platform, num_rows: int, num_sequences: int) -> None:
         self._platform = platform
         self._sizes = (num_rows, num_sequences, num_sequences, 0)
-        num_bytes = 8 * (3 * num_rows + 2 * num_sequences)
-        num_bytes += 4 * (num_rows + 2 * num_sequences + 1)
-        self._data = torch.zeros(num_bytes, dtype=torch.uint8, device=platform.device)
+        self._data = torch.zeros(
+            packed_bytes(*self._sizes), dtype=torch.uint8, device=platform.device
+        )
         self.tensors = split_numbers(self._data, *self._sizes)
 
     def fill(self, rows: StepRows) -> None:

@@ -100,12 +100,13 @@ class StepsUnderWay:
 
     def collect(self, last: StepUnderWay) -> None:
         """Wait for a step and those before it. On any thread."""
-        with self._lock:
-            for step in tuple(self._steps):
+        for step in tuple(self._steps):
+            # One step at a time: who waits for an older one is not kept by a younger.
+            with self._lock:
                 if not step.is_collected:
                     self._ended_ns = step.receive(self._failed, self._ended_ns)
-                if step is last:
-                    return
+            if step is last:
+                return
         if not last.is_collected:
             raise InvariantError("a step was settled before it was collected")
 
@@ -117,7 +118,7 @@ class StepsUnderWay:
             step = self._steps.popleft()
             if step.error is not None:
                 for entry in step.entries:
-                    table.refuse(entry.item.seq, "a step of it failed")
+                    _refuse(table, entry, "a step of it failed")
                 continue
             for entry, token in zip(step.drawn, step.tokens, strict=True):
                 entry.state.settle(max(token, 0))
@@ -125,11 +126,17 @@ class StepsUnderWay:
             for index, reason in step.outputs.failed.items():
                 for entry in step.entries:
                     if entry.index == index:
-                        table.refuse(entry.item.seq, reason)
-        if not self._steps:
-            with self._lock:
-                self._failed.clear()
+                        _refuse(table, entry, reason)
+        alive = {entry.item.seq for step in self._steps for entry in step.entries}
+        for seq in [seq for seq in tuple(self._failed) if seq not in alive]:
+            self._failed.pop(seq, None)
         return has_failed
+
+    def settle_oldest(self, table: SequenceTable) -> bool:
+        """Wait for the oldest one, and settle. On the engine's thread."""
+        if self._steps:
+            self.collect(self._steps[0])
+        return self.settle(table)
 
     def drain(self, table: SequenceTable) -> bool:
         """Wait for all of them, and settle. On the engine's thread."""
@@ -147,6 +154,12 @@ class StepsUnderWay:
                     count = -(-(item.start + item.num_tokens) // block_size)
                     found[slot] = max(count, found.get(slot, 0))
         return found
+
+
+def _refuse(table: SequenceTable, entry: BatchEntry, reason: str) -> None:
+    """A sequence failed, unless a plan has ended it since."""
+    if table.knows(entry.item.seq):
+        table.refuse(entry.item.seq, reason)
 
 
 def most_needed(one: Mapping[int, int], other: Mapping[int, int]) -> dict[int, int]:
