@@ -14,8 +14,10 @@ import pytest
 
 from tests.fixtures.models import make_model
 from tests.worker.device.interpreted import InterpretedPlatform, interpreted_driver
+from tests.worker.device.reference_ops import ReferenceOps
 from tests.worker.native.plan_driver import PlanDriver, random_prompts
 from tests.worker.native.test_native_scheduler import Instance
+from xllm.errors import ConfigError
 from xllm.protocol.sampling import SamplingParams
 from xllm.worker.execution.native import NativeExecutor
 from xllm.worker.graphs.choice import GraphMode
@@ -161,6 +163,26 @@ def test_captures_that_fail_leave_steps_eager(directory, monkeypatch):
     instance.close()
 
 
+@pytest.mark.parametrize("kernel", ["attend_prompts", "norm"])
+def test_sizes_that_the_kernels_refuse_leave_torch(directory, monkeypatch, kernel):
+    def refuse(*args):
+        raise ConfigError("no such head")
+
+    plain = Instance(directory, driver=PlanDriver(directory, kernels="torch"))
+    monkeypatch.setattr(ReferenceOps, kernel, refuse)
+    instance = launched(monkeypatch, directory)
+    assert instance.found is None
+    assert "torch-sdpa" in instance.driver.ready.fingerprint
+    assert serve(instance) == serve(plain)
+    instance.close()
+
+
+def test_its_fingerprint_names_its_kernels(directory, monkeypatch):
+    driver = interpreted_driver(monkeypatch, directory)
+    assert "triton-1" in driver.ready.fingerprint
+    driver.executor.close()
+
+
 @pytest.mark.parametrize("drop_weights", [False, True])
 def test_it_sleeps_and_wakes_between_steps(directory, monkeypatch, drop_weights):
     platform = InterpretedPlatform()
@@ -168,7 +190,10 @@ def test_it_sleeps_and_wakes_between_steps(directory, monkeypatch, drop_weights)
     first = dict(serve(instance))
     executor = instance.driver.executor
     held = platform.host.used_bytes
+    trimmed = []
+    monkeypatch.setattr(platform, "trim", lambda: trimmed.append(1))
     executor.sleep("", drop_weights)
+    assert bool(trimmed) == drop_weights
     assert platform.host.used_bytes < held
     executor.wake("", lambda done, total: None)
     again = LaunchedInstance(directory, instance.driver)

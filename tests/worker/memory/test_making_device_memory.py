@@ -58,8 +58,9 @@ def driver() -> FakeDriver:
     return FakeDriver(HostDevice(granularity=32768, total_bytes=2 << 20))
 
 
-def settings_of(**worker: Any) -> Settings:
-    return Settings(scheduler=SchedulerSettings(max_num_seqs=4), worker=WorkerSettings(**worker))
+def settings_of(num_tokens: int = 64, **worker: Any) -> Settings:
+    scheduler = SchedulerSettings(max_num_seqs=4, max_num_batched_tokens=num_tokens)
+    return Settings(scheduler=scheduler, worker=WorkerSettings(**worker))
 
 
 def make(config: ModelConfig, driver: DeviceDriver | Exception | None, **worker: Any) -> KvMemory:
@@ -79,6 +80,15 @@ def test_blocks_suit_the_pages_of_the_device(config: ModelConfig, driver: FakeDr
     asked = make(config, driver, block_size=16)
     assert asked.layout.block_size == 16
     asked.close()
+
+
+def test_what_steps_take_is_left_to_them(config: ModelConfig, driver: FakeDriver) -> None:
+    # 3 MiB are free; steps of so many tokens take all but a few blocks.
+    memory = make(config, driver, num_tokens=1925)
+    assert memory.layout.num_blocks == 4
+    memory.close()
+    with pytest.raises(ConfigError, match=r"worker\.kv_cache_bytes: 0 bytes hold 0 blocks"):
+        make(config, driver, num_tokens=9000)
 
 
 def test_slots_over_a_devices_memory(config: ModelConfig, driver: FakeDriver) -> None:

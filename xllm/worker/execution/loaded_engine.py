@@ -38,6 +38,7 @@ from xllm.worker.platform.platform import Platform
 from xllm.worker.sampling.greedy import best_tokens
 
 _TORCH_KERNELS = "torch-sdpa-1"
+_TRITON_KERNELS = "triton-1"
 _WARM_UP_ROWS = (1, 32)
 
 
@@ -106,7 +107,9 @@ def make_engine(
     loop = LayerLoop(model, pool, dtype, platform.device, tick, team, phase_ns)
     for num_rows in _WARM_UP_ROWS:
         loop.warm_up(num_rows)
-    ready = _describe(settings, read, pool, model_len, slots, num_models, began)
+    device = None if slots is None else _on_device(settings, read, pool, model_len, tick)
+    is_launched = device is not None
+    ready = _describe(settings, read, pool, model_len, slots, num_models, began, is_launched)
     drawer = TokenDrawer(
         model,
         platform.device,
@@ -127,7 +130,7 @@ def make_engine(
         loaded.num_bytes,
         model.experts,
         Pooler(model, tick) if loaded.task.pooling else None,
-        None if slots is None else _on_device(settings, read, pool, model_len, tick),
+        device,
         plan,
     )
 
@@ -171,6 +174,7 @@ def _describe(
     slots: SlotSpace | None,
     num_models: int,
     began: float,
+    is_launched: bool,
 ) -> WorkerReady:
     platform, loaded, layout = read.platform, read.loaded, pool.layout
     model = loaded.model
@@ -184,7 +188,7 @@ def _describe(
         # Ids beyond the vocabulary, which some configurations name, are never drawn.
         eos_ids=tuple(i for i in model.config.eos_ids if i < model.config.vocab_size),
         revision=loaded.revision,
-        fingerprint=_fingerprint(settings, platform, loaded),
+        fingerprint=_fingerprint(settings, platform, loaded, is_launched),
         kv_groups=describe_groups(model.kv_groups, layout.item_bytes, layout.scale_bytes),
         device=platform.describe(),
         dtype=_type_name(settings, loaded.dtype),
@@ -197,10 +201,14 @@ def _describe(
     )
 
 
-def _fingerprint(settings: Settings, platform: Platform, loaded: LoadedModel) -> str:
-    """What decides the bits of a result beside its inputs."""
+def _fingerprint(
+    settings: Settings, platform: Platform, loaded: LoadedModel, is_launched: bool
+) -> str:
+    """What decides the bits of a result beside its inputs. `is_launched`: by device steps."""
     mode = "deterministic" if settings.worker.deterministic else "default"
-    kernels = _TORCH_KERNELS if loaded.team is None else loaded.team.compiled.fingerprint()
+    kernels = _TRITON_KERNELS if is_launched else _TORCH_KERNELS
+    if loaded.team is not None:
+        kernels = loaded.team.compiled.fingerprint()
     ranks = f"tp-{settings.master.num_workers}"
     parts = (*platform.fingerprint(), _type_name(settings, loaded.dtype), ranks, kernels, mode)
     return "/".join(parts)

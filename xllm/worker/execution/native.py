@@ -147,8 +147,10 @@ class NativeExecutor:
             engine.close()
             self._engine = None
             self._progress.settle_elsewhere()
+            platform = engine.platform
             del engine
             gc.collect()  # layers and tables know each other
+            platform.trim()
 
     def wake(self, model: str, progress: Callable[[int, int], None]) -> None:
         """See Executor."""

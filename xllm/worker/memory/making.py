@@ -16,6 +16,7 @@ from xllm.worker.memory.device_layout import DeviceLayout, choose_block_size
 from xllm.worker.memory.device_memory import DeviceKvMemory
 from xllm.worker.memory.kv_memory import KvMemory
 from xllm.worker.memory.layout import KvLayout, choose_num_blocks
+from xllm.worker.memory.plan import step_bytes
 from xllm.worker.memory.pool import KvPool, allocate_memory
 from xllm.worker.memory.rounded import SCALE_BYTES
 from xllm.worker.memory.sharing import SharedPages
@@ -68,9 +69,15 @@ def make_memory(
         one = one_block(settings, config, dtype)
     else:
         one = _device_block(settings, config, dtype, driver)
+    budget = platform.kv_budget() // (settings.master.num_workers if shares_host else 1)
+    if not on_cpu:
+        # Steps must have what they take, however small the device is.
+        left = platform.memory().free_bytes
+        left -= sum(step_bytes(settings, config, dtype.itemsize, platform))
+        budget = min(budget, max(left, 0))
     num_blocks = choose_num_blocks(
         asked_bytes=asked,
-        budget_bytes=platform.kv_budget() // (settings.master.num_workers if shares_host else 1),
+        budget_bytes=budget,
         bytes_per_block=one.block_bytes,
         block_size=one.block_size,
         max_num_seqs=settings.scheduler.max_num_seqs,

@@ -223,7 +223,10 @@ class PageMapper:
         # The engine's thread may have cores of its own, which who starts here would inherit.
         os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
         while (one := self._queue.get()) is not None:
-            self._carry_out(one)
+            try:
+                self._carry_out(one)
+            except Exception as error:  # a defect: the slot fails, and nobody waits for ever
+                self._failed[one.slot] = f"slot {one.slot}: {type(error).__name__}: {error}"
             with self._lock:
                 self._queued[one.slot] -= 1
                 if not self._queued[one.slot]:

@@ -73,22 +73,27 @@ def _row_numbers(config: ModelConfig) -> int:
     return max(attention, 2 * hidden + 3 * width)
 
 
+def step_bytes(
+    settings: Settings, config: ModelConfig, item_bytes: int, platform: Platform
+) -> tuple[int, int]:
+    """What the steps of a device take beside weights and KV: activations, graphs."""
+    scheduler, worker = settings.scheduler, settings.worker
+    most, rows = scheduler.max_num_seqs, 0
+    is_launched = platform.kernels == "triton" and not worker.deterministic
+    if is_launched and settings.master.num_workers == 1 and config.experts is None:
+        rows = max(worker.graph_max_rows, min(worker.graph_max_batch, most))
+    return (
+        activation_bytes(config, item_bytes, scheduler.max_num_batched_tokens, most),
+        graph_bytes(config, item_bytes, rows),
+    )
+
+
 def log_plan(
     settings: Settings, config: ModelConfig, shape: KvShape, weight_bytes: int, platform: Platform
 ) -> MemoryPlan:
     """Say at the start what a device's memory will go to; a warning where it has not as much."""
-    scheduler = settings.scheduler
-    worker, rows = settings.worker, 0
-    if platform.kernels == "triton" and not worker.deterministic:
-        rows = max(worker.graph_max_rows, min(worker.graph_max_batch, scheduler.max_num_seqs))
-    plan = MemoryPlan(
-        weight_bytes,
-        shape.num_blocks * shape.block_bytes,
-        activation_bytes(
-            config, shape.item_bytes, scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-        ),
-        graph_bytes(config, shape.item_bytes, rows),
-    )
+    steps = step_bytes(settings, config, shape.item_bytes, platform)
+    plan = MemoryPlan(weight_bytes, shape.num_blocks * shape.block_bytes, *steps)
     device_bytes = platform.memory().total_bytes
     say = log.warning if plan.total_bytes > device_bytes else log.info
     say(

@@ -55,6 +55,9 @@ class CpuPlatform:
     def virtual_driver(self) -> None:
         """The kernel's calls are enough: see `CpuVirtualMemory`."""
 
+    def trim(self) -> None:
+        """What is let go is the machine's at once."""
+
     def synchronize(self) -> None:
         """Nothing runs behind our back here."""
 

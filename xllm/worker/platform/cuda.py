@@ -57,12 +57,16 @@ class CudaPlatform:
 
     def kv_budget(self) -> int:
         """85% of what is free once the cached blocks of torch are given back."""
-        torch.cuda.empty_cache()
+        self.trim()
         return int(self.memory().free_bytes * _KV_SHARE)
 
     def virtual_driver(self) -> CudaDriver:
         """Through cuda-bindings."""
         return CudaDriver(self.device)
+
+    def trim(self) -> None:
+        """Give the cached blocks of torch back."""
+        torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
         """Wait for the device."""

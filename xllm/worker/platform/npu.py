@@ -67,12 +67,16 @@ class NpuPlatform:
 
     def kv_budget(self) -> int:
         """85% of what is free once the cached blocks of torch are given back."""
-        self._npu.empty_cache()
+        self.trim()
         return int(self.memory().free_bytes * _KV_SHARE)
 
     def virtual_driver(self) -> AscendDriver:
         """Through CANN's module acl."""
         return AscendDriver(self.device)
+
+    def trim(self) -> None:
+        """Give the cached blocks of torch back."""
+        self._npu.empty_cache()
 
     def synchronize(self) -> None:
         """Wait for the device."""

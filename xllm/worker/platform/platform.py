@@ -70,6 +70,9 @@ class Platform(Protocol):
         """Calls on the device's virtual memory; None on a CPU, which has its own. EngineError or
         DependencyError where the device has none, or what it takes is not installed."""
 
+    def trim(self) -> None:
+        """Give memory back to the device that nothing of this process uses."""
+
     def synchronize(self) -> None:
         """Wait until all that was started on the device is done."""
 

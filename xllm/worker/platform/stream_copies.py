@@ -29,7 +29,7 @@ class StreamCopier:
         """See HostCopier."""
         api, copies = self._api, self._under_way
         try:
-            while copies and copies[0].is_done():
+            while copies and copies[0].has_arrived():
                 copies.popleft()
             # The stream that computes goes on and may overwrite the tensor: it makes a copy first.
             own = tensor.clone(memory_format=torch.contiguous_format)
@@ -94,6 +94,10 @@ class StreamCopy:
     def is_done(self) -> bool:
         """See HostCopy."""
         return event_passed(self._done)
+
+    def has_arrived(self) -> bool:
+        """Whether the device is done with it. RuntimeError where that failed."""
+        return bool(self._done.query())
 
     def settle(self) -> None:
         """Wait until the device is done with it."""

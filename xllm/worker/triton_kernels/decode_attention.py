@@ -46,7 +46,7 @@ def split_range(length, splits, M: tl.constexpr, SPLIT_TOKENS: tl.constexpr, S: 
     return first, first, tl.maximum(each, TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def decode_kernel(
     q, out, parts, logs, addresses, lengths, width, key_offset, value_offset, scale, softcap,
     splits, M: tl.constexpr, ROW_TILES: tl.constexpr, SPLIT: tl.constexpr,
@@ -93,7 +93,7 @@ def decode_kernel(
         tl.store(to, attended.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
     out, parts, logs, lengths, splits, M: tl.constexpr, SPLIT_TOKENS: tl.constexpr,
     AT_ONCE: tl.constexpr, S: tl.constexpr,

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+from triton.errors import TritonError
 
 from xllm.errors import InvariantError
+
+KERNEL_ERRORS = (TritonError,)
+"""What Triton raises for a kernel that it cannot compile, or that is too large for the device."""
 
 _LOG2_E = math.log2(math.e)
 _INTERPRETED_MULTIPROCESSORS = 4

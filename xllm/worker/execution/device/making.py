@@ -7,16 +7,19 @@ from collections.abc import Callable
 import structlog
 
 from xllm.config.settings import Settings
+from xllm.errors import ConfigError
 from xllm.worker.execution.device.layer import DeviceLayer
 from xllm.worker.execution.device.runner import DeviceRunner
 from xllm.worker.execution.device.steps import DeviceSteps, DrawnTokens
 from xllm.worker.execution.device.triton_ops import TritonOps
 from xllm.worker.execution.reading import ReadModel
 from xllm.worker.graphs.choice import GraphLimits
+from xllm.worker.layers.decoder import LayerWeights
 from xllm.worker.memory.device_memory import DeviceKvMemory
 from xllm.worker.memory.kv_memory import KvMemory
-from xllm.worker.models.model import WholeModel
+from xllm.worker.models.model import NativeModel, WholeModel
 from xllm.worker.sampling.device_sampler import DeviceSampler
+from xllm.worker.triton_kernels.launching import KERNEL_ERRORS
 
 log = structlog.get_logger(__name__)
 
@@ -30,12 +33,31 @@ def make_device_steps(
 ) -> DeviceSteps | None:
     """Steps of a native model on its platform, with graphs captured for small decodes; None where
     the kernels cannot have its weights or its memory, which a line in the log says."""
-    platform, model = read.platform, read.loaded.model
+    model = read.loaded.model
     assert not isinstance(model, WholeModel)
     weights = model.weights()
     if weights is None or not isinstance(pool, DeviceKvMemory):
-        log.warning("device_steps_not_used", packed=weights is None, memory=type(pool).__name__)
+        log.warning("device_steps_not_used", reason=f"blocks are in a {type(pool).__name__}")
         return None
+    try:
+        steps = _build(settings, read, model, weights, pool, model_len, tick)
+        steps.warm_up()
+    except (ConfigError, *KERNEL_ERRORS) as error:
+        log.warning("device_steps_not_used", reason=str(error))
+        return None
+    return steps
+
+
+def _build(
+    settings: Settings,
+    read: ReadModel,
+    model: NativeModel,
+    weights: list[LayerWeights],
+    pool: DeviceKvMemory,
+    model_len: int,
+    tick: Callable[[], None],
+) -> DeviceSteps:
+    platform = read.platform
     config, dtype = model.config, read.loaded.dtype
     ops = TritonOps(config, pool.layout, dtype)
     layers = [DeviceLayer(index, one, ops) for index, one in enumerate(weights)]
@@ -51,6 +73,4 @@ def make_device_steps(
     )
     runner = DeviceRunner(model, layers, ops, platform, drawn.flat, dtype, limits, tick)
     sampler = DeviceSampler(config.vocab_size, platform.device, most)
-    steps = DeviceSteps(model, runner, sampler, drawn, platform)
-    steps.warm_up()
-    return steps
+    return DeviceSteps(model, runner, sampler, drawn, platform)

@@ -52,6 +52,7 @@ class DeviceRunner:
         self._drawn = drawn
         self._dtype = dtype
         self._tick = tick
+        self._max_model_len = limits.max_model_len
         self._chooser = GraphChooser(limits)
         device = platform.graphs()
         self._graphs: GraphCache | None = None
@@ -90,7 +91,10 @@ class DeviceRunner:
         self._attend_nobody()
         if self._graphs is None:
             return
-        for key in self._chooser.warm_keys() if keys is None else keys:
+        wanted = self._chooser.warm_keys() if keys is None else keys
+        for key in wanted[-1:]:
+            self._full_body(key)()  # what cannot be run at all is no failure of a capture
+        for key in wanted:
             self._graphs.run(key, self._full_body(key))
 
     def close(self) -> None:
@@ -177,9 +181,11 @@ class DeviceRunner:
         none = torch.zeros(2, dtype=torch.int32, device=device)
         address = torch.zeros(1, dtype=torch.int64, device=device)
         tile = torch.tensor([[-1, 0]], dtype=torch.int32, device=device)
-        of = SequenceRows(address, none[:1], 1)
         for layer in {window: at for at, window in enumerate(config.layer_windows)}.values():
-            self._ops.attend_decodes(layer, q, of, 1, torch.empty_like(q))
+            # In one part, and cut into several.
+            for most in (1, self._max_model_len):
+                of = SequenceRows(address, none[:1], most)
+                self._ops.attend_decodes(layer, q, of, 1, torch.empty_like(q))
             self._ops.attend_prompts(layer, q, of, none, tile, torch.empty_like(q))
 
     # -- one graph -------------------------------------------------------------------------------
