@@ -57,6 +57,20 @@ async def test_every_instance_is_asked_and_the_first_proof_taken():
 
 
 @in_loop
+async def test_nobody_answers_for_another():
+    cluster = FakeCluster("a", "b")
+    task = begin(cluster)
+    await asyncio.sleep(0)
+    numbers = {name: one.number for name, one in questions(cluster)}
+    cluster.service.instance_says("a", HeldTokens(numbers["b"], ((9,),)))
+    await asyncio.sleep(0)
+    assert not task.done()
+    answer(cluster, "b", ((1, 2),))
+    assert await task == ((1, 2),)
+    cluster.close()
+
+
+@in_loop
 async def test_nobody_has_it_nobody_is_there_nobody_can_be_reached():
     cluster = FakeCluster("a", "b")
     task = begin(cluster)

@@ -33,18 +33,19 @@ class Recaller:
         self._send = send
         self._metrics = metrics
         self._number = 0
-        self._waiting: dict[int, asyncio.Future[Outputs]] = {}
+        self._waiting: dict[tuple[str, int], asyncio.Future[Outputs]] = {}
+        """By who was asked, and the number of the question."""
 
     async def recall(self, request_id: str, proven: Callable[[Outputs], Outputs]) -> Outputs:
         """What is proven of the first answer of which anything is; empty: nothing is, in time."""
         loop = asyncio.get_running_loop()
-        asked: dict[int, asyncio.Future[Outputs]] = {}
+        asked: dict[tuple[str, int], asyncio.Future[Outputs]] = {}
         for one in self._view:
             if not one.connected or one.suspect:
                 continue
             self._number += 1
             if self._send(one.name, QueryTokens(self._number, request_id)):
-                asked[self._number] = loop.create_future()
+                asked[one.name, self._number] = loop.create_future()
         self._waiting |= asked
         try:
             for answer in asyncio.as_completed(asked.values(), timeout=RECALL_S):
@@ -55,12 +56,12 @@ class Recaller:
         except TimeoutError:
             pass  # whoever is silent has nothing
         finally:
-            for number in asked:
-                self._waiting.pop(number).cancel()
+            for question in asked:
+                self._waiting.pop(question).cancel()
         return ()
 
-    def answered(self, word: HeldTokens) -> None:
-        """An instance says what it has."""
-        future = self._waiting.get(word.number)
+    def answered(self, name: str, word: HeldTokens) -> None:
+        """An instance says what it has. What it was not asked is ignored."""
+        future = self._waiting.get((name, word.number))
         if future is not None and not future.done():
             future.set_result(word.outputs)

@@ -224,7 +224,7 @@ class RouterService:
         elif isinstance(message, ProbeAnswer):
             self.prober.answered(message)
         elif isinstance(message, HeldTokens):
-            self.recaller.answered(message)
+            self.recaller.answered(name, message)
         elif isinstance(message, SleepSet):
             self.sleeping.answered(message)
         else:
