@@ -24,7 +24,7 @@ from xllm.protocol.registry_wire import Entry
 
 KEY = "/xllm/default/instances/me"
 TTL_S = 5.0
-PATIENCE_S = 2 * TTL_S + 1
+PATIENCE_S = 2 * TTL_S + 2
 
 
 def entry(incarnation="1", process="", lease_id=7, value=None):
@@ -49,15 +49,43 @@ def test_whose_key_may_be_written():
     assert NameClaim("", TTL_S).judge(entry(""), 0, 0.0, 0.0) is NameState.HELD
 
 
+def waits(one, begin, seconds, lease_id=7):
+    """The last of looks a second apart, each answered at once."""
+    for step in range(int(seconds) + 1):
+        state = one.judge(entry(lease_id=lease_id), 0, begin + step, begin + step)
+    return state
+
+
 def test_who_outlives_two_leases_lives():
     one = claim()
-    assert one.judge(entry(), 0, 0.0, 1.0) is NameState.HELD
-    assert one.judge(entry(), 0, 1.0 + PATIENCE_S, 99.0) is NameState.HELD
-    assert one.judge(entry(), 0, 1.1 + PATIENCE_S, 99.0) is NameState.TAKEN
+    assert waits(one, 1.0, PATIENCE_S) is NameState.HELD
+    assert one.judge(entry(), 0, 1.1 + PATIENCE_S, 1.1 + PATIENCE_S) is NameState.TAKEN
     # Another owner, or the same name after it was free, is waited for anew.
-    assert one.judge(entry(lease_id=8), 0, 99.0, 100.0) is NameState.HELD
-    assert one.judge(None, 0, 120.0, 120.0) is NameState.FREE
-    assert one.judge(entry(lease_id=8), 0, 121.0, 121.0) is NameState.HELD
+    assert waits(one, 14.0, PATIENCE_S, 8) is NameState.HELD
+    assert one.judge(None, 0, 27.0, 27.0) is NameState.FREE
+    assert waits(one, 28.0, PATIENCE_S, 8) is NameState.HELD
+    assert waits(one, 41.0, 0, 8) is NameState.TAKEN
+
+
+def test_the_time_of_an_outage_does_not_count():
+    one = claim()
+    assert waits(one, 0.0, PATIENCE_S) is NameState.HELD
+    one.unanswered()
+    assert waits(one, 13.0, PATIENCE_S) is NameState.HELD
+    # An answer that took long: nobody could renew meanwhile either.
+    assert one.judge(entry(), 0, 25.5, 33.0) is NameState.HELD
+    assert waits(one, 33.5, PATIENCE_S - 1) is NameState.HELD
+    # Nobody looked.
+    assert waits(one, 60.0, PATIENCE_S) is NameState.HELD
+    assert waits(one, 60.0 + PATIENCE_S + 1, 0) is NameState.TAKEN
+
+
+def test_a_lease_is_as_long_as_the_registry_gives_it():
+    one = NameClaim("2", 4.5, lambda process: False)
+    assert waits(one, 0.0, PATIENCE_S) is NameState.HELD  # etcd has whole seconds
+    one.granted(8.0)
+    assert waits(one, 13.0, 5.0) is NameState.HELD
+    assert waits(one, 19.0, 0) is NameState.TAKEN
 
 
 def test_a_claim_that_was_frozen_while_it_asked_judges_by_when_it_asked():
@@ -70,9 +98,9 @@ def test_a_claim_that_was_frozen_while_it_asked_judges_by_when_it_asked():
     st.lists(
         st.tuples(
             st.sampled_from(["none", "ours", "ended", "rival", "other rival"]),
-            st.floats(0, 2 * PATIENCE_S),
+            st.sampled_from([0.1, 1.0, 1.9, 2.1, 2 * PATIENCE_S]),
         ),
-        max_size=20,
+        max_size=60,
     )
 )
 def test_nobody_who_may_live_loses_the_name_and_nobody_waits_for_ever(looks):
@@ -86,7 +114,7 @@ def test_nobody_who_may_live_loses_the_name_and_nobody_waits_for_ever(looks):
     one, now, since, last = claim({"p"}), 0.0, 0.0, ""
     for kind, pause_s in looks:
         now += pause_s
-        since = since if kind == last else now
+        since = since if kind == last and pause_s <= holder._APART_S else now
         last = kind
         state = one.judge(kinds[kind], 0, now, now)
         if "rival" not in kind:
@@ -201,7 +229,9 @@ def test_the_later_of_two_that_live_is_refused_and_told_what_to_do():
         with structlog.testing.capture_logs() as logs:
             while not logs:
                 await asyncio.sleep(0.01)
-            clock.now = PATIENCE_S + 1
+            while not starting.done():
+                clock.now += 0.5
+                await asyncio.sleep(0.01)
             with pytest.raises(NameTakenError) as caught:
                 await starting
         assert [line["event"] for line in logs] == ["name_awaited"]

@@ -11,6 +11,7 @@ from xllm.errors import UnavailableError
 from xllm.protocol.records import leader_key, roles_key
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.store import RegistryStore
+from xllm.router.leadership import office
 from xllm.router.leadership.office import MAX_AMENDMENTS, Office
 from xllm.router.view import ClusterView
 
@@ -33,6 +34,8 @@ class GatedRegistry:
         self.inner = LocalRegistry(RegistryStore())
         self.gate = asyncio.Event()
         self.gate.set()
+        self.is_mute = False
+        """Reads of one key are not answered."""
         self.between: list[bytes] = []
         """What others write behind the next reads."""
 
@@ -41,6 +44,8 @@ class GatedRegistry:
         return await self.inner.list(prefix)
 
     async def get(self, key):
+        if self.is_mute:
+            await asyncio.Event().wait()
         entry = await self.inner.get(key)
         for between in self.between[:1]:
             self.between.remove(between)
@@ -148,6 +153,20 @@ def test_a_leader_that_was_replaced_says_so():
         with pytest.raises(UnavailableError, match="any more"):
             await asked
         assert await b.table() == {}
+
+    on_bench(body)
+
+
+def test_a_registry_that_does_not_answer_an_amendment_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(office, "ASSIGN_S", 0.01)
+
+    async def body(b):
+        await b.elected()
+        b.registry.is_mute = True
+        with pytest.raises(UnavailableError, match="not taken the change"):
+            await b.office.amend("k", lambda value: b"x")
+        b.registry.is_mute = False
+        assert await b.registry.inner.get("k") is None
 
     on_bench(body)
 

@@ -9,6 +9,7 @@ process has ended; any other one has to see its lease end. `NameClaim` decides, 
 from __future__ import annotations
 
 import enum
+import math
 import os
 from collections.abc import Callable
 
@@ -18,7 +19,10 @@ from xllm.protocol.message import MapPart
 from xllm.protocol.registry.interface import MIN_TTL_S
 from xllm.protocol.registry_wire import Entry
 
-_SLACK_S = 1.0
+_APART_S = 2.0
+"""Looks whose answers came further apart than this say nothing of the time between them: the
+registry may have been away, so that no lease could be renewed, and none could end. A shorter
+absence is part of the patience."""
 _ENDED = (b"Z", b"X")
 """States of a process that runs no more: it waits for its parent, or is being removed."""
 
@@ -43,9 +47,9 @@ class NameState(enum.Enum):
 
 class NameClaim:
     """One incarnation's claim to one key. Invariant: a key whose owner may live is not FREE, and
-    one that stands for longer than two leases and a second is TAKEN: who ended does not renew, and
-    an etcd whose leader changed gives every lease its whole time once more. All processes of a
-    cluster have leases of the same length."""
+    one that stands for longer than two leases and two seconds in which the registry answered all
+    the time is TAKEN: who ended does not renew, and an etcd whose leader changed gives every lease
+    its whole time once more. All processes of a cluster have leases of the same length."""
 
     def __init__(
         self, incarnation: str, ttl_s: float, ended: Callable[[str], bool] | None = None
@@ -53,21 +57,34 @@ class NameClaim:
         self._incarnation = incarnation
         self._ended = has_ended if ended is None else ended
         self._decoder: Decoder[Holder] = Decoder(Holder)
-        self._patience_s = 2 * max(ttl_s, MIN_TTL_S) + _SLACK_S
+        self._lease_s = math.ceil(max(ttl_s, MIN_TTL_S))
+        """As etcd grants it, in whole seconds."""
         self._rival: tuple[int, float] | None = None
-        """Lease of the other one, and when it was first seen."""
+        """Lease of the other one, and since when it was seen again and again."""
+        self._told_at = 0.0
+
+    def granted(self, ttl_s: float) -> None:
+        """The registry gave a lease this long, which may be longer than was asked for."""
+        self._lease_s = max(self._lease_s, math.ceil(ttl_s))
+
+    def unanswered(self) -> None:
+        """A look failed: no lease can be renewed while the registry is away, and what stood before
+        may stand for a whole lease after it came back."""
+        self._rival = None
 
     def judge(
         self, entry: Entry | None, lease_id: int, asked_at: float, told_at: float
     ) -> NameState:
         """How the name stands, by what its key held between these times. `lease_id`: ours, or 0."""
+        is_apart, self._told_at = told_at - self._told_at > _APART_S, told_at
         if entry is None or self._may_write(entry, lease_id):
             self._rival = None
             return NameState.FREE
-        if self._rival is None or self._rival[0] != entry.lease_id:
+        if self._rival is None or self._rival[0] != entry.lease_id or is_apart:
             self._rival = (entry.lease_id, told_at)
         waited_s = asked_at - self._rival[1]
-        return NameState.TAKEN if waited_s > self._patience_s else NameState.HELD
+        patience_s = 2 * self._lease_s + _APART_S
+        return NameState.TAKEN if waited_s > patience_s else NameState.HELD
 
     def describe_holder(self, entry: Entry) -> str:
         """Who wrote an entry, for people."""

@@ -145,6 +145,7 @@ class Registration:
             return False
         sent_at = self._clock()
         lease = await self._registry.grant(self._ttl_s)
+        self._claim.granted(lease.ttl_s)
         if not await self._write(revision, lease.id):
             await self._registry.revoke(lease.id)
             return False
@@ -164,7 +165,11 @@ class Registration:
     async def _look(self) -> tuple[bool, int]:
         """Whether the key may be written, and the revision that it has now (0: there is none)."""
         asked_at = self._clock()
-        entry = await self._registry.get(self.key)
+        try:
+            entry = await self._registry.get(self.key)
+        except XllmError:
+            self._claim.unanswered()
+            raise
         now = self._clock()
         state = self._claim.judge(entry, self.lease_id, asked_at, now)
         if entry is not None and state is not NameState.FREE:

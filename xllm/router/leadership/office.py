@@ -29,7 +29,7 @@ _log = structlog.get_logger("leadership")
 
 WRITE_PERIOD_S = 1.0
 ASSIGN_S = 5.0
-"""How long the registry gets to take a row that an operator waits for."""
+"""How long the registry gets to take what an operator waits for."""
 MAX_AMENDMENTS = 8
 """Others who may write a key between its reading and its writing, one after the other."""
 
@@ -118,11 +118,19 @@ class Office:
 
     async def amend(self, key: str, change: Amendment) -> bytes | None:
         """Write what `change` makes of a key's value (None: no key), and nothing that others write
-        meanwhile is lost; returns it. UnavailableError: this process leads no more, or others write
-        all the time; XllmError of `change`, or where the registry does not answer.
+        meanwhile is lost; returns it. UnavailableError: this process leads no more, others write
+        all the time, or the registry has not answered in time (whether it takes the last writing is
+        not known then); XllmError of `change`, or of the registry.
 
         Not guarded by the leader key: it takes effect only if nobody, so no later leader either,
         has written the key since it was read."""
+        try:
+            async with asyncio.timeout(ASSIGN_S):
+                return await self._amend(key, change)
+        except TimeoutError:
+            raise UnavailableError("the registry has not taken the change yet") from None
+
+    async def _amend(self, key: str, change: Amendment) -> bytes | None:
         for _ in range(MAX_AMENDMENTS):
             entry = await self._registry.get(key)
             before = None if entry is None else entry.value
