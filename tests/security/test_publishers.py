@@ -10,6 +10,7 @@ import structlog
 from tests.router.test_other_versions import Watched
 from tests.security.keyed_peers import Nodes, run, until
 from xllm.cli.keys import allow_peer
+from xllm.errors import BrokenError
 from xllm.protocol.authority import BUS_WORDS, PeerRole
 from xllm.protocol.bus import (
     DaemonHeartbeat,
@@ -20,6 +21,7 @@ from xllm.protocol.bus import (
 from xllm.protocol.records import DaemonRecord, InstanceRecord, RouterRecord, daemon_key
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.pubsub import PublisherSocket
+from xllm.router import buses
 from xllm.router.buses import PublisherBuses, role_of
 
 ANYWHERE = "tcp://127.0.0.1:0"
@@ -234,6 +236,29 @@ def test_an_address_that_cannot_be_is_left_alone():
             bus = bench.publisher()
             bench.subscribed.hear(instance("a", bus.endpoint))
             await hears(bus, beat("a", 1), bench.heard)
+
+    run(main())
+
+
+def test_a_bus_that_could_not_be_opened_is_tried_again(monkeypatch):
+    def fails(*arguments, **more):
+        raise BrokenError("too many open files")
+
+    async def main():
+        with Bench() as bench, structlog.testing.capture_logs() as logs:
+            bus = bench.publisher()
+            with monkeypatch.context() as without:
+                without.setattr(buses, "SubscriberSocket", fails)
+                for name in ("a", "gone"):
+                    bench.subscribed.hear(instance(name, bus.endpoint))
+                bench.subscribed.tick()
+                bench.subscribed.unhear(PeerRole.MASTER, "gone")
+            assert [one["publisher"] for one in logs] == ["a", "gone"]  # said once
+            bench.subscribed.tick()
+            await hears(bus, beat("a", 1), bench.heard)
+            bus.publish(b"x", beat("gone", 1))
+            await hears(bus, beat("a", 2), bench.heard)
+            assert set(bench.heard) == {beat("a", 1), beat("a", 2)}
 
     run(main())
 

@@ -237,6 +237,7 @@ class RouterActor(Actor):
         if self._registry is not None:
             silent = self._registration is not None and self._registration.degraded
             self.service.registry_degraded = silent or self._registry.degraded
+        self.membership.tick()
         self.membership.changed(self.service.tick())
         self._pulse.tick()
         self._kv.tick()

@@ -44,6 +44,8 @@ class PublisherBuses:
         self._on_word = on_word
         self._decoder: Decoder[BusMessage] = Decoder(BusMessage)
         self._buses: dict[tuple[PeerRole, str], HeardBus] = {}
+        self._unopened: dict[tuple[PeerRole, str], PublisherRecord] = {}
+        """Those whose buses could not be opened: tried again by `tick`."""
 
     def hear(self, record: PublisherRecord) -> None:
         """Listen to a publisher, anew where its address or key changed."""
@@ -52,6 +54,7 @@ class PublisherBuses:
         known = self._buses.get((role, name))
         if not endpoint or (known is not None and (known.endpoint, known.key) == (endpoint, key)):
             return
+        is_known_fault = self._unopened.get((role, name)) == record
         self.unhear(role, name)
         socket: SubscriberSocket[BusMessage] | None = None
         try:
@@ -64,17 +67,26 @@ class PublisherBuses:
             bus = HeardBus(role, name, endpoint, key, socket)
             socket.connect(endpoint, key, role)
         except XllmError as error:
-            _log.error("bus_unreachable", publisher=name, error=error.message)
+            if not is_known_fault:
+                _log.error("bus_unreachable", publisher=name, error=error.message)
             if socket is not None:
                 socket.close()
+            self._unopened[role, name] = record
             return
         self._buses[role, name] = bus
 
     def unhear(self, role: PeerRole, name: str) -> None:
         """Stop listening to a publisher. Unknown ones are ignored."""
+        self._unopened.pop((role, name), None)
         bus = self._buses.pop((role, name), None)
         if bus is not None:
             bus.socket.close()
+
+    def tick(self) -> None:
+        """Several times a second: what could not be opened (the process may have had no file
+        descriptor left) is tried again."""
+        for record in tuple(self._unopened.values()):
+            self.hear(record)
 
     def complaints(self) -> tuple[str, ...]:
         """Who speaks as another, for health reports."""
@@ -86,6 +98,7 @@ class PublisherBuses:
 
     def close(self) -> None:
         """Close every socket."""
+        self._unopened.clear()
         for role, name in tuple(self._buses):
             self.unhear(role, name)
 

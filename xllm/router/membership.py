@@ -134,6 +134,10 @@ class Membership:
         )
         return not_understood + self._links.buses.complaints()
 
+    def tick(self) -> None:
+        """Several times a second."""
+        self._links.buses.tick()
+
     def close(self) -> None:
         """Close every link."""
         self._links.close_all()
