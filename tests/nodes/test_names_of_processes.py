@@ -40,7 +40,7 @@ class Processes:
         folder.mkdir(mode=0o700, exist_ok=True)
         command = [sys.executable, "-m", "xllm", role, *flags]
         command += ["--cluster-registry", self.address, "--cluster-lease-s", str(lease_s)]
-        command += ["--cluster-run-dir", str(folder)]
+        command += ["--cluster-run-dir", str(folder), "--cluster-shutdown-s", "2"]
         said = folder / f"{len(self._started)}.err"
         with said.open("wb") as file:
             child = subprocess.Popen(

@@ -80,6 +80,12 @@ def test_the_time_of_an_outage_does_not_count():
     assert waits(one, 60.0 + PATIENCE_S + 1, 0) is NameState.TAKEN
 
 
+def test_who_may_be_draining_is_waited_for():
+    one = NameClaim("2", TTL_S, lambda process: False, drain_s=15.0)
+    assert waits(one, 0.0, PATIENCE_S + 15.0) is NameState.HELD
+    assert waits(one, PATIENCE_S + 16.0, 0) is NameState.TAKEN
+
+
 def test_a_lease_is_as_long_as_the_registry_gives_it():
     one = NameClaim("2", 4.5, lambda process: False)
     assert waits(one, 0.0, PATIENCE_S) is NameState.HELD  # etcd has whole seconds

@@ -61,6 +61,7 @@ class InstanceRegistration:
                 cluster.lease_s,
                 incarnation=incarnation,
                 setting="master.name",
+                drain_s=cluster.shutdown_s,
                 on_replaced=on_replaced,
             )
 

@@ -49,16 +49,23 @@ class NameClaim:
     """One incarnation's claim to one key. Invariant: a key whose owner may live is not FREE, and
     one that stands for longer than two leases and two seconds in which the registry answered all
     the time is TAKEN: who ended does not renew, and an etcd whose leader changed gives every lease
-    its whole time once more. All processes of a cluster have leases of the same length."""
+    its whole time once more. All processes of a cluster have leases of the same length.
+    `drain_s`: so long one that was told to end may renew on; its follower waits for it, too."""
 
     def __init__(
-        self, incarnation: str, ttl_s: float, ended: Callable[[str], bool] | None = None
+        self,
+        incarnation: str,
+        ttl_s: float,
+        ended: Callable[[str], bool] | None = None,
+        *,
+        drain_s: float = 0.0,
     ) -> None:
         self._incarnation = incarnation
         self._ended = has_ended if ended is None else ended
         self._decoder: Decoder[Holder] = Decoder(Holder)
         self._lease_s = math.ceil(max(ttl_s, MIN_TTL_S))
         """As etcd grants it, in whole seconds."""
+        self._drain_s = drain_s
         self._rival: tuple[int, float] | None = None
         """Lease of the other one, and since when it was seen again and again."""
         self._told_at = 0.0
@@ -83,7 +90,7 @@ class NameClaim:
         if self._rival is None or self._rival[0] != entry.lease_id or is_apart:
             self._rival = (entry.lease_id, told_at)
         waited_s = asked_at - self._rival[1]
-        patience_s = 2 * self._lease_s + _APART_S
+        patience_s = 2 * self._lease_s + _APART_S + self._drain_s
         return NameState.TAKEN if waited_s > patience_s else NameState.HELD
 
     def describe_holder(self, entry: Entry) -> str:

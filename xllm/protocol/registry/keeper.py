@@ -50,8 +50,9 @@ HELD_PAUSE_S = 0.1
 class Registration:
     """The record of this process under `key`, written as `value()` gives it at each write.
 
-    `incarnation`: as the record says it. `setting`: what gave the name, for whoever must change it.
-    `on_replaced(reason)`: another process has the name by now, and this one renews no more."""
+    `incarnation`: as the record says it. `drain_s`: how long one that ends keeps its record.
+    `setting`: what gave the name, for whoever must change it. `on_replaced(reason)`: another
+    process has the name by now, and this one renews no more."""
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class Registration:
         *,
         incarnation: str = "",
         setting: str = "name",
+        drain_s: float = 0.0,
         on_replaced: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         spread: Callable[[], float] = random.random,
@@ -78,7 +80,7 @@ class Registration:
         self._looked_at = 0.0
         self._degraded = False
         self._is_stale = False
-        self._claim = NameClaim(incarnation, ttl_s)
+        self._claim = NameClaim(incarnation, ttl_s, drain_s=drain_s)
         self._setting = setting
         self._on_replaced = on_replaced
         self._is_awaited = False
