@@ -20,6 +20,7 @@ XllmError
 ├── ServiceError
 │   ├── DeadlineError
 │   ├── EngineError
+│   │   └── DeviceLostError
 │   ├── OverloadedError
 │   │   └── RateLimitError
 │   ├── RequestAbortedError
@@ -175,6 +176,13 @@ class EngineError(ServiceError):
     """The engine failed this request while running it; others are unharmed."""
 
     code = "engine_error"
+
+
+class DeviceLostError(EngineError):
+    """A device failed and computes nothing any more: its worker ends, and its requests go on
+    elsewhere."""
+
+    code = "device_lost"
 
 
 class OverloadedError(ServiceError):

@@ -19,6 +19,7 @@ from tests.master.worker_targets import (
     HANG_TOKEN,
     HOLD_TOKEN,
     run_computing_worker,
+    run_crashing_worker,
     run_holding_worker,
     run_nothing,
     run_toy_master,
@@ -102,7 +103,7 @@ def test_a_worker_that_crashes_may_have_been_given_the_reason(run_dir):
 
 def test_company_of_the_reason_hears_so_and_a_request_that_runs_alone_has_none(run_dir):
     async def scenario():
-        async with running(run_dir) as (master, router):
+        async with running(run_dir, run_crashing_worker) as (master, router):
             for name, alone in (("a", False), ("b", True)):
                 await serve_one(master, router, f"{name}0")
                 router.admit(name, range(20, 30), max_tokens=200)

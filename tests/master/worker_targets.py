@@ -23,10 +23,18 @@ CRASH_TOKEN = 993
 
 
 def run_toy_worker(settings: bytes) -> None:
-    """A toy worker that hangs, ends, or fails a step, at certain prompt tokens."""
+    """A toy worker that hangs, or fails a step, at certain tokens."""
     decoded = decode_settings(settings)
     configure_logs(process=worker_name(decoded), level="warning")
-    faults = ToyFaults(hang=HANG_TOKEN, fail_step=FAIL_TOKEN, crash=CRASH_TOKEN)
+    faults = ToyFaults(hang=HANG_TOKEN, fail_step=FAIL_TOKEN)
+    run_child(lambda: WorkerActor(decoded, lambda s: make_toy_models(s, faults)))
+
+
+def run_crashing_worker(settings: bytes) -> None:
+    """A toy worker that ends at a certain token, which may be one that it draws."""
+    decoded = decode_settings(settings)
+    configure_logs(process=worker_name(decoded), level="warning")
+    faults = ToyFaults(crash=CRASH_TOKEN)
     run_child(lambda: WorkerActor(decoded, lambda s: make_toy_models(s, faults)))
 
 

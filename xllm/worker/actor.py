@@ -15,7 +15,7 @@ from collections.abc import Callable
 import structlog
 
 from xllm.config.settings import Settings
-from xllm.errors import InvariantError, TransportError, XllmError
+from xllm.errors import DeviceLostError, InvariantError, TransportError, XllmError
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
 from xllm.protocol.actor.starvation import process_meter
@@ -182,6 +182,11 @@ class WorkerActor(Actor):
     def _deliver(self, answer: EngineAnswer) -> None:
         try:
             message, frames, error = answer
+            if isinstance(error, DeviceLostError):
+                # Unanswered: this process ends, and what it ran is run elsewhere.
+                _log.error("device_lost", error=error.message)
+                self.request_stop(error.exit_code, error.message)
+                return
             if not self._is_stale(message):
                 self._send(message, frames)
             if isinstance(message, StepResult):

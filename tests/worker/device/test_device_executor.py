@@ -17,7 +17,7 @@ from tests.worker.device.interpreted import InterpretedPlatform, interpreted_dri
 from tests.worker.device.reference_ops import ReferenceOps
 from tests.worker.native.plan_driver import PlanDriver, random_prompts
 from tests.worker.native.test_native_scheduler import Instance
-from xllm.errors import ConfigError
+from xllm.errors import ConfigError, DeviceLostError
 from xllm.protocol.sampling import SamplingParams
 from xllm.worker.execution.native import NativeExecutor
 from xllm.worker.graphs.choice import GraphMode
@@ -277,6 +277,21 @@ def test_a_launch_that_breaks_waits_for_what_was_begun(directory, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         executor.launch(two_sequences(driver, 1)[0])
     assert waited
+    executor.close()
+
+
+def test_a_launch_that_breaks_with_its_device_says_so(directory, monkeypatch):
+    def lost():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    platform = InterpretedPlatform()
+    driver = interpreted_driver(monkeypatch, directory, platform)
+    executor = driver.executor
+    monkeypatch.setattr(executor._engine.device, "_draw", lambda *args: 1 // 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(platform, "synchronize", lost)
+        with pytest.raises(DeviceLostError, match="illegal memory access"):
+            executor.launch(two_sequences(driver, 1)[0])
     executor.close()
 
 

@@ -10,7 +10,7 @@ import uvloop
 
 from tests.worker.process.fake_master import FakeMaster
 from xllm.config.settings import ClusterSettings, MasterSettings, Settings, WorkerSettings
-from xllm.errors import DependencyError, InvariantError
+from xllm.errors import DependencyError, DeviceLostError, InvariantError
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import (
     LoadModel,
@@ -205,6 +205,36 @@ def test_a_broken_invariant_ends_the_process(run_dir, step_ms) -> None:
             failed = await master.wait_for(WorkerFailed)
             assert (failed.step, failed.code) == (0, "invariant_broken")
             assert await life == 70
+
+    run(scenario())
+
+
+def test_a_lost_device_ends_the_worker_without_an_answer(run_dir, step_ms) -> None:
+    """Its requests then go on elsewhere; an answer would end them."""
+
+    class Lost:
+        def __init__(self, settings) -> None:
+            self.inner = make_toy_executor(settings)
+            self.counter = 0
+
+        def load(self, progress):
+            return self.inner.load(progress)
+
+        def arrive(self, plan):
+            pass
+
+        def execute(self, plan):
+            raise DeviceLostError("the device is lost")
+
+        def close(self) -> None:
+            self.inner.close()
+
+    async def scenario() -> None:
+        async with running(run_dir, step_ms=step_ms, make=Lost) as (master, _, life):
+            await master.wait_for(WorkerReady)
+            master.send(first_plan())
+            assert await life == 70
+            assert not master.of(WorkerFailed)
 
     run(scenario())
 

@@ -184,10 +184,10 @@ class NativeExecutor:
         except Exception:
             if self._ranks is not None:
                 self._ranks.leave()  # the others may wait for this one in the middle of a layer
-            if engine.device is not None:
-                engine.device.abandon()  # what was launched of it may read pages that go now
             for item in plan.items:
                 engine.table.refuse(item.seq, "a step of it failed")
+            if engine.device is not None:
+                engine.device.abandon()  # what was launched of it may read pages that go now
             raise
         self._num_steps += 1
         known = outputs.outputs if isinstance(outputs, StepUnderWay) else outputs

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,36 +49,54 @@ class AscendDriver:
             "reserve": 0,
         }
         if hasattr(self._api.rt, "mem_get_allocation_granularity"):
-            found = self._here("mem_get_allocation_granularity", self._properties, _SMALLEST)
+            found = self._here(
+                "mem_get_allocation_granularity",
+                self._api.rt.mem_get_allocation_granularity,
+                self._properties,
+                _SMALLEST,
+            )
         else:
             found = _HUGE_PAGE_BYTES  # of a CANN that has no call for it
         self.granularity = int(found)
 
     def reserve(self, num_bytes: int) -> int:
         """See DeviceDriver."""
-        return int(self._here("reserve_mem_address", num_bytes, 0, 0, _HUGE_RANGE))
+        return int(
+            self._here(
+                "reserve_mem_address",
+                self._api.rt.reserve_mem_address,
+                num_bytes,
+                0,
+                0,
+                _HUGE_RANGE,
+            )
+        )
 
     def free_range(self, address: int, num_bytes: int) -> None:
         """See DeviceDriver. The length is the driver's own knowledge."""
         del num_bytes
-        self._here("release_mem_address", address)
+        self._here("release_mem_address", self._api.rt.release_mem_address, address)
 
     def create(self, num_bytes: int) -> int:
         """See DeviceDriver."""
-        return int(self._here("malloc_physical", num_bytes, self._properties, 0))
+        return int(
+            self._here(
+                "malloc_physical", self._api.rt.malloc_physical, num_bytes, self._properties, 0
+            )
+        )
 
     def release(self, handle: int) -> None:
         """See DeviceDriver."""
-        self._here("free_physical", handle)
+        self._here("free_physical", self._api.rt.free_physical, handle)
 
     def map(self, address: int, num_bytes: int, handle: int) -> None:
         """See DeviceDriver."""
-        self._here("map_mem", address, num_bytes, 0, handle, 0)
+        self._here("map_mem", self._api.rt.map_mem, address, num_bytes, 0, handle, 0)
 
     def unmap(self, address: int, num_bytes: int) -> None:
         """See DeviceDriver. The length is the driver's own knowledge."""
         del num_bytes
-        self._here("unmap_mem", address)
+        self._here("unmap_mem", self._api.rt.unmap_mem, address)
 
     def set_access(self, address: int, num_bytes: int) -> None:
         """See DeviceDriver. There is nothing to do."""
@@ -100,16 +119,16 @@ class AscendDriver:
         made: torch.Tensor = make_tensor(shape, make_storage(address, self._device, num_bytes))
         return made
 
-    def _here(self, name: str, *args: Any) -> Any:
+    def _here(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """A call for this device."""
         if not getattr(self._thread, "has_device", False):
-            self._call("set_device", self._device.index)
+            self._call("set_device", self._api.rt.set_device, self._device.index)
             self._thread.has_device = True
-        return self._call(name, *args)
+        return self._call(name, function, *args)
 
-    def _call(self, name: str, *args: Any) -> Any:
+    def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """What a function gives beside its status, which comes last or alone."""
-        answer = getattr(self._api.rt, name)(*args)
+        answer = function(*args)
         *found, status = answer if isinstance(answer, tuple) else (answer,)
         if status != _SUCCESS:
             raise EngineError(f"acl.rt.{name}: error {status}{self._reason()}")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import structlog
 import torch
 
+from xllm.errors import DeviceLostError
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import MapPages
 from xllm.worker.execution.batch import BatchEntry, StepBatch
@@ -30,8 +30,6 @@ from xllm.worker.platform.copies import HostCopier
 from xllm.worker.platform.platform import Platform
 from xllm.worker.sampling.edits import needs_counts
 from xllm.worker.sampling.rows import SampleRow
-
-log = structlog.get_logger(__name__)
 
 MAX_UNDER_WAY = 3
 """Steps whose tokens the host has not seen: the master plans one ahead; one more may be on its way
@@ -132,11 +130,12 @@ class DeviceSteps:
         return self.under_way.drain(table)
 
     def abandon(self) -> None:
-        """Wait until nothing runs any more, behind a launch that failed half-way."""
+        """Wait until nothing runs any more, behind a launch that failed half-way. DeviceLostError
+        where the device has failed: nothing will run on it again."""
         try:
             self._platform.synchronize()
         except RuntimeError as error:
-            log.warning("device_not_synchronized", reason=str(error))
+            raise DeviceLostError(f"the device is lost: {error}") from error
 
     def can_run(self, batch: StepBatch) -> bool:
         """Whether the layers of a batch can be launched here."""

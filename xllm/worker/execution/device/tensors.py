@@ -15,9 +15,6 @@ from numpy.typing import NDArray
 from xllm.worker.execution.device.rows import StepRows
 from xllm.worker.platform.platform import Platform
 
-_WIDE = ("token_ids", "sources", "row_addresses", "addresses", "read_rows")
-_NARROW = ("positions", "lengths", "row_starts")
-
 _ALIGNMENT = 16
 """Bytes at a multiple of which every part begins, whatever is before it: a kernel is compiled anew
 for a pointer that does not."""
@@ -41,12 +38,13 @@ class StepTensors:
 
 def pack_numbers(rows: StepRows, row_tiles: NDArray[np.int32]) -> NDArray[np.uint8]:
     """All numbers of a step as bytes, in the order of `split_numbers`."""
-    parts = [getattr(rows, name) for name in (*_WIDE, *_NARROW)]
-    parts.append(row_tiles.reshape(-1))
+    wide = [rows.token_ids, rows.sources, rows.row_addresses, rows.addresses, rows.read_rows]
+    narrow = [rows.positions, rows.lengths, rows.row_starts, row_tiles.reshape(-1)]
+    parts = [*(part.view(np.uint8) for part in wide), *(part.view(np.uint8) for part in narrow)]
     packed = np.zeros(sum(_aligned(part.nbytes) for part in parts), dtype=np.uint8)
     at = 0
     for part in parts:
-        packed[at : at + part.nbytes] = part.view(np.uint8)
+        packed[at : at + part.nbytes] = part
         at += _aligned(part.nbytes)
     return packed
 

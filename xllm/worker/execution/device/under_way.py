@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from xllm.errors import InvariantError
+from xllm.errors import DeviceLostError, EngineError, InvariantError
 from xllm.worker.execution.batch import BatchEntry
 from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.sequences import SequenceTable
@@ -65,8 +65,9 @@ class StepUnderWay:
         now. When it was done; `before_ns`: when the step before it was."""
         try:
             self.tokens = self._copy.wait().tolist()[: len(self.drawn)]
-        except Exception as error:  # the device failed: whatever it raises is the step's end
-            self.error = error
+        except EngineError as error:
+            self.error = DeviceLostError(f"the device is lost: {error.message}")
+            self.error.__cause__ = error
         else:
             for entry, token in zip(self.drawn, self.tokens, strict=True):
                 seq = entry.item.seq
