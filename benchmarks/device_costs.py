@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks import random_model
+
 ITEM_BYTES = 2
 """bfloat16."""
 
@@ -38,15 +40,20 @@ class DeviceShape:
         return max(min(self.num_layers, budget_bytes // max(tokens * self.token_bytes, 1)), 1)
 
 
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        DeviceShape("qwen3-0.6b", 28, 1024, 3072, 16, 8),
-        DeviceShape("qwen3-1.7b", 28, 2048, 6144, 16, 8),
-        DeviceShape("qwen3-4b", 36, 2560, 9728, 32, 8),
-        DeviceShape("qwen3-8b", 36, 4096, 12288, 32, 8),
+def _shape(name: str) -> DeviceShape:
+    sizes = random_model.SHAPES[name]
+    return DeviceShape(
+        f"qwen3-{name}",
+        sizes["num_hidden_layers"],
+        sizes["hidden_size"],
+        sizes["intermediate_size"],
+        sizes["num_attention_heads"],
+        sizes["num_key_value_heads"],
+        sizes["head_dim"],
     )
-}
+
+
+SHAPES = {f"qwen3-{name}": _shape(name) for name in ("0.6b", "1.7b", "4b", "8b")}
 
 
 @dataclasses.dataclass(frozen=True)

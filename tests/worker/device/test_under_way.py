@@ -113,6 +113,19 @@ def test_a_step_that_breaks_ends_its_sequences_and_no_others():
     assert flow.outputs(2) == [8]
 
 
+def test_what_nobody_expected_ends_its_step_and_no_other():
+    flow = Flow()
+    first, one = flow.launch([1])
+    second, two = flow.launch([2])
+    one.fail(ZeroDivisionError("a defect"))
+    two.arrive([8])
+    with pytest.raises(ZeroDivisionError):
+        first.wait()
+    assert second.wait().result.tokens == ((8,),)
+    flow.board.settle(flow.table)
+    assert len(flow.board) == 0
+
+
 def test_pages_of_steps_under_way_are_in_use_until_they_are_settled():
     flow = Flow(prompt=17)
     first, one = flow.launch()

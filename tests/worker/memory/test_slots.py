@@ -27,14 +27,14 @@ class WatchedMemory:
         self.unmap = inner.unmap
         self.close = inner.close
         self.calls: list[tuple[int, int]] = []
-        self.fails = False
+        self.fails: Exception | None = None
         self.go_on = threading.Event()
         self.go_on.set()
 
     def map(self, address: int, offset: int, num_bytes: int) -> None:
         assert self.go_on.wait(10)
-        if self.fails:
-            raise EngineError("no mapping is left")
+        if self.fails is not None:
+            raise self.fails
         self.calls.append((offset // PAGE, num_bytes // PAGE))
         self._inner.map(address, offset, num_bytes)
 
@@ -93,11 +93,11 @@ def test_what_cannot_be_mapped_is_named(one: Setup) -> None:
     with pytest.raises(EngineError, match="of 16"):
         one.space.map(0, 0, (16,))
     one.space.map(0, 0, (1, 2))
-    one.memory.fails = True
+    one.memory.fails = EngineError("no mapping is left")
     with pytest.raises(EngineError, match="no mapping is left"):
         one.space.map(0, 1, (3,))
     assert list(one.space.pages(0)) == [1, NO_PAGE]
-    one.memory.fails = False
+    one.memory.fails = None
     one.space.map(0, 1, (3,))
     assert one.seen(0, 2) == [1, 3]
 
@@ -143,11 +143,11 @@ def test_operations_on_a_slot_keep_their_order(one: Setup) -> None:
 
 def test_a_failure_is_its_slots_and_the_others_run(one: Setup) -> None:
     one.mapper.begin_step(1, [MapPages(0, 0, (1,))], {0: 1})
-    one.memory.fails = True
+    one.memory.fails = EngineError("no mapping is left")
     one.mapper.begin_step(2, [MapPages(1, 0, (2,))], {0: 1, 1: 1})
     assert one.mapper.failure(0, 1) == ""
     assert one.mapper.failure(1, 1) == "no mapping is left"
-    one.memory.fails = False
+    one.memory.fails = None
     one.mapper.begin_step(3, [MapPages(1, 0, (2,)), MapPages(7, 0, (2,))], {1: 1})
     assert one.mapper.failure(1, 1) == ""
     assert one.mapper.failure(1, 2) == "slot 1: 2 pages are needed and not mapped"
@@ -210,3 +210,15 @@ def test_a_plan_whose_step_never_began_is_skipped(one: Setup) -> None:
     assert one.seen(2, 1) == [3]
     one.mapper.forget()
     assert one.mapper.failure(2, 1) != ""
+
+
+def test_a_defect_behind_the_mapping_thread_fails_its_slot_and_holds_nobody_up(one: Setup) -> None:
+    one.memory.fails = ZeroDivisionError("a defect")
+    one.mapper.premap(MapPages(1, 0, (4, 5)))
+    one.mapper.wait(1, 2)
+    assert "ZeroDivisionError: a defect" in one.mapper.failure(1, 2)
+    one.memory.fails = None
+    one.mapper.premap(MapPages(2, 0, (6,)))
+    one.mapper.wait(2, 1)
+    assert one.seen(2, 1) == [6]
+    one.mapper.forget()

@@ -68,6 +68,8 @@ class StepUnderWay:
         except EngineError as error:
             self.error = DeviceLostError(f"the device is lost: {error.message}")
             self.error.__cause__ = error
+        except Exception as error:  # `wait` raises it: the steps behind this one go on
+            self.error = error
         else:
             for entry, token in zip(self.drawn, self.tokens, strict=True):
                 seq = entry.item.seq
