@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 import structlog
 
@@ -117,8 +118,9 @@ def test_a_record_with_anothers_address_hears_nothing_of_ones_own_key(tmp_path):
             subscribed.hear(instance("good", bus.endpoint, nodes.keys["good"]))
             await hears(bus, beat("good", 1), heard)
             bus.publish(b"x", beat("evil", 2))
-            await until(lambda: server.num_refused == 1)  # by its own connection, as no word of it
-            assert set(heard) == {beat("good", 1)}
+            await hears(bus, beat("good", 3), heard)
+            assert server.num_refused == 1  # heard by its own connection only, as no word of it
+            assert set(heard) == {beat("good", 1), beat("good", 3)}
         finally:
             await nodes.close()
 
@@ -139,7 +141,8 @@ class Bench:
     def __enter__(self):
         self.transport = Transport()
         self.heard = []
-        self.subscribed = PublisherBuses(self.transport, self.heard.append)
+        self.now = 0.0
+        self.subscribed = PublisherBuses(self.transport, self.heard.append, lambda: self.now)
         self.published = []
         return self
 
@@ -153,6 +156,18 @@ class Bench:
         bus = PublisherSocket(self.transport, f"inproc://bus-{len(self.published)}")
         self.published.append(bus)
         return bus
+
+
+def heard_words(subscribed):
+    """All words that reach these buses, the owner's and others'."""
+    words, heard = [], subscribed._heard
+
+    def both(bus, message):
+        words.append(message)
+        heard(bus, message)
+
+    subscribed._heard = both
+    return words
 
 
 @pytest.mark.parametrize("role", list(RECORDS))
@@ -206,8 +221,76 @@ def test_who_has_the_address_of_one_that_went_is_no_impostor():
             assert bench.transport.num_refused == 0
             assert bench.subscribed.complaints() == ()
             bus.publish(b"x", beat("other", 1))
+            await hears(bus, beat("came", 3), bench.heard)
             await until(lambda: bench.transport.num_refused == 2)  # heard by both
-            assert set(bench.heard) == {beat("came", 2)}
+            assert set(bench.heard) == {beat("came", 2), beat("came", 3)}
+
+    run(main())
+
+
+def test_a_process_that_restarts_at_its_address_under_another_name_is_no_impostor(run_dir):
+    """The subscription of the old one hears the new one, before the registry has told of it."""
+
+    async def main():
+        with Bench() as bench, structlog.testing.capture_logs() as logs:
+            words = heard_words(bench.subscribed)
+            address = f"ipc://{run_dir}/fixed"
+            old = PublisherSocket(bench.transport, address)
+            bench.subscribed.hear(instance("went", address))
+            await hears(old, beat("went", 1), bench.heard)
+            old.close()
+            for number, word in enumerate((beat("came", 1), DaemonHeartbeat("d", "1", 1))):
+                new = PublisherSocket(bench.transport, address)
+                await hears(new, word, words)
+                assert word not in bench.heard
+                bench.subscribed.hear((instance, daemon)[number](word.publisher, address))
+                await hears(new, word, bench.heard)
+                new.close()
+            assert bench.transport.num_refused == 0
+            assert bench.subscribed.complaints() == ()
+            assert logs == []
+
+    run(main())
+
+
+def test_an_impostor_who_never_speaks_as_itself_is_named_once_no_record_can_be_that_old():
+    async def main():
+        with Bench() as bench:
+            bus = bench.publisher()
+            words = heard_words(bench.subscribed)
+            bench.subscribed.lease_s = 7.0
+            bench.subscribed.hear(instance("evil", bus.endpoint))
+            await hears(bus, beat("good", 1), words)
+            bench.now = 60.0
+            bench.subscribed.tick(is_registry_silent=True)
+            bench.now = 60.0 + 7.0 + buses.OUTAGE_S
+            await hears(bus, beat("good", 2), words)
+            assert bench.transport.num_refused == 0
+            bench.now += 0.1
+            bench.subscribed.tick()
+            await hears(bus, beat("good", 3), words)
+            assert bench.transport.num_refused == len(words)
+            assert len(bench.subscribed.complaints()) == 1
+            assert bench.heard == []
+
+    run(main())
+
+
+def test_a_publisher_that_comes_back_at_its_address_is_judged_anew():
+    async def main():
+        with Bench() as bench:
+            bus = bench.publisher()
+            bench.subscribed.hear(daemon("d", bus.endpoint))
+            await hears(bus, DaemonHeartbeat("d", "1", 1), bench.heard)
+            bus.publish(b"x", beat("good", 1))
+            await hears(bus, DaemonHeartbeat("d", "1", 2), bench.heard)
+            assert len(bench.subscribed.complaints()) == 1
+            bench.subscribed.hear(daemon("d", bus.endpoint))  # written again
+            assert len(bench.subscribed.complaints()) == 1
+            again = msgspec.structs.replace(daemon("d", bus.endpoint), incarnation="2")
+            bench.subscribed.hear(again)
+            assert bench.subscribed.complaints() == ()
+            await hears(bus, DaemonHeartbeat("d", "2", 1), bench.heard)
 
     run(main())
 
@@ -270,6 +353,7 @@ def test_health_names_who_speaks_as_another(run_dir):
             await one.put(daemon_key("c", "d"), daemon("d", bus.endpoint))
             async with asyncio.timeout(20):
                 while one.transport.num_refused == 0:
+                    bus.publish(b"x", DaemonHeartbeat("d", "1", 1))
                     bus.publish(b"x", RouterPresence("leader", "1", 1, leader_epoch=1 << 50))
                     await asyncio.sleep(0.002)
             words = "the bus of daemon d says what is not its own: see the log"

@@ -88,6 +88,7 @@ class Membership:
 
     async def join(self, registry: Registry, cluster: ClusterSettings) -> None:
         """Watch the cluster from now on; what is registered is known when this returns."""
+        self._links.buses.lease_s = cluster.lease_s
         for prefix, changed in (
             (instance_key(cluster.name, ""), self._instances_changed),
             (daemon_key(cluster.name, ""), self._daemons_changed),
@@ -136,7 +137,7 @@ class Membership:
 
     def tick(self) -> None:
         """Several times a second."""
-        self._links.buses.tick()
+        self._links.buses.tick(is_registry_silent=self._service.registry_degraded)
 
     def close(self) -> None:
         """Close every link."""
