@@ -58,7 +58,7 @@ class ConfigError(XllmError):
 
 
 class NameTakenError(ConfigError):
-    """Another living process of the cluster has the name of this one."""
+    """Another living process has the name of this one, in the cluster or in its run directory."""
 
     code = "name_taken"
 

@@ -6,7 +6,7 @@ import socket as sockets
 import pytest
 
 from tests.protocol.socket_pairs import BOTH, echo_pair, run, until
-from xllm.errors import BrokenError, ClosedError, ConfigError, ListenError
+from xllm.errors import BrokenError, ClosedError, ConfigError, ListenError, NameTakenError
 from xllm.protocol.client import AbortRequest
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
@@ -36,8 +36,9 @@ def test_an_ipc_path_cannot_be_stolen_and_a_stale_one_is_taken_over(tmp_path):
         (tmp_path / "s").touch()  # what a killed process left
         (tmp_path / "s.lock").touch()
         router = RouterSocket(transport, path, BOTH, lambda i, m, f: None)
-        with pytest.raises(ListenError, match="in use"):
+        with pytest.raises(NameTakenError, match=f"in use by process {os.getpid()}:") as caught:
             RouterSocket(transport, path, BOTH, lambda i, m, f: None)
+        assert str(caught.value).endswith(f"another directory than {tmp_path}")
         router.close()
         assert os.listdir(tmp_path) == []
         transport.close()

@@ -131,6 +131,23 @@ def test_a_router_on_its_own_whose_port_is_taken(model, run_dir, taken, flag, co
     assert f":{taken}: Address already in use" in lines[0]
 
 
+def test_a_second_process_of_one_name_in_one_run_directory(run_dir):
+    """The same exit code as for a name that another process has in the registry."""
+    where = f"ipc://{run_dir}/registry"
+    daemon = ("kvcache", "--registry", where, "--cluster-run-dir", run_dir, "--kvcache-name", "d")
+    with registry(where), process(*daemon) as first:
+        path = run_dir / "d-kvcache"
+        deadline = time.monotonic() + 60
+        while not path.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        code, lines = refused(*daemon, "--log-dir", run_dir / "logs")
+        assert first.poll() is None
+    assert (code, len(lines)) == (64, 1)
+    assert lines[0].startswith(f"xllm: {path} is in use by process {first.pid}: ")
+    assert lines[0].endswith(f"another directory than {run_dir}")
+
+
 def test_a_registry_whose_port_is_taken(taken):
     code, lines = refused(
         "registry", "--registry", f"tcp://127.0.0.1:{taken}", "--log-level", "error"
@@ -139,12 +156,17 @@ def test_a_registry_whose_port_is_taken(taken):
     assert lines[-1].startswith("xllm: cannot listen on ")
 
 
-@contextlib.contextmanager
 def registry(endpoint):
     """A registry as a process."""
-    command = [sys.executable, "-m", "xllm", "registry", "--registry", endpoint]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+    return process("registry", "--registry", endpoint)
+
+
+@contextlib.contextmanager
+def process(*arguments):
+    """A command that runs until the end of the block."""
+    command = [sys.executable, "-m", "xllm", *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as started:
         try:
-            yield
+            yield started
         finally:
-            process.terminate()
+            started.terminate()

@@ -13,7 +13,7 @@ import re
 import stat
 
 from xllm.config.exposure import is_loopback
-from xllm.errors import ConfigError, ListenError
+from xllm.errors import ConfigError, NameTakenError
 
 MAX_IPC_PATH_BYTES = 107
 _KEY_MARK = ";key="
@@ -102,7 +102,8 @@ def _check_folder(folder: str) -> None:
 
 
 class PathLock:
-    """Holds `<path>.lock` while an ipc socket is bound at `path`."""
+    """Holds `<path>.lock`, which says the process's id, while an ipc socket is bound at `path`.
+    NameTakenError where a living process holds it: paths are made of names."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -110,8 +111,15 @@ class PathLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            holder = os.pread(self._fd, 20, 0).decode("ascii", "replace")
             os.close(self._fd)
-            raise ListenError(f"ipc path {path} is in use by another process") from None
+            raise NameTakenError(
+                f"{path} is in use by {f'process {holder}' if holder else 'another process'}: stop "
+                "that one, or give this one another name or another directory than "
+                f"{os.path.dirname(path) or '.'}"
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, str(os.getpid()).encode(), 0)
         if os.path.lexists(path):
             os.unlink(path)
 
