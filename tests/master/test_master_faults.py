@@ -71,6 +71,52 @@ def test_a_scheduler_that_breaks_ends_the_process_and_its_requests(run_dir, meth
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("method", ["schedule", "update", "expire", "admit"])
+@pytest.mark.parametrize("num_others", [0, 1])
+def test_what_is_open_where_a_scheduler_breaks_hears_whether_it_was_in_company(
+    run_dir, method, num_others
+):
+    async def scenario():
+        async with stage(run_dir, toy_step_ms=5.0) as one:
+            one.transport.on_fatal = one.master._fatal
+            names = ["a", "b"][: 1 + num_others]
+            for name in names:
+                one.router.admit(name, range(20, 30), max_tokens=1000)
+            await one.router.until(lambda: len(one.router.streams) == len(names))
+
+            def broken(*args):
+                raise KeyError("x")
+
+            setattr(one.master.models[0].scheduler, method, broken)
+            if method == "admit":  # it is open from then on as the others are
+                names.append("c")
+                one.router.admit("c", range(20, 30))
+            for name in names:
+                ended = await one.router.ends(name)
+                assert (ended.code, ended.shared) == ("worker_lost", len(names) > 1)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("num_others", [0, 2])
+def test_the_requests_of_a_failed_step_hear_whether_they_were_several(run_dir, num_others):
+    async def scenario():
+        async with stage(run_dir, toy_step_ms=5.0) as one:
+            names = ["a", "b", "c"][: 1 + num_others]
+            for name in names:
+                one.router.admit(name, range(20, 30), max_tokens=1000)
+            await one.router.until(lambda: len(one.router.streams) == len(names))
+            settle = one.master.models[0].steps.settle
+            one.master.models[0].steps.settle = lambda result, frames: settle(
+                with_one_more(result), frames
+            )
+            for name in names:
+                ended = await one.router.ends(name)
+                assert (ended.code, ended.shared) == ("engine_error", num_others > 0)
+
+    asyncio.run(scenario())
+
+
 def test_a_result_that_contradicts_its_plan_costs_the_step_only(run_dir):
     async def scenario():
         async with stage(run_dir, toy_step_ms=5.0) as one:

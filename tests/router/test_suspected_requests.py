@@ -6,7 +6,7 @@ import pytest
 
 from tests.router.fake_cluster import FakeCluster, in_loop
 from tests.router.oracle import item, make, start, stream
-from xllm.protocol.instance import AdmitRequest, RequestEnded, TokenBatch
+from xllm.protocol.instance import PASSED_TOKENS, AdmitRequest, RequestEnded, TokenBatch
 from xllm.protocol.sampling import SamplingParams
 from xllm.router.state.instructions import Wish
 from xllm.router.state.moves import MAX_DEATHS, MAX_MOVES
@@ -84,6 +84,32 @@ def test_it_stays_alone_until_it_has_passed(how):
     assert state.moves.num_deaths == 0
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 20])
+def test_a_death_that_was_survived_does_not_add_to_a_later_one(num_tokens):
+    state = make(max_tokens=60)
+    start(state)
+    state.tokens(item(0, 3))
+    assert Wish.PLACE in die(state, shared=True)
+    start(state)
+    state.tokens(item(3, num_tokens, attempt=2))
+    assert Wish.PLACE in die(state, shared=True)
+    is_past = num_tokens >= PASSED_TOKENS
+    assert state.moves.num_deaths == (1 if is_past else 2)
+    assert start(state).alone != is_past
+
+
+def test_a_death_that_was_survived_is_forgotten_whatever_loss_comes_next():
+    state = make(max_tokens=60)
+    start(state)
+    assert Wish.PLACE in die(state, shared=True)
+    start(state)
+    state.tokens(item(0, 5, attempt=2))
+    state.instance_lost("a")
+    assert not start(state).alone
+    assert state.moves.num_deaths == 0
+    assert state.moves.died_at == frozenset()
+
+
 def test_what_has_passed_is_suspected_anew_from_the_start():
     state = suspected()
     admit = start(state)
@@ -107,13 +133,27 @@ def test_every_choice_must_pass_or_have_ended():
     assert not start(state).alone
 
 
-def test_a_master_that_broke_has_no_steps_of_its_own():
-    """Whatever is open there is as likely the reason as ever: two of them are enough."""
+def test_a_master_that_broke_with_others_convicts_nobody_and_one_that_had_no_other_does():
+    """What is open where a master breaks ends as what is in a step under which a worker ended."""
     state = make()
     start(state)
     assert Wish.PLACE in die(state, shared=True)
     start(state)
+    assert Wish.PLACE in die(state, shared=True)
+    assert start(state).alone
     assert die(state, shared=False)[-1].code == "engine_error"
+
+
+@pytest.mark.parametrize("code", ["engine_error", "internal_error"])
+def test_a_step_that_failed_as_a_whole_costs_the_one_that_was_alone_in_it(code):
+    state = make()
+    for attempt in (1, 2):
+        assert not start(state).alone
+        word = RequestEnded("r", attempt, code, "no memory", shared=True)
+        assert Wish.PLACE in state.engine_ended(word)
+    assert start(state).alone
+    said = state.engine_ended(RequestEnded("r", 3, code, "no memory"))
+    assert (said[-1].code, said[-1].message) == (code, "no memory")
 
 
 @in_loop

@@ -139,8 +139,9 @@ class MasterActor(Actor):
     def _fatal(self, error: BaseException) -> None:
         """State that cannot be serves nobody: routers are told and go elsewhere."""
         self.has_given_up = True
+        num_open = sum(len(one.conversation.routes) for one in self.models)
         for one in self.models:
-            one.abandon()
+            one.abandon(shared=num_open > 1)
             self._has_last_words = True
         super()._fatal(error)
 

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from xllm.errors import BackpressureError, BrokenError, ConflictError, UnavailableError, XllmError
+from xllm.errors import (
+    BackpressureError,
+    BrokenError,
+    ConflictError,
+    InvariantError,
+    UnavailableError,
+    XllmError,
+)
 from xllm.master.fencing import EpochGate
 from xllm.master.outcome import StepOutcome
 from xllm.master.routes import RequestRoutes
@@ -104,13 +111,16 @@ class RouterConversation:
         except BackpressureError:
             self._void(router, message)
 
-    def end_all(self, code: str, message: str) -> None:
-        """Give every open request its terminal word, without the scheduler."""
+    def end_all(self, code: str, message: str, *, shared: bool) -> None:
+        """Give every open request its terminal word, without the scheduler. `shared`: see
+        RequestEnded."""
         for router in self.routes.routers:
             owned = self.routes.owned_by(router)
             for request_id, _ in owned:
                 self.routes.remove(request_id)
-            ended = tuple(RequestEnded(name, attempt, code, message) for name, attempt in owned)
+            ended = tuple(
+                RequestEnded(name, attempt, code, message, shared=shared) for name, attempt in owned
+            )
             self._send(router, TokenBatch(ended=ended))
 
     # -- routers that do not read --------------------------------------------------------------
@@ -222,7 +232,12 @@ class RouterConversation:
                 "this attempt runs here for another connection",
             )
         else:
-            refusal = master.steps.call(scheduler.admit, message, time.monotonic())
+            try:
+                refusal = master.steps.call(scheduler.admit, message, time.monotonic())
+            except InvariantError:
+                # It ends with all that are open, and is as likely the reason as they are.
+                self.routes.add(message.request_id, message.attempt, router)
+                raise
         if refusal is not None:
             master.metrics.num_refused += 1
             self._send(router, TokenBatch(ended=(refusal,)))

@@ -9,6 +9,7 @@ released once no step in flight touches them, and not before; each request gets 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from xllm.kvcache.owners import OwnedMemory
 from xllm.master.block_tables import BlockTables
@@ -45,6 +46,11 @@ class StepInFlight:
     forked: list[Sequence]
     pins: list[int]
     num_decodes: int
+
+
+def num_requests_in(steps: Iterable[StepInFlight]) -> int:
+    """Requests in these steps, those that have ended meanwhile included."""
+    return len({id(seq.request) for one in steps for seq in (*one.sequences, *one.forked)})
 
 
 class InstanceState:

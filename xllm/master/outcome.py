@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from xllm.protocol.instance import PooledVector, PrefillDone, PromptScores, RequestEnded, TokenItem
 
 
@@ -24,6 +26,16 @@ class StepOutcome:
         self.prompt_scores += other.prompt_scores
         self.prefilled += other.prefilled
         self.vectors += other.vectors
+
+    def mark(self, code: str, *, blameless: bool = False, shared: bool = False) -> None:
+        """Say of all that ended with this code how it was with their steps: see RequestEnded."""
+        if blameless or shared:
+            self.ended = [
+                msgspec.structs.replace(one, blameless=blameless, shared=shared)
+                if one.code == code
+                else one
+                for one in self.ended
+            ]
 
     def __bool__(self) -> bool:
         """Whether there is anything to send."""

@@ -19,7 +19,7 @@ from xllm.kvcache.slots import SlotTableStatistics
 from xllm.master.admission import Admission
 from xllm.master.audit import check_state
 from xllm.master.holding import end_holds
-from xllm.master.lifecycle import InstanceState
+from xllm.master.lifecycle import InstanceState, num_requests_in
 from xllm.master.limits import InstanceLimits
 from xllm.master.outcome import StepOutcome
 from xllm.master.planning import StepPlanner
@@ -147,8 +147,7 @@ class Scheduler:
     @property
     def num_in_steps(self) -> int:
         """Requests in the steps in flight, those that have ended meanwhile included."""
-        steps = self._state.steps.values()
-        return len({id(s.request) for step in steps for s in (*step.sequences, *step.forked)})
+        return num_requests_in(self._state.steps.values())
 
     def update(
         self, result: StepResult, frames: AbstractSequence[bytes], now: float
@@ -159,9 +158,14 @@ class Scheduler:
         return self._state.take_outcome()
 
     def fail_step(self, step: int, code: str, message: str) -> StepOutcome:
-        """A step failed as a whole: the requests in it end with this code."""
+        """A step failed as a whole: the requests in it end with this code, and hear whether they
+        were several."""
+        state = self._state
+        shared = step in state.steps and num_requests_in((state.steps[step],)) > 1
         self._settler.fail(step, code, message)
-        return self._state.take_outcome()
+        outcome = state.take_outcome()
+        outcome.mark(code, shared=shared)
+        return outcome
 
     def fail_all(self, code: str, message: str, in_step: str = "") -> StepOutcome:
         """Every request ends with this code, those of steps in flight with `in_step` if given."""

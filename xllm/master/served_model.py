@@ -164,11 +164,12 @@ class ServedModel:
         self.conversation.fail_probes()
         self.beat()
 
-    def abandon(self) -> None:
+    def abandon(self, *, shared: bool) -> None:
         """State that cannot be serves nobody: routers are told and go elsewhere. What is open may
-        be the reason, and must not do that to one instance after the other."""
+        be the reason, and must not do that to one instance after the other; `shared`: or something
+        else that is."""
         self.steps.abandon()
-        self.conversation.end_all(WorkerLostError.code, "the instance failed")
+        self.conversation.end_all(WorkerLostError.code, "the instance failed", shared=shared)
 
     async def withdraw(self) -> None:
         """Leave the registry."""

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, Protocol, TypeVar
 
-import msgspec
 import structlog
 
 from xllm.errors import BadMessageError, EngineError, InvariantError
@@ -104,13 +103,7 @@ class StepLoop:
         if self.scheduler is not None:
             self._forget_steps()
             outcome = self.call(self.scheduler.fail_all, code, message, in_step)
-            if blameless or shared:
-                outcome.ended = [
-                    msgspec.structs.replace(one, blameless=blameless, shared=shared)
-                    if one.code == in_step
-                    else one
-                    for one in outcome.ended
-                ]
+            outcome.mark(in_step, blameless=blameless, shared=shared)
             self._take(outcome)
             self.flush()
 

@@ -181,8 +181,9 @@ class RequestEnded(ArrayPart, frozen=True):
     blameless: bool = False
     """With worker_lost: somebody ended the worker, and no request is the reason."""
     shared: bool = False
-    """With worker_lost: other requests were in the steps under way, and one of them may be the
-    reason."""
+    """With worker_lost: other requests were in the steps under way, or open where a master broke,
+    and one of them may be the reason. With another code: it is that of a whole step, which had
+    others in it."""
 
 
 class TokenBatch(ArrayMessage, frozen=True):

@@ -3,10 +3,11 @@
 Decides when to try again, when to wait and when to give up; knows neither tokens nor messages.
 Four things can happen to an attempt: the instance refuses it, dies under it, loses words of it, or
 is given up for a better place. A death speaks against the request only where it may be the reason:
-a worker that ended by itself in a step of it, or a master whose state broke. After two of them it
-runs alone: the next one convicts it, or it passes where they happened, and they speak against it no
-more. Invariants: no request is given up for deaths that others may be the reason of, and none is
-convicted before its second; whoever has been refused everywhere learns so within PATIENCE_S.
+a worker that ended by itself in a step of it, a step that failed, or a master whose state broke;
+and until it has passed where that happened. After two of them it runs alone: the next one convicts
+it, or it passes. Invariants: no request is given up for deaths that others may be the reason of,
+and none is convicted before its second; whoever has been refused everywhere learns so within
+PATIENCE_S.
 """
 
 from __future__ import annotations

@@ -211,8 +211,10 @@ class RequestLife:
             self.cached_tokens = word.cached_tokens
             # An end without all tokens means that some were lost on the way.
             return self._finish() if self._all_finished() else self._lost()
-        if word.code == WorkerLostError.code:
-            return self._lost(told=True) if word.blameless else self._died(word.shared)
+        if word.code == WorkerLostError.code and word.blameless:
+            return self._lost(told=True)
+        if word.code == WorkerLostError.code or word.shared:
+            return self._died(word.shared)
         if word.code in _MOVABLE:
             return self._refused(word.code)
         return self._fail(word.code, word.message, param=word.param or None, told=True)
@@ -362,8 +364,9 @@ class RequestLife:
         return self._fail(EngineError.code, why, told=True) if why else self._move(told=True)
 
     def _review(self) -> None:
-        """What ran alone, and got further than it was when instances died, was not the reason."""
-        if self.moves.runs_alone and all(
+        """What got further than it was when instances died was not the reason, alone or not: all
+        that was under way then has been computed again."""
+        if self.moves.num_deaths and all(
             choice.finish_reason or len(choice.ids) >= mark + PASSED_TOKENS
             for choice, mark in zip(self.choices, self._marks, strict=True)
         ):
