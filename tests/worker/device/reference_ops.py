@@ -18,7 +18,7 @@ from xllm.worker.sampling.sampler import Sampler
 class ReferenceOps:
     """DeviceOps over a layout."""
 
-    def __init__(self, config, layout, dtype):
+    def __init__(self, config, layout, dtype, max_length):
         self._config = config
         self._layout = layout
         self._dtype = dtype

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm.worker.graphs.buckets import batch_buckets, length_buckets, row_buckets
+from xllm.worker.graphs.buckets import batch_buckets, row_buckets
 from xllm.worker.graphs.choice import (
     EAGER,
     GraphChooser,
@@ -16,18 +16,17 @@ from xllm.worker.graphs.choice import (
     LaunchShape,
 )
 
-LIMITS = GraphLimits(max_batch=64, max_rows=512, max_rows_each=4, max_model_len=4096)
+LIMITS = GraphLimits(max_batch=64, max_rows=512, max_rows_each=4)
 shapes = st.builds(
     LaunchShape,
     st.integers(1, 2000),
     st.integers(1, 300),
     st.integers(0, 6),
-    st.integers(1, 8192),
 )
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
-@pytest.mark.parametrize("make", [batch_buckets, row_buckets, length_buckets])
+@pytest.mark.parametrize("make", [batch_buckets, row_buckets])
 def test_a_bucket_is_the_least_that_holds_a_size(make, most, size):
     buckets = make(most)
     assert list(buckets.sizes) == sorted(set(buckets.sizes))
@@ -50,7 +49,7 @@ def test_rows_are_padded_by_an_eighth_at_most(size):
     assert row_buckets(4096).of(size) - size <= max(8, size // 8)
 
 
-@pytest.mark.parametrize("make", [batch_buckets, row_buckets, length_buckets])
+@pytest.mark.parametrize("make", [batch_buckets, row_buckets])
 def test_a_bound_of_zero_has_no_buckets(make):
     assert make(0).sizes == ()
 
@@ -70,21 +69,20 @@ def test_a_key_holds_its_shape(shape):
         if key.mode == GraphMode.FULL:
             assert shape.rows_each == key.rows_each <= LIMITS.max_rows_each
             assert shape.num_sequences <= key.num_sequences <= LIMITS.max_batch
-            assert shape.max_length <= key.max_length <= LIMITS.max_model_len
         elif key.mode == GraphMode.PARTIAL:
             assert shape.num_rows <= key.num_rows <= LIMITS.max_rows
 
 
 def test_decodes_alike_are_a_full_graph_and_mixed_steps_a_partial_one():
     chooser = GraphChooser(LIMITS)
-    decode = chooser.choose(LaunchShape(5, 5, 1, 700))
-    assert decode[0] == GraphKey(GraphMode.FULL, 8, 1, 2048)
-    verify = chooser.choose(LaunchShape(15, 5, 3, 100))
-    assert verify[0] == GraphKey(GraphMode.FULL, 24, 3, 512)
+    decode = chooser.choose(LaunchShape(5, 5, 1))
+    assert decode[0] == GraphKey(GraphMode.FULL, 8, 1)
+    verify = chooser.choose(LaunchShape(15, 5, 3))
+    assert verify[0] == GraphKey(GraphMode.FULL, 24, 3)
     assert verify[0].num_sequences == 8
-    mixed = chooser.choose(LaunchShape(100, 3, 0, 700))
+    mixed = chooser.choose(LaunchShape(100, 3, 0))
     assert [key.mode for key in mixed] == [GraphMode.PARTIAL, GraphMode.EAGER]
-    assert chooser.choose(LaunchShape(5000, 3, 0, 700)) == (EAGER,)
+    assert chooser.choose(LaunchShape(5000, 3, 0)) == (EAGER,)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +94,7 @@ def test_decodes_alike_are_a_full_graph_and_mixed_steps_a_partial_one():
     ],
 )
 def test_a_mode_can_be_off(limits, modes):
-    keys = GraphChooser(limits).choose(LaunchShape(4, 4, 1, 100))
+    keys = GraphChooser(limits).choose(LaunchShape(4, 4, 1))
     assert [key.mode for key in keys] == modes
 
 
@@ -104,6 +102,8 @@ def test_warm_keys_are_what_decodes_choose():
     chooser = GraphChooser(LIMITS)
     keys = chooser.warm_keys()
     assert [key.num_rows for key in keys] == sorted((k.num_rows for k in keys), reverse=True)
-    assert chooser.choose(LaunchShape(3, 3, 1, 10))[0] in keys
-    assert len(keys) == 7  # 1 to 64
+    assert chooser.choose(LaunchShape(3, 3, 1))[0] in keys
+    assert len(keys) == 11  # 1, 2, 4, 8 to 64 in steps of 8
+    for batch in range(1, LIMITS.max_batch + 1):
+        assert chooser.choose(LaunchShape(batch, batch, 1))[0] in keys
     assert GraphChooser(GraphLimits(max_batch=0)).warm_keys() == ()

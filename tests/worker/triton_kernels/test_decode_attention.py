@@ -194,3 +194,20 @@ def test_tensors_that_are_not_contiguous_are_refused():
     case = fill(strides_of(1, 64, 16), [5, 5])
     with pytest.raises(InvariantError, match="q is not contiguous"):
         attended(case, queries(case, 1, 4)[:, :, ::2])
+
+
+def test_one_grid_serves_every_length():
+    """Programs made for 8,192 tokens: a short sequence is cut as if they were made for it."""
+    lengths = [300, 1, 0, 520]
+    case = fill(strides_of(1, 64, 16), lengths)
+    q = queries(case, 1, 2)
+    cut = decode_cut(q, case.strides, max_length=8192)
+    assert cut.splits > decode_cut(q, case.strides, max_length=520).splits > 1
+    wanted = expected(case, q)
+    for window in (0, 280):
+        wanted = expected(case, q, window=window)
+        compare(attended(case, q, max_length=8192, window=window), wanted)
+        # Less than they have: fewer programs, each with more to do.
+        compare(attended(case, q, max_length=290, window=window), wanted)
+    alone = attended(case, q, max_length=520)
+    assert torch.equal(attended(case, q, max_length=768), alone)

@@ -41,18 +41,6 @@ def row_buckets(most: int) -> Buckets:
     return _up_to(sizes, most)
 
 
-def length_buckets(most: int) -> Buckets:
-    """Of the longest sequence in a decode step: 512 tokens, then fourfold: the grid of the
-    attention is made for the bucket, and what lies beyond a sequence's own end costs an empty
-    program."""
-    sizes = []
-    size = 512
-    while size < most:
-        sizes.append(size)
-        size *= 4
-    return _up_to(sizes, most)
-
-
 def _up_to(sizes: list[int], most: int) -> Buckets:
     if most < 1:
         return Buckets(())

@@ -1,7 +1,8 @@
 """Which mode a step runs in: decided from its shape alone (report, section 4.2, table 1).
 
 A full graph is one launch for a whole decode step; its attention reads lengths and addresses from
-tensors, so that one capture serves every step of a bucket. A partial graph leaves out the
+tensors and has programs for the longest sequence, so that one capture serves every step of a
+bucket, however long its sequences are. A partial graph leaves out the
 attention, whose grid depends on how rows fall to sequences: everything between two attentions has
 the number of rows as its only dimension. What fits neither is launched operator by operator.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from enum import StrEnum
 
-from xllm.worker.graphs.buckets import Buckets, batch_buckets, length_buckets, row_buckets
+from xllm.worker.graphs.buckets import Buckets, batch_buckets, row_buckets
 
 
 class GraphMode(StrEnum):
@@ -25,23 +26,21 @@ class GraphMode(StrEnum):
 @dataclasses.dataclass(frozen=True, slots=True)
 class LaunchShape:
     """What of a step decides its mode. `rows_each`: rows of every sequence where they are all
-    equal, else 0; `max_length`: tokens of the longest sequence once the step is done."""
+    equal, else 0."""
 
     num_rows: int
     num_sequences: int
     rows_each: int
-    max_length: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GraphKey:
-    """What a capture is for. A full graph: sequences, rows of each, longest sequence. A partial
-    one: rows; the others are 0. Eager: all 0."""
+    """What a capture is for. A full graph: rows in all and of each sequence. A partial one: rows;
+    the other is 0. Eager: both 0."""
 
     mode: GraphMode
     num_rows: int = 0
     rows_each: int = 0
-    max_length: int = 0
 
     @property
     def num_sequences(self) -> int:
@@ -59,7 +58,6 @@ class GraphLimits:
     max_batch: int = 256
     max_rows: int = 2048
     max_rows_each: int = 8
-    max_model_len: int = 1 << 15
 
 
 class GraphChooser:
@@ -69,7 +67,6 @@ class GraphChooser:
         self._limits = limits
         self._batches = batch_buckets(limits.max_batch)
         self._rows: Buckets = row_buckets(limits.max_rows)
-        self._lengths = length_buckets(limits.max_model_len)
 
     def choose(self, shape: LaunchShape) -> tuple[GraphKey, ...]:
         """The keys to try, best first; the last one is always EAGER."""
@@ -77,23 +74,17 @@ class GraphChooser:
         return (*keys, EAGER)
 
     def warm_keys(self) -> tuple[GraphKey, ...]:
-        """What is worth a capture before the first request: decodes of sequences of the least
-        bucket of lengths, in batches of powers of two, largest first, for its memory serves the
-        smaller ones."""
-        if not self._lengths.sizes:
-            return ()
-        length = self._lengths.sizes[0]
-        batches = [batch for batch in self._batches.sizes if not batch & (batch - 1)]
-        return tuple(GraphKey(GraphMode.FULL, batch, 1, length) for batch in reversed(batches))
+        """What is captured before the first request: decodes of every batch, the largest first, for
+        its memory serves the smaller ones."""
+        return tuple(GraphKey(GraphMode.FULL, batch, 1) for batch in reversed(self._batches.sizes))
 
     def _full(self, shape: LaunchShape) -> GraphKey | None:
         if not 0 < shape.rows_each <= self._limits.max_rows_each:
             return None
         batch = self._batches.of(shape.num_sequences)
-        length = self._lengths.of(shape.max_length)
-        if not batch or not length:
+        if not batch:
             return None
-        return GraphKey(GraphMode.FULL, batch * shape.rows_each, shape.rows_each, length)
+        return GraphKey(GraphMode.FULL, batch * shape.rows_each, shape.rows_each)
 
     def _partial(self, shape: LaunchShape) -> GraphKey | None:
         rows = self._rows.of(shape.num_rows)

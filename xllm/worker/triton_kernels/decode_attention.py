@@ -26,15 +26,17 @@ from xllm.worker.triton_kernels.launching import (
     multiprocessors,
 )
 from xllm.worker.triton_kernels.strides import KvStrides
-from xllm.worker.triton_kernels.tiling import DecodeCut, cut_decode
+from xllm.worker.triton_kernels.tiling import MIN_SPLIT_TOKENS, DecodeCut, cut_decode
 
 _MERGED_AT_ONCE = 8
+_MIN_SPLIT_TOKENS = tl.constexpr(MIN_SPLIT_TOKENS)
 
 
 @triton.jit
 def split_range(length, splits, M: tl.constexpr, SPLIT_TOKENS: tl.constexpr, S: tl.constexpr):
     """(first token read, the token that splits count from, tokens of a split) of a sequence, in
-    whole tiles."""
+    whole tiles. Of the `splits` that there is room for a short sequence takes a few, so that one
+    grid serves every length."""
     WINDOW: tl.constexpr = S.window
     TILE: tl.constexpr = S.tile
     first = length * 0
@@ -42,7 +44,8 @@ def split_range(length, splits, M: tl.constexpr, SPLIT_TOKENS: tl.constexpr, S: 
         first = tl.maximum(length - M - WINDOW + 1, 0) // TILE * TILE
     if SPLIT_TOKENS > 0:
         return first, length * 0, length * 0 + SPLIT_TOKENS
-    each = tl.cdiv(tl.cdiv(length - first, splits), TILE) * TILE
+    taken = tl.maximum(tl.minimum(splits, tl.cdiv(length - first, _MIN_SPLIT_TOKENS)), 1)
+    each = tl.cdiv(tl.cdiv(length - first, taken), TILE) * TILE
     return first, first, tl.maximum(each, TILE)
 
 
@@ -147,10 +150,11 @@ def decode_attention(
 ) -> None:
     """The attention of `q` [seqs, m, heads, head_dim] into `out` [seqs, m, heads, value_dim].
 
-    Row j of a sequence of `lengths` [seqs] (int32, at most `max_length`) keys stands at position
-    length - m + j and sees the keys up to there, `window` of them (0: all); its own are in the KV
-    memory already. A row at a position below 0, as of an empty sequence, becomes zeros, and no
-    memory is read. `addresses` int64: of each slot [seqs], or of each block [seqs, blocks].
+    Row j of a sequence of `lengths` [seqs] (int32) keys stands at position length - m + j and sees
+    the keys up to there, `window` of them (0: all); its own are in the KV memory already. A row at
+    a position below 0, as of an empty sequence, becomes zeros, and no memory is read. `addresses`
+    int64: of each slot [seqs], or of each block [seqs, blocks]. `max_length`: programs are made for
+    so many keys; shorter sequences leave some without work, longer ones give each more.
 
     `scratch`: fp32, as many numbers as `decode_cut(...).scratch_numbers(...)`; layers may share it.
     With `split_tokens` the bits of a row do not depend on what else is in the batch, nor on

@@ -17,7 +17,8 @@ MIN_ROWS = 16
 """Rows of the smallest product of tensor cores: fewer are padded."""
 
 _PROGRAMS_PER_MULTIPROCESSOR = 4
-_MIN_SPLIT_TOKENS = 256
+MIN_SPLIT_TOKENS = 256
+"""Of a decode's splits, unless the split size is given."""
 _MAX_SPLITS = 128
 
 
@@ -103,9 +104,10 @@ def cut_decode(
     `max_length` keys: only what the host knows, so that a graph stays right for other lengths.
 
     Splits until there are four programs for each multiprocessor (two run on it at a time, and the
-    second two even out what lengths differ), none of less than 256 tokens. With `split_tokens` (a
-    multiple of a tile's tokens) the cut of a sequence depends on its length alone. Raises
-    InvariantError for a split size that is none.
+    second two even out what lengths differ), none of less than 256 tokens: sequences shorter than
+    `max_length` are cut into fewer by the kernel. With `split_tokens` (a multiple of a tile's
+    tokens) the cut of a sequence depends on its length alone. Raises InvariantError for a split
+    size that is none.
     """
     if num_heads % strides.num_kv_heads:
         raise InvariantError(f"{num_heads} heads over {strides.num_kv_heads} heads of keys")
@@ -120,7 +122,7 @@ def cut_decode(
         return DecodeCut(tiles, row_tiles, max(-(-max_length // split_tokens), 1), split_tokens)
     programs = max(num_seqs * strides.num_kv_heads * row_tiles, 1)
     wanted = -(-_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs)
-    splits = min(wanted, -(-max_length // _MIN_SPLIT_TOKENS), _MAX_SPLITS)
+    splits = min(wanted, -(-max_length // MIN_SPLIT_TOKENS), _MAX_SPLITS)
     return DecodeCut(tiles, row_tiles, max(splits, 1), 0)
 
 

@@ -59,7 +59,7 @@ def _build(
 ) -> DeviceSteps:
     platform = read.platform
     config, dtype = model.config, read.loaded.dtype
-    ops = TritonOps(config, pool.layout, dtype)
+    ops = TritonOps(config, pool.layout, dtype, model_len)
     layers = [DeviceLayer(index, one, ops) for index, one in enumerate(weights)]
     most = settings.scheduler.max_num_seqs
     drawn = DrawnTokens(most, platform.device)
@@ -69,8 +69,7 @@ def _build(
         min(settings.worker.graph_max_batch, most) if has_graphs else 0,
         settings.worker.graph_max_rows if has_graphs else 0,
         max_rows_each=1,  # no plan asks for the verification of several tokens yet
-        max_model_len=model_len,
     )
-    runner = DeviceRunner(model, layers, ops, platform, drawn.flat, dtype, limits, tick)
+    runner = DeviceRunner(model, layers, ops, platform, drawn.flat, dtype, limits, most, tick)
     sampler = DeviceSampler(config.vocab_size, platform.device, most)
     return DeviceSteps(model, runner, sampler, drawn, platform)

@@ -27,12 +27,10 @@ class HeadNorms:
 @dataclasses.dataclass(frozen=True, slots=True)
 class SequenceRows:
     """Which sequences some rows belong to: `addresses` int64 and `lengths` int32 [sequences], of
-    their keys once the rows are written, their own included. `max_length`: at least the longest of
-    them; more where a graph shall serve longer ones."""
+    their keys once the rows are written, their own included."""
 
     addresses: torch.Tensor
     lengths: torch.Tensor
-    max_length: int
 
 
 class DeviceOps(Protocol):

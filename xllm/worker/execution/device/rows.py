@@ -57,7 +57,6 @@ class StepRows:
             counts.num_rows,
             counts.num_sequences,
             first if is_even else 0,
-            int(self.lengths.max(initial=0)),
         )
 
     def alone(self) -> StepRows:

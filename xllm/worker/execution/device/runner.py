@@ -31,8 +31,8 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 class DeviceRunner:
     """The layers of one model. `drawn`: int64, flat, where tokens that the host does not know are
-    found; `tick` is called after each layer that is launched, and as often for a graph. Used by
-    one thread."""
+    found; `most`: sequences of a step; `tick` is called after each layer that is launched, and as
+    often for a graph. Used by one thread."""
 
     def __init__(
         self,
@@ -43,6 +43,7 @@ class DeviceRunner:
         drawn: torch.Tensor,
         dtype: torch.dtype,
         limits: GraphLimits,
+        most: int,
         tick: Callable[[], None],
     ) -> None:
         self._model = model
@@ -52,15 +53,15 @@ class DeviceRunner:
         self._drawn = drawn
         self._dtype = dtype
         self._tick = tick
-        self._max_model_len = limits.max_model_len
+        self._most = most
         self._chooser = GraphChooser(limits)
         device = platform.graphs()
         self._graphs: GraphCache | None = None
         self._static: dict[GraphKey, StaticNumbers] = {}
         if device is not None and (limits.max_batch or limits.max_rows):
             self._graphs = GraphCache(device, _MAX_GRAPHS, dropped=self._drop)
-            most = max(limits.max_batch * limits.max_rows_each, limits.max_rows)
-            self._stretch = _StretchTensors(model.config, most, dtype, platform.device)
+            most_rows = max(limits.max_batch * limits.max_rows_each, limits.max_rows)
+            self._stretch = _StretchTensors(model.config, most_rows, dtype, platform.device)
         self._num_steps = dict.fromkeys(GraphMode, 0)
 
     @property
@@ -152,12 +153,12 @@ class DeviceRunner:
     ) -> None:
         """Decodes as one batch, all others as prompts."""
         counts = rows.counts
-        border, most = counts.num_decodes, int(rows.lengths.max())
+        border = counts.num_decodes
         if border:
-            of = SequenceRows(tensors.addresses[:border], tensors.lengths[:border], most)
+            of = SequenceRows(tensors.addresses[:border], tensors.lengths[:border])
             self._ops.attend_decodes(layer, q[:border], of, 1, out[:border])
         if border < counts.num_sequences:
-            of = SequenceRows(tensors.addresses, tensors.lengths, most)
+            of = SequenceRows(tensors.addresses, tensors.lengths)
             self._ops.attend_prompts(layer, q, of, tensors.row_starts, tensors.row_tiles, out)
 
     def _tiles(self, rows: StepRows) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
@@ -175,17 +176,18 @@ class DeviceRunner:
         return self._model.embed(ids)
 
     def _attend_nobody(self) -> None:
-        """Both attentions for a sequence without length, once a window."""
-        config, device = self._model.config, self._platform.device
-        q = torch.zeros((1, config.num_heads, config.head_dim), dtype=self._dtype, device=device)
-        none = torch.zeros(2, dtype=torch.int32, device=device)
-        address = torch.zeros(1, dtype=torch.int64, device=device)
+        """Both attentions for sequences without length, once a window."""
+        config, device, most = self._model.config, self._platform.device, self._most
+        shape = (most, config.num_heads, config.head_dim)
+        q = torch.zeros(shape, dtype=self._dtype, device=device)
+        none = torch.zeros(most + 1, dtype=torch.int32, device=device)
+        address = torch.zeros(most, dtype=torch.int64, device=device)
         tile = torch.tensor([[-1, 0]], dtype=torch.int32, device=device)
         for layer in {window: at for at, window in enumerate(config.layer_windows)}.values():
-            # In one part, and cut into several.
-            for most in (1, self._max_model_len):
-                of = SequenceRows(address, none[:1], most)
-                self._ops.attend_decodes(layer, q, of, 1, torch.empty_like(q))
+            # Few are cut into several parts, many are not.
+            for count in (1, most):
+                of = SequenceRows(address[:count], none[:count])
+                self._ops.attend_decodes(layer, q[:count], of, 1, torch.empty_like(q[:count]))
             self._ops.attend_prompts(layer, q, of, none, tile, torch.empty_like(q))
 
     # -- one graph -------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ class DeviceRunner:
     def _full_body(self, key: GraphKey) -> Callable[[], None]:
         tensors, stretch = self._numbers(key).tensors, self._stretch
         rows = key.num_rows
-        sequences = SequenceRows(tensors.addresses, tensors.lengths, key.max_length)
+        sequences = SequenceRows(tensors.addresses, tensors.lengths)
 
         def body() -> None:
             residual = self._embed(tensors)

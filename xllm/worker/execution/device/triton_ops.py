@@ -17,10 +17,14 @@ from xllm.worker.triton_kernels.tiling import row_tiles, tile_tokens
 
 
 class TritonOps:
-    """The kernels of a model of one configuration over blocks of a layout."""
+    """The kernels of a model of one configuration over blocks of a layout, for sequences of up to
+    `max_length` tokens."""
 
-    def __init__(self, config: ModelConfig, layout: DeviceLayout, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, layout: DeviceLayout, dtype: torch.dtype, max_length: int
+    ) -> None:
         self._strides = strides_of(layout, dtype)
+        self._max_length = max_length
         self._windows = config.layer_windows
         self._scale = config.head_dim**-0.5
         self._tile_tokens = tile_tokens(self._strides, config.num_heads)
@@ -73,7 +77,8 @@ class TritonOps:
     ) -> None:
         """See DeviceOps."""
         shape = (-1, rows_each, *q.shape[1:])
-        queries, strides, most = q.view(shape), self._strides, sequences.max_length
+        # Cut as for the longest sequence, whatever lengths these have: one graph serves all.
+        queries, strides, most = q.view(shape), self._strides, self._max_length
         cut = decode_cut(queries, strides, max_length=most)
         numbers = cut.scratch_numbers(q.shape[0] * q.shape[1], strides.value_numbers_of_token)
         decode_attention(
