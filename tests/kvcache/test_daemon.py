@@ -193,9 +193,11 @@ def test_heartbeats_tell_every_change_and_a_snapshot_fits_them(transport, tmp_pa
         async with Running(transport, settings_for(tmp_path)) as running:
             beats, replies = [], []
             listener = SubscriberSocket(
-                transport, Decoder(BusMessage), lambda topic, message: beats.append(message)
+                transport,
+                running.daemon.record().bus_endpoint,
+                Decoder(BusMessage),
+                lambda topic, message: beats.append(message),
             )
-            listener.connect(running.daemon.record().bus_endpoint)
             await wait_until(lambda: beats)
             client = await running.client()
             await client.put(chain(1, 2), [block(1), block(2)])

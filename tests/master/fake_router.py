@@ -28,8 +28,9 @@ class FakeRouter:
         )
         self._bus = None
         if bus_endpoint:
-            self._bus = SubscriberSocket(transport, Decoder(InstanceHeartbeat), self._on_beat)
-            self._bus.connect(bus_endpoint)
+            self._bus = SubscriberSocket(
+                transport, bus_endpoint, Decoder(InstanceHeartbeat), self._on_beat
+            )
 
     def _on_beat(self, topic: bytes, beat: InstanceHeartbeat) -> None:
         assert topic == b"instance"

@@ -51,9 +51,12 @@ FLOODED_SUBSCRIBER = """
 async def main():
     publisher = PublisherSocket(transport, "tcp://127.0.0.1:0")
     subscriber = SubscriberSocket(
-        transport, Decoder(BusMessage), lambda topic, word: heard.append(word.seq), limits=LITTLE
+        transport,
+        publisher.endpoint,
+        Decoder(BusMessage),
+        lambda topic, word: heard.append(word.seq),
+        limits=LITTLE,
     )
-    subscriber.connect(publisher.endpoint)
 
     def publish(seq):
         publisher.publish(b"router", RouterPresence("r", "1", seq, metrics=BODY))

@@ -58,7 +58,7 @@ async def check_through(members, prefix, hurt):
     """Watch and write through the first member while `hurt` is done to it."""
     async with watched(members, prefix) as (registry, told):
         registration = Registration(registry, f"{prefix}me", lambda: b"me", 5.0)
-        await registration.start()
+        assert await registration.attempt()
         expected = {f"{prefix}me": b"me"}
         for number in range(30):
             if number == 10:

@@ -103,7 +103,7 @@ async def test_a_frozen_etcd_shows_and_lapsed_leases_of_the_living_are_not_told(
     async with emptied(server.address, server.address) as (one, two):
         told = Told()
         alive = Registration(two, "/w/alive", lambda: b"alive", 2.0)
-        await alive.start()
+        assert await alive.attempt()
         dead = await one.grant(2.0)
         await one.put("/w/dead", b"dead", dead.id)
         await one.watch("/w/", told, patient=True)
@@ -185,7 +185,7 @@ async def test_a_lease_that_somebody_revoked_is_replaced(server):
     async with emptied(server.address) as (one,):
         told = Told()
         registration = Registration(one, "/w/me", lambda: b"me", 5.0)
-        await registration.start()
+        assert await registration.attempt()
         await one.watch("/w/", told)
         first = registration.lease_id
         server.ctl("lease", "revoke", f"{first:x}")
@@ -201,7 +201,7 @@ async def test_an_etcd_that_lost_everything(server, monkeypatch):
     monkeypatch.setattr(etcd_connection, "OUTAGE_GRACE_S", 3.0)
     async with emptied(server.address) as (one,):
         registration = Registration(one, "/w/lives", lambda: b"x", 2.0)
-        await registration.start()
+        assert await registration.attempt()
         await one.put("/w/forgotten", b"x")
         told = Told()
         await one.watch("/w/", told, patient=True)
@@ -252,7 +252,7 @@ def test_a_full_etcd_answers_reads_and_says_why_it_takes_no_writes(tmp_path):
     async def main(server):
         async with registries(server.address) as (one,):
             registration = Registration(one, "/w/me", lambda: b"me", 2.0)
-            await registration.start()
+            assert await registration.attempt()
             with pytest.raises(OverloadedError, match="database space exceeded"):
                 for number in range(400):
                     await one.put(f"/fill/{number % 2}", b"x" * (60 << 10))

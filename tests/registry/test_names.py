@@ -13,11 +13,12 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xllm.config.settings import ClusterSettings
 from xllm.errors import NameTakenError
 from xllm.protocol.codec import encode
 from xllm.protocol.registry import holder, keeper
 from xllm.protocol.registry.holder import Holder, NameClaim, NameState, has_ended, own_process
-from xllm.protocol.registry.keeper import Registration
+from xllm.protocol.registry.keeper import Registration, register
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.store import RegistryStore
 from xllm.protocol.registry_wire import Entry
@@ -229,9 +230,9 @@ def test_the_later_of_two_that_live_is_refused_and_told_what_to_do():
     async def test(registry, clock):
         told = []
         first = of(registry, "first", clock, told=told.append)
-        await first.start()
+        assert await first.attempt()
         second = of(registry, "second", clock)
-        starting = asyncio.create_task(second.start())
+        starting = asyncio.create_task(register(ClusterSettings(), second))
         with structlog.testing.capture_logs() as logs:
             while not logs:
                 await asyncio.sleep(0.01)
@@ -278,7 +279,7 @@ def test_who_follows_a_dead_one_of_elsewhere_has_its_name_when_the_lease_ends():
         assert await dead.attempt()
         dead._task.cancel()
         again = of(registry, "again", clock)
-        starting = asyncio.create_task(again.start())
+        starting = asyncio.create_task(register(ClusterSettings(), again))
         for _ in range(5):
             assert not await again.is_free()
         assert not starting.done()
@@ -295,7 +296,7 @@ def test_who_lost_its_lease_and_then_its_name_steps_down_once():
     async def test(registry, clock):
         told = []
         first = of(registry, "first", clock, told=told.append)
-        await first.start()
+        assert await first.attempt()
         second = of(registry, "second", clock)
         # As of a process that did not run: its lease ends, and another one is there before it.
         await registry.revoke(first.lease_id)
@@ -320,7 +321,7 @@ def test_a_record_that_was_written_over_comes_back_once_the_other_went():
     async def test(registry, clock):
         told = []
         first = of(registry, "first", clock, told=told.append)
-        await first.start()
+        assert await first.attempt()
         lease = await registry.grant(60.0)
         await registry.put(KEY, encode(Holder(incarnation="old")), lease.id)  # asks nobody
         with structlog.testing.capture_logs() as logs:

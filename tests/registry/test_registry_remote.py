@@ -233,7 +233,7 @@ def test_a_registration_renews_and_comes_back_after_a_lost_lease():
         registry = LocalRegistry(RegistryStore())
         record = [b"one"]
         registration = Registration(registry, "/me", lambda: record[0], 2.0)
-        await registration.start()
+        assert await registration.attempt()
         first = registration.lease_id
         assert (await registry.get("/me")).value == b"one"
         record[0] = b"two"
@@ -260,7 +260,7 @@ def test_a_registration_fails_static_and_returns_with_the_registry(transport, tm
         server = EmbeddedRegistryServer(transport, endpoint)
         registry = RemoteRegistry(transport, endpoint, timeout_s=0.2)
         registration = Registration(registry, "/me", lambda: b"x", 2.0)
-        await registration.start()
+        assert await registration.attempt()
         await server.close()
         await wait_until(lambda: registration.degraded)
         server = EmbeddedRegistryServer(transport, endpoint)
@@ -282,7 +282,7 @@ def test_a_refresh_that_is_not_answered_is_made_up_for(transport, tmp_path):
         registry = RemoteRegistry(transport, endpoint, timeout_s=0.2)
         record = [b"one"]
         registration = Registration(registry, "/me", lambda: record[0], 2.0)
-        await registration.start()
+        assert await registration.attempt()
         await server.close()
         record[0] = b"two"
         await registration.refresh()

@@ -20,7 +20,7 @@ from xllm.errors import (
 )
 from xllm.protocol.registry import keeper, waiting
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
-from xllm.protocol.registry.keeper import Registration
+from xllm.protocol.registry.keeper import Registration, register
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.remote import RemoteRegistry
 from xllm.protocol.registry.store import RegistryStore
@@ -43,7 +43,7 @@ def test_a_registry_that_starts_late_is_waited_for(cluster, capsys):
         transport = Transport()
         registry = RemoteRegistry(transport, cluster.registry, timeout_s=0.05)
         registration = Registration(registry, "/me", lambda: b"x", 2.0)
-        waits = asyncio.create_task(wait_registry(cluster, registration.start))
+        waits = asyncio.create_task(register(cluster, registration))
         while "registry_awaited" not in capsys.readouterr().out:
             await asyncio.sleep(0.01)
         server = EmbeddedRegistryServer(transport, cluster.registry)
@@ -139,7 +139,7 @@ def test_no_failure_of_a_renewal_ends_the_renewals(monkeypatch):
     async def main():
         registry = MoodyRegistry(time.monotonic)
         registration = Registration(registry, "/me", lambda: b"x", 2.0)
-        await registration.start()
+        assert await registration.attempt()
         registration._expires_at = 0.0  # due at once
         registry.errors = [
             BrokenError("silent"), InvalidRequestError("odd"), XllmError("odder"), KeyError("bug"),
@@ -168,7 +168,7 @@ def test_after_an_outage_owners_do_not_come_back_all_at_once(monkeypatch):
     async def main():
         registry = MoodyRegistry(time.monotonic)
         registration = Registration(registry, "/me", lambda: b"x", 2.0, spread=spread)
-        await registration.start()
+        assert await registration.attempt()
         await registry.revoke(registration.lease_id)
         registration._expires_at = 0.0  # due at once
         while registration.num_registrations < 2:
@@ -193,7 +193,7 @@ def test_a_key_that_went_while_its_lease_stands_is_put_again(monkeypatch):
     async def main():
         registry = MoodyRegistry(time.monotonic)
         registration = Registration(registry, "/me", lambda: b"x", 120.0)
-        await registration.start()
+        assert await registration.attempt()
         # A write of an earlier try comes late, under a lease that nobody keeps.
         late = await registry.grant(120.0)
         await registry.put("/me", b"x", late.id)
@@ -217,7 +217,7 @@ def test_long_leases_are_renewed_often_enough_to_miss_them_soon(monkeypatch):
     async def main():
         registry = MoodyRegistry(time.monotonic)
         registration = Registration(registry, "/me", lambda: b"x", 120.0)
-        await registration.start()
+        assert await registration.attempt()
         await registry.revoke(registration.lease_id)
         while registration.num_registrations < 2:
             await asyncio.sleep(0.01)

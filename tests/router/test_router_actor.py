@@ -185,9 +185,11 @@ def test_it_registers_and_shows_itself(in_bench):
         assert record.zmq_endpoint == b.router.zmq.endpoint
         assert record.http_address == b.router.http_address
         bus = SubscriberSocket(
-            b.transport, Decoder(RouterPresence), lambda topic, word: heard.append(word)
+            b.transport,
+            record.bus_endpoint,
+            Decoder(RouterPresence),
+            lambda topic, word: heard.append(word),
         )
-        bus.connect(record.bus_endpoint)
         await b.instance("a")
         await until(lambda: heard and dict(heard[-1].inflight) == {"a": 0})
         other = PublisherSocket(b.transport, f"ipc://{b.run_dir}/other-bus")

@@ -86,9 +86,17 @@ class Nodes:
             )
         )
 
-    def subscriber(self, name: str, heard) -> SubscriberSocket:
-        """A peer's subscriber."""
-        return self.keep(SubscriberSocket(self.transport(name), Decoder(BusMessage), heard))
+    def subscriber(self, name: str, endpoint: str, heard) -> SubscriberSocket:
+        """A peer's subscriber to a bus of the server."""
+        return self.keep(
+            SubscriberSocket(
+                self.transport(name),
+                endpoint,
+                Decoder(BusMessage),
+                heard,
+                server_key=self.server_key,
+            )
+        )
 
     def keep(self, thing):
         """Close it at the end, before what it was made from."""

@@ -50,10 +50,16 @@ def test_a_peer_of_the_registry_must_be_admitted_in_its_role(tmp_path, role):
                 server_role=PeerRole.MASTER,
             )
         )
-        subscriber = nodes.keep(
-            SubscriberSocket(server, Decoder(BusMessage), lambda t, m: told.append(m.seq))
+        nodes.keep(
+            SubscriberSocket(
+                server,
+                bus.endpoint,
+                Decoder(BusMessage),
+                lambda t, m: told.append(m.seq),
+                server_key=key,
+                server_role=PeerRole.MASTER,
+            )
         )
-        subscriber.connect(bus.endpoint, key, PeerRole.MASTER)
         # The same key given by hand is trusted: it is told apart from the registry's word.
         given = nodes.keep(
             DealerSocket(server, listener.endpoint, ANSWERS, lambda m, f: None, server_key=key)
@@ -83,8 +89,12 @@ def test_a_process_with_keys_speaks_to_no_instance_without(tmp_path):
             lambda: DealerSocket(
                 server, "tcp://127.0.0.1:1", ANSWERS, print, server_role=PeerRole.MASTER
             ),
-            lambda: nodes.keep(SubscriberSocket(server, Decoder(BusMessage), print)).connect(
-                "tcp://127.0.0.1:1", "", PeerRole.MASTER
+            lambda: SubscriberSocket(
+                server,
+                "tcp://127.0.0.1:1",
+                Decoder(BusMessage),
+                print,
+                server_role=PeerRole.MASTER,
             ),
         ):
             with pytest.raises(BrokenError, match="has no key"):

@@ -173,8 +173,7 @@ def test_subscribing_on_a_real_socket():
         publisher = nodes.keep(PublisherSocket(nodes.server(), "tcp://127.0.0.1:0"))
         heard = set()
         for name in names:
-            subscriber = nodes.subscriber(name, lambda t, m, name=name: heard.add(name))
-            subscriber.connect(publisher.endpoint, nodes.server_key)
+            nodes.subscriber(name, publisher.endpoint, lambda t, m, name=name: heard.add(name))
         refused = publisher._transport
 
         async def publish():

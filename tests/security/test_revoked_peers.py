@@ -59,14 +59,15 @@ def test_a_revoked_subscriber_hears_nothing_more(tmp_path):
         publisher = nodes.keep(PublisherSocket(transport, ANYWHERE))
         heard = {name: [] for name in ("good", "bad")}
         for name, words in heard.items():
-            subscriber = nodes.keep(
+            nodes.keep(
                 SubscriberSocket(
                     nodes.transport(name),
+                    publisher.endpoint,
                     Decoder(BusMessage),
                     lambda topic, message, words=words: words.append(message.seq),
+                    server_key=nodes.server_key,
                 )
             )
-            subscriber.connect(publisher.endpoint, nodes.server_key)
         number = 0
 
         async def publish_until(condition):
@@ -114,10 +115,15 @@ def test_a_process_leaves_peers_whose_keys_were_revoked(tmp_path):
                 on_gone=lambda: lost.append(1),
             )
         )
-        subscriber = nodes.keep(
-            SubscriberSocket(server, Decoder(BusMessage), lambda t, m: told.append(m.seq))
+        nodes.keep(
+            SubscriberSocket(
+                server,
+                bus.endpoint,
+                Decoder(BusMessage),
+                lambda t, m: told.append(m.seq),
+                server_key=key,
+            )
         )
-        subscriber.connect(bus.endpoint, key)
         number = 0
 
         def talk():

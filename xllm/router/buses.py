@@ -80,23 +80,22 @@ class PublisherBuses:
             return
         is_known_fault = self._unopened.get((role, name)) == record
         self.unhear(role, name)
-        socket: SubscriberSocket[BusMessage] | None = None
         try:
             socket = SubscriberSocket(
                 self._transport,
+                endpoint,
                 self._decoder,
                 lambda topic, message: self._heard(bus, message),
+                server_key=key,
+                server_role=role,
                 name=f"bus of {role} {name}",
             )
-            bus = HeardBus(role, name, record.incarnation, endpoint, key, socket, self._no_words())
-            socket.connect(endpoint, key, role)
         except XllmError as error:
             if not is_known_fault:
                 _log.error("bus_unreachable", publisher=name, error=error.message)
-            if socket is not None:
-                socket.close()
             self._unopened[role, name] = record
             return
+        bus = HeardBus(role, name, record.incarnation, endpoint, key, socket, self._no_words())
         self._buses[role, name] = bus
 
     def unhear(self, role: PeerRole, name: str) -> None:

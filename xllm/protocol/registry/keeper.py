@@ -91,20 +91,17 @@ class Registration:
         """Whether the last renewal failed: others may not see this process before long."""
         return self._degraded
 
-    async def start(self) -> None:
-        """Register, and keep it so, once the name is free. TransportError: the registry does not
-        answer; NameTakenError: another living process has the name."""
-        await _until(self.attempt)
-
     async def attempt(self) -> bool:
-        """One try of `start`: False while another process has the name, which may have ended."""
+        """Register, and keep it so: False while another process has the name, which may have
+        ended. TransportError: the registry does not answer; NameTakenError: another living process
+        has the name."""
         if not await self._register():
             return False
         self._task = asyncio.get_running_loop().create_task(self._keep(), name=f"keep {self.key}")
         return True
 
     async def is_free(self) -> bool:
-        """Whether the name could be had now; errors as of `start`."""
+        """Whether the name could be had now; errors as of `attempt`."""
         may, _ = await self._look()
         return may
 

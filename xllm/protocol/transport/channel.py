@@ -28,7 +28,7 @@ from xllm.protocol.transport.endpoint import PathLock, check_bindable, is_local
 from xllm.protocol.transport.limits import SocketLimits, apply_options
 from xllm.protocol.transport.monitor import ConnectionMonitor
 from xllm.protocol.transport.outbox import Outboxes
-from xllm.protocol.transport.security import plain_client, secure_client, secure_server
+from xllm.protocol.transport.security import secure_client, secure_server
 
 _DRAIN_BATCH = 512
 _MAX_BURST = 8
@@ -78,14 +78,10 @@ class Channel:
         self._num_bad = 0
         self._loop.add_reader(self._fd, self._look)
 
-    def _watch(
-        self,
-        on_event: Callable[[int, int], None],
-        on_refused: Callable[[str], None] | None = None,
-    ) -> ConnectionMonitor:
+    def _watch(self, on_event: Callable[[int, int], None]) -> ConnectionMonitor:
         """Be told of connections. Where that fails the socket is closed before it raises."""
         try:
-            return ConnectionMonitor(self._transport, self._socket, on_event, on_refused)
+            return ConnectionMonitor(self._transport, self._socket, on_event)
         except XllmError:
             self.close()
             raise
@@ -124,9 +120,8 @@ class Channel:
     def _connect(
         self, endpoint: str, server_key: str = "", server_role: PeerRole | None = None
     ) -> None:
-        """Connect. Where that fails the socket is as it was: it may serve other peers.
-        `server_role`: see Transport.is_barred; with one, a process that has keys speaks TCP to
-        nobody without."""
+        """Connect. `server_role`: see Transport.is_barred; with one, a process that has keys speaks
+        TCP to nobody without."""
         security = self._transport.security
         try:
             apply_options(self._socket, self._limits, endpoint)
@@ -139,9 +134,7 @@ class Channel:
                 secure_client(self._socket, security, server_key)
             elif server_role and security is not None and endpoint.startswith("tcp://"):
                 raise BrokenError(f"{endpoint} has no key, and this process has")
-            elif is_local(endpoint):
-                plain_client(self._socket)
-            else:
+            elif not is_local(endpoint):
                 raise BrokenError(f"{endpoint} is on another machine and no key of it is known")
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:

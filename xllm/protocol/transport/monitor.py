@@ -29,13 +29,11 @@ class ConnectionMonitor:
         transport: Transport,
         socket: zmq.Socket[bytes],
         on_event: Callable[[int, int], None],
-        on_refused: Callable[[str], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport = transport
         self._watched = socket
         self._on_event = on_event
-        self._on_refused = on_refused
         self._closed = False
         address = f"inproc://monitor-{id(self)}"
         self._socket = transport.socket(zmq.PAIR)
@@ -62,8 +60,6 @@ class ConnectionMonitor:
             event, value = struct.unpack("=Hi", parts[0])
             try:
                 self._on_event(event, value)
-                if event == REFUSED and self._on_refused is not None:
-                    self._on_refused(parts[1].decode())
             except Exception as error:
                 self._transport.handler_failed("monitor", error)
 

@@ -13,7 +13,7 @@ import msgspec
 import structlog
 import zmq
 
-from xllm.errors import BadMessageError
+from xllm.errors import BadMessageError, XllmError
 from xllm.protocol.authority import PeerRole, Subscribe, may_say
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.transport.allow_list import CLUSTER_DOMAIN
@@ -23,6 +23,7 @@ from xllm.protocol.transport.limits import SocketLimits, connection_limit
 from xllm.protocol.transport.monitor import (
     ACCEPTED,
     DISCONNECTED,
+    REFUSED,
     REFUSED_PAUSE_S,
     ConnectionMonitor,
 )
@@ -121,72 +122,72 @@ class PublisherSocket(Channel):
 
 
 class SubscriberSocket(Channel, Generic[T]):
-    """Hears all topics of the publishers that it is connected to."""
+    """Hears all topics of the publisher at `endpoint`, which need not exist yet.
+
+    `server_role`: what the publisher's key must be admitted as, where the registry named it; it is
+    not heard while it is not (see Transport.is_barred). BrokenError or ConfigError for an address
+    that cannot be."""
 
     def __init__(
         self,
         transport: Transport,
+        endpoint: str,
         decoder: Decoder[T],
         on_message: Callable[[bytes, T], None],
         *,
+        server_key: str = "",
+        server_role: PeerRole | None = None,
         limits: SocketLimits | None = None,
-        name: str = "subscriber",
+        name: str = "",
     ) -> None:
-        super().__init__(transport, zmq.SUB, limits or SocketLimits(), name)
+        super().__init__(transport, zmq.SUB, limits or SocketLimits(), name or endpoint)
+        self._endpoint = endpoint
         self._decode = decoder.decode
         self._on_message = on_message
+        self._server_key = server_key
+        self._server_role = server_role
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self._servers: dict[str, tuple[str, PeerRole | None]] = {}
-        """By endpoint, keys of the publishers that have one, and what they must be admitted as."""
-        self._suspended: set[str] = set()
+        self._is_suspended = bool(server_key) and self._is_barred
         self._monitor: ConnectionMonitor | None = None
         if transport.security is not None:
-            self._monitor = self._watch(lambda event, descriptor: None, self._refused)
-        transport.watch_keys(self)
-
-    def connect(
-        self, endpoint: str, server_key: str = "", server_role: PeerRole | None = None
-    ) -> None:
-        """Hear one more publisher; its address need not exist yet, and a key of it that is not
-        admitted (`server_role`: see Transport.is_barred) may be later. BrokenError or ConfigError
-        for an address that cannot be; the others are heard all the same."""
-        if server_key and self._transport.is_barred(server_key, server_role):
+            self._monitor = self._watch(self._connection_event)
+        if self._is_suspended:
             _log.warning("peer_not_admitted", socket=self.name, endpoint=endpoint)
-            self._suspended.add(endpoint)
         else:
-            self._connect(endpoint, server_key, server_role)
+            try:
+                self._connect(endpoint, server_key, server_role)
+            except XllmError:
+                self.close()
+                raise
         if server_key:
-            self._servers[endpoint] = (server_key, server_role)
-
-    def disconnect(self, endpoint: str) -> None:
-        """Stop hearing a publisher. Unknown addresses are ignored."""
-        self._servers.pop(endpoint, None)
-        self._suspended.discard(endpoint)
-        self._disconnect(endpoint)
+            transport.watch_keys(self)
 
     def keys_changed(self) -> None:
-        """Stop hearing publishers whose keys are not admitted any more, until they are again."""
+        """Stop hearing a publisher whose key is not admitted any more, until it is again."""
         if self._closed:
             return
-        for endpoint, (key, role) in self._servers.items():
-            is_barred = self._transport.is_barred(key, role)
-            if is_barred and endpoint not in self._suspended:
-                self._suspended.add(endpoint)
-                self._transport.num_cut += 1
-                self._disconnect(endpoint)
-            elif endpoint in self._suspended and not is_barred:
-                self._suspended.discard(endpoint)
-                self._connect(endpoint, key, role)
+        is_barred = self._is_barred
+        if is_barred and not self._is_suspended:
+            self._is_suspended = True
+            self._transport.num_cut += 1
+            self._disconnect(self._endpoint)
+        elif self._is_suspended and not is_barred:
+            self._is_suspended = False
+            self._connect(self._endpoint, self._server_key, self._server_role)
 
-    def _refused(self, endpoint: str) -> None:
-        self._loop.call_later(REFUSED_PAUSE_S, self._try_again, endpoint)
+    @property
+    def _is_barred(self) -> bool:
+        return self._transport.is_barred(self._server_key, self._server_role)
 
-    def _try_again(self, endpoint: str) -> None:
-        server = self._servers.get(endpoint)
-        if self._closed or server is None or endpoint in self._suspended:
+    def _connection_event(self, event: int, descriptor: int) -> None:
+        if event == REFUSED:
+            self._loop.call_later(REFUSED_PAUSE_S, self._try_again)
+
+    def _try_again(self) -> None:
+        if self._closed or self._is_suspended:
             return
-        self._disconnect(endpoint)
-        self._connect(endpoint, *server)
+        self._disconnect(self._endpoint)
+        self._connect(self._endpoint, self._server_key, self._server_role)
 
     def close(self) -> None:
         """Close the monitor and the socket."""

@@ -150,8 +150,3 @@ def secure_client(socket: zmq.Socket[bytes], security: Security, server_key: str
     socket.setsockopt_string(zmq.CURVE_SERVERKEY, server_key)
     socket.setsockopt_string(zmq.CURVE_SECRETKEY, security.secret_key)
     socket.setsockopt_string(zmq.CURVE_PUBLICKEY, security.public_key)
-
-
-def plain_client(socket: zmq.Socket[bytes]) -> None:
-    """Make the next connection of a socket one without keys, whatever the last one had."""
-    socket.setsockopt(zmq.CURVE_SERVER, 0)
