@@ -19,6 +19,7 @@ from typing import Any
 
 import uvloop
 
+from benchmarks.texts import prompts
 from xllm.errors import ConfigError
 from xllm.protocol.client import (
     RequestFinished,
@@ -33,7 +34,6 @@ from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.endpoint import is_local
 
-WORDS = ["alpha", "beta", "gamma", "delta", "token", "cache", "batch", "model", "page", "queue"]
 POOL_SIZE = 32_768
 """Different prompts: more than are asked in a run. Those of another run are others, so that
 nothing that a router remembers of texts helps it."""
@@ -54,24 +54,12 @@ def prompt_pool(options: argparse.Namespace) -> list[Any]:
     seed = options.seed or random.SystemRandom().randrange(1, 1 << 40)
     if not options.prompt_ids:
         shared_chars = min(options.shared_chars, options.prompt_chars)
-        return list(prompts(options.prompt_chars, shared_chars, options.pool, seed))
+        return prompts(options.prompt_chars, shared_chars, options.pool, seed)
     half = options.prompt_ids // 2
     some = random.Random(seed)
     shared = some.choices(range(options.vocab_size), k=half)
     rest = options.prompt_ids - half
     return [shared + some.choices(range(options.vocab_size), k=rest) for _ in range(options.pool)]
-
-
-def prompts(num_chars: int, shared_chars: int, pool: int = POOL_SIZE, seed: int = 1) -> list[str]:
-    """A pool of prompts of `num_chars` characters of which the first are the same in all."""
-
-    some = random.Random(seed)
-
-    def text(count: int) -> str:
-        return " ".join(some.choices(WORDS, k=count // 5 + 1))[:count]
-
-    shared = text(shared_chars)
-    return [shared + text(num_chars - shared_chars) for _ in range(pool)]
 
 
 class Load:

@@ -6,11 +6,13 @@ Requests a second before instances that take no time: chat text and token ids ov
 over ZeroMQ, and a peer (`sglang-router`, installed elsewhere) with the same chat text, in turn, A
 B A B, medians. All processes share the machine, and CPU microseconds are those of all routers
 together, sampled by kind of work where py-spy may look. Then what a router adds to the time to the
-first token, by size of the prompt: over what a bare HTTP answerer needs for the same bytes.
+first token, by size of the prompt: over what a client waits that asks an instance itself, as a
+router does.
 
 `added_ttft_ms[text|ids][KB]`: `1`, one request at a time; `20`, twenty clients that pause as long
-as keeps about a core busy; `20_closed`, twenty that never pause: on few cores that is a queue,
-and a time is the queue's length times a request's CPU; `cpu_ms`, the routers' CPU for one request.
+as keeps about a core busy; `20_closed`, twenty that never pause, over twenty of a bare HTTP
+answerer: on few cores that is a queue, and a time is the queue's length times a request's CPU;
+`direct`, what was subtracted; `cpu_ms`, the routers' CPU for one request.
 `tokenize_cpu_ms` is the tokenizer's part, alone. `second_turn_ms`: a conversation of 220 KB that
 goes on, one request at a time. `peer_rps` is null without a peer.
 """
@@ -28,11 +30,11 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.load_zmq import WORDS, prompts
 from benchmarks.router_hosts import Host, OurHost, PeerHost, add_flags, make_log
 from benchmarks.second_turn import second_turns
 from benchmarks.service import free_port, run_load, wait_http
 from benchmarks.split import sample
+from benchmarks.texts import prompts
 
 SIZES_KB = (2, 20, 220)
 HTTP = "{python} -m benchmarks.load_http --url {url} --seconds {seconds} --concurrency {many} "
@@ -149,29 +151,31 @@ class RouterBench:
     # -- time to the first token -------------------------------------------------------------
 
     def added_ttft(self) -> dict[str, Any]:
-        """Medians, less those of the bare answerer for the same bytes."""
+        """Medians, less those of an instance that is asked without a router."""
         added: dict[str, dict[str, dict[str, float]]] = {"text": {}, "ids": {}}
         tokenize: dict[str, float] = {}
         for size in SIZES_KB:
             chars = size * 1000
-            flags = f"--stream --shared-chars 0 --pool {max(64, 4096 // size)} "
+            flags = f"--stream --shared-chars 0 --pool {max(512, 4096 // size)} "
             tokenize[str(size)] = self.tokenize_cpu_ms(chars)
             vocab = self.ours.text.num_tokens
             ids_flags = f"{flags} --prompt-ids {chars // 5} --vocab-size {vocab}"
             text_flags = f"{flags} --prompt-chars {chars}"
-            added["text"][str(size)] = self.ttft("/v1/chat/completions", text_flags)
-            added["ids"][str(size)] = self.ttft("/v1/completions", ids_flags)
+            num_ids = len(self.ours.text.encode(prompts(chars, 0, 1)[0], False))
+            added["text"][str(size)] = self.ttft("/v1/chat/completions", text_flags, num_ids)
+            added["ids"][str(size)] = self.ttft("/v1/completions", ids_flags, chars // 5)
             say(f"{size} KB: {added['text'][str(size)]} {added['ids'][str(size)]}")
         return {"added_ttft_ms": added, "tokenize_cpu_ms": tokenize}
 
-    def ttft(self, path: str, flags: str) -> dict[str, float]:
+    def ttft(self, path: str, flags: str, num_ids: int) -> dict[str, float]:
         """For one client, for twenty that pause, and for twenty that do not."""
+        earlier = self.direct_ms(num_ids)
         before = self.ours.router_cpu_s()
         result = self.load(HTTP, self.ours.http + path, flags, many=1)
         spent_ms = 1e3 * (self.ours.router_cpu_s() - before)
         num = result["requests"] * (self.options.seconds + 1) / self.options.seconds
         one = result["ttft_p50_ms"]
-        alone = self.load(HTTP, self.bare.http + path, flags, many=1)["ttft_p50_ms"]
+        direct = (earlier + self.direct_ms(num_ids)) / 2
         # Each client asks, waits about as long as twenty requests take, and asks again.
         pausing = f"{flags} --pause-ms {20 * one}"
         many = self.load(HTTP, self.ours.http + path, pausing, many=20)["ttft_p50_ms"]
@@ -180,11 +184,20 @@ class RouterBench:
             for host in (self.ours, self.bare)
         ]
         return {
-            "1": round(one - alone, 3),
-            "20": round(many - alone, 3),
+            "1": round(one - direct, 3),
+            "20": round(many - direct, 3),
             "20_closed": round(closed - closed_alone, 3),
+            "direct": round(direct, 3),
             "cpu_ms": round(spent_ms / num, 3),
         }
+
+    def direct_ms(self, num_ids: int) -> float:
+        """Median for one client of an instance, without a router."""
+        flags = f"--endpoint {self.ours.instance} --model {self.ours.model} --prompt-ids {num_ids}"
+        found = run_load(
+            f"{sys.executable} -m benchmarks.load_direct {flags} --seconds {self.options.seconds}"
+        )
+        return float(found["ttft_p50_ms"])
 
     def tokenize_cpu_ms(self, chars: int) -> float:
         """CPU of the tokenizer alone for a text of that size, nothing of it known."""
@@ -217,7 +230,7 @@ def main() -> None:
             result |= bench.added_ttft()
         if options.only in ("", "turns"):
             ours = bench.ours
-            result |= second_turns(ours.http, ours.model, WORDS, options.turns, ours.router_cpu_s)
+            result |= second_turns(ours.http, ours.model, options.turns, ours.router_cpu_s)
     print(json.dumps(result, indent=None if options.json else 1))
 
 

@@ -71,6 +71,7 @@ class OurHost(Host):
         self.text = load_text_model(path)
         self._directory = tempfile.TemporaryDirectory(prefix="xr")
         run_dir = self._directory.name
+        self.instance = f"ipc://{run_dir}/i-0"
         common = ["--run-dir", run_dir, "--model", self.model]
         common += ["--vocab-size", str(self.text.num_tokens)]
         for index in range(instances):

@@ -8,14 +8,14 @@ import random
 import statistics
 import time
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+
+from benchmarks.texts import text
 
 CHARS = 220_000
 
 
-def second_turns(
-    url: str, model: str, words: Sequence[str], count: int, cpu_s: Callable[[], float]
-) -> dict[str, float]:
+def second_turns(url: str, model: str, count: int, cpu_s: Callable[[], float]) -> dict[str, float]:
     """Medians over `count` conversations, one request at a time: first and second turn, each to
     its first token, in milliseconds; and what the routers' CPU (`cpu_s`) took for the second."""
     parts = urllib.parse.urlsplit(url)
@@ -23,8 +23,7 @@ def second_turns(
     connection = http.client.HTTPConnection(parts.hostname, parts.port or 80)
     first, second, cpu = [], [], []
     for _ in range(count):
-        text = " ".join(random.SystemRandom().choices(words, k=CHARS // 5))[:CHARS]
-        talk = [{"role": "user", "content": text}]
+        talk = [{"role": "user", "content": text(random.SystemRandom(), CHARS)}]
         first.append(time_to_first(connection, model, talk))
         talk += [
             {"role": "assistant", "content": "alpha beta"},

@@ -17,7 +17,8 @@ from xllm.cli.model_source import demo_model_path
 from xllm.protocol.client import ChatMessage
 from xllm.router.text.model import TextModel, load_text_model
 from xllm.router.text.pieces import ByteLevelScheme
-from xllm.router.text.segments import CHUNK_CHARS, find_word_cut, make_segment_encoder
+from xllm.router.text.segments import CHUNK_CHARS, make_segment_encoder
+from xllm.router.text.word_borders import find_word_borders
 
 
 @functools.cache
@@ -193,15 +194,15 @@ def test_a_long_text_that_grows_encodes_only_its_tail():
 
 def test_unknown_patterns_are_not_cut():
     made = byte_level_tokenizer()
-    assert find_word_cut(made) is not None
+    assert find_word_borders(made) is not None
     # A token with a space in it would be cut.
-    assert make_segment_encoder(made)._word_cut is None
+    assert make_segment_encoder(made)._cut_word is None
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\w+ \w+"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    assert find_word_cut(made) is None
+    assert find_word_borders(made) is None
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert find_word_cut(made) is None
+    assert find_word_borders(made) is None

@@ -120,8 +120,8 @@ class RouterSettings:
     max_body_bytes: int = setting(4 << 20, "Largest HTTP body.", unit="bytes", low=1024)
     text_cache_bytes: int = setting(
         64 << 20,
-        "Encoded texts that are remembered for the next turn of their conversation, each model; "
-        "0: none.",
+        "Encoded texts that are remembered for the next turn of their conversation, and words, a "
+        "quarter of it, each model; 0: none.",
         unit="bytes",
         low=0,
     )

@@ -23,12 +23,12 @@ class RememberedFigures(Collector):
         """The figures as they are now."""
         kept = GaugeMetricFamily(
             "xllm_router_remembered_bytes",
-            "Encoded texts and block hashes that are kept.",
+            "Encoded texts, words and block hashes that are kept.",
             labels=["model", "what"],
         )
         tokens = CounterMetricFamily(
             "xllm_router_text_tokens",
-            "Tokens of texts, by whether they were encoded or remembered.",
+            "Tokens of texts, by whether they were encoded, put together of words, or remembered.",
             labels=["model", "how"],
         )
         for intake in self._served:
@@ -36,7 +36,13 @@ class RememberedFigures(Collector):
             segments = intake.text.segments
             if segments is not None:
                 kept.add_metric([intake.name, "texts"], segments.kept.num_bytes)
-                tokens.add_metric([intake.name, "encoded"], segments.num_encoded)
+                num_encoded = segments.num_encoded
+                if segments.words is not None:
+                    kept.add_metric([intake.name, "words"], segments.words.num_bytes)
+                    num_encoded = segments.words.num_encoded
+                    num_put = max(0, segments.words.num_tokens - num_encoded)
+                    tokens.add_metric([intake.name, "words"], num_put)
+                tokens.add_metric([intake.name, "encoded"], num_encoded)
                 tokens.add_metric([intake.name, "remembered"], segments.num_found)
         yield kept
         yield tokens
