@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.master.toy_instance import ToyInstance
 from tests.router.oracle import model
+from xllm.master.lifecycle import StepInFlight
 from xllm.protocol.client import RequestFailed, RequestFinished
 from xllm.protocol.instance import AdmitRequest, CancelRequest, RequestEnded
 from xllm.protocol.sampling import SamplingParams
@@ -56,12 +58,20 @@ class Instance:
 
     def is_fatal(self) -> bool:
         """Whether a step under way computes what ends workers."""
-        for step in self.engine.scheduler._state.steps.values():
+        for step in engine_steps(self.engine):
             for seq, item in zip(step.sequences, step.plan.items, strict=True):
                 poison = self.cluster.asked[seq.request_id].poison
                 if item.start <= poison < item.start + item.num_tokens:
                     return True
         return False
+
+    def check_lone_steps(self) -> None:
+        """What is under way with a request that runs alone is nothing but one step of it."""
+        steps = engine_steps(self.engine)
+        there = {seq.request for step in steps for seq in step.sequences}
+        if any(request.runs_alone for request in there):
+            assert len(there) == len(steps) == 1
+            self.cluster.num_lone_steps += 1
 
     def turn(self) -> None:
         """One round: plan, and then either settle or end."""
@@ -73,6 +83,7 @@ class Instance:
             pass
         if not engine.in_flight:
             return
+        self.check_lone_steps()
         if not self.is_fatal():
             _, output, _ = engine.in_flight.popleft()
             outcome = engine.scheduler.update(output.result, output.frames, engine.now)
@@ -89,9 +100,14 @@ class Instance:
             self.cluster.hear(RequestEnded(word.request_id, word.attempt, word.code, shared=told))
 
 
+def engine_steps(engine: ToyInstance) -> list[StepInFlight]:
+    return list(engine.scheduler._state.steps.values())
+
+
 class Cluster:
     def __init__(self, rng: random.Random, num_instances: int) -> None:
         self.rng = rng
+        self.num_lone_steps = 0
         self.asked: dict[str, Asked] = {}
         self.homeless: list[str] = []
         self.instances = [Instance(f"i{k}", self, rng) for k in range(num_instances)]
@@ -143,8 +159,10 @@ class Cluster:
             if not usable:
                 self.homeless.append(name)
                 continue
-            if life.moves.runs_alone:
-                usable = for_suspects(usable, life.moves.died_at)
+            if life.is_suspect:
+                lives = [one.life for one in self.asked.values()]
+                there = Counter(one.instance for one in lives if one.is_suspect and not one.ended)
+                usable = for_suspects(usable, life.moves.died_at, there)
             chosen = self.rng.choice(usable).name
             self.do(name, life.place((("both", chosen),), 0.0))
 
@@ -206,18 +224,29 @@ def test_innocents_are_answered_and_culprits_are_found(
 @pytest.mark.parametrize("num_instances", [1, 2])
 def test_the_histories_reach_what_they_are_for(num_instances):
     """Innocents are suspected with culprits, and these take three workers each now and then."""
-    num_lost, moved = set(), 0
+    num_lost, moved, num_lone_steps = set(), 0, 0
     for seed in range(10):
         cluster = run_cluster(seed, num_instances, 12, 1)
         num_lost.add(sum(one.num_lost for one in cluster.instances))
+        num_lone_steps += cluster.num_lone_steps
         moved += sum(
             one.life.moves.num_lost >= 2 for one in cluster.asked.values() if one.poison < 0
         )
     assert MAX_LOST in num_lost
     assert moved > 3
+    assert num_lone_steps > 20
 
 
-def test_suspects_go_where_instances_died_already_and_all_to_the_same():
+@pytest.mark.parametrize(
+    ("died_at", "there", "want"),
+    [
+        ("bc", {}, "cb"),
+        ("x", {}, "cab"),
+        ("", {"a": 1, "c": 2}, "b"),
+        ("c", {"c": 1}, "ab"),  # fewest first: where it died is the lesser reason
+        ("c", {"c": 1, "a": 1, "b": 1}, "c"),
+    ],
+)
+def test_suspects_go_where_the_fewest_are_and_of_these_where_they_died(died_at, there, want):
     usable = [SimpleNamespace(name=name) for name in "cab"]
-    assert [one.name for one in for_suspects(usable, frozenset("bc"))] == ["b"]
-    assert [one.name for one in for_suspects(usable, frozenset("x"))] == ["a"]
+    assert [one.name for one in for_suspects(usable, frozenset(died_at), there)] == list(want)

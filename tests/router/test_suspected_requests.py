@@ -157,7 +157,7 @@ def test_a_step_that_failed_as_a_whole_costs_the_one_that_was_alone_in_it(code):
 
 
 @in_loop
-async def test_suspects_all_run_where_an_instance_died_and_the_others_where_they_may():
+async def test_suspects_are_spread_and_the_others_run_where_they_may():
     cluster = FakeCluster("a", "b")
     asked = [cluster.ask(max_tokens=30) for _ in range(6)]
 
@@ -182,7 +182,9 @@ async def test_suspects_all_run_where_an_instance_died_and_the_others_where_they
             cluster.links.sent.append(("b", AdmitRequest(request_id, 1, "m", (), SamplingParams())))
     assert len(end_all("b")) == 6
     alone = {word.request_id: name for name, word in cluster.links.sent if word.alone}
-    assert alone == dict.fromkeys(suspects, "a")
+    assert set(alone) == suspects
+    assert sorted(alone.values()) == ["a", "a", "c"]  # two take turns there
+    assert next(iter(alone.values())) == "a"  # it died there before
     others = {name for name, word in cluster.links.sent if not word.alone}
     assert "c" in others
     assert cluster.service.metrics.num_alone == 3
@@ -191,4 +193,11 @@ async def test_suspects_all_run_where_an_instance_died_and_the_others_where_they
     [failed] = [sink.last for request_id, sink in asked if request_id == first]
     assert failed.code == "engine_error"
     assert cluster.service.dispatcher.statistics().num_open == 5
+    assert cluster.service.placement._num_suspects() == {"a": 1, "c": 1}
+    [passed] = [request_id for request_id, name in alone.items() if name == "c"]
+    cluster.say(passed, 0, "the quick brown", attempt=3)
+    assert cluster.service.placement._num_suspects() == {"a": 1}  # it shares steps again
+    for request_id in list(cluster.service.dispatcher.open):
+        cluster.service.abort(request_id)
+    assert not cluster.service.placement._suspects
     cluster.close()

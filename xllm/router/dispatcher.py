@@ -264,7 +264,7 @@ class Dispatcher:
             if request.is_moving and not self._budget.take(state.moves.num_moves, now):
                 self._hold_back(request, now)
                 return
-            self._metrics.num_alone += state.moves.runs_alone
+            self._metrics.num_alone += state.is_suspect
             self._carry_out(request, state.place(stages, now))
             return
         if self.door is not None and self.door.take_back(request):

@@ -6,6 +6,7 @@ Knows the view, the policy and the links; the states of requests say what they w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from xllm.errors import OverloadedError, UnavailableError, WorkerLostError
@@ -57,6 +58,8 @@ class Placement:
         self.breakers = breakers or CircuitBreakers(0, 1.0, 1.0)
         self.figures = figures or RouteFigures()
         self.traffic = Traffic(view)
+        self._suspects: dict[str, RequestLife] = {}
+        """Requests that were sent somewhere to run alone."""
         self._planned = ("", 0)
         """The request that was placed last, and its prompt tokens to compute there."""
 
@@ -73,8 +76,8 @@ class Placement:
             usable = self.breakers.passable(usable, self._clock())
             most = self._bound(state.spec.offline)
             usable = [one for one in usable if takes_more(one, most)] or usable
-            if state.moves.runs_alone:
-                usable = for_suspects(usable, state.moves.died_at)
+            if state.is_suspect:
+                usable = for_suspects(usable, state.moves.died_at, self._num_suspects())
         ask = self._question(state, usable)
         stages = self._policy.choose(usable, ask)
         held = ask.cached.get(stages[0][1])
@@ -103,6 +106,10 @@ class Placement:
             one.expected and one.record.model == model and now - one.listed_at < grace_s
             for one in self._view
         )
+
+    def _num_suspects(self) -> Counter[str]:
+        """How many requests of this router run alone, by instance."""
+        return Counter(one.instance for one in self._suspects.values() if one.is_suspect)
 
     def _bound(self, offline: bool) -> int:
         """Half is for online requests alone."""
@@ -133,6 +140,8 @@ class Placement:
             num_tokens = len(one.message.prompt_ids)
         now = self._clock()
         self.traffic.placed(one.instance, num_tokens, now)
+        if one.message.alone and request.state is not None:
+            self._suspects[one.message.request_id] = request.state
         if reached:
             self.breakers.sent(one.instance, one.message.request_id, now)
             return ""
@@ -153,6 +162,7 @@ class Placement:
         if request.placed:
             if request.state is not None:
                 self.breakers.left(request.placed, request.state.spec.request_id)
+                self._suspects.pop(request.state.spec.request_id, None)
             self.traffic.left(request.placed)
             request.placed = ""
 
@@ -185,10 +195,17 @@ class Placement:
         ]
 
 
-def for_suspects(usable: Sequence[InstanceView], died_at: frozenset[str]) -> list[InstanceView]:
-    """The one instance for requests under which instances died: what one of them still ends is the
-    same one for all, and, if it is back, one that died already and has little to lose."""
-    return [min(usable, key=lambda one: (one.name not in died_at, one.name))]
+def for_suspects(
+    usable: Sequence[InstanceView], died_at: frozenset[str], num_suspects: Mapping[str, int]
+) -> list[InstanceView]:
+    """Those for a request under which instances died: where the fewest of its kind are, which take
+    turns there; of these, if one is back, where it died already, which have little to lose."""
+
+    def rank(one: InstanceView) -> tuple[int, bool]:
+        return num_suspects.get(one.name, 0), one.name not in died_at
+
+    best = min(map(rank, usable))
+    return [one for one in usable if rank(one) == best]
 
 
 def for_whole(usable: Sequence[InstanceView]) -> Sequence[InstanceView]:

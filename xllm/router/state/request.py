@@ -366,11 +366,19 @@ class RequestLife:
     def _review(self) -> None:
         """What got further than it was when instances died was not the reason, alone or not: all
         that was under way then has been computed again."""
-        if self.moves.num_deaths and all(
+        if self.moves.num_deaths and self._has_passed():
+            self.moves.passed()
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it is one of few that may be the reason of deaths, and has not passed yet."""
+        return self.moves.runs_alone and not self._has_passed()
+
+    def _has_passed(self) -> bool:
+        return all(
             choice.finish_reason or len(choice.ids) >= mark + PASSED_TOKENS
             for choice, mark in zip(self.choices, self._marks, strict=True)
-        ):
-            self.moves.passed()
+        )
 
     def _move(self, told: bool) -> Sequence[Instruction]:
         """Leave the instance and ask for another, under the next attempt."""
