@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from tests.router.admission_cluster import BUSY, IDLE
 from tests.router.fake_cluster import TENANT, FakeCluster, ListSink, in_loop, text_model
 from tests.router.fake_instance import MODEL, drawn
 from tests.router.http.front_thread import sse_blocks
@@ -16,6 +17,7 @@ from xllm.protocol.client import RequestFinished, SubmitRequest, TokenDelta
 from xllm.protocol.instance import HeldTokens, QueryTokens
 from xllm.protocol.sampling import SamplingParams
 from xllm.router import recall
+from xllm.router.recall import Recall
 
 # -- asking ---------------------------------------------------------------------------------------
 
@@ -24,8 +26,8 @@ def questions(cluster: FakeCluster) -> list[tuple[str, QueryTokens]]:
     return [(name, one) for name, one in cluster.links.sent if isinstance(one, QueryTokens)]
 
 
-def begin(cluster: FakeCluster, proven=lambda outputs: outputs) -> asyncio.Task:
-    return asyncio.ensure_future(cluster.service.recaller.recall("r", proven))
+def begin(cluster: FakeCluster, proven=lambda outputs: outputs, model: str = "m") -> asyncio.Task:
+    return asyncio.ensure_future(cluster.service.recaller.recall(model, Recall("r", proven)))
 
 
 def answer(cluster: FakeCluster, name: str, outputs=()) -> None:
@@ -34,9 +36,11 @@ def answer(cluster: FakeCluster, name: str, outputs=()) -> None:
 
 
 @in_loop
-async def test_every_instance_is_asked_and_the_first_proof_taken():
+async def test_every_instance_of_the_model_is_asked_and_the_first_proof_taken():
     cluster = FakeCluster("a", "b", "c", "away")
     cluster.change(cluster.service.view.disconnected("away"))
+    assert not await begin(cluster, model="other")
+    assert not questions(cluster)
     task = begin(cluster, lambda outputs: [ids if ids == (1, 2) else () for ids in outputs])
     await asyncio.sleep(0)
     assert [(name, one.request_id) for name, one in questions(cluster)] == [
@@ -94,30 +98,146 @@ async def test_whoever_is_silent_is_not_waited_for(monkeypatch):
     cluster.close()
 
 
+@in_loop
+async def test_so_many_are_asked_for_at_once_and_the_others_wait_their_turn(monkeypatch):
+    monkeypatch.setattr(recall, "RECALL_S", 10.0)
+    cluster = FakeCluster("a")
+    tasks = [begin(cluster) for _ in range(recall.MAX_AT_ONCE + 2)]
+    await settle()
+    numbers = [one.number for _, one in questions(cluster)]
+    assert len(numbers) == recall.MAX_AT_ONCE
+    cluster.service.instance_says("a", HeldTokens(numbers[0], ((1,),)))
+    await settle()
+    assert len(questions(cluster)) == recall.MAX_AT_ONCE + 1
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert not cluster.service.recaller._waiting
+    last = begin(cluster)
+    await settle()
+    assert len(questions(cluster)) == recall.MAX_AT_ONCE + 2
+    cluster.service.instance_says("a", HeldTokens(questions(cluster)[-1][1].number, ((2,),)))
+    assert await last == ((2,),)
+    cluster.close()
+
+
+@in_loop
+async def test_who_has_no_turn_in_time_does_without(monkeypatch):
+    monkeypatch.setattr(recall, "RECALL_S", 0.02)
+    cluster = FakeCluster("a")
+    tasks = [begin(cluster) for _ in range(2 * recall.MAX_AT_ONCE)]
+    assert not any(await asyncio.gather(*tasks))
+    assert recall.MAX_AT_ONCE <= len(questions(cluster)) <= 2 * recall.MAX_AT_ONCE
+    assert not cluster.service.recaller._waiting
+    cluster.close()
+
+
+# -- being let in ---------------------------------------------------------------------------------
+
+
+async def settle() -> None:
+    """What is ready in the loop runs."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def submit(cluster: FakeCluster, borders=(2,), model="", **options) -> tuple[str, ListSink]:
+    sink = ListSink()
+    sampling = SamplingParams(max_tokens=20, **options)
+    request = SubmitRequest(id=7, model=model, prompt="hello", sampling=sampling)
+    asked = Recall("lost", lambda outputs: outputs)
+    return cluster.service.submit(request, TENANT, sink, borders, asked), sink
+
+
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [
+        ({"requests_per_minute": 1}, "rate_limit_exceeded"),
+        ({"concurrency": 1}, "rate_limit_exceeded"),
+        ({"tokens_per_minute": 10}, "rate_limit_exceeded"),
+        ({"instance_waiting": 1, "queue_size": 1}, "overloaded"),
+    ],
+)
+@in_loop
+async def test_nobody_is_asked_for_a_request_that_is_not_let_in(limits, code):
+    cluster = FakeCluster("a", admission=AdmissionSettings(**limits))
+    if "queue_size" in limits:
+        cluster.beat("a", load=BUSY)
+    cluster.ask([70] * 10)
+    _, sink = submit(cluster)
+    await settle()
+    assert sink.last.code == code
+    assert not questions(cluster)
+    cluster.close()
+
+
+@pytest.mark.parametrize("how", ["unknown model", "asleep", "draining", "too many"])
+@in_loop
+async def test_nobody_is_asked_for_a_request_that_cannot_be_served(how):
+    cluster = FakeCluster("a", max_inflight=1)
+    if how == "asleep":
+        cluster.beat("a", state="asleep")
+    elif how == "too many":
+        cluster.ask()
+    cluster.service.submission.draining = how == "draining"
+    _, sink = submit(cluster, model="other" if how == "unknown model" else "")
+    await settle()
+    assert sink.done.is_set()
+    assert not questions(cluster)
+    cluster.close()
+
+
+@pytest.mark.parametrize("how", ["abort", "deadline"])
+@in_loop
+async def test_a_request_that_ends_while_instances_are_asked_is_forgotten(how):
+    cluster = FakeCluster("a", timeout_s=5.0, admission=AdmissionSettings(concurrency=1))
+    request_id, sink = submit(cluster)
+    await settle()
+    assert len(questions(cluster)) == 1
+    if how == "abort":
+        cluster.service.abort(request_id)
+    else:
+        cluster.clock.now += 6
+        cluster.tick()
+    assert sink.last.code == ("aborted" if how == "abort" else "deadline_exceeded")
+    await settle()
+    answer(cluster, "a", ((1, 2),))
+    await settle()
+    assert not cluster.links.admits()
+    assert not cluster.service.recaller._waiting
+    _, after = submit(cluster)
+    assert not after.messages  # it counts as open no more
+    cluster.close()
+    await settle()
+
+
 # -- taking over ----------------------------------------------------------------------------------
 
 
-def take_over(cluster: FakeCluster, known, borders, **options) -> tuple[str, ListSink]:
-    sink = ListSink()
-    sampling = SamplingParams(max_tokens=20, **options)
-    request = SubmitRequest(id=7, prompt="hello", sampling=sampling)
-    return cluster.service.submit(request, TENANT, sink, borders, known), sink
+async def take_over(
+    cluster: FakeCluster, known, borders, then=lambda: None, **options
+) -> tuple[str, ListSink]:
+    """`then`: what happens after the instance's answer, before anything comes of it."""
+    request_id, sink = submit(cluster, borders, **options)
+    await settle()
+    answer(cluster, "a", known)
+    then()
+    await settle()
+    return request_id, sink
 
 
 @pytest.mark.parametrize("waits", [False, True])
 @in_loop
 async def test_it_goes_on_behind_them_as_if_it_had_moved(waits):
-    cluster = FakeCluster(admission=AdmissionSettings(requests_per_minute=60, concurrency=1))
-    if waits:
-        cluster.register("a")
-    else:
-        cluster.join("a")
+    limits = AdmissionSettings(requests_per_minute=60, concurrency=1, instance_waiting=1)
+    cluster = FakeCluster("a", admission=limits)
+    cluster.beat("a", load=BUSY if waits else IDLE)
     ids = tuple(text_model().encode("the quick"))
-    request_id, sink = take_over(cluster, (ids,), (len(ids),))
+    request_id, sink = await take_over(cluster, (ids,), (len(ids),))
     assert len(sink.messages) == (0 if waits else 1)
     if waits:
-        cluster.change(cluster.service.view.connected("a"))
-        cluster.beat("a")
+        cluster.beat("a", load=IDLE)
+        cluster.tick()
     [first] = sink.messages
     assert (first.first_index, first.token_ids, first.text) == (0, ids, "the quick")
     [admit] = cluster.links.admits()
@@ -134,7 +254,7 @@ async def test_it_goes_on_behind_them_as_if_it_had_moved(waits):
 async def test_choices_of_which_nothing_is_known_are_drawn_again():
     cluster = FakeCluster("a")
     ids = tuple(text_model().encode("the"))
-    request_id, sink = take_over(cluster, ((), ids), (2, len(ids)), n=2)
+    request_id, sink = await take_over(cluster, ((), ids), (2, len(ids)), n=2)
     [admit] = cluster.links.admits()
     assert admit.outputs == ((), ids)
     assert [(one.choice, one.text) for one in sink.messages] == [(1, "the")]
@@ -150,9 +270,12 @@ async def test_choices_of_which_nothing_is_known_are_drawn_again():
 @in_loop
 async def test_it_waits_for_an_instance_where_there_is_none():
     cluster = FakeCluster("a")
-    cluster.change(cluster.service.view.disconnected("a"))
     ids = tuple(text_model().encode("the"))
-    _, sink = take_over(cluster, (ids,), (len(ids),))
+
+    def leave() -> None:
+        cluster.change(cluster.service.view.disconnected("a"))
+
+    _, sink = await take_over(cluster, (ids,), (len(ids),), leave)
     cluster.tick()
     assert not sink.done.is_set()
     cluster.change(cluster.service.view.connected("a"))
@@ -165,7 +288,7 @@ async def test_it_waits_for_an_instance_where_there_is_none():
 async def test_known_tokens_are_not_charged_again():
     cluster = FakeCluster("a", admission=AdmissionSettings(tokens_per_minute=1000))
     ids = tuple(text_model().encode("the quick brown"))
-    request_id, _ = take_over(cluster, (ids,), (len(ids),))
+    request_id, _ = await take_over(cluster, (ids,), (len(ids),))
     [prompt] = cluster.service.admission.word()
     cluster.say(request_id, len(ids), "a", attempt=2)
     cluster.service.abort(request_id)

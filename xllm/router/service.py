@@ -55,7 +55,7 @@ from xllm.router.placement import Placement
 from xllm.router.policies.make import make_policy, reads_cache
 from xllm.router.policies.question import Policy, RouteFigures
 from xllm.router.probe import Prober
-from xllm.router.recall import Outputs, Recaller
+from xllm.router.recall import Recall, Recaller
 from xllm.router.remembered import RememberedFigures
 from xllm.router.report import degraded_parts, merged_metrics, process_list
 from xllm.router.sleeping import SleepSetter
@@ -132,9 +132,7 @@ class RouterService:
         """Signs the ids of events of HTTP streams; the actor sets the cluster's."""
         self.registry_degraded = False
         """Set by the actor: the registry does not answer."""
-        self.submission = Submission(
-            self.served, self._pool, self.dispatcher, settings.router, self.admission, clock
-        )
+        self.submission = self._take_in(settings)
 
     def _place(
         self, settings: Settings, policy: Policy, routes: RouteFigures, links: InstanceLinks
@@ -152,6 +150,17 @@ class RouterService:
             source=self.kv if reads_cache(settings.router.policy) else None,
             breakers=breakers,
             most_waiting=limits.instance_waiting,
+        )
+
+    def _take_in(self, settings: Settings) -> Submission:
+        return Submission(
+            self.served,
+            self._pool,
+            self.dispatcher,
+            settings.router,
+            self.admission,
+            self.recaller,
+            self._clock,
         )
 
     def _feed(self, settings: Settings, clock: Callable[[], float]) -> KvFeed:
@@ -173,17 +182,18 @@ class RouterService:
         tenant: Tenant,
         sink: Sink,
         borders: Sequence[int] = (),
-        recalled: Outputs = (),
+        recall: Recall | None = None,
     ) -> str:
         """Start a request and return the server's id of it (128 random bits, hex). `borders`: for
-        each choice, behind how many tokens a delta must end; 0: wherever it does. `recalled`: the
-        first tokens of choices, where they are known (`recaller`).
+        each choice, behind how many tokens a delta must end; 0: wherever it does. `recall`: an
+        earlier life of it, of which instances may have the first tokens; they are asked once it is
+        let in.
 
         Never raises for a fault of the request: `sink` gets deltas (where `request.stream`; the
         last one of each choice has its `finish_reason`), then exactly one RequestFinished or
         RequestFailed, possibly before this returns."""
         filled = self.objectives.fill(request)
-        return self.submission.submit(filled, tenant, sink, borders, recalled)
+        return self.submission.submit(filled, tenant, sink, borders, recall)
 
     def abort(self, request_id: str) -> None:
         """Stop a request: its sink gets RequestFailed with code `aborted`. Unknown: ignored."""

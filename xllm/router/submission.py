@@ -32,7 +32,7 @@ from xllm.router.front import Sink, Tenant
 from xllm.router.inflight import InflightRequest
 from xllm.router.intake import Intake
 from xllm.router.models import ServedModels
-from xllm.router.recall import Outputs
+from xllm.router.recall import Recall, Recaller
 from xllm.router.state.instructions import Instruction, Wish
 from xllm.router.state.request import RequestLife
 from xllm.router.text.pool import TextPool
@@ -53,6 +53,7 @@ class Submission:
         dispatcher: Dispatcher,
         limits: RouterSettings,
         admission: AdmissionControl,
+        recaller: Recaller,
         clock: Callable[[], float],
     ) -> None:
         self._served = served
@@ -60,6 +61,7 @@ class Submission:
         self._dispatcher = dispatcher
         self._limits = limits
         self._admission = admission
+        self._recaller = recaller
         self._clock = clock
         self._random = RandomBytes()
         self.draining = False
@@ -71,7 +73,7 @@ class Submission:
         tenant: Tenant,
         sink: Sink,
         borders: Sequence[int] = (),
-        recalled: Outputs = (),
+        recall: Recall | None = None,
     ) -> str:
         """See RouterService.submit."""
         drawn = self._random.take(24)
@@ -94,7 +96,6 @@ class Submission:
         time_s = request.timeout_ms / 1000 if request.timeout_ms > 0 else self._limits.timeout_s
         deadline = now + min(time_s, self._limits.timeout_s)
         opened = InflightRequest(request.id, sink, now, deadline, request.resume)
-        opened.num_held += sum(map(len, recalled))
         self._dispatcher.enter(request_id, opened)
         try:
             self._check_room()
@@ -102,15 +103,17 @@ class Submission:
             intake = self._served.find(request.model)
             packed = intake.check(request)
             self._served.check_awake(intake.name)
-            begin = (intake, request, tenant, request_id, seed, opened.deadline, packed)
-            known = (borders, recalled)
-            if is_long_request(request) or opened.num_held > LONG_IDS:
+            begin = partial(
+                self._begin, intake, request, tenant, request_id, seed, deadline, packed, borders
+            )
+            start = partial(self._start, opened, recall)
+            if recall is not None or is_long_request(request):
                 rank = (not request.offline, request.priority)
                 self._admission.foresee(opened, intake.name, tenant.name, rank)
-                opened.encoding = self._pool.run(tenant.name, partial(self._begin, *begin, *known))
-                opened.encoding.add_done_callback(partial(self._begun, request_id, opened))
+            if is_long_request(request):
+                self._later(opened, request_id, self._pool.run(tenant.name, begin), start)
             else:
-                self._start(opened, self._begin(*begin, *known))
+                start(begin())
         except Exception as error:
             self._refuse(request_id, opened, error)
         return request_id
@@ -146,7 +149,6 @@ class Submission:
         deadline: float,
         packed: bytes,
         borders: Sequence[int],
-        recalled: Outputs,
     ) -> Beginning:
         """The dear part: no part of it touches what other requests have, save caches."""
         spec = intake.prepare(request, tenant, request_id, seed, deadline, packed)
@@ -155,16 +157,48 @@ class Submission:
         state = RequestLife(spec, [text.output(sampling, prompt_ids) for _ in range(sampling.n)])
         for choice, border in zip(state.choices, borders, strict=False):
             choice.border = border
-        if recalled:
-            return state, state.recall(recalled)
         return state, _PLACE if request.resume is None else state.resume(request.resume)
 
-    def _start(self, opened: InflightRequest, beginning: Beginning) -> None:
+    def _start(self, opened: InflightRequest, recall: Recall | None, beginning: Beginning) -> None:
         state, instructions = beginning
-        self._admission.enter(opened, state, instructions)
+        self._admission.spend(opened, len(state.spec.prompt_ids))
+        if recall is None:
+            self._admission.enter(opened, state, instructions)
+        else:
+            asked = asyncio.ensure_future(self._recall(opened, state, recall))
+            self._later(opened, state.spec.request_id, asked, partial(self._enter, opened))
+
+    def _enter(self, opened: InflightRequest, beginning: Beginning) -> None:
+        self._admission.enter(opened, *beginning)
+
+    async def _recall(
+        self, opened: InflightRequest, state: RequestLife, recall: Recall
+    ) -> Beginning:
+        """Let a request go on behind the tokens that instances have of its earlier life."""
+        known = await self._recaller.recall(state.spec.model, recall)
+        opened.num_held = sum(map(len, known))
+        if opened.num_held > LONG_IDS:
+            taken = self._pool.run(state.spec.tenant, partial(state.recall, known))
+            return state, await taken
+        return state, state.recall(known) if known else _PLACE
+
+    def _later(
+        self,
+        opened: InflightRequest,
+        request_id: str,
+        beginning: asyncio.Future[Beginning],
+        go_on: Callable[[Beginning], None],
+    ) -> None:
+        """Go on once that is there; the request may be ended until then."""
+        opened.encoding = beginning
+        beginning.add_done_callback(partial(self._begun, request_id, opened, go_on))
 
     def _begun(
-        self, request_id: str, opened: InflightRequest, done: asyncio.Future[Beginning]
+        self,
+        request_id: str,
+        opened: InflightRequest,
+        go_on: Callable[[Beginning], None],
+        done: asyncio.Future[Beginning],
     ) -> None:
         if done.cancelled():
             return  # it was ended meanwhile, or the pool was closed
@@ -172,7 +206,7 @@ class Submission:
         try:
             beginning = done.result()
             if self._dispatcher.open.get(request_id) is opened:
-                self._start(opened, beginning)
+                go_on(beginning)
         except Exception as error:
             self._refuse(request_id, opened, error)
 

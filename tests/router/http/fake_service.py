@@ -28,7 +28,6 @@ from xllm.protocol.client import (
 )
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.router.front import Sink, Tenant
-from xllm.router.recall import Recaller
 from xllm.router.service import RouterService
 
 MODEL = "fake"
@@ -75,7 +74,6 @@ class FakeService(RouterService):
         self.aborted: list[str] = []
         self.num_probes = 0
         self.admission = FakeLimits()
-        self.recaller = Recaller((), lambda instance, message: False, None)
         self._numbers = itertools.count(1)
 
     def submit(
@@ -84,7 +82,7 @@ class FakeService(RouterService):
         tenant: Tenant,
         sink: Sink,
         borders: tuple[int, ...] = (),
-        recalled=(),
+        recall=None,
     ) -> str:
         request_id = f"{next(self._numbers):032x}"
         self.submitted.append((request, tenant))

@@ -1,8 +1,8 @@
 """The router's admission: limits of tenants at the door, and the line of those who wait.
 
 A shell around `tenants` and `waiting_line`: it knows the clock and who carries their decisions
-out. Requests enter through it (`arrive`, then `enter`) and leave by `left`. Whoever waits has no
-state in the table of open requests, like one whose text is still encoded, so that a deadline, an
+out. Requests enter through it (`arrive`, `spend`, `enter`) and leave by `left`. Whoever waits has
+no state in the table of open requests, like one whose text is still encoded, so that a deadline, an
 abort or a shutdown ends it as one of those. Invariant: the lines hold open requests only.
 """
 
@@ -114,22 +114,26 @@ class AdmissionControl:
             )
         return min(most, limits.concurrency or most)
 
+    def spend(self, request: InflightRequest, num_tokens: int) -> None:
+        """The length of its prompt is known. RateLimitError: it is too much now;
+        InvalidRequestError: it always is."""
+        if not request.counted:
+            return
+        try:
+            self._gate.spend(request.account, num_tokens, self._clock(), resumed=request.life > 1)
+        except OverloadedError as error:
+            self.figures.reject("limit", request.account)
+            raise error
+
     def enter(
         self,
         request: InflightRequest,
         state: RequestLife,
         instructions: Sequence[Instruction],
     ) -> None:
-        """Its prompt is known: start it, or have it wait. XllmError: it may not."""
+        """It is ready and its tokens are spent: start it, or have it wait. OverloadedError: it may
+        not."""
         spec = state.spec
-        if request.counted:
-            try:
-                self._gate.spend(
-                    request.account, len(spec.prompt_ids), self._clock(), resumed=request.life > 1
-                )
-            except OverloadedError as error:
-                self.figures.reject("limit", request.account)
-                raise error
         needs_none = bool(instructions) and instructions[-1] is not Wish.PLACE
         if needs_none or request.life > 1:
             # It needs no instance, or had its turn at a router that was lost.

@@ -36,7 +36,7 @@ from xllm.router.http.respond import Scope, Send, send_body
 from xllm.router.http.schema import GenerationBody
 from xllm.router.http.shape import AnswerShape, Envelope, total_usage
 from xllm.router.http.stream_writer import StreamWriter
-from xllm.router.recall import Outputs
+from xllm.router.recall import Recall
 
 LOG = structlog.get_logger(__name__)
 STREAM_HEADERS = [
@@ -117,31 +117,30 @@ class Generation:
         sink: WholeAnswer | StreamedAnswer,
         requests: Sequence[SubmitRequest],
         last: LastEvent | None = None,
-        recalled: Outputs = (),
     ) -> None:
         service, tenant = self._context.service, self._caller.tenant
         borders = () if last is None else borders_of(last.places)
+        recall = None if last is None else self._recall(last)
         if len(requests) > 1:
             check_together(service, tenant, len(requests))
         for request in requests:
             n = request.sampling.n
             own = borders[request.id * n : (request.id + 1) * n]
             self._ids.append(
-                service.submit(request, tenant, sink, own, recalled)
+                service.submit(request, tenant, sink, own, recall)
                 if own
                 else service.submit(request, tenant, sink)
             )
         self._caller.connection.watch(self._abort)
 
-    async def _recall(self, last: LastEvent) -> Outputs:
-        """The tokens that the client has, where an instance still knows them: all that is lacking
-        of what a router would have of them is their logprobs."""
+    def _recall(self, last: LastEvent) -> Recall | None:
+        """Ask for the tokens that the client has, which an instance may still know: all that is
+        lacking of what a router would have of them is their logprobs."""
         sampling = self._requests[0].sampling
         scored = sampling.logprobs is not None or sampling.prompt_logprobs is not None
         if scored or len(self._requests) > 1 or not any(borders_of(last.places)):
-            return ()
-        recaller = self._context.service.recaller
-        return await recaller.recall(last.stream.request_id, partial(proven, last.places))
+            return None
+        return Recall(last.stream.request_id, partial(proven, last.places))
 
     def _abort(self) -> None:
         """Stop what is still open; requests that have ended are unknown to the service."""
@@ -187,9 +186,8 @@ class Generation:
             self._caller.connection.abort,
         )
         answer.merges = last is None
-        recalled = () if last is None else await self._recall(last)
         requests = [_seeded(request, seed) for request in self._requests]
-        self._submit(answer, requests, last, recalled)
+        self._submit(answer, requests, last)
         messages = await answer.take()
         # The status waits for the first word of the service: a request that it refuses is
         # answered as an error, not as a stream that begins well.
