@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tests.worker.device.recorded_graphs import RecordedGraphs
 from tests.worker.device.reference_ops import ReferenceDraws, ReferenceOps
 from tests.worker.graphs.fake_graphs import FakeGraphs
 from tests.worker.native.plan_driver import PlanDriver, native_settings
@@ -16,6 +17,7 @@ from tests.worker.triton_interpreter import DEVICE
 from xllm.worker.execution.device import making
 from xllm.worker.execution.native import NativeExecutor
 from xllm.worker.platform.cpu import CpuPlatform
+from xllm.worker.platform.graphs import GraphDevice
 
 
 class LateCopy:
@@ -48,16 +50,18 @@ class InterpretedPlatform(CpuPlatform):
 
     kernels = "triton"
 
-    def __init__(self, failing: set[str] | None = None) -> None:
+    def __init__(
+        self, failing: set[str] | None = None, graphs: RecordedGraphs | None = None
+    ) -> None:
         super().__init__()
         self.device = DEVICE
         self.host = HostDevice()
-        self.graph_device = FakeGraphs(failing)
+        self.graph_device: GraphDevice = graphs or FakeGraphs(failing)
 
     def copier(self) -> LateCopier:
         return LateCopier()
 
-    def graphs(self) -> FakeGraphs:
+    def graphs(self) -> GraphDevice:
         return self.graph_device
 
     def virtual_driver(self) -> FakeDriver:

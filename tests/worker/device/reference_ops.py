@@ -5,14 +5,26 @@ They read and write keys and values by address, as the kernels do, in memory tha
 
 from __future__ import annotations
 
-import dataclasses
+import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from tests.worker.device.recorded_graphs import kernel
 from tests.worker.platform.host_device import FakeDriver
-from xllm.worker.sampling.edits import needs_edit
+from xllm.protocol.sampling import SamplingParams
+from xllm.worker.sampling.device_sampler import MASK64, DeviceSampler
+from xllm.worker.sampling.noise import MASK32
+from xllm.worker.sampling.rows import SampleRow
 from xllm.worker.sampling.sampler import Sampler
+from xllm.worker.triton_kernels.draw_rows import (
+    ABSENT,
+    FILTERED,
+    FLAG_NOT_DRAWN,
+    FLAG_NOT_FINITE,
+    GREEDY,
+)
 
 
 class ReferenceOps:
@@ -35,6 +47,7 @@ class ReferenceOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    @kernel
     def place(self, layer, qkv, norms, angles, row_addresses, positions, q_out):
         check_aligned(qkv, row_addresses, positions, q_out)
         config, rows = self._config, qkv.shape[0]
@@ -54,6 +67,7 @@ class ReferenceOps:
                 self._token(address, position, layer, False).copy_(k[row])
                 self._token(address, position, layer, True).copy_(v[row])
 
+    @kernel
     def attend_decodes(self, layer, q, sequences, rows_each, out):
         check_aligned(q, sequences.addresses, sequences.lengths)
         for number, length in enumerate(sequences.lengths.tolist()):
@@ -61,6 +75,7 @@ class ReferenceOps:
             address = int(sequences.addresses[number])
             out[rows] = self._attended(layer, q[rows], address, length)
 
+    @kernel
     def attend_prompts(self, layer, q, sequences, row_starts, row_tiles, out):
         check_aligned(q, row_starts, row_tiles, sequences.addresses, sequences.lengths)
         starts = row_starts.tolist()
@@ -110,31 +125,46 @@ def check_aligned(*tensors):
     assert not [tensor.shape for tensor in tensors if tensor.numel() and tensor.data_ptr() % 16]
 
 
-@dataclasses.dataclass
-class _Numbers:
-    numbers: torch.Tensor
-    filtered: bool = False
-
-
 class ReferenceDraws:
-    """DeviceDraws by the ordinary sampler."""
+    """DeviceDraws by the ordinary sampler, from the numbers that the kernels read."""
 
     def __init__(self, vocab_size, device, most):
+        self._vocab_size = vocab_size
         self._sampler = Sampler(vocab_size, device)
-        self._rows: list = []
+        self._numbers = DeviceSampler(vocab_size, device, most)
 
     def is_for_device(self, row):
-        return row.sampling.logprobs is None and row.num_samples == 1 and not needs_edit(row)
+        return self._numbers.is_for_device(row)
 
     def prepare(self, rows):
-        self._rows = list(rows)
-        return _Numbers(torch.arange(len(rows)))
+        return self._numbers.prepare(rows)
 
+    @kernel
     def draw(self, logits, device_inputs, out_tokens, out_flags, *, filtered):
         check_aligned(logits, device_inputs, out_tokens, out_flags)
-        rows = [self._rows[number] for number in device_inputs.tolist()]
-        found = self._sampler.sample(logits.clone(), rows)
-        failed = dict(found.failed)
-        for number, tokens in enumerate(found.tokens):
-            out_flags[number] = number in failed
-            out_tokens[number] = tokens[0] if tokens else 0
+        assert logits.shape == (len(out_tokens), self._vocab_size)
+        for number, line in enumerate(device_inputs.numpy()):
+            mode = line[0]
+            if mode == ABSENT:
+                continue
+            out_tokens[number] = 0
+            out_flags[number] = FLAG_NOT_DRAWN if mode == FILTERED and not filtered else 0
+            found = self._sampler.sample(logits[number : number + 1].clone(), [row_of(line)])
+            if found.failed:
+                out_flags[number] = FLAG_NOT_FINITE
+            else:
+                out_tokens[number] = found.tokens[0][0]
+
+
+def row_of(line):
+    """The row that a line of numbers was made from."""
+    mode, seed, place, _, top_k = (int(number) for number in line[:5])
+    heat, top_p, log_min_p = (float(line.view(np.float64)[at]) for at in (3, 5, 6))
+    sampling = SamplingParams(
+        temperature=0.0 if mode == GREEDY else heat,
+        top_k=top_k,
+        top_p=min(top_p, 1.0),
+        min_p=math.exp(log_min_p),
+        seed=seed & MASK64,
+    )
+    return SampleRow(sampling, place >> 32 & MASK32, place & MASK32, (), ())

@@ -14,7 +14,9 @@ import pytest
 
 from tests.fixtures.models import make_model
 from tests.worker.device.interpreted import InterpretedPlatform, interpreted_driver
+from tests.worker.device.recorded_graphs import RecordedGraphs
 from tests.worker.device.reference_ops import ReferenceOps
+from tests.worker.graphs.fake_graphs import FakeGraphs
 from tests.worker.native.plan_driver import PlanDriver, random_prompts
 from tests.worker.native.test_native_scheduler import Instance
 from xllm.errors import ConfigError, DeviceLostError
@@ -134,6 +136,26 @@ def test_tokens_are_those_of_the_plain_executor(directory, monkeypatch, expected
     instance.close()
 
 
+@pytest.mark.parametrize("limits", ["as is", "three at a time"])
+@pytest.mark.parametrize("mode", ["graphs", "full alone", "partial alone"])
+def test_what_is_captured_reads_nothing_but_tensors_that_stay(
+    directory, monkeypatch, expected, mode, limits
+):
+    """The draws of decodes included: a replay runs no Python, so that it knows nothing of a step
+    but what its tensors say."""
+    kind, streams = expected
+    platform = InterpretedPlatform(graphs=RecordedGraphs())
+    instance = launched(monkeypatch, directory, LIMITS[limits], platform, **MODES[mode])
+    assert serve(instance, kind) == streams
+    found = instance.found
+    assert found.by_mode[WANTED[mode]] > 0
+    assert found.graphs.num_replays > 0
+    assert bool(found.num_drawn_whole) == (mode != "partial alone")
+    if kind == "device":
+        assert found.num_drawn_whole == found.by_mode[GraphMode.FULL]
+    instance.close()
+
+
 def test_kernels_that_are_interpreted_give_the_same_tokens(directory, monkeypatch):
     def ask(instance):
         for number, prompt in enumerate(random_prompts(3, 3, 20, seed=3)):
@@ -159,7 +181,7 @@ def test_captures_that_fail_leave_steps_eager(directory, monkeypatch):
     assert serve(instance) == serve(plain)
     found = instance.found
     assert found.graphs.num_failed > 0
-    assert found.graphs.num_graphs == found.by_mode[GraphMode.FULL] == 0
+    assert found.graphs.num_graphs == found.by_mode[GraphMode.FULL] == found.num_drawn_whole == 0
     instance.close()
 
 
@@ -201,14 +223,15 @@ def test_it_sleeps_and_wakes_between_steps(directory, monkeypatch, drop_weights)
     again.close()
     instance.close()
     assert platform.host.used_bytes == 0
+    assert isinstance(platform.graph_device, FakeGraphs)
     assert not platform.graph_device.open_graphs()
 
 
 def test_a_sequence_whose_numbers_are_not_finite_fails_alone(directory, monkeypatch):
     driver = interpreted_driver(monkeypatch, directory)
     executor = driver.executor
-    engine = executor._engine
-    head, calls = engine.device._model.head, []
+    model = executor._engine.device._runner._model
+    head, calls = model.head, []
 
     def broken(hidden):
         logits = head(hidden)
@@ -217,7 +240,7 @@ def test_a_sequence_whose_numbers_are_not_finite_fails_alone(directory, monkeypa
             logits[0] = float("nan")
         return logits
 
-    monkeypatch.setattr(engine.device._model, "head", broken)
+    monkeypatch.setattr(model, "head", broken)
     plans = two_sequences(driver, 4)
     launched_steps = [executor.launch(plan) for plan in plans[:3]]
     results = [step.wait().result for step in launched_steps]
@@ -233,7 +256,8 @@ def test_a_host_draw_behind_a_step_that_failed_fails_too(directory, monkeypatch)
     driver = interpreted_driver(monkeypatch, directory)
     executor = driver.executor
     device = executor._engine.device
-    head, calls = device._model.head, []
+    model = device._runner._model
+    head, calls = model.head, []
 
     def broken(hidden):
         logits = head(hidden)
@@ -242,7 +266,7 @@ def test_a_host_draw_behind_a_step_that_failed_fails_too(directory, monkeypatch)
             logits[0] = float("nan")
         return logits
 
-    monkeypatch.setattr(device._model, "head", broken)
+    monkeypatch.setattr(model, "head", broken)
     plans = two_sequences(driver, 2)
     steps = [executor.launch(plan) for plan in plans[:2]]
     monkeypatch.setattr(device, "can_draw", lambda batch: False)
@@ -272,8 +296,7 @@ def test_a_launch_that_breaks_waits_for_what_was_begun(directory, monkeypatch):
     executor = driver.executor
     waited = []
     monkeypatch.setattr(platform, "synchronize", lambda: waited.append(1))
-    device = executor._engine.device
-    monkeypatch.setattr(device, "_draw", lambda *args: 1 // 0)
+    monkeypatch.setattr(executor._engine.device._copier, "copy", lambda *args: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         executor.launch(two_sequences(driver, 1)[0])
     assert waited
@@ -287,7 +310,7 @@ def test_a_launch_that_breaks_with_its_device_says_so(directory, monkeypatch):
     platform = InterpretedPlatform()
     driver = interpreted_driver(monkeypatch, directory, platform)
     executor = driver.executor
-    monkeypatch.setattr(executor._engine.device, "_draw", lambda *args: 1 // 0)
+    monkeypatch.setattr(executor._engine.device._copier, "copy", lambda *args: 1 // 0)
     with monkeypatch.context() as broken:
         broken.setattr(platform, "synchronize", lost)
         with pytest.raises(DeviceLostError, match="illegal memory access"):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.worker.device.batches import FIRST_ADDRESS, SLOT_BYTES, batch_of, table_of
 from xllm.errors import InvariantError
 from xllm.worker.execution.device.rows import decodes_first, has_addresses, lay_out_rows
+from xllm.worker.graphs.choice import DrawKind
 
 parts = st.lists(
     st.tuples(st.integers(0, 20), st.integers(1, 9)).map(lambda x: (x[0], x[0] + x[1])),
@@ -56,7 +57,9 @@ def test_decodes_come_first_and_nothing_is_lost(ranges):
     assert sorted(e.index for e in ordered.entries) == [e.index for e in batch.entries]
     assert sorted(ordered.token_ids) == sorted(batch.token_ids)
     even = len(set(each)) == 1
-    assert rows.shape.rows_each == (each[0] if even else 0)
+    shape = rows.shape(DrawKind.PLAIN)
+    assert shape.rows_each == (each[0] if even else 0)
+    assert shape.draws is DrawKind.PLAIN
 
 
 @given(parts, st.integers(0, 5), st.integers(0, 5))

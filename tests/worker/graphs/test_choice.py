@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from xllm.worker.graphs.buckets import batch_buckets, row_buckets
 from xllm.worker.graphs.choice import (
     EAGER,
+    DrawKind,
     GraphChooser,
     GraphKey,
     GraphLimits,
@@ -22,6 +23,7 @@ shapes = st.builds(
     st.integers(1, 2000),
     st.integers(1, 300),
     st.integers(0, 6),
+    st.sampled_from(DrawKind),
 )
 
 
@@ -60,7 +62,12 @@ def test_the_last_choice_is_always_eager_and_the_modes_fall(shape):
     assert keys[-1] == EAGER
     order = [GraphMode.FULL, GraphMode.PARTIAL, GraphMode.EAGER]
     modes = [order.index(key.mode) for key in keys]
-    assert modes == sorted(set(modes))
+    assert modes == sorted(modes)
+    assert len(set(keys)) == len(keys)
+    # The same graph without a draw stands behind the one with it.
+    draws = [key.draws for key in keys if key.mode == GraphMode.FULL]
+    assert draws in ([], [DrawKind.NONE], [shape.draws, DrawKind.NONE])
+    assert not [key for key in keys if key.mode != GraphMode.FULL and key.draws != DrawKind.NONE]
 
 
 @given(shapes)
@@ -102,8 +109,9 @@ def test_warm_keys_are_what_decodes_choose():
     chooser = GraphChooser(LIMITS)
     keys = chooser.warm_keys()
     assert [key.num_rows for key in keys] == sorted((k.num_rows for k in keys), reverse=True)
-    assert chooser.choose(LaunchShape(3, 3, 1))[0] in keys
-    assert len(keys) == 11  # 1, 2, 4, 8 to 64 in steps of 8
+    assert len(keys) == len(set(keys)) == 11 + 7  # 1, 2, 4, 8 to 64 in steps of 8; 1 to 64
     for batch in range(1, LIMITS.max_batch + 1):
-        assert chooser.choose(LaunchShape(batch, batch, 1))[0] in keys
+        assert chooser.choose(LaunchShape(batch, batch, 1, DrawKind.PLAIN))[0] in keys
+    for batch in (1, 2, 4, 8, 16, 32, 64):
+        assert chooser.choose(LaunchShape(batch, batch, 1, DrawKind.FILTERED))[0] in keys
     assert GraphChooser(GraphLimits(max_batch=0)).warm_keys() == ()

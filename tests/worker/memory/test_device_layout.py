@@ -129,8 +129,9 @@ def test_the_plan_of_a_devices_memory(config: ModelConfig) -> None:
     assert activation_bytes(wide, 2, 2048, 1) == 2048 * (2 * 4096 + (3 * 128 + 16) * 128) * 2
     # Graphs of 256 rows: as much as 256 tokens of the network, and what they leave for each other.
     left = 256 * ((2 * 32 * 128 + 3 * 4096) * 2 + 128 * 4)
-    graphs = graph_bytes(eight, 2, 256)
+    graphs = graph_bytes(eight, 2, 256, 1)
     assert graphs == network // 8 + left
-    assert graph_bytes(eight, 2, 0) == 0
+    assert graph_bytes(eight, 2, 256, 256) == 256 * 151936 * (2 + 8) + left  # their logits
+    assert graph_bytes(eight, 2, 0, 0) == 0
     plan = MemoryPlan(16 << 30, 50 << 30, network, graphs)
     assert plan.total_bytes == (66 << 30) + network + graphs

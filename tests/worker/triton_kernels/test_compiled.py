@@ -48,8 +48,10 @@ def check(found):
     if "fp32" in found["case"]:
         return  # without tensor cores: right, not fast
     # An A100 multiplies out of registers: with a window's two edges, or heads of 256, a prefill
-    # spills some bytes a thread.
-    assert found["spilled"] <= (0 if found["arch"] == 90 else 256), where
+    # spills some bytes a thread. So does Triton 3.9 for MLA on an H100, where sums of 512 numbers
+    # take half of a thread's registers; of the tiles that use wgmma this one spills least.
+    most = 256 if found["arch"] == 80 else 64 if found["case"] == "prefill mla" else 0
+    assert found["spilled"] <= most, where
     # What merges the chunks of a draw reads a few hundred bytes in all.
     assert 16 in found["loads"] or found["kernel"] == "_merge_chunks", where
     if found["kernel"] in ("decode_kernel", "prefill_kernel"):

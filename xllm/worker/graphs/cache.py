@@ -61,12 +61,20 @@ class GraphCache:
         """Whether `run` would replay or capture for this sight of a key. Counts the sight."""
         if key in self._graphs:
             return True
-        if (key, 0) in self._failed:
+        if self.has_failed(key):
             return False
         self._seen[key] = self._seen.pop(key, 0) + 1
         if len(self._seen) > 8 * self._max_keys:
             self._seen.popitem(last=False)
         return self._seen[key] >= self._capture_at
+
+    def is_held(self, key: Hashable) -> bool:
+        """Whether there are graphs of a key."""
+        return key in self._graphs
+
+    def has_failed(self, key: Hashable) -> bool:
+        """Whether a key cannot be captured."""
+        return (key, 0) in self._failed
 
     def run(self, key: Hashable, body: Callable[[], None], part: int = 0) -> bool:
         """Do what `body` does, as the graph of a part of a key; where there is none, by the capture

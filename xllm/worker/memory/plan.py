@@ -47,20 +47,25 @@ def activation_bytes(config: ModelConfig, item_bytes: int, max_tokens: int, max_
     with T `max_tokens` of a step, R `max_rows` that draw, h the hidden size, H and K heads of
     queries and of keys of d numbers, V the vocabulary, `item_bytes` of a number.
     """
-    drawing = max_rows * config.vocab_size * (item_bytes + 2 * _FLOAT_BYTES)
     return max(
         max_tokens * _row_numbers(config) * item_bytes,
-        max_tokens * config.hidden_size * item_bytes + drawing,
+        max_tokens * config.hidden_size * item_bytes + _draw_bytes(config, item_bytes, max_rows),
     )
 
 
-def graph_bytes(config: ModelConfig, item_bytes: int, max_rows: int) -> int:
-    """What captured steps of up to `max_rows` rows hold for themselves: the memory that they share,
-    as of a step that is not captured, and what one leaves for another or for the attention between:
-    T x (2 H d + 3 h) x item + T x d x 4, queries, results, three states of the rows, angles."""
+def _draw_bytes(config: ModelConfig, item_bytes: int, rows: int) -> int:
+    return rows * config.vocab_size * (item_bytes + 2 * _FLOAT_BYTES)
+
+
+def graph_bytes(config: ModelConfig, item_bytes: int, max_rows: int, max_batch: int) -> int:
+    """What captured steps of up to `max_rows` rows, of which `max_batch` draw, hold for themselves:
+    the memory that they share, as of a step that is not captured, and what one leaves for another
+    or for the attention between: T x (2 H d + 3 h) x item + T x d x 4, queries, results, three
+    states of the rows, angles."""
     heads, dim = config.num_heads * config.head_dim, config.head_dim
     left = (2 * heads + 3 * config.hidden_size) * item_bytes + dim * _FLOAT_BYTES
-    return max_rows * (_row_numbers(config) * item_bytes + left)
+    shared = max_rows * _row_numbers(config) * item_bytes
+    return max(shared, _draw_bytes(config, item_bytes, max_batch)) + max_rows * left
 
 
 def _row_numbers(config: ModelConfig) -> int:
@@ -78,13 +83,14 @@ def step_bytes(
 ) -> tuple[int, int]:
     """What the steps of a device take beside weights and KV: activations, graphs."""
     scheduler, worker = settings.scheduler, settings.worker
-    most, rows = scheduler.max_num_seqs, 0
+    most, rows, batch = scheduler.max_num_seqs, 0, 0
     is_launched = platform.kernels == "triton" and not worker.deterministic
     if is_launched and settings.master.num_workers == 1 and config.experts is None:
-        rows = max(worker.graph_max_rows, min(worker.graph_max_batch, most))
+        batch = min(worker.graph_max_batch, most)
+        rows = max(worker.graph_max_rows, batch)
     return (
         activation_bytes(config, item_bytes, scheduler.max_num_batched_tokens, most),
-        graph_bytes(config, item_bytes, rows),
+        graph_bytes(config, item_bytes, rows, batch),
     )
 
 

@@ -8,9 +8,10 @@ import structlog
 
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
+from xllm.worker.execution.device.draws import DeviceDrawing, DrawnTokens
 from xllm.worker.execution.device.layer import DeviceLayer
 from xllm.worker.execution.device.runner import DeviceRunner
-from xllm.worker.execution.device.steps import DeviceSteps, DrawnTokens
+from xllm.worker.execution.device.steps import DeviceSteps
 from xllm.worker.execution.device.triton_ops import TritonOps
 from xllm.worker.execution.reading import ReadModel
 from xllm.worker.graphs.choice import GraphLimits
@@ -70,6 +71,7 @@ def _build(
         settings.worker.graph_max_rows if has_graphs else 0,
         max_rows_each=1,  # no plan asks for the verification of several tokens yet
     )
-    runner = DeviceRunner(model, layers, ops, platform, drawn.flat, dtype, limits, most, tick)
     sampler = DeviceSampler(config.vocab_size, platform.device, most)
-    return DeviceSteps(model, runner, sampler, drawn, platform)
+    drawing = DeviceDrawing(model, sampler, drawn)
+    runner = DeviceRunner(model, layers, ops, platform, drawing, dtype, limits, most, tick)
+    return DeviceSteps(runner, sampler, drawn, platform)

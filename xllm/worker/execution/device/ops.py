@@ -95,7 +95,7 @@ class DrawNumbers(Protocol):
 
     @property
     def numbers(self) -> torch.Tensor:
-        """On the host, to be uploaded as it is."""
+        """On the host: int64 [rows, ROW_NUMBERS], to be uploaded as it is."""
 
     @property
     def filtered(self) -> bool:

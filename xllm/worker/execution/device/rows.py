@@ -17,7 +17,7 @@ from xllm.errors import InvariantError
 from xllm.worker.attention.plan import Span
 from xllm.worker.execution.batch import BatchEntry, StepBatch
 from xllm.worker.execution.pending_tokens import PENDING
-from xllm.worker.graphs.choice import LaunchShape
+from xllm.worker.graphs.choice import DrawKind, LaunchShape
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,8 +46,7 @@ class StepRows:
     read_rows: NDArray[np.int64]
     """The rows that tokens are drawn from, in the order of the batch's entries."""
 
-    @property
-    def shape(self) -> LaunchShape:
+    def shape(self, draws: DrawKind) -> LaunchShape:
         """What decides how it is launched."""
         counts = self.counts
         each = np.diff(self.row_starts)
@@ -57,6 +56,7 @@ class StepRows:
             counts.num_rows,
             counts.num_sequences,
             first if is_even else 0,
+            draws,
         )
 
     def alone(self) -> StepRows:

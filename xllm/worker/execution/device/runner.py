@@ -1,5 +1,5 @@
-"""Runs the rows of a step through a model's layers: as one graph, as graphs between attentions, or
-operator by operator.
+"""Runs the rows of a step through a model's layers, and draws: as one graph, as graphs between
+attentions, or operator by operator.
 
 The three give the same numbers: they start the same kernels on the same shapes but for padding.
 Invariant: a body that may be captured reads its inputs from tensors that stay and overwrites
@@ -13,25 +13,32 @@ from collections.abc import Callable, Hashable
 import numpy as np
 import torch
 
+from xllm.worker.execution.device.draws import DeviceDrawing, StepDraws
 from xllm.worker.execution.device.layer import DeviceLayer
 from xllm.worker.execution.device.ops import DeviceOps, SequenceRows
 from xllm.worker.execution.device.rows import StepRows
+from xllm.worker.execution.device.stretch import StretchTensors
 from xllm.worker.execution.device.tensors import StaticNumbers, StepTensors, upload_numbers
+from xllm.worker.execution.device.warming import attend_nobody, draw_nobody
 from xllm.worker.graphs.cache import GraphCache, GraphStatistics
-from xllm.worker.graphs.choice import GraphChooser, GraphKey, GraphLimits, GraphMode
-from xllm.worker.loader.config import ModelConfig
+from xllm.worker.graphs.choice import (
+    EAGER,
+    DrawKind,
+    GraphChooser,
+    GraphKey,
+    GraphLimits,
+    GraphMode,
+)
 from xllm.worker.models.model import NativeModel
 from xllm.worker.platform.platform import Platform
 
 _MAX_GRAPHS = 64
 """Kinds of steps whose graphs are kept; of a partial one there are as many as layers, and one."""
 
-Angles = tuple[torch.Tensor, torch.Tensor]
-
 
 class DeviceRunner:
-    """The layers of one model. `drawn`: int64, flat, where tokens that the host does not know are
-    found; `most`: sequences of a step; `tick` is called after each layer that is launched, and as
+    """The layers of one model and its `drawing`, which has the tokens that the host does not know;
+    `most`: sequences of a step; `tick` is called after each layer that is launched, and as
     often for a graph. Used by one thread."""
 
     def __init__(
@@ -40,7 +47,7 @@ class DeviceRunner:
         layers: list[DeviceLayer],
         ops: DeviceOps,
         platform: Platform,
-        drawn: torch.Tensor,
+        drawing: DeviceDrawing,
         dtype: torch.dtype,
         limits: GraphLimits,
         most: int,
@@ -50,7 +57,7 @@ class DeviceRunner:
         self._layers = layers
         self._ops = ops
         self._platform = platform
-        self._drawn = drawn
+        self._drawing = drawing
         self._dtype = dtype
         self._tick = tick
         self._most = most
@@ -61,8 +68,10 @@ class DeviceRunner:
         if device is not None and (limits.max_batch or limits.max_rows):
             self._graphs = GraphCache(device, _MAX_GRAPHS, dropped=self._drop)
             most_rows = max(limits.max_batch * limits.max_rows_each, limits.max_rows)
-            self._stretch = _StretchTensors(model.config, most_rows, dtype, platform.device)
+            self._stretch = StretchTensors(model.config, most_rows, dtype, platform.device)
         self._num_steps = dict.fromkeys(GraphMode, 0)
+        self.num_drawn_whole = 0
+        """Steps whose draw was a part of their graph."""
 
     @property
     def steps_by_mode(self) -> dict[GraphMode, int]:
@@ -73,23 +82,25 @@ class DeviceRunner:
         """None: there are no graphs."""
         return None if self._graphs is None else self._graphs.statistics()
 
-    def run(self, rows: StepRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last layer's output [rows, hidden] of a step's rows and the numbers of those that
-        are drawn from, on the device; valid until the next call."""
-        for key in self._chooser.choose(rows.shape):
-            if key.mode == GraphMode.EAGER or self._graphs is None:
-                break
-            found = self._through(self._graphs, key, rows)
-            if found is not None:
-                self._num_steps[key.mode] += 1
-                return found
-        self._num_steps[GraphMode.EAGER] += 1
-        return self._eager(rows)
+    def run(self, rows: StepRows, draws: StepDraws | None = None) -> torch.Tensor:
+        """The last layer's output [rows, hidden] of a step's rows, on the device; valid until the
+        next call. `draws`: launched behind it."""
+        kind = DrawKind.NONE if draws is None else draws.kind
+        key, hidden, tensors = self._launch(rows, draws, kind)
+        self._num_steps[key.mode] += 1
+        if kind is not DrawKind.NONE:
+            if key.draws is DrawKind.NONE:
+                self._draw(hidden, tensors, kind)
+            else:
+                self.num_drawn_whole += 1
+        return hidden[: rows.counts.num_rows]
 
     def warm_up(self, keys: tuple[GraphKey, ...] | None = None) -> None:
-        """Have the attentions compiled, and capture what is worth it before the first request;
-        None: what the chooser says."""
-        self._attend_nobody()
+        """Have the attentions and the draws compiled, and capture what is worth it before the first
+        request; None: what the chooser says."""
+        config, platform = self._model.config, self._platform
+        attend_nobody(self._ops, config, self._dtype, platform.device, self._most)
+        draw_nobody(self._drawing, platform, config.hidden_size, self._dtype)
         if self._graphs is None:
             return
         wanted = self._chooser.warm_keys() if keys is None else keys
@@ -104,28 +115,40 @@ class DeviceRunner:
             self._graphs.close()
         self._static.clear()
 
+    def _launch(
+        self, rows: StepRows, draws: StepDraws | None, kind: DrawKind
+    ) -> tuple[GraphKey, torch.Tensor, StepTensors]:
+        """What the step was launched as, its output, padded, and its numbers on the device."""
+        graphs, is_wanted = self._graphs, True
+        for key in self._chooser.choose(rows.shape(kind)):
+            if graphs is None or key.mode == GraphMode.EAGER:
+                break
+            # A lesser graph serves where it is there; it is captured where no better one can be.
+            if graphs.is_held(key) or (is_wanted and graphs.is_open(key)):
+                found = self._through(graphs, key, rows, draws)
+                if found is not None:
+                    return key, *found
+            is_wanted = is_wanted and graphs.has_failed(key)
+        return EAGER, *self._eager(rows, draws)
+
     def _through(
-        self, graphs: GraphCache, key: GraphKey, rows: StepRows
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        self, graphs: GraphCache, key: GraphKey, rows: StepRows, draws: StepDraws | None
+    ) -> tuple[torch.Tensor, StepTensors] | None:
         """The step through the graphs of a key; None: they are not to be had."""
-        if key.mode == GraphMode.FULL:
-            if not graphs.is_open(key):
-                return None
-            self._numbers(key).fill(rows)
-            if not graphs.run(key, self._full_body(key)):
-                return None
-            self._ticks()
-            read = self._numbers(key).tensors.read_rows[: len(rows.read_rows)]
-            return self._stretch.hidden[: rows.counts.num_rows], read
-        if not graphs.is_open(key):
+        if key.mode == GraphMode.PARTIAL:
+            return self._partial(graphs, key, rows, draws)
+        numbers = self._numbers(key)
+        numbers.fill(rows, draws)
+        if not graphs.run(key, self._full_body(key)):
             return None
-        return self._partial(graphs, key, rows)
+        for _ in self._layers:
+            self._tick()
+        return self._stretch.hidden[: key.num_rows], numbers.tensors
 
     # -- operator by operator --------------------------------------------------------------------
 
-    def _eager(self, rows: StepRows) -> tuple[torch.Tensor, torch.Tensor]:
-        tiles = self._tiles(rows)
-        tensors = upload_numbers(self._platform, rows, tiles)
+    def _eager(self, rows: StepRows, draws: StepDraws | None) -> tuple[torch.Tensor, StepTensors]:
+        tensors = upload_numbers(self._platform, rows, self._tiles(rows), draws)
         residual = self._embed(tensors)
         angles = self._model.angles(tensors.positions)
         config = self._model.config
@@ -141,7 +164,7 @@ class DeviceRunner:
             added = layer.behind(attended.view(num_rows, -1), residual)
             self._tick()
         assert added is not None
-        return residual.add_(added), tensors.read_rows
+        return residual.add_(added), tensors
 
     def _attend(
         self,
@@ -171,24 +194,12 @@ class DeviceRunner:
         return found
 
     def _embed(self, tensors: StepTensors) -> torch.Tensor:
-        drawn = self._drawn[tensors.sources.clamp(min=0)].clamp_(min=0)
+        drawn = self._drawing.drawn.flat[tensors.sources.clamp(min=0)].clamp_(min=0)
         ids = torch.where(tensors.sources >= 0, drawn, tensors.token_ids)
         return self._model.embed(ids)
 
-    def _attend_nobody(self) -> None:
-        """Both attentions for sequences without length, once a window."""
-        config, device, most = self._model.config, self._platform.device, self._most
-        shape = (most, config.num_heads, config.head_dim)
-        q = torch.zeros(shape, dtype=self._dtype, device=device)
-        none = torch.zeros(most + 1, dtype=torch.int32, device=device)
-        address = torch.zeros(most, dtype=torch.int64, device=device)
-        tile = torch.tensor([[-1, 0]], dtype=torch.int32, device=device)
-        for layer in {window: at for at, window in enumerate(config.layer_windows)}.values():
-            # Few are cut into several parts, many are not.
-            for count in (1, most):
-                of = SequenceRows(address[:count], none[:count])
-                self._ops.attend_decodes(layer, q[:count], of, 1, torch.empty_like(q[:count]))
-            self._ops.attend_prompts(layer, q, of, none, tile, torch.empty_like(q))
+    def _draw(self, hidden: torch.Tensor, tensors: StepTensors, kind: DrawKind) -> None:
+        self._drawing.draw(hidden, tensors.read_rows, tensors.draws, tensors.places, kind)
 
     # -- one graph -------------------------------------------------------------------------------
 
@@ -201,7 +212,7 @@ class DeviceRunner:
 
     def _full_body(self, key: GraphKey) -> Callable[[], None]:
         tensors, stretch = self._numbers(key).tensors, self._stretch
-        rows = key.num_rows
+        rows, hidden = key.num_rows, stretch.hidden[: key.num_rows]
         sequences = SequenceRows(tensors.addresses, tensors.lengths)
 
         def body() -> None:
@@ -215,17 +226,19 @@ class DeviceRunner:
                 self._ops.attend_decodes(layer.index, q, sequences, key.rows_each, attended)
                 added = layer.behind(attended.view(rows, -1), residual)
             assert added is not None
-            torch.add(residual, added, out=stretch.hidden[:rows])
+            torch.add(residual, added, out=hidden)
+            if key.draws is not DrawKind.NONE:
+                self._draw(hidden, tensors, key.draws)
 
         return body
 
     # -- graphs between attentions ---------------------------------------------------------------
 
     def _partial(
-        self, graphs: GraphCache, key: GraphKey, rows: StepRows
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._numbers(key).fill(rows.alone())
-        tensors = upload_numbers(self._platform, rows, self._tiles(rows))
+        self, graphs: GraphCache, key: GraphKey, rows: StepRows, draws: StepDraws | None
+    ) -> tuple[torch.Tensor, StepTensors]:
+        self._numbers(key).fill(rows.alone(), None)
+        tensors = upload_numbers(self._platform, rows, self._tiles(rows), draws)
         stretch, num_rows = self._stretch, rows.counts.num_rows
         for number in range(len(self._layers) + 1):
             body = self._stretch_body(key, number)
@@ -235,7 +248,7 @@ class DeviceRunner:
                 q, out = stretch.q[:num_rows], stretch.attended[:num_rows]
                 self._attend(self._layers[number].index, rows, tensors, q, out)
                 self._tick()
-        return stretch.hidden[:num_rows], tensors.read_rows
+        return stretch.hidden[:num_rows], tensors
 
     def _stretch_body(self, key: GraphKey, number: int) -> Callable[[], None]:
         """What lies before attention `number`: the layer below from its attention on, and this one
@@ -269,32 +282,3 @@ class DeviceRunner:
         """A key's graphs were given up: nobody reads its tensors any more."""
         if isinstance(key, GraphKey):
             self._static.pop(key, None)
-
-    def _ticks(self) -> None:
-        for _ in self._layers:
-            self._tick()
-
-
-class _StretchTensors:
-    """What graphs leave for each other and for attention between them, for `most` rows."""
-
-    def __init__(
-        self, config: ModelConfig, most: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        heads = (most, config.num_heads, config.head_dim)
-        state = (most, config.hidden_size)
-        self.q = torch.zeros(heads, dtype=dtype, device=device)
-        self.attended = torch.zeros(heads, dtype=dtype, device=device)
-        self.hidden = torch.zeros(state, dtype=dtype, device=device)
-        self._even = torch.zeros(state, dtype=dtype, device=device)
-        self._odd = torch.zeros(state, dtype=dtype, device=device)
-        half = (2, most, config.head_dim // 2)
-        self._angles = torch.zeros(half, dtype=torch.float32, device=device)
-
-    def sides(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows' state as stretch `number` finds it and where it leaves it."""
-        return (self._even, self._odd) if number % 2 else (self._odd, self._even)
-
-    def angles(self, rows: int) -> Angles:
-        """Cosines and sines of the rows."""
-        return self._angles[0, :rows], self._angles[1, :rows]

@@ -10,63 +10,38 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from xllm.errors import DeviceLostError
-from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import MapPages
 from xllm.worker.execution.batch import BatchEntry, StepBatch
+from xllm.worker.execution.device.draws import DrawnTokens, StepDraws
 from xllm.worker.execution.device.ops import DeviceDraws
 from xllm.worker.execution.device.rows import decodes_first, has_addresses, lay_out_rows
 from xllm.worker.execution.device.runner import DeviceRunner
-from xllm.worker.execution.device.under_way import StepsUnderWay, StepUnderWay
+from xllm.worker.execution.device.under_way import MAX_UNDER_WAY, StepsUnderWay, StepUnderWay
 from xllm.worker.execution.drawing import sample_row
 from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.sequences import SequenceTable
 from xllm.worker.graphs.cache import GraphStatistics
-from xllm.worker.graphs.choice import GraphMode
-from xllm.worker.models.model import NativeModel
+from xllm.worker.graphs.choice import DrawKind, GraphMode
 from xllm.worker.platform.copies import HostCopier
 from xllm.worker.platform.platform import Platform
 from xllm.worker.sampling.edits import needs_counts
-from xllm.worker.sampling.rows import SampleRow
-
-MAX_UNDER_WAY = 3
-"""Steps whose tokens the host has not seen: the master plans one ahead; one more may be on its way
-back."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceStatistics:
-    """Steps by how their layers were launched; those that waited for the ones before them, as the
-    host had to draw or their pages were in use; what became of graphs, where there are any."""
+    """Steps by how their layers were launched; those whose graph drew, too; those that waited for
+    the ones before them, as the host had to draw or their pages were in use; what became of graphs,
+    where there are any."""
 
     by_mode: dict[GraphMode, int]
+    num_drawn_whole: int
     num_host_draws: int
     num_waited: int
     graphs: GraphStatistics | None
-
-
-class DrawnTokens:
-    """The last tokens of up to MAX_UNDER_WAY + 1 steps on the device, of `most` rows each: a
-    later step finds them by place."""
-
-    def __init__(self, most: int, device: torch.device) -> None:
-        # Every step's tokens begin at a multiple of 16 bytes: see `tensors`.
-        self.most = most + most % 2
-        shape = (MAX_UNDER_WAY + 1, self.most)
-        self._data = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._at = 0
-
-    @property
-    def flat(self) -> torch.Tensor:
-        """All places."""
-        return self._data.view(-1)
-
-    def next(self, count: int) -> tuple[int, torch.Tensor]:
-        """The first place of the next step's tokens, and the tensor [count] that they go to."""
-        self._at = (self._at + 1) % (MAX_UNDER_WAY + 1)
-        return self._at * self.most, self._data[self._at, :count]
 
 
 class DeviceSteps:
@@ -75,19 +50,16 @@ class DeviceSteps:
 
     def __init__(
         self,
-        model: NativeModel,
         runner: DeviceRunner,
         sampler: DeviceDraws,
         drawn: DrawnTokens,
         platform: Platform,
     ) -> None:
-        self._model = model
         self._runner = runner
         self._sampler = sampler
         self._drawn = drawn
         self._platform = platform
         self._copier: HostCopier = platform.copier()
-        self._flags = torch.zeros(drawn.most, dtype=torch.uint8, device=platform.device)
         self.under_way = StepsUnderWay()
         self._num_host_draws = 0
         self._num_waited = 0
@@ -96,17 +68,6 @@ class DeviceSteps:
         """Have kernels compiled and graphs captured before the first request waits for them."""
         with torch.inference_mode():
             self._runner.warm_up()
-            config = self._model.config
-            logits = torch.zeros((1, config.vocab_size), device=self._platform.device)
-            for top_p in (1.0, 0.5):
-                sampling = SamplingParams(temperature=1.0, top_p=top_p, seed=0)
-                row = SampleRow(sampling, 0, 0, (), ())
-                if self._sampler.is_for_device(row):
-                    inputs = self._sampler.prepare([row])
-                    _, tokens = self._drawn.next(1)
-                    numbers = self._platform.upload(inputs.numbers)
-                    flags = self._flags[:1]
-                    self._sampler.draw(logits, numbers, tokens, flags, filtered=inputs.filtered)
         self._platform.synchronize()
 
     def make_room(self, table: SequenceTable, maps: Sequence[MapPages], block_size: int) -> bool:
@@ -158,16 +119,14 @@ class DeviceSteps:
         order of its rows."""
         self._num_host_draws += 1
         ordered = decodes_first(batch)
-        return ordered, self._runner.run(lay_out_rows(ordered))[0]
+        return ordered, self._runner.run(lay_out_rows(ordered))
 
     def launch(self, step: int, batch: StepBatch, outputs: StepOutputs) -> StepUnderWay:
         """Launch a batch that can be run and drawn here."""
         ordered = decodes_first(batch)
-        hidden, read_rows = self._runner.run(lay_out_rows(ordered))
         drawing = [entry for entry in ordered.entries if entry.item.num_samples]
         first, tokens = self._drawn.next(len(drawing))
-        if drawing:
-            self._draw(drawing, hidden.index_select(0, read_rows), tokens)
+        self._runner.run(lay_out_rows(ordered), self._draws(drawing, first))
         for number, entry in enumerate(drawing):
             entry.state.expect(first + number)
         # Where nothing is drawn some number tells that the step is done.
@@ -185,19 +144,17 @@ class DeviceSteps:
         """A snapshot."""
         return DeviceStatistics(
             self._runner.steps_by_mode,
+            self._runner.num_drawn_whole,
             self._num_host_draws,
             self._num_waited,
             self._runner.graph_statistics(),
         )
 
-    def _draw(
-        self, entries: Sequence[BatchEntry], hidden: torch.Tensor, tokens: torch.Tensor
-    ) -> None:
-        """Tokens of some entries from their rows' last states, -1 where the model's output is not
-        finite."""
+    def _draws(self, entries: Sequence[BatchEntry], first: int) -> StepDraws | None:
+        """The draws of some entries, whose tokens go to the places from `first` on."""
+        if not entries:
+            return None
         inputs = self._sampler.prepare([sample_row(entry) for entry in entries])
-        logits = self._model.head(hidden)
-        flags = self._flags[: len(entries)]
-        numbers = self._platform.upload(inputs.numbers)
-        self._sampler.draw(logits, numbers, tokens, flags, filtered=inputs.filtered)
-        tokens.masked_fill_(flags != 0, -1)
+        places = np.arange(first, first + len(entries), dtype=np.int64)
+        kind = DrawKind.FILTERED if inputs.filtered else DrawKind.PLAIN
+        return StepDraws(inputs.numbers.numpy(), places, kind)

@@ -20,6 +20,9 @@ from xllm.worker.execution.sequences import SequenceTable
 from xllm.worker.executor import StepOutput
 from xllm.worker.platform.copies import HostCopy
 
+MAX_UNDER_WAY = 3
+"""Steps whose tokens the host has not seen: the master plans one ahead; one more may be on its way
+back."""
 NOT_FINITE = "the model's output is not a number (an overflow of its type?)"
 
 
