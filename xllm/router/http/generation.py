@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -57,6 +58,14 @@ class Posted(msgspec.Struct, frozen=True, gc=False):
     last_event_id: bytes
 
 
+class OpenStream(NamedTuple):
+    """A stream whose requests are submitted, and what its first word is waited for with."""
+
+    answer: StreamedAnswer
+    writer: StreamWriter
+    request_id: str
+
+
 def last_event_id(scope: Scope) -> bytes:
     """The header's value; empty (as browsers have it) or absent: the answer is new."""
     values = [value for name, value in scope["headers"] if name == b"last-event-id"]
@@ -89,8 +98,11 @@ class Generation:
 
     def begin(self, fail: Fail) -> Rest | None:
         """Submit what is answered as a whole by one terminal message, without a task: the answer,
-        or `fail`, is called by that. What else there is to answer is returned."""
-        if self._body.stream or self._posted.last_event_id or len(self._requests) > 1:
+        or `fail`, is called by that. What else there is to answer is returned; a stream is
+        submitted before, so that its instance works while its task is made."""
+        if self._body.stream:
+            return partial(self._run, self._open())
+        if self._posted.last_event_id or len(self._requests) > 1:
             return self.run
         service, caller = self._context.service, self._caller
         answer = DirectAnswer(caller.connection, self._shape, fail)
@@ -101,16 +113,22 @@ class Generation:
 
     async def run(self, send: Send) -> None:
         """Submit and answer."""
+        await self._run(None, send)
+
+    async def _run(self, opened: OpenStream | None, send: Send) -> None:
         try:
             if self._body.stream:
-                await self._stream(send)
+                await self._stream(opened or self._open(), send)
             elif self._posted.last_event_id:
                 raise InvalidRequestError("Last-Event-ID goes with stream: true only", param=PARAM)
             else:
                 await self._whole(send)
         finally:
-            self._caller.connection.unwatch()
-            self._abort()
+            self._end()
+
+    def _end(self) -> None:
+        self._caller.connection.unwatch()
+        self._abort()
 
     def _submit(
         self,
@@ -171,13 +189,13 @@ class Generation:
         body = self._shape(request_id, int(time.time())).whole(results, usage)
         await send_body(send, body, headers=[(b"x-request-id", request_id.encode())])
 
-    async def _stream(self, send: Send) -> None:
+    def _open(self) -> OpenStream:
+        """Submit; all that can be done for the answer before its first word."""
         signer = EventSigner(self._context.service.event_key, self._caller.tenant)
-        posted, sampling = self._posted, self._requests[0].sampling
+        posted, num_choices = self._posted, self._requests[0].sampling.n
         last: LastEvent | None = None
         if posted.last_event_id:
-            num_choices = sampling.n * len(self._requests)
-            last = signer.read(posted.last_event_id, posted.body, num_choices)
+            last = signer.read(posted.last_event_id, posted.body, num_choices * len(self._requests))
         seed = last.stream.seed if last is not None else int.from_bytes(os.urandom(8), "little")
         answer = StreamedAnswer(
             asyncio.get_running_loop(),
@@ -187,18 +205,25 @@ class Generation:
         )
         answer.merges = last is None
         requests = [_seeded(request, seed) for request in self._requests]
-        self._submit(answer, requests, last)
-        messages = await answer.take()
+        try:
+            self._submit(answer, requests, last)
+        except BaseException:
+            self._end()
+            raise
+        stream = Stream(self._ids[0], int(time.time()), seed, body_digest(posted.body))
+        if last is not None:
+            stream = last.stream
+        return OpenStream(answer, self._writer(signer, stream, last), stream.request_id)
+
+    async def _stream(self, opened: OpenStream, send: Send) -> None:
+        messages = await opened.answer.take()
         # The status waits for the first word of the service: a request that it refuses is
         # answered as an error, not as a stream that begins well.
         if messages and isinstance(messages[0], RequestFailed):
             raise problem_of_failure(messages[0])
-        stream = Stream(self._ids[0], int(time.time()), seed, body_digest(posted.body))
-        writer = self._writer(signer, stream if last is None else last.stream, last)
-        request_id = stream.request_id if last is None else last.stream.request_id
-        headers = [*STREAM_HEADERS, (b"x-request-id", request_id.encode())]
+        headers = [*STREAM_HEADERS, (b"x-request-id", opened.request_id.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._pass_on(answer, messages, writer, send)
+        await self._pass_on(opened.answer, messages, opened.writer, send)
 
     def _writer(self, signer: EventSigner, stream: Stream, last: LastEvent | None) -> StreamWriter:
         options = self._body.stream_options
