@@ -39,7 +39,7 @@ from xllm.worker.kernels.team import Team
 from xllm.worker.loader.config import ModelConfig, read_config
 from xllm.worker.memory.making import make_memory
 from xllm.worker.models.registry import find_family
-from xllm.worker.platform.platform import select_platform
+from xllm.worker.platform.selection import select_platform
 
 DEMO = Path(__file__).parents[1] / "xllm" / "demo" / "model"
 TEXT_TOKENS = 256

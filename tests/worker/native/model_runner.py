@@ -14,7 +14,7 @@ from xllm.worker.memory.block_layout import BlockLayout
 from xllm.worker.memory.cpu_memory import CpuKvMemory
 from xllm.worker.memory.layout import KvLayout
 from xllm.worker.memory.pool import KvPool, allocate_memory
-from xllm.worker.platform.platform import select_platform
+from xllm.worker.platform.selection import select_platform
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16

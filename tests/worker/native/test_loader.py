@@ -17,7 +17,8 @@ from xllm.worker.loader.checkpoint import open_checkpoint
 from xllm.worker.loader.config import ModelConfig, read_config
 from xllm.worker.models.registry import NATIVE_ARCHITECTURES, find_family
 from xllm.worker.platform.cpu import CpuPlatform
-from xllm.worker.platform.platform import DeviceMemory, select_platform
+from xllm.worker.platform.platform import DeviceMemory
+from xllm.worker.platform.selection import select_platform
 
 WEIGHTS = "model.safetensors"
 

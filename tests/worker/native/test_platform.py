@@ -15,7 +15,8 @@ from xllm.errors import ConfigError, DependencyError
 from xllm.worker.memory.layout import choose_num_blocks
 from xllm.worker.platform import cpu
 from xllm.worker.platform.control_group import GroupMemory, group_cpus, group_memory
-from xllm.worker.platform.platform import resolve_dtype, select_platform
+from xllm.worker.platform.platform import resolve_dtype
+from xllm.worker.platform.selection import select_platform
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 without_npu = pytest.mark.skipif(

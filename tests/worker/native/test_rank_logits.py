@@ -20,7 +20,7 @@ from xllm.worker.attention.plan import Span
 from xllm.worker.collectives.gloo import GlooRanks
 from xllm.worker.execution.loading import load_model
 from xllm.worker.execution.rank_head import RankHead
-from xllm.worker.platform.platform import select_platform
+from xllm.worker.platform.selection import select_platform
 
 VARIANTS = {
     "biases everywhere": ("llama", {"attention_bias": True, "mlp_bias": True}, 2),

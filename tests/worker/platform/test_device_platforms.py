@@ -16,7 +16,8 @@ from xllm.errors import DependencyError
 from xllm.worker.platform import cuda, npu, pinned
 from xllm.worker.platform.cuda import CudaPlatform
 from xllm.worker.platform.npu import NpuPlatform, npu_available
-from xllm.worker.platform.platform import Platform, select_platform
+from xllm.worker.platform.platform import Platform
+from xllm.worker.platform.selection import select_platform
 
 EXACT = (
     "allow_tf32",

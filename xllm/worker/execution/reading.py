@@ -11,7 +11,8 @@ from xllm.errors import ConfigError
 from xllm.worker.collectives.making import place_engine
 from xllm.worker.execution.loading import LoadedModel, load_model, resolve_model_len
 from xllm.worker.kernels.selection import require_team
-from xllm.worker.platform.platform import Platform, select_platform
+from xllm.worker.platform.platform import Platform
+from xllm.worker.platform.selection import select_platform
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

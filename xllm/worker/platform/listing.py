@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from xllm.errors import DependencyError, EngineError
-from xllm.worker.platform.platform import Platform, select_platform
+from xllm.worker.platform.platform import Platform
+from xllm.worker.platform.selection import select_platform
 
 KINDS = ("cpu", "cuda", "npu")
 _GIB = 1 << 30

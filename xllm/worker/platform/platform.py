@@ -1,7 +1,7 @@
-"""The device platform: one interface over CPU, CUDA and NPU, and the choice among them.
+"""The device platform: one interface over CPU, CUDA and NPU.
 
-It knows nothing of models or plans. A platform is made once by a worker, before anything is
-allocated; what a device cannot do is refused here with the name of what is missing.
+It knows nothing of models or plans. A platform is made once by a worker (see `selection`), before
+anything is allocated; what a device cannot do is refused with the name of what is missing.
 """
 
 from __future__ import annotations
@@ -99,32 +99,6 @@ class Platform(Protocol):
     def fingerprint(self) -> tuple[str, ...]:
         """What decides the bits of a product beside its inputs: kind, instruction set or model,
         library versions."""
-
-
-def select_platform(device: str, rank: int = 0) -> Platform:
-    """The platform of a device kind; `auto` takes the first accelerator found, else the CPU.
-
-    Raises DependencyError where the kind's package or device is absent, ConfigError for an
-    unknown kind. `rank` chooses among several accelerators.
-    """
-    from xllm.worker.platform.cpu import CpuPlatform
-    from xllm.worker.platform.cuda import CudaPlatform
-    from xllm.worker.platform.npu import NpuPlatform, npu_available
-
-    match device:
-        case "cpu":
-            return CpuPlatform()
-        case "cuda":
-            return CudaPlatform(rank)
-        case "npu":
-            return NpuPlatform(rank)
-        case "auto":
-            if torch.cuda.is_available():
-                return CudaPlatform(rank)
-            return NpuPlatform(rank) if npu_available() else CpuPlatform()
-    raise ConfigError(
-        f"worker.device must be auto, cpu, cuda or npu, not {device!r}", param="worker.device"
-    )
 
 
 def resolve_dtype(asked: str, checkpoint: str, on_cpu: bool = False) -> torch.dtype:
