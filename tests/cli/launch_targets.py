@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+from tests.fixtures.child_process import run_child
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
-from xllm.protocol.actor.run import run_child
 
 
 class IdleRole(Actor):

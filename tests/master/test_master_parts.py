@@ -68,7 +68,6 @@ def test_ends_that_requests_are_the_reason_of_say_nothing_of_the_worker():
     assert restarts.ended(-9, 0, was_ready=True) == 0.0
     assert all(restarts.ended(1, t, was_ready=True, is_excused=True) == 0.0 for t in range(1, 9))
     assert restarts.ended(-9, 9, was_ready=True) == 0.5
-    assert restarts.num_recent == 2
 
 
 def test_a_worker_that_never_was_ready_is_not_started_at_once():
@@ -79,7 +78,7 @@ def test_a_worker_that_never_was_ready_is_not_started_at_once():
 def test_restarts_forget_what_is_long_ago():
     restarts = WorkerRestarts()
     assert all(restarts.ended(70, 61.0 * k, was_ready=True) == 0.0 for k in range(20))
-    assert restarts.num_recent == 1
+    assert len(restarts._ends) == 1
 
 
 def test_a_worker_that_cannot_start_is_not_tried_again():

@@ -3,11 +3,11 @@
 import ctypes
 import time
 
+from tests.fixtures.child_process import run_child
 from xllm.config.load import decode_settings
 from xllm.config.settings import Settings
 from xllm.errors import InvariantError
 from xllm.protocol.actor.logs import configure_logs
-from xllm.protocol.actor.run import run_child
 from xllm.protocol.step import StepPlan
 from xllm.worker.actor import WorkerActor, worker_name
 from xllm.worker.executor import StepOutput

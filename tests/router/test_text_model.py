@@ -178,7 +178,6 @@ def test_token_bytes_and_specials(tmp_path):
     model = load_text_model(str(write_model(tmp_path, byte_level_tokenizer())))
     [end] = model.encode("<|end|>")
     assert model.token_bytes(end) == b"<|end|>"
-    assert model.is_special(end)
     assert model.decode([end, *model.encode("hi")]) == "hi"
     assert model.decode([end], skip_special_tokens=False) == "<|end|>"
     assert b"".join(map(model.token_bytes, model.encode("wörld <tool call>"))) == (

@@ -44,7 +44,6 @@ class IndexStatistics:
     max_bytes: int
     num_dropped: int
     num_events: int
-    num_parts: int
     num_rebuilt: int
 
 
@@ -124,7 +123,6 @@ class KvIndex:
             max_bytes=self._max_bytes,
             num_dropped=self._num_dropped,
             num_events=self._num_events,
-            num_parts=len(self._parts),
             num_rebuilt=self._table.num_rebuilt,
         )
 

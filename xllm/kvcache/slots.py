@@ -30,7 +30,6 @@ class SlotTableStatistics:
     num_used: int
     num_mappings: int
     max_mappings: int
-    num_assigned: int
     num_pages: int
     num_pages_found: int
     num_reclaimed: int
@@ -55,7 +54,6 @@ class SlotTable:
         self._empty = list(range(num_slots - 1, -1, -1))
         self._idle: dict[int, None] = {}
         self._by_first: dict[int, dict[int, None]] = {}
-        self._num_assigned = 0
         self._num_pages = 0
         self._num_found = 0
         self._num_reclaimed = 0
@@ -96,7 +94,6 @@ class SlotTable:
         if not self._map(slot, 0, page_ids):
             self.release(slot)
             return False
-        self._num_assigned += 1
         return True
 
     def extend(self, slot: int, page_ids: Sequence[int]) -> bool:
@@ -158,7 +155,6 @@ class SlotTable:
             self.num_slots - self.num_idle,
             self._mapped.num_mappings,
             self.max_mappings,
-            self._num_assigned,
             self._num_pages,
             self._num_found,
             self._num_reclaimed,

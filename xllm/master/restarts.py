@@ -28,11 +28,6 @@ class WorkerRestarts:
         self.exit_code = XllmError.exit_code
         """What the master exits with after giving up."""
 
-    @property
-    def num_recent(self) -> int:
-        """Ends within the window, as of the last one."""
-        return len(self._ends)
-
     def ended(
         self, code: int, now: float, *, was_ready: bool, is_excused: bool = False
     ) -> float | None:

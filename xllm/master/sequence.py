@@ -18,16 +18,14 @@ NEVER = 1 << 62
 
 
 class SequencePhase(IntEnum):
-    """Where a sequence stands. HELD: prefilled, its blocks kept for a hand-off. LOADING (its KV is
-    on its way) and ENCODING are not entered yet. PAUSED: off the steps, its KV kept."""
+    """Where a sequence stands. HELD: prefilled, its blocks kept for a hand-off. PAUSED:
+    off the steps, its KV kept."""
 
     WAITING = 0
-    LOADING = 1
-    RUNNING = 2
-    PAUSED = 3
-    HELD = 4
-    ENCODING = 5
-    FINISHED = 6
+    RUNNING = 1
+    PAUSED = 2
+    HELD = 3
+    FINISHED = 4
 
 
 class Sequence:

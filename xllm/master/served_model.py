@@ -8,7 +8,6 @@ that router cancelled it or is gone.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -223,8 +222,3 @@ class ServedModel:
         if configured.startswith("tcp://"):
             return f"{configured.rpartition(':')[0]}:0"
         return f"{configured}.{self.index}"
-
-
-async def drain_all(models: list[ServedModel], timeout_s: float) -> None:
-    """Drain all at once."""
-    await asyncio.gather(*(one.drain(timeout_s) for one in models))

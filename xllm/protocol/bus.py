@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from xllm.protocol.message import ArrayMessage, ArrayPart
 
-HEARTBEAT_PERIOD_S = 0.2
-"""A publisher that was silent for three periods in a row is suspect."""
-
 
 class InstanceLoad(ArrayPart, frozen=True):
     """How busy an instance is, at the time of the heartbeat."""

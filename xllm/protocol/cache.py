@@ -8,7 +8,7 @@ carries a checksum, verified by the reader: a block that fails it is a miss, nev
 
 from __future__ import annotations
 
-from xllm.protocol.message import ArrayMessage, ArrayPart
+from xllm.protocol.message import ArrayMessage
 
 
 class OpenArena(ArrayMessage, frozen=True):
@@ -125,11 +125,3 @@ class CacheRefused(ArrayMessage, frozen=True):
 
 
 CacheReply = ArenaOpened | BlocksFound | BlockPlaces | CacheDone | CacheRefused
-
-
-class StoredLayout(ArrayPart, frozen=True):
-    """A layout known to a daemon."""
-
-    layout: str
-    block_bytes: int
-    num_blocks: int

@@ -32,13 +32,12 @@ _LINE = re.compile(r"(\w+)\s+(\S+): (started|ready) \(pid (\d+)\)")
 
 @dataclasses.dataclass
 class KnownProcess:
-    """A process as its launcher showed it last. `num_ready`: how often it became ready."""
+    """A process as its launcher showed it last."""
 
     kind: str
     name: str
     pid: int
     is_ready: bool = False
-    num_ready: int = 0
 
 
 class ChaosCluster:
@@ -133,11 +132,6 @@ class ChaosCluster:
         assert self._launcher is not None
         return self._launcher.pid
 
-    @property
-    def launcher_ended(self) -> bool:
-        """Whether there is no launcher any more."""
-        return self._launcher is None or self._launcher.poll() is not None
-
     def launcher_text(self) -> str:
         """All that it showed."""
         return (self.directory / "launcher.out").read_text(errors="replace")
@@ -183,7 +177,6 @@ class ChaosCluster:
         one = self.processes.setdefault(name, KnownProcess(kind, name, pid))
         one.pid = pid
         one.is_ready = is_ready
-        one.num_ready += is_ready
 
     def _read_address(self, line: str) -> None:
         words = line.split()

@@ -64,11 +64,6 @@ class StreamRecord:
         """Items still to come."""
         return sum(map(len, self.expected)) - sum(map(len, self.got))
 
-    @property
-    def num_got(self) -> int:
-        """Items that came."""
-        return sum(map(len, self.got))
-
     def longest_pause(self, since: float, until: float) -> Pause | None:
         """The one of most waste that touches this time; that of a stream that is open runs on."""
         found = [one for one in self.pauses if one.end > since and one.start < until]

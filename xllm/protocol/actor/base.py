@@ -59,7 +59,6 @@ class Actor:
         self._stop_requested = asyncio.Event()
         self._exit_code = 0
         self.stop_reason = ""
-        self._stopping_by_signal = False
 
     # -- for subclasses ----------------------------------------------------------------------
 

@@ -89,11 +89,6 @@ def run_actor(make: Callable[[], Actor]) -> Outcome:
     return _outcome_of(run)
 
 
-def run_child(make: Callable[[], Actor]) -> NoReturn:
-    """`run_actor` as the last act of a process: exits with its code."""
-    _leave(run_actor(make).exit_code)
-
-
 def _outcome_of(run: Callable[[], Outcome]) -> Outcome:
     try:
         return run()

@@ -27,7 +27,7 @@ class RunDirectory:
 
     def __init__(self, base: str) -> None:
         prepare_base(base)
-        self.swept = sweep(base)
+        sweep(base)
         name = secrets.token_hex(6)
         hidden = os.path.join(base, _HIDDEN_PREFIX + name)
         os.mkdir(hidden, 0o700)

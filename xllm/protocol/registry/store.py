@@ -23,7 +23,6 @@ class RegistryStatistics:
 
     num_keys: int
     num_leases: int
-    num_history: int
     revision: int
     compacted: int
 
@@ -196,7 +195,6 @@ class RegistryStore:
         return RegistryStatistics(
             num_keys=len(self._entries),
             num_leases=len(self._leases),
-            num_history=len(self._history),
             revision=self._revision,
             compacted=self._compacted,
         )

@@ -60,11 +60,6 @@ class WaitingLine:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._waiters
 
-    @property
-    def num_tenants(self) -> int:
-        """Tenants that are remembered, waiting or not."""
-        return len(self._had)
-
     def push(self, waiter: Waiter) -> Waiter | None:
         """It waits from now on. Returns who is sent away for it, perhaps itself."""
         self._waiters[waiter.request_id] = waiter

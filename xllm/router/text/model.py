@@ -108,10 +108,6 @@ class TextModel:
         text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return text.encode()
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether the token is left out of text."""
-        return token_id in self._special_ids
-
     def output(self, sampling: SamplingParams, prompt_ids: Sequence[int]) -> TextOutput:
         """A fresh output object of one choice of a request with this prompt.
 
