@@ -5,12 +5,13 @@ import dataclasses
 import time
 
 import pytest
+import structlog
 
 from tests.master.test_master_actor import Stage, expected, make_settings, stage
 from xllm.errors import BackpressureError, InvariantError
 from xllm.master.workers import WorkerGroup
 from xllm.protocol.actor.base import Actor
-from xllm.protocol.instance import ProbeAnswer, ProbeInstance
+from xllm.protocol.instance import CancelRequest, ProbeAnswer, ProbeInstance, ReleaseHold
 from xllm.protocol.transport.context import Transport
 
 
@@ -192,6 +193,31 @@ def test_an_attempt_that_runs_for_another_connection_is_a_conflict(run_dir):
             assert (await one.router.ends("a")).code == ""
             assert one.router.streams["a", 1, 0].tokens == expected(request)
             assert not other.streams
+
+    asyncio.run(scenario())
+
+
+def test_another_connection_ends_no_request(run_dir):
+    async def scenario():
+        async with stage(run_dir, toy_step_ms=5.0) as one:
+            other = one.make_router()
+            request = one.router.admit("a", range(20, 30), max_tokens=30)
+            await one.router.until(lambda: one.router.streams)
+            with structlog.testing.capture_logs() as logs:
+                for attempt in (1, 7):
+                    for choice in (-1, 0):
+                        other.send(CancelRequest("a", attempt, choice))
+                    other.send(ReleaseHold("a", attempt))
+                other.send(CancelRequest("a", 0))  # of an attempt before: late, and no forgery
+                other.send(CancelRequest("unknown", 1))
+                assert (await one.router.ends("a")).code == ""
+            assert one.router.streams["a", 1, 0].tokens == expected(request)
+            assert one.transport.num_refused == 6
+            assert [line["event"] for line in logs].count("router_speaks_for_another") == 1
+            one.router.admit("b", range(20, 30), max_tokens=200)
+            await one.router.until(lambda: ("b", 1, 0) in one.router.streams)
+            one.router.send(CancelRequest("b", 1))
+            await one.router.until(lambda: not len(one.master.models[0].conversation.routes))
 
     asyncio.run(scenario())
 

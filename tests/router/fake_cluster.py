@@ -87,7 +87,8 @@ class FakeLinks:
         self.sent.append((instance, message))
         if isinstance(message, ProbeInstance) and self.answer_probes and self.service:
             answer = ProbeAnswer(message.nonce, True)
-            asyncio.get_running_loop().call_soon(self.service.prober.answered, answer)
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self.service.prober.answered, instance, answer)
         return True
 
     def admits(self) -> list[AdmitRequest]:
@@ -224,18 +225,24 @@ class FakeCluster:
     ) -> int:
         ids = tuple(text_model().encode(text))
         item = TokenItem(request_id, choice, attempt, first, ids, reason, stop_id)
-        self.service.instance_says("a", TokenBatch((item,)))
+        self.service.instance_says(self._runs(request_id), TokenBatch((item,)))
         return len(ids)
+
+    def _runs(self, request_id: str) -> str:
+        """The instance that runs it."""
+        request = self.service.dispatcher.open.get(request_id)
+        state = None if request is None else request.state
+        return state.instance if state is not None and state.instance else "a"
 
     def pool(self, request_id: str, vector: bytes, attempt: int = 1) -> None:
         """The vector of a request, and that its one choice has no tokens."""
         item = TokenItem(request_id, 0, attempt, 0, (), "length")
         word = PooledVector(request_id, attempt, vector)
-        self.service.instance_says("a", TokenBatch((item,), vectors=(word,)))
+        self.service.instance_says(self._runs(request_id), TokenBatch((item,), vectors=(word,)))
 
     def end(self, request_id: str, attempt: int = 1, code: str = "", cached: int = 0) -> None:
         ended = RequestEnded(request_id, attempt, code, "as told" if code else "", "", cached)
-        self.service.instance_says("a", TokenBatch((), (ended,)))
+        self.service.instance_says(self._runs(request_id), TokenBatch((), (ended,)))
 
     def close(self) -> None:
         self.service.dispatcher.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -34,6 +35,16 @@ KEY = instance_key("c", "one")
 
 def peer(name, *roles):
     return KnownPeer(name, f"key of {name}", frozenset(roles) or EVERY_ROLE)
+
+
+def said_by(key, name="", text=""):
+    """What the owner of a key registers."""
+    return msgspec.msgpack.encode({"name": name, "public_key": key, "text": text})
+
+
+def record(who, text=""):
+    """What a peer registers."""
+    return said_by(f"key of {who}", text=text)
 
 
 class Owned:
@@ -73,41 +84,41 @@ class Owned:
 
 def test_who_made_a_key_owns_it_until_it_is_gone():
     owned, one, two = Owned(), peer("one"), peer("two")
-    owned.ask(one, PutEntry(1, KEY, b"a"))
-    owned.ask(one, PutEntry(1, KEY, b"b"))
-    owned.refused(two, PutEntry(1, KEY, b"x"))
+    owned.ask(one, PutEntry(1, KEY, record("one", "a")))
+    owned.ask(one, PutEntry(1, KEY, record("one", "b")))
+    owned.refused(two, PutEntry(1, KEY, record("two")))
     owned.refused(two, DeleteEntry(1, KEY))
-    owned.refused(two, CompareAndSet(1, KEY, owned.store.get(KEY, 0.0).mod_revision, b"x"))
+    owned.refused(two, CompareAndSet(1, KEY, owned.store.get(KEY, 0.0).mod_revision, record("two")))
     owned.ask(two, GetEntry(1, KEY))
     owned.ask(one, DeleteEntry(1, KEY))
-    owned.ask(two, PutEntry(1, KEY, b"c"))
-    owned.refused(one, PutEntry(1, KEY, b"d"))
-    assert owned.store.get(KEY, 0.0).value == b"c"
+    owned.ask(two, PutEntry(1, KEY, record("two", "c")))
+    owned.refused(one, PutEntry(1, KEY, record("one", "d")))
+    assert owned.store.get(KEY, 0.0).value == record("two", "c")
 
 
 def test_what_ends_with_a_lease_is_free_again():
     owned, one, two = Owned(), peer("one"), peer("two")
     lease = owned.ask(one, GrantLease(1, 5.0)).lease.id
-    owned.ask(one, PutEntry(1, KEY, b"a", lease))
+    owned.ask(one, PutEntry(1, KEY, record("one"), lease))
     owned.refused(two, KeepLease(1, lease))
     owned.refused(two, RevokeLease(1, lease))
-    owned.refused(two, PutEntry(1, instance_key("c", "two"), b"a", lease))
+    owned.refused(two, PutEntry(1, instance_key("c", "two"), record("two"), lease))
     owned.now = 100.0
-    owned.ask(two, PutEntry(1, KEY, b"b"))
-    owned.refused(one, PutEntry(1, KEY, b"c"))
+    owned.ask(two, PutEntry(1, KEY, record("two")))
+    owned.refused(one, PutEntry(1, KEY, record("one")))
 
 
 def test_a_comparison_that_fails_makes_nobody_an_owner():
     owned, one, two = Owned(), peer("one"), peer("two")
     owned.store.put(KEY, b"by a process of this node", 0, 0.0)
-    assert not owned.ask(one, CompareAndSet(1, KEY, 0, b"x")).result.ok
-    owned.ask(two, PutEntry(1, KEY, b"y"))
+    assert not owned.ask(one, CompareAndSet(1, KEY, 0, record("one"))).result.ok
+    owned.ask(two, PutEntry(1, KEY, record("two")))
 
 
 def test_a_leaders_write_is_checked_key_by_key():
     owned, one, two = Owned(), peer("one"), peer("two")
-    owned.ask(one, PutEntry(1, "/xllm/c/leader", b""))
-    owned.ask(one, PutEntry(1, KEY, b""))
+    owned.ask(one, PutEntry(1, "/xllm/c/leader", record("one")))
+    owned.ask(one, PutEntry(1, KEY, record("one")))
     revision = owned.store.get("/xllm/c/leader", 0.0).create_revision
     owned.ask(two, GuardedWrite(1, "/xllm/c/leader", revision, (("/xllm/c/roles", b"r"),)))
     for puts, deletes in (((("/xllm/c/x", b""), (KEY, b"x")), ()), ((), ("/xllm/c/x", KEY))):
@@ -117,6 +128,39 @@ def test_a_leaders_write_is_checked_key_by_key():
         GuardedWrite(1, "/xllm/c/leader", revision, deletes=("/xllm/c/roles",)),
     )
     assert owned.store.get("/xllm/c/x", 0.0) is None
+
+
+@pytest.mark.parametrize("key", [KEY, daemon_key("c", "d"), router_key("c", "r")])
+@pytest.mark.parametrize(
+    "value",
+    [record("two"), said_by(""), b"", b"\x00", b"\x80"],
+    ids=["anothers", "nobodys", "empty", "none", "unsaid"],
+)
+def test_a_process_registers_under_its_own_key(key, value):
+    """Else a record could lead routers to another's address as if it were the writer's."""
+    owned, one = Owned(), peer("one")
+    owned.ask(one, PutEntry(1, "/xllm/c/leader", b"\x80"))
+    revision = owned.store.get("/xllm/c/leader", 0.0).create_revision
+    for request in (
+        PutEntry(1, key, value),
+        CompareAndSet(1, key, 0, value),
+        GuardedWrite(1, "/xllm/c/leader", revision, ((key, value),)),
+    ):
+        owned.refused(one, request)
+    owned.ask(one, PutEntry(1, key, record("one")))
+    owned.refused(one, PutEntry(1, key, value))
+    assert owned.store.get(key, 0.0).value == record("one")
+
+
+def test_who_leads_says_a_name_of_its_own():
+    owned, one, two = Owned(), peer("one"), peer("two")
+    owned.ask(one, PutEntry(1, router_key("c", "r1"), said_by("key of one", "r1")))
+    for request in (PutEntry, lambda *said: CompareAndSet(said[0], said[1], 0, said[2])):
+        owned.refused(two, request(1, "/xllm/c/leader", said_by("", "r1")))
+    owned.ask(one, PutEntry(1, "/xllm/c/leader", said_by("", "r1")))
+    owned.ask(one, DeleteEntry(1, "/xllm/c/leader"))
+    # Its own record may have gone with its lease, which is another than that of the leader's key.
+    owned.ask(two, PutEntry(1, "/xllm/c/leader", said_by("", "r2")))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +177,12 @@ def test_a_leaders_write_is_checked_key_by_key():
 def test_roles_have_their_prefixes(key, writers):
     for role in PeerRole:
         owned, who = Owned(), peer("one", role)
-        for request in (PutEntry(1, key, b""), CompareAndSet(1, key, 0, b""), DeleteEntry(1, key)):
+        said = record("one")
+        for request in (
+            PutEntry(1, key, said),
+            CompareAndSet(1, key, 0, said),
+            DeleteEntry(1, key),
+        ):
             if role in writers:
                 owned.ask(who, request)
             else:
@@ -178,13 +227,13 @@ class Owners(RuleBasedStateMachine):
         mine = [i for i, who in self.lease_owner.items() if who == name]
         lease = mine[pick] if pick < len(mine) else 0
         victim = self.owner_of(key)
-        if self.ask(name, PutEntry(1, key, b"v", lease), victim) and victim is None:
+        if self.ask(name, PutEntry(1, key, record(name), lease), victim) and victim is None:
             self.owner[key] = name
 
     @rule(name=names, key=keys)
     def create(self, name, key):
         victim = self.owner_of(key)
-        reply = self.ask(name, CompareAndSet(1, key, 0, b"v"), victim)
+        reply = self.ask(name, CompareAndSet(1, key, 0, record(name)), victim)
         if reply and reply.result.ok:
             self.owner[key] = name
 
@@ -218,15 +267,15 @@ TestOwners.settings = settings(max_examples=40, stateful_step_count=40, deadline
 def test_what_is_remembered_is_bounded():
     owned, one, two = Owned(), peer("one"), peer("two")
     kept = owned.ask(one, GrantLease(1, 1000.0)).lease.id
-    owned.ask(one, PutEntry(1, KEY, b"a", kept))
+    owned.ask(one, PutEntry(1, KEY, record("one"), kept))
     for number in range(6000):
         lease = owned.ask(two, GrantLease(1, 2.0)).lease.id
-        owned.ask(two, PutEntry(1, instance_key("c", f"n{number}"), b"", lease))
+        owned.ask(two, PutEntry(1, instance_key("c", f"n{number}"), record("two"), lease))
         owned.ask(two, RevokeLease(1, lease))
     assert len(owned.owners._leases) < 2000
     assert len(owned.owners._makers) < 2000
     owned.refused(two, RevokeLease(1, kept))
-    owned.refused(two, PutEntry(1, KEY, b"x"))
+    owned.refused(two, PutEntry(1, KEY, record("two")))
 
 
 def test_over_sockets_with_keys(tmp_path):
@@ -235,7 +284,8 @@ def test_over_sockets_with_keys(tmp_path):
         nodes.admit("one", "master")
         nodes.admit("two", "master")
         nodes.admit("engine", "worker")
-        server = nodes.keep(EmbeddedRegistryServer(nodes.server(), "tcp://127.0.0.1:0"))
+        transport = nodes.server()
+        server = nodes.keep(EmbeddedRegistryServer(transport, "tcp://127.0.0.1:0"))
 
         def registry(name):
             return nodes.keep(
@@ -244,18 +294,22 @@ def test_over_sockets_with_keys(tmp_path):
 
         one, two, engine = registry("one"), registry("two"), registry("engine")
         lease = await one.grant(30.0)
-        await one.put(KEY, b"mine", lease.id)
+        mine, poison = (said_by(nodes.keys[name]) for name in ("one", "two"))
+        await one.put(KEY, mine, lease.id)
         for attempt in (
-            two.put(KEY, b"poison"),
+            two.put(KEY, poison),
             two.delete(KEY),
             two.revoke(lease.id),
-            two.put(router_key("c", "r"), b""),
-            engine.put(KEY, b"poison"),
+            two.put(router_key("c", "r"), poison),
+            two.put(instance_key("c", "two"), mine),
+            engine.put(KEY, poison),
             engine.get(KEY),
         ):
             with pytest.raises(PermissionDeniedError):
                 await attempt
-        assert (await two.get(KEY)).value == b"mine"
+        assert transport.num_refused == 7  # of which two have no role for what they say
+        assert (await two.get(KEY)).value == mine
+        await two.put(instance_key("c", "two"), poison)
         await nodes.close()
 
     run(main())

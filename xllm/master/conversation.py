@@ -77,6 +77,8 @@ class RouterConversation:
         # Attempts of which a router that did not read has lost words, until it was told.
         self._voids: dict[bytes, dict[str, int]] = {}
         self._num_probes = 0
+        self._foreign: set[bytes] = set()
+        """Connections that spoke of others' requests, and were named in the log."""
         self._socket = RouterSocket(
             master.transport,
             endpoint,
@@ -166,9 +168,9 @@ class RouterConversation:
         if isinstance(message, AdmitRequest):
             self._admit(router, message)
         elif isinstance(message, CancelRequest):
-            self._cancel(message)
+            self._cancel(router, message)
         elif isinstance(message, ReleaseHold):
-            self._release(message)
+            self._release(router, message)
         elif isinstance(message, PingInstance):
             self._pong(router, message)
         elif isinstance(message, ProbeInstance):
@@ -254,9 +256,11 @@ class RouterConversation:
             return False
         return self.routes.owner(request_id) != router
 
-    def _cancel(self, message: CancelRequest) -> None:
+    def _cancel(self, router: bytes, message: CancelRequest) -> None:
         scheduler = self._master.scheduler
         if scheduler is None or message.attempt < self.routes.attempt(message.request_id):
+            return
+        if not self._owns(router, message):
             return
         self._master.steps.call(
             scheduler.cancel, message.request_id, message.attempt, message.choice
@@ -265,13 +269,29 @@ class RouterConversation:
             self.routes.remove(message.request_id)
         self._master.steps.pump()
 
-    def _release(self, message: ReleaseHold) -> None:
+    def _release(self, router: bytes, message: ReleaseHold) -> None:
         steps = self._master.steps
-        if steps.scheduler is None:
+        if steps.scheduler is None or not self._owns(router, message):
             return
         if steps.call(steps.scheduler.release_hold, message.request_id, message.attempt):
             self.routes.remove(message.request_id)
             steps.pump()
+
+    def _owns(self, router: bytes, message: CancelRequest | ReleaseHold) -> bool:
+        """Whether a connection may end that request: nobody else's that is open."""
+        if self.routes.owner(message.request_id) in (router, b""):
+            return True
+        self._master.transport.num_refused += 1
+        if router not in self._foreign:
+            self._foreign.add(router)
+            peer = self._socket.peer(router)
+            _log.error(
+                "router_speaks_for_another",
+                peer=peer.name if peer is not None else "",
+                request_id=message.request_id,
+                message=type(message).__name__,
+            )
+        return False
 
     def _command(self, router: bytes, message: AssignRole | DrainInstance) -> None:
         refusal = self.epochs.refusal(message.epoch)
@@ -326,6 +346,7 @@ class RouterConversation:
 
     def _on_gone(self, router: bytes) -> None:
         self._voids.pop(router, None)
+        self._foreign.discard(router)
         orphans = self.routes.owned_by(router)
         if orphans:
             _log.warning("router_gone", num_requests=len(orphans))

@@ -68,7 +68,6 @@ class WorkerGroup:
         self._meeting = RankMeeting(self.links)
         self._losses = WorkerLosses(owner.worker_lost, actor.later)
         self.metrics = b""
-        self.num_ends = 0
         self._socket = RouterSocket(
             actor.transport,
             endpoint,
@@ -178,7 +177,7 @@ class WorkerGroup:
         elif isinstance(message, WorkerFailed):
             self._failed(link, message, now)
         elif isinstance(message, RankNotice):
-            self._pass_on(message)
+            self._pass_on(link, message)
         elif isinstance(message, WorkerPong):
             self._owner.worker_pong(message.nonce)
         elif isinstance(message, ModelAwake) and link.rank == 0:
@@ -189,6 +188,10 @@ class WorkerGroup:
             _log.error("worker_refused", rank=hello.rank, num_workers=len(self.links))
             return
         link = self.links[hello.rank]
+        if not self._may_be(link, identity):
+            self._refuse(hello.rank, "another key has that rank")
+            self._stop(identity)
+            return
         if link.identity is not None:
             self._lose(link, "another connection of a worker replaced it")
             self._losses.settle()
@@ -198,6 +201,28 @@ class WorkerGroup:
         # forgets their sequences, before it sees a plan of ours; others just say ready.
         self._call_together()
 
+    def _may_be(self, link: RankLink, identity: bytes) -> bool:
+        """Whether the key of a connection may be that rank: ours, where we start the workers, and
+        else that of the rank's connection, while it has one. (Without keys everybody may.)"""
+        peer = self._socket.peer(identity)
+        if peer is None:
+            return True
+        if self._processes.are_ours:
+            return peer.public_key == self._actor.transport.public_key
+        present = None if link.identity is None else self._socket.peer(link.identity)
+        return present is None or present.public_key == peer.public_key
+
+    def _refuse(self, rank: int, reason: str) -> None:
+        self._actor.transport.num_refused += 1
+        _log.error("worker_refused", rank=rank, reason=reason)
+
+    def _stop(self, identity: bytes) -> None:
+        """It ends itself, and whoever started it starts it again."""
+        try:
+            self._socket.send(identity, StopWorker())
+        except TransportError:
+            pass  # it is gone
+
     def _call_together(self) -> None:
         """Once every rank is here, all load (or forget) and meet under a new name."""
         if not self._meeting.is_complete:
@@ -206,9 +231,11 @@ class WorkerGroup:
         for link in tuple(self.links):
             self._send(link, LoadModel(self._settings.model.name, self._meeting.name))
 
-    def _pass_on(self, notice: RankNotice) -> None:
-        """What one rank tells the others; nothing of a meeting that is over."""
-        if notice.group == self._meeting.name:
+    def _pass_on(self, sender: RankLink, notice: RankNotice) -> None:
+        """What one rank tells the others of itself; nothing of a meeting that is over."""
+        if notice.rank != sender.rank:
+            self._refuse(notice.rank, f"rank {sender.rank} speaks for it")
+        elif notice.group == self._meeting.name:
             for link in [link for link in self.links if link.rank != notice.rank]:
                 self._send(link, notice)
 
@@ -288,7 +315,6 @@ class WorkerGroup:
         self._processes.kill_unless_back(link)
         if not was_ready:
             return
-        self.num_ends += 1
         if by_itself is None and self._processes.pid(link):
             self._losses.lost_connection(link.rank, reason)
         else:

@@ -151,13 +151,15 @@ class KeyRule:
 
     writers: Roles
     owned: bool
+    is_record: bool = False
+    """Whether its value is the record of a process, which says its maker's key."""
 
 
 KEY_RULES: Mapping[str, KeyRule] = types.MappingProxyType(
     {
-        "instances": KeyRule(frozenset((PeerRole.MASTER,)), owned=True),
-        "daemons": KeyRule(frozenset((PeerRole.DAEMON,)), owned=True),
-        "routers": KeyRule(_ROUTER, owned=True),
+        "instances": KeyRule(frozenset((PeerRole.MASTER,)), owned=True, is_record=True),
+        "daemons": KeyRule(frozenset((PeerRole.DAEMON,)), owned=True, is_record=True),
+        "routers": KeyRule(_ROUTER, owned=True, is_record=True),
         "leader": KeyRule(_ROUTER, owned=True),
     }
 )

@@ -19,6 +19,7 @@ from xllm.protocol.instance import (
     CancelRequest,
     RequestEnded,
     TokenBatch,
+    TokenItem,
 )
 from xllm.protocol.transport.context import describe_error
 from xllm.router.flush import FlushTimer
@@ -54,6 +55,8 @@ class Dispatcher:
         self.door: AdmissionDoor | None = None
         """Who hears of ends, and takes requests back that all instances refuse."""
         self._homeless: dict[str, InflightRequest] = {}
+        self._foreign: set[str] = set()
+        """Instances that spoke of what they do not run, and were named in the log."""
         self._budget = MoveBudget()
         self._timer = FlushTimer(clock, self._flush)
         self._empty = asyncio.Event()
@@ -106,18 +109,21 @@ class Dispatcher:
 
     # -- words of instances ------------------------------------------------------------------
 
-    def batch(self, batch: TokenBatch) -> None:
-        """All that one step gave this router. The hottest loop of the service."""
+    def batch(self, name: str, batch: TokenBatch) -> None:
+        """All that one step of an instance gave this router. The hottest loop of the service."""
         table = self.open
         for scores in batch.prompt_scores:
-            self._word(scores.request_id, scores)
+            self._word(name, scores)
         for vector in batch.vectors:
-            self._word(vector.request_id, vector)
+            self._word(name, vector)
         on_trial = self._placement.breakers.on_trial
         for item in batch.items:
             request = table.get(item.request_id)
             if request is None or (state := request.state) is None:
                 self._metrics.num_dropped += 1
+                continue
+            if state.instance != name and item.attempt == state.attempt:
+                self._refuse(name, item)
                 continue
             try:
                 instructions = state.tokens(item)
@@ -128,19 +134,32 @@ class Dispatcher:
             except Exception as error:
                 self._broken(request, error)
         for ended in batch.ended:
-            self._word(ended.request_id, ended)
+            self._word(name, ended)
 
-    def _word(self, request_id: str, word: PromptWord | RequestEnded) -> None:
-        request = self.open.get(request_id)
+    def _word(self, name: str, word: PromptWord | RequestEnded) -> None:
+        request = self.open.get(word.request_id)
         if request is None or (state := request.state) is None:
             self._metrics.num_dropped += 1
-            return
-        if isinstance(word, RequestEnded):
+        elif state.instance != name and word.attempt == state.attempt:
+            self._refuse(name, word)
+        elif isinstance(word, RequestEnded):
             if word.attempt == state.attempt:
                 self._placement.ended(request, word)
             self._tell(request, RequestLife.engine_ended, word)
         else:
             self._tell(request, RequestLife.prompt_word, word)
+
+    def _refuse(self, name: str, word: TokenItem | PromptWord | RequestEnded) -> None:
+        """A word of the present attempt, of an instance that it was not sent to."""
+        self._metrics.num_foreign += 1
+        if name not in self._foreign:
+            self._foreign.add(name)
+            _log.error(
+                "instance_speaks_for_another",
+                instance=name,
+                request_id=word.request_id,
+                word=type(word).__name__,
+            )
 
     def _tell(
         self,
@@ -178,6 +197,7 @@ class Dispatcher:
         """Instances were lost or became usable."""
         for name in change.lost:
             _log.warning("instance_lost", instance=name)
+            self._foreign.discard(name)
             if name not in change.left:
                 self._placement.died(name)
             self._move_all(name)

@@ -74,6 +74,7 @@ class RouterMetrics(Collector):
         self.cached_tokens = 0
         self.num_moves = 0
         self.num_dropped = 0
+        self.num_foreign = 0
         self.registry_degraded = False
         self.num_held_back = 0
         self.num_alone = 0
@@ -119,6 +120,7 @@ class RouterMetrics(Collector):
             ("lone_attempts", "Attempts that share no step: instances died.", self.num_alone),
             ("recalled", "Streams that went on behind tokens of an instance.", self.num_recalled),
             ("dropped_words", "Late or doubled words of instances.", self.num_dropped),
+            ("foreign_words", "Words of instances on what others run.", self.num_foreign),
         ):
             yield CounterMetricFamily(f"xllm_router_{name}", text, value)
         yield self.ttft.family("xllm_router_ttft_seconds", "Submission to first token.")

@@ -19,7 +19,8 @@ class Prober:
     def __init__(self, send: Callable[[str, ProbeInstance], None]) -> None:
         self._send = send
         self._nonce = 0
-        self._waiting: dict[int, asyncio.Future[bool]] = {}
+        self._waiting: dict[tuple[str, int], asyncio.Future[bool]] = {}
+        """By who was asked, and the number of the question."""
         self._running: asyncio.Task[bool] | None = None
 
     async def probe(self, instances: Sequence[str]) -> bool:
@@ -28,9 +29,9 @@ class Prober:
             self._running = asyncio.ensure_future(self._ask(instances))
         return await asyncio.shield(self._running)
 
-    def answered(self, word: ProbeAnswer) -> None:
-        """An instance answers."""
-        future = self._waiting.get(word.nonce)
+    def answered(self, name: str, word: ProbeAnswer) -> None:
+        """An instance answers. What it was not asked is ignored."""
+        future = self._waiting.get((name, word.nonce))
         if future is not None and not future.done():
             future.set_result(word.ok)
 
@@ -47,8 +48,8 @@ class Prober:
             for name in instances:
                 self._nonce += 1
                 future: asyncio.Future[bool] = loop.create_future()
-                self._waiting[self._nonce] = future
-                asked.append(self._nonce)
+                self._waiting[name, self._nonce] = future
+                asked.append((name, self._nonce))
                 futures.append(future)
                 self._send(name, ProbeInstance(self._nonce))
             for answer in asyncio.as_completed(futures, timeout=PROBE_TIMEOUT_S):
@@ -57,6 +58,6 @@ class Prober:
         except TimeoutError:
             pass  # silence within the time is the answer
         finally:
-            for nonce in asked:
-                self._waiting.pop(nonce).cancel()
+            for question in asked:
+                self._waiting.pop(question).cancel()
         return False

@@ -230,13 +230,13 @@ class RouterService:
         if isinstance(message, TokenBatch):
             for ended in message.ended:
                 self._found(name, ended)
-            self.dispatcher.batch(message)
+            self.dispatcher.batch(name, message)
         elif isinstance(message, ProbeAnswer):
-            self.prober.answered(message)
+            self.prober.answered(name, message)
         elif isinstance(message, HeldTokens):
             self.recaller.answered(name, message)
         elif isinstance(message, SleepSet):
-            self.sleeping.answered(message)
+            self.sleeping.answered(name, message)
         else:
             _log.warning("unexpected_word", instance=name, word=type(message).__name__)
 
@@ -246,6 +246,8 @@ class RouterService:
         state = request.state if request is not None else None
         if state is None or ended.code or ended.attempt != state.attempt or state.spec.embed:
             return
+        if state.instance != name:
+            return  # it does not run there: the dispatcher counts that
         self.kv.ended(name, ended, len(state.spec.prompt_ids))
 
     def registered(self, record: InstanceRecord) -> ViewChange:

@@ -28,7 +28,8 @@ class SleepSetter:
         self._view = view
         self._send = send
         self._nonce = 0
-        self._waiting: dict[int, asyncio.Future[SleepSet]] = {}
+        self._waiting: dict[tuple[str, int], asyncio.Future[SleepSet]] = {}
+        """By who was asked, and the number of the question."""
 
     async def set_sleep(self, request: SetModelSleep) -> ModelSleepSet:
         """Have all instances of a model sleep, or wake. Raises the error of the first that could
@@ -42,16 +43,16 @@ class SleepSetter:
         await asyncio.gather(*(self._ask_one(request, name) for name in instances))
         return ModelSleepSet(id=request.id, model=model, asleep=request.asleep)
 
-    def answered(self, word: SleepSet) -> None:
-        """An instance answers."""
-        future = self._waiting.get(word.nonce)
+    def answered(self, name: str, word: SleepSet) -> None:
+        """An instance answers. What it was not asked is ignored."""
+        future = self._waiting.get((name, word.nonce))
         if future is not None and not future.done():
             future.set_result(word)
 
     async def _ask_one(self, request: SetModelSleep, name: str) -> None:
         self._nonce += 1
         nonce = self._nonce
-        future = self._waiting[nonce] = asyncio.get_running_loop().create_future()
+        future = self._waiting[name, nonce] = asyncio.get_running_loop().create_future()
         message = SetSleep(nonce, request.asleep, request.timeout_ms, request.drop_weights)
         try:
             if not self._send(name, message):
@@ -61,6 +62,6 @@ class SleepSetter:
         except TimeoutError:
             raise DeadlineError(f"instance {name}: no answer in {SLEEP_TIMEOUT_S:.0f} s") from None
         finally:
-            del self._waiting[nonce]
+            del self._waiting[name, nonce]
         if word.code:
             raise error_from_code(word.code, f"instance {name}: {word.message}")

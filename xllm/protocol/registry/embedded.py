@@ -12,6 +12,8 @@ import time
 import uuid
 from collections.abc import Callable
 
+import structlog
+
 from xllm.errors import (
     BackpressureError,
     BrokenError,
@@ -52,6 +54,7 @@ from xllm.protocol.registry_wire import (
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.router import RouterSocket
 
+_log = structlog.get_logger("registry")
 MAX_WATCHES = 4096
 """Of all connections together."""
 _AGAIN_S = 0.2
@@ -90,6 +93,9 @@ class EmbeddedRegistryServer:
         self._store = store
         self._clock = clock
         self._owners = Ownership(store)
+        self._transport = transport
+        self._refused: set[bytes] = set()
+        """Connections that may not write what they tried to, and were named in the log."""
         self._watches: dict[tuple[bytes, int], _ServedWatch] = {}
         self._again: asyncio.TimerHandle | None = None
         self._socket: RouterSocket[RegistryRequest] = RouterSocket(
@@ -128,6 +134,8 @@ class EmbeddedRegistryServer:
                 self._owners.took_effect(peer, message, reply, self._clock())
         except XllmError as error:
             reply = RegistryRefused(message.id, error.code, error.message)
+            if isinstance(error, PermissionDeniedError):
+                self._note_refused(identity, error)
         try:
             self._socket.send(identity, reply)
         except BrokenError:
@@ -135,6 +143,12 @@ class EmbeddedRegistryServer:
         except BackpressureError:
             pass  # it reads nothing: its deadline will tell it
         self.registry.changed()
+
+    def _note_refused(self, identity: bytes, error: PermissionDeniedError) -> None:
+        self._transport.num_refused += 1
+        if identity not in self._refused:
+            self._refused.add(identity)
+            _log.error("registry_write_refused", error=error.message)
 
     def _answer(self, identity: bytes, message: RegistryRequest) -> RegistryReply:
         store, now = self._store, self._clock()
@@ -208,5 +222,6 @@ class EmbeddedRegistryServer:
         self._tell_watches(self._clock())
 
     def _on_gone(self, identity: bytes) -> None:
+        self._refused.discard(identity)
         for key in [key for key in self._watches if key[0] == identity]:
             del self._watches[key]

@@ -1,14 +1,17 @@
 """Whose keys and leases the registry holds. Pure.
 
 A peer is known by its public key. Who makes a key owns it until it is gone, and who is granted a
-lease owns that: nobody else may change either. Where there are no keys everybody is one user, and
-nobody asks here.
+lease owns that: nobody else may change either. Who registers says its own key, and who leads its
+own name. Where there are no keys everybody is one user, and nobody asks here.
 """
 
 from __future__ import annotations
 
-from xllm.errors import PermissionDeniedError
+from xllm.errors import BadMessageError, PermissionDeniedError
 from xllm.protocol.authority import KnownPeer, rule_of
+from xllm.protocol.codec import Decoder
+from xllm.protocol.message import MapPart
+from xllm.protocol.records import router_key
 from xllm.protocol.registry.store import RegistryStore
 from xllm.protocol.registry_wire import (
     CompareAndSet,
@@ -29,6 +32,13 @@ _SPARE = 1024
 """Owners of what is gone that may be remembered, beside as many as there are of what is not."""
 
 
+class _Said(MapPart, frozen=True):
+    """What records say of who wrote them."""
+
+    name: str = ""
+    public_key: str = ""
+
+
 class Ownership:
     """Owners by key and by lease of one store; told what took effect there."""
 
@@ -37,6 +47,7 @@ class Ownership:
         self._makers: dict[str, tuple[int, str]] = {}
         """By key: the revision that made it, and who did."""
         self._leases: dict[int, str] = {}
+        self._decoder: Decoder[_Said] = Decoder(_Said)
 
     def check(self, peer: KnownPeer, request: RegistryRequest, now: float) -> None:
         """PermissionDeniedError where the peer may not do that."""
@@ -47,6 +58,10 @@ class Ownership:
             self._check_write(peer, key, now)
         if isinstance(request, PutEntry | CompareAndSet):
             self._check_lease(peer, request.lease_id)
+            self._check_record(peer, request.key, request.value, now)
+        elif isinstance(request, GuardedWrite):
+            for key, value in request.puts:
+                self._check_record(peer, key, value, now)
 
     def took_effect(
         self, peer: KnownPeer, request: RegistryRequest, reply: RegistryReply, now: float
@@ -78,6 +93,28 @@ class Ownership:
         entry = self._store.get(key, now)
         if rule.owned and entry is not None and self._maker(entry) not in ("", peer.public_key):
             raise PermissionDeniedError(f"{key} is not {peer.name}'s", param="key")
+
+    def _check_record(self, peer: KnownPeer, key: str, value: bytes, now: float) -> None:
+        """A process registers under its own key; and who leads, by the name that is its own."""
+        kind = rule_of(key)
+        parts = key.split("/")
+        if not kind.is_record and parts[3:] != ["leader"]:
+            return
+        try:
+            said = self._decoder.decode(value)
+        except BadMessageError as error:
+            raise PermissionDeniedError(f"{key}: {error.message}", param="value") from error
+        if kind.is_record:
+            if said.public_key != peer.public_key:
+                raise PermissionDeniedError(
+                    f"{key} names another key than {peer.name}'s", param="value"
+                )
+            return
+        record = self._store.get(router_key(parts[2], said.name), now)
+        if record is not None and self._maker(record) not in ("", peer.public_key):
+            raise PermissionDeniedError(
+                f"{key} names the router {said.name}, which is not {peer.name}", param="value"
+            )
 
     def _maker(self, entry: Entry) -> str:
         """Who made what the key holds now; "" where that is not known."""
