@@ -18,7 +18,12 @@ FIRST_ADDRESS = 1 << 30
 PATIENCE_S = 30
 
 
-def table_of(prompts: dict[int, int], vocab_size: int = 100) -> SequenceTable:
+GREEDY = SamplingParams(temperature=0.0, seed=0)
+
+
+def table_of(
+    prompts: dict[int, int], vocab_size: int = 100, sampling: SamplingParams = GREEDY
+) -> SequenceTable:
     """Sequences by number with prompts of some length; sequence n has slot n."""
     table = SequenceTable(1 << 20, vocab_size)
     table.begin(
@@ -29,7 +34,7 @@ def table_of(prompts: dict[int, int], vocab_size: int = 100) -> SequenceTable:
                     seq,
                     tuple((seq + at) % vocab_size for at in range(length)),
                     (),
-                    SamplingParams(temperature=0.0, seed=0),
+                    sampling,
                     0,
                     slot=seq,
                 )

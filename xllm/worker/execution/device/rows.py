@@ -89,6 +89,14 @@ class StepRows:
         )
 
 
+def nobodys_row() -> StepRows:
+    """A decode of nobody: nothing is read or written for it."""
+    wide, narrow = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32)
+    starts = np.array([0, 1], dtype=np.int32)
+    unknown = np.full(1, -1, dtype=np.int64)
+    return StepRows(RowCounts(1, 1, 1), wide, unknown, wide, wide, narrow, narrow, starts, wide[:0])
+
+
 def decodes_first(batch: StepBatch) -> StepBatch:
     """The same batch with the entries of one row in front, in their order."""
     order = sorted(range(len(batch.entries)), key=lambda at: batch.spans[at].num_rows != 1)

@@ -16,7 +16,7 @@ import torch
 from xllm.worker.execution.device.draws import DeviceDrawing, StepDraws
 from xllm.worker.execution.device.layer import DeviceLayer
 from xllm.worker.execution.device.ops import DeviceOps, SequenceRows
-from xllm.worker.execution.device.rows import StepRows
+from xllm.worker.execution.device.rows import StepRows, nobodys_row
 from xllm.worker.execution.device.stretch import StretchTensors
 from xllm.worker.execution.device.tensors import StaticNumbers, StepTensors, upload_numbers
 from xllm.worker.execution.device.warming import attend_nobody, draw_nobody
@@ -96,16 +96,16 @@ class DeviceRunner:
         return hidden[: rows.counts.num_rows]
 
     def warm_up(self, keys: tuple[GraphKey, ...] | None = None) -> None:
-        """Have the attentions and the draws compiled, and capture what is worth it before the first
-        request; None: what the chooser says."""
+        """Have all kernels compiled, and capture what is worth it before the first request; None:
+        what the chooser says."""
         config, platform = self._model.config, self._platform
         attend_nobody(self._ops, config, self._dtype, platform.device, self._most)
         draw_nobody(self._drawing, platform, config.hidden_size, self._dtype)
+        # What cannot be run at all is no failure of a capture.
+        self._eager(nobodys_row(), None)
         if self._graphs is None:
             return
         wanted = self._chooser.warm_keys() if keys is None else keys
-        for key in wanted[-1:]:
-            self._full_body(key)()  # what cannot be run at all is no failure of a capture
         for key in wanted:
             self._graphs.run(key, self._full_body(key))
 

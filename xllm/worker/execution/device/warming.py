@@ -1,4 +1,5 @@
-"""What is computed before the first request, so that no kernel is compiled in service."""
+"""What is computed before the first request beside a step of one row that is nobody's, so that no
+kernel is compiled in service."""
 
 from __future__ import annotations
 
