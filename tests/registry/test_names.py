@@ -335,3 +335,26 @@ def test_a_record_that_was_written_over_comes_back_once_the_other_went():
         await first.withdraw()
 
     run(test)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_older_process_that_writes_over_a_record_replaces_its_owner():
+    """Of before names were compared: it asks nobody, and renews its own lease."""
+
+    async def test(registry, clock):
+        told = []
+        first = of(registry, "first", clock, told=told.append)
+        assert await first.attempt()
+        lease = await registry.grant(60.0)
+        await registry.put(KEY, encode(Holder(incarnation="old")), lease.id)
+        began = clock.now
+        while not told:
+            assert await registry.keep_alive(lease.id)
+            clock.now += 0.5
+            await asyncio.sleep(0.01)
+        assert clock.now - began >= 2 * TTL_S + 2
+        assert (await registry.get(KEY)).lease_id == lease.id
+        await first.withdraw()
+        assert (await registry.get(KEY)).lease_id == lease.id
+
+    run(test)
