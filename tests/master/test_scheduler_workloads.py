@@ -18,10 +18,11 @@ DEPTHS = (1, 2, 3)
 holds for 2 by accident may not hold for 3."""
 
 
-def random_instance(rng: random.Random, max_in_flight: int) -> ToyInstance:
+def random_instance(rng: random.Random, max_in_flight: int, proposer=None) -> ToyInstance:
     block_size, max_model_len = rng.choice([1, 2, 4, 8]), rng.choice([24, 60, 200])
     fewest_mappings = -(-max_model_len // block_size) + 2
     return ToyInstance(
+        proposer=proposer,
         max_in_flight=max_in_flight,
         num_blocks=rng.choice([6, 10, 20, 60]),
         block_size=block_size,
@@ -62,9 +63,9 @@ def random_request(rng: random.Random, instance: ToyInstance, shared: list[int])
     return {"prompt": prompt, **options}
 
 
-def run_workload(seed: int, *, disturb: bool, max_in_flight: int = 1) -> ToyInstance:
+def run_workload(seed: int, *, disturb: bool, max_in_flight: int = 1, proposer=None) -> ToyInstance:
     rng = random.Random(seed)
-    instance = random_instance(rng, max_in_flight)
+    instance = random_instance(rng, max_in_flight, proposer)
     shared = [rng.randrange(1000) for _ in range(24)]
     disturbed: set[str] = set()
     refused = 0

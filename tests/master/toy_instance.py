@@ -34,6 +34,8 @@ SCHEDULING = (
     "max_step_ms",
     "ttft_ms",
     "tpot_ms",
+    "drafting",
+    "draft_tokens",
 )
 """What a policy is built from; all else is a limit."""
 
@@ -47,7 +49,8 @@ class Stream:
 
 
 class ToyInstance:
-    def __init__(self, *, faults: ToyFaults = NO_FAULTS, **limits) -> None:
+    def __init__(self, *, faults: ToyFaults = NO_FAULTS, proposer=None, **limits) -> None:
+        """`proposer`: guesses tokens in place of what the settings say."""
         scheduling = {name: limits.pop(name) for name in SCHEDULING if name in limits}
         bounds = {
             "num_blocks": 64,
@@ -60,7 +63,9 @@ class ToyInstance:
             "max_mappings": 2000,
         }
         self.limits = InstanceLimits(model="toy", vocab_size=VOCAB, **{**bounds, **limits})
-        self.scheduler = Scheduler(self.limits, build_policy(SchedulerSettings(**scheduling)))
+        policy = build_policy(SchedulerSettings(**scheduling))
+        policy.drafts = proposer or policy.drafts
+        self.scheduler = Scheduler(self.limits, policy)
         self.toy = ToyExecutor(
             num_blocks=self.limits.num_blocks,
             block_size=self.limits.block_size,

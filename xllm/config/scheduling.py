@@ -13,6 +13,7 @@ if typing.TYPE_CHECKING:
 
 FAIRNESS = ("none", "tenant")
 PREEMPTION = ("auto", "recompute", "pause")
+DRAFTING = ("none", "prompt-lookup")
 MIN_TENANT_WEIGHT, MAX_TENANT_WEIGHT = 1e-6, 1e6
 
 
@@ -72,6 +73,16 @@ def tenant_weights(text: str) -> dict[str, float]:
             )
         weights[name] = share
     return weights
+
+
+def max_rows_each(settings: SchedulerSettings) -> int:
+    """Rows of a sequence that generates, in one step, at most."""
+    return 1 + (settings.draft_tokens if settings.drafting != "none" else 0)
+
+
+def max_drawn_rows(settings: SchedulerSettings) -> int:
+    """Rows that tokens are drawn from in a step of as many sequences as may be."""
+    return settings.max_num_seqs * max_rows_each(settings)
 
 
 def _conflict(name: str, value: object, settings: SchedulerSettings) -> ConfigError:

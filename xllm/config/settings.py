@@ -14,7 +14,7 @@ from xllm.config.etcd import EtcdSettings
 from xllm.config.field import setting
 from xllm.config.kv_index import KvIndexSettings
 from xllm.config.routing import POLICIES, RoutingSettings
-from xllm.config.scheduling import FAIRNESS, PREEMPTION, STRATEGIES
+from xllm.config.scheduling import DRAFTING, FAIRNESS, PREEMPTION, STRATEGIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +208,12 @@ class SchedulerSettings:
         True, "Plan and send the next step while one runs, before its tokens are known."
     )
     max_waiting: int = setting(8192, "Waiting requests at most; more are refused.", low=1)
+    drafting: str = setting(
+        "none", "Who guesses tokens, several of which a step verifies at once.", choices=DRAFTING
+    )
+    draft_tokens: int = setting(
+        4, "Tokens guessed for a sequence and step at most.", unit="tokens", low=1, high=15
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,8 +123,12 @@ def _check_sequence(state: InstanceState, seq: Sequence) -> None:
             wrong = "it runs without a number or blocks"
         elif not seq.is_prefilling and seq.num_computed != seq.num_tokens - 1:
             wrong = "it decodes with more than one token to compute"
-        elif not seq.is_prefilling and seq.num_planned != seq.num_computed + seq.num_in_flight:
+        elif not seq.is_prefilling and seq.num_planned != (
+            seq.num_computed + seq.num_in_flight + seq.num_drafts
+        ):
             wrong = "its planned tokens are not those in flight"
+        elif seq.num_drafts and (seq.num_in_flight != 1 or seq.is_prefilling):
+            wrong = f"{seq.num_drafts} drafts are verified with {seq.num_in_flight} steps in flight"
         elif not seq.num_in_flight and seq.num_planned != seq.num_computed:
             wrong = "tokens are planned and no step is in flight"
         elif any(not state.tables.cache.hash_of(b) for b in seq.block_ids[: seq.num_sealed]):

@@ -7,7 +7,7 @@ from xllm.protocol.bus import InstanceLatency
 
 class LatencyMeter:
     """Sums and maxima since the last `take`. A token's time is that between the ends of two
-    successive steps with decodes."""
+    successive steps with decodes, shared by those that one step gave a sequence."""
 
     __slots__ = (
         "_last_decode", "_num_first", "_num_steps", "_num_tokens", "_sum_first", "_sum_steps",
@@ -29,8 +29,8 @@ class LatencyMeter:
         self._sum_first += seconds
         self._worst_first = max(self._worst_first, seconds)
 
-    def note_step(self, now: float, duration_s: float, num_decodes: int) -> None:
-        """A step ended."""
+    def note_step(self, now: float, duration_s: float, num_decodes: int, num_more: int = 0) -> None:
+        """A step ended. `num_more`: tokens that its decodes gave beyond one each."""
         self._num_steps += 1
         self._sum_steps += duration_s
         if not num_decodes:
@@ -38,7 +38,7 @@ class LatencyMeter:
             return
         if self._last_decode:
             seconds = now - self._last_decode
-            self._num_tokens += num_decodes
+            self._num_tokens += num_decodes + num_more
             self._sum_tokens += seconds * num_decodes
             self._worst_token = max(self._worst_token, seconds)
         self._last_decode = now

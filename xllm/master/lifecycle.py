@@ -90,6 +90,8 @@ class InstanceState:
         self.idleness = IdleMeter()
         self.num_preemptions = 0
         self.num_pauses = 0
+        self.num_drafts = 0
+        self.num_accepted_drafts = 0
         self.is_draining = False
 
     def add(self, request: RequestState) -> None:

@@ -77,6 +77,12 @@ class MasterMetrics:
             ("waiting_tokens", "Tokens still to be computed.", stats.waiting_tokens),
             ("preemptions", "Preemptions of this worker's life.", stats.num_preemptions),
             ("pauses", "Pauses of this worker's life.", stats.num_pauses),
+            ("drafts", "Guessed tokens verified, this worker's life.", stats.num_drafts),
+            (
+                "accepted_drafts",
+                "Of these, equal to what was drawn.",
+                stats.num_accepted_drafts,
+            ),
             ("evictions", "Evicted blocks of this worker's life.", stats.num_evictions),
             ("worker_busy_seconds", "Time in steps of this worker's life.", stats.worker_busy_s),
             (

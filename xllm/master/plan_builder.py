@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from xllm.master.lifecycle import InstanceState, PendingFork, StepInFlight
 from xllm.master.sequence import Sequence
-from xllm.protocol.step import ItemKind, NewSequence, StepItem, StepPlan
+from xllm.protocol.step import ItemKind, ItemOptions, NewSequence, StepItem, StepPlan
 
 _DECODE = int(ItemKind.DECODE)
 _PREFILL = int(ItemKind.PREFILL)
+_VERIFY = int(ItemKind.VERIFY)
 
 
 class PlanBuilder:
@@ -60,6 +61,21 @@ class PlanBuilder:
             seq.num_in_flight += 1
             planned.append(seq)
         return len(items) - num_before
+
+    def add_verified(self, seq: Sequence, drafts: tuple[int, ...]) -> None:
+        """The last token of a sequence without a step in flight, and drafts behind it, for which it
+        has blocks."""
+        start = seq.num_planned
+        ids = (*seq.tokens(start, start + 1), *drafts)
+        fresh = tuple(seq.block_ids[seq.num_sent_blocks :])
+        seq.num_sent_blocks = len(seq.block_ids)
+        options = ItemOptions(token_ids=ids)
+        item = StepItem(seq.number, _VERIFY, start, len(ids), fresh, options=options)
+        self._items.append(item)
+        seq.num_planned = start + len(ids)
+        seq.num_drafts = len(drafts)
+        seq.num_in_flight += 1
+        self._sequences.append(seq)
 
     def add_prefill(self, seq: Sequence, share: int) -> None:
         """The next `share` tokens of a prompt."""

@@ -9,6 +9,7 @@ end, nor past a token that forks or holds it.
 
 from __future__ import annotations
 
+from xllm.master.drafting import DraftPlanner
 from xllm.master.lifecycle import InstanceState
 from xllm.master.lone_steps import LoneSteps
 from xllm.master.making_room import RoomMaker
@@ -33,6 +34,7 @@ class StepPlanner:
         self._turns = turns
         self._policy = state.policy
         self._builder = PlanBuilder(state)
+        self._drafting = DraftPlanner(state, self._builder)
         self._room = RoomMaker(state)
         self._starter = SequenceStarter(state, self._builder, self._room, turns)
         self._lone = LoneSteps(state, self._builder, self._room, self._starter)
@@ -93,6 +95,7 @@ class StepPlanner:
 
     def _plan_alone(self, request: RequestState) -> StepPlan | None:
         # As long as it may be for the sake of those that wait for it to be over.
+        self._drafting.num_drafts = 0
         budget = self._budget(self._decodes(), 0)
         return self._finish(self._lone.add(request, budget))
 
@@ -126,7 +129,7 @@ class StepPlanner:
         """Running sequences that share steps and whose next one is a decode: those that decode, and
         those whose prompt's last chunk is in flight, unless its token forks, holds or ends them."""
         state = self._state
-        decoding = state.decoding
+        decoding = self._drafting.plannable(state.decoding)
         if state.lone:
             decoding = [seq for seq in decoding if not seq.request.runs_alone]
         if not state.steps or not state.prefilling:
@@ -145,14 +148,14 @@ class StepPlanner:
         phases = self._policy.phases
         has_prefills = may_start or bool(self._prefills())
         kind = phases.choose(bool(decodes), has_prefills)
-        num_decodes = 0
+        num_decodes = self._drafting.num_drafts = 0
         if kind is not StepKind.PREFILL:
             num_decodes = self._add_decodes(decodes, has_prefills)
         if has_prefills and (kind is not StepKind.DECODE or self._builder.is_empty):
             self._add_prefills(decodes, num_decodes, may_start)
         if self._builder.is_empty and decodes:
             # Prefills had the step, and none could go.
-            num_decodes = self._builder.add_decodes(decodes, self._room.sitting_out)
+            num_decodes = self._drafting.add(decodes, self._room.sitting_out)
         if kind is not StepKind.MIXED and not self._builder.is_empty:
             done = StepKind.DECODE if num_decodes else StepKind.PREFILL
             phases.note(done, has_prefills if num_decodes else bool(decodes))
@@ -165,7 +168,7 @@ class StepPlanner:
             objectives.look(self._prefills(), self._policy.waiting, len(decodes))
             if has_prefills:
                 sitting_out = sitting_out | self._left_out(decodes)
-        return self._builder.add_decodes(decodes, sitting_out)
+        return self._drafting.add(decodes, sitting_out)
 
     def _left_out(self, decodes: list[Sequence]) -> set[Sequence]:
         """Decodes that will be in time without this step, where something urgent can use it."""
@@ -194,13 +197,14 @@ class StepPlanner:
         """What the decodes leave of the step."""
         model = self._policy.model
         limit = self._limit_s(decodes)
+        num_drafts = self._drafting.num_drafts
         if limit is not None:
-            shape = StepShape()
+            shape = StepShape(num_drafts)
             if num_decodes:
                 shape.add_decodes(num_decodes, sum([seq.num_planned for seq in decodes]))
             base = model.predict(shape)
             limit = None if base is None else max(0.0, limit - base)
-        tokens = self._state.limits.max_num_batched_tokens - num_decodes
+        tokens = self._state.limits.max_num_batched_tokens - num_decodes - num_drafts
         return StepBudget(tokens, model, limit, is_first_free=not decodes)
 
     def _add_prefills(self, decodes: list[Sequence], num_decodes: int, may_start: bool) -> None:

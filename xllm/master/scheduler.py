@@ -40,7 +40,8 @@ class SchedulerStatistics:
     computed, `running_tokens` are held by running sequences; `num_held` counts sequences that are
     prefilled for another instance, `num_paused` those that keep their KV without running,
     `num_pauses` how often that began. `worker_busy_s` is the time of all steps, `worker_idle_s`
-    that between steps while there was work. `slots`: None at a worker that has none."""
+    that between steps while there was work. `slots`: None at a worker that has none. `num_drafts`
+    were verified, `num_accepted_drafts` of them were what was drawn."""
 
     num_requests: int
     num_waiting: int
@@ -60,6 +61,8 @@ class SchedulerStatistics:
     num_paused: int = 0
     num_pauses: int = 0
     slots: SlotTableStatistics | None = None
+    num_drafts: int = 0
+    num_accepted_drafts: int = 0
 
 
 class Scheduler:
@@ -204,12 +207,13 @@ class Scheduler:
         """For how many steps from now the batch stays as it is, unless a request comes or is
         cancelled, a stop id is drawn, or `next_deadline` passes (steps have no length here: who
         folds them compares): only decodes run, none reaches its length, all blocks that they
-        need are there. 0 while anything waits, prefills or is in flight. The scheduler is
-        advanced through these steps by their results, since its blocks are hashed by tokens."""
+        need are there. 0 while anything waits, prefills or is in flight, and where tokens are
+        guessed. The scheduler is advanced through these steps by their results, since its blocks
+        are hashed by tokens."""
         state = self._state
         if len(state.waiting) or state.steps or state.is_stale or state.prefilling:
             return 0
-        if state.paused or state.lone:
+        if state.paused or state.lone or state.policy.drafts is not None:
             return 0
         if not state.decoding:
             return 0
@@ -269,6 +273,8 @@ class Scheduler:
             num_paused=len(state.paused),
             num_pauses=state.num_pauses,
             slots=None if table is None else table.statistics(),
+            num_drafts=state.num_drafts,
+            num_accepted_drafts=state.num_accepted_drafts,
         )
 
     def check(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from xllm.master.request import RequestState
+    from xllm.master.strategies.drafts import History
 
 NO_SLOT = -1
 NEVER = 1 << 62
@@ -38,15 +39,17 @@ class Sequence:
     `is_private`: the next one could not be, so that none is until it is released. `seal_at`:
     num_computed at which the next block is complete. `num_in_flight`: steps under way.
     `num_planned`: positions that are computed or in a step under way; of a decode it may be past
-    the tokens that are known here. `num_passed`: others that started before it while it waited for
-    a prefix. `pooling`: how its rows become a vector; empty: they do not."""
+    the tokens that are known here. `num_drafts`: those of them that are guesses, verified by the
+    step under way; then there is no other. `num_passed`: others that started before it while it
+    waited for a prefix. `pooling`: how its rows become a vector; empty: they do not. `history`:
+    what a strategy that guesses tokens keeps of it; `may_draft`: whether it is asked."""
 
     __slots__ = (
-        "attempt", "block_ids", "capacity", "choice", "end", "hashes", "is_prefilling",
-        "is_private", "key", "min_tokens", "num_computed", "num_in_flight", "num_passed",
-        "num_planned", "num_prompt", "num_samples", "num_sealed", "num_sent_blocks",
-        "num_tokens", "number", "output", "pooling", "prompt_ids", "request", "request_id",
-        "scores_prompt", "seal_at", "slot", "state", "stop_ids",
+        "attempt", "block_ids", "capacity", "choice", "end", "hashes", "history", "is_prefilling",
+        "is_private", "key", "may_draft", "min_tokens", "num_computed", "num_drafts",
+        "num_in_flight", "num_passed", "num_planned", "num_prompt", "num_samples", "num_sealed",
+        "num_sent_blocks", "num_tokens", "number", "output", "pooling", "prompt_ids", "request",
+        "request_id", "scores_prompt", "seal_at", "slot", "state", "stop_ids",
     )  # fmt: skip
 
     def __init__(
@@ -72,7 +75,10 @@ class Sequence:
         self.hashes = hashes
         self.is_prefilling = True
         self.num_in_flight = 0
+        self.num_drafts = 0
         self.num_passed = 0
+        self.may_draft = True
+        self.history: History | None = None
         self.block_ids: list[int] = []
         self.slot = NO_SLOT
         self.clear_kv()

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as AbstractSequence
 
 from xllm.errors import BadMessageError, EngineError
+from xllm.master.accepting import contradicts, take_drawn
 from xllm.master.holding import PrefillHolder
 from xllm.master.lifecycle import InstanceState, PendingFork, StepInFlight
 from xllm.master.logprobs import LogprobFrames
@@ -32,6 +33,7 @@ class StepSettler:
         self._planner = planner
         self._holder = PrefillHolder(state)
         self._now = 0.0
+        self._num_more = 0
         self._vectors: dict[int, bytes] = {}
 
     def settle(self, result: StepResult, frames: AbstractSequence[bytes], now: float) -> None:
@@ -56,7 +58,7 @@ class StepSettler:
         # Before anything is sealed: a pinned block that its sequence seals and then releases
         # would be cached and held without its parent.
         self._unpin(step)
-        self._now = now
+        self._now, self._num_more = now, 0
         items = state.outcome.items
         running = SequencePhase.RUNNING
         index = -1
@@ -73,7 +75,7 @@ class StepSettler:
             if failed is not None and has_failed:
                 state.end_request(seq.request, EngineError.code, failed[index])
                 continue
-            if seq.is_prefilling or rows is not None or len(drawn) != 1:
+            if seq.num_drafts or seq.is_prefilling or rows is not None or len(drawn) != 1:
                 self._settle_slowly(seq, item, drawn, index, rows)
                 continue
             # A decode without logprobs: nearly all items of nearly all steps.
@@ -89,7 +91,7 @@ class StepSettler:
                 self._finish(seq, first_index, drawn, None)
             else:
                 items.append(TokenItem(seq.request_id, seq.choice, seq.attempt, first_index, drawn))
-        state.latency.note_step(now, result.duration_ns / 1e9, step.num_decodes)
+        state.latency.note_step(now, result.duration_ns / 1e9, step.num_decodes, self._num_more)
         state.idleness.note(result, state.num_running > 0 or state.num_waiting > 0)
         state.policy.learn(step.plan, step.num_decodes, result.duration_ns / 1e9)
         state.deadlines.sweep(len(state.requests))
@@ -120,6 +122,36 @@ class StepSettler:
         for block_id in step.pins:
             self._state.tables.unpin(block_id)
 
+    def _settle_verified(
+        self,
+        seq: Sequence,
+        item: StepItem,
+        drawn: tuple[int, ...],
+        index: int,
+        rows: LogprobFrames | None,
+    ) -> None:
+        """A decode with drafts."""
+        state = self._state
+        if contradicts(item, drawn):
+            message = f"the worker drew {len(drawn)} tokens that do not follow the drafts"
+            state.end_request(seq.request, EngineError.code, message)
+            return
+        state.num_drafts += seq.num_drafts
+        first_index = len(seq.output)
+        kept = take_drawn(seq, drawn)
+        if not kept:
+            return
+        if seq.num_computed >= seq.seal_at:
+            state.tables.seal(seq)
+        num_more = len(kept) - 1
+        state.num_accepted_drafts += num_more
+        self._num_more += num_more
+        if num_more and state.policy.counters is not None:
+            state.policy.counters.charge(seq.request.message.tenant, 0, num_more)
+        found = [self._read(seq, index, rows, which, len(drawn)) for which in range(len(kept))]
+        logprobs = tuple(row for one in found if one is not None for row in one)
+        self._finish(seq, first_index, kept, logprobs or None)
+
     def _settle_slowly(
         self,
         seq: Sequence,
@@ -128,7 +160,10 @@ class StepSettler:
         index: int,
         rows: LogprobFrames | None,
     ) -> None:
-        """Prefills, logprobs, forks."""
+        """Prefills, logprobs, forks, drafts."""
+        if seq.num_drafts:
+            self._settle_verified(seq, item, drawn, index, rows)
+            return
         state = self._state
         seq.num_computed = item.start + item.num_tokens
         if seq.num_computed >= seq.seal_at:

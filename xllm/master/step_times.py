@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from xllm.protocol.step import StepPlan
+from xllm.protocol.step import ItemKind, StepPlan
 
 MIN_PATIENCE_S = 1.0
 MAX_PATIENCE_S = 600.0
@@ -39,11 +39,13 @@ class StepWork:
     def of(cls, plan: StepPlan) -> StepWork:
         """The work of a plan. Looks at every item."""
         tokens = attended = rows = 0
+        verify = ItemKind.VERIFY
         for item in plan.items:
             num = item.num_tokens
             tokens += num
             attended += num * (item.start + num)
-            rows += item.num_samples + (num if item.score_prompt else 0)
+            every = item.score_prompt or item.kind == verify
+            rows += item.num_samples + (num if every else 0)
         amount = tokens + attended / CONTEXT_UNIT + ROW_WORK * rows
         kind = (plan.model, tokens.bit_length(), attended.bit_length(), rows.bit_length())
         return cls(max(amount, 1.0), kind)

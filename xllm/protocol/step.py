@@ -73,10 +73,12 @@ class StepItem(ArrayPart, frozen=True):
     """One sequence's share of a step: positions [start, start + num_tokens).
 
     The tokens are those of the worker's own history of the sequence, unless `options` says
-    otherwise. `new_block_ids` join its block table before the step. `num_samples`: tokens to
-    draw from the last row: 0 (not the prompt's last chunk), 1, or n, then for choices 0 to
-    n - 1 from the same logits. `score_prompt`: report the logprobs of the prompt tokens that
-    this item's rows predict."""
+    otherwise: those of a VERIFY are its last token and drafts behind it. `new_block_ids` join its
+    block table before the step. `num_samples`: tokens to draw from the last row: 0 (not the
+    prompt's last chunk), 1, or n, then for choices 0 to n - 1 from the same logits. A VERIFY
+    draws from every row and gives what it drew up to the first draft that is something else, or
+    nothing: it is to be asked again without drafts. `score_prompt`: report the logprobs of the
+    prompt tokens that this item's rows predict."""
 
     seq: int
     kind: int

@@ -8,7 +8,7 @@ from array import array
 import torch
 
 from xllm.protocol.sampling import SamplingParams
-from xllm.protocol.step import ItemKind, NewSequence, StepItem, StepPlan
+from xllm.protocol.step import ItemKind, ItemOptions, NewSequence, StepItem, StepPlan
 from xllm.worker.attention.plan import Span
 from xllm.worker.execution.batch import BatchEntry, StepBatch
 from xllm.worker.execution.sequences import SequenceTable
@@ -45,13 +45,19 @@ def table_of(
     return table
 
 
-def batch_of(table: SequenceTable, parts: list[tuple[int, int, int]], drawn=True) -> StepBatch:
-    """A batch of items: (sequence, first position, tokens) each."""
+def batch_of(
+    table: SequenceTable, parts: list[tuple[int, int, int]], drawn=True, verified=()
+) -> StepBatch:
+    """A batch of items: (sequence, first position, tokens) each. Those of the sequences `verified`
+    are drafts behind a first token."""
     batch = StepBatch()
     for index, (seq, start, count) in enumerate(parts):
         state = table.find(seq)
         is_last = start + count == state.length
         item = StepItem(seq, ItemKind.PREFILL, start, count, num_samples=int(drawn and is_last))
+        if seq in verified:
+            ids = tuple(state.tokens(start, start + count))
+            item = StepItem(seq, ItemKind.VERIFY, start, count, options=ItemOptions(token_ids=ids))
         batch.entries.append(BatchEntry(index, item, state, len(batch.token_ids)))
         address = FIRST_ADDRESS + seq * SLOT_BYTES
         batch.spans.append(Span(start, count, array("q", [0] * 64), address))

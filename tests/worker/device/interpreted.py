@@ -75,10 +75,12 @@ def interpreted_driver(
     *,
     reference: bool = True,
     max_num_seqs: int = 32,
+    draft_tokens: int = 0,
     **worker,
 ) -> PlanDriver:
     """A driver of the native executor on that platform, with its model loaded. `reference`: the
-    kernels are those of `reference_ops`; else ours, interpreted."""
+    kernels are those of `reference_ops`; else ours, interpreted. `draft_tokens`: of a sequence and
+    step at most, whoever guesses them."""
     chosen = platform or InterpretedPlatform()
     monkeypatch.setattr(
         "xllm.worker.execution.reading.select_platform", lambda device, rank=0: chosen
@@ -88,5 +90,9 @@ def interpreted_driver(
         monkeypatch.setattr(f"{making.__name__}.DeviceSampler", ReferenceDraws)
     settings = native_settings(directory, **{"kernels": "torch", "block_size": 16, **worker})
     scheduler = dataclasses.replace(settings.scheduler, max_num_seqs=max_num_seqs)
+    if draft_tokens:
+        scheduler = dataclasses.replace(
+            scheduler, drafting="prompt-lookup", draft_tokens=draft_tokens
+        )
     settings = dataclasses.replace(settings, scheduler=scheduler)
     return PlanDriver(directory, executor=NativeExecutor(settings))

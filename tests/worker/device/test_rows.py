@@ -13,16 +13,22 @@ from xllm.worker.execution.device.rows import decodes_first, has_addresses, lay_
 from xllm.worker.graphs.choice import DrawKind
 
 parts = st.lists(
-    st.tuples(st.integers(0, 20), st.integers(1, 9)).map(lambda x: (x[0], x[0] + x[1])),
+    st.tuples(st.integers(0, 20), st.integers(1, 5), st.booleans()).map(
+        lambda x: (x[0], x[0] + x[1], x[2])
+    ),
     min_size=1,
     max_size=8,
 )
 
 
 def laid_out(ranges):
-    """Sequences 0.. with rows at positions [start, end), all of which are known."""
-    table = table_of({seq: end for seq, (_, end) in enumerate(ranges)})
-    batch = batch_of(table, [(s, start, end - start) for s, (start, end) in enumerate(ranges)])
+    """Sequences 0.. with rows at positions [start, end), all known; some are drafts."""
+    table = table_of({seq: end for seq, (_, end, _) in enumerate(ranges)})
+    batch = batch_of(
+        table,
+        [(seq, start, end - start) for seq, (start, end, _) in enumerate(ranges)],
+        verified=[seq for seq, (_, _, is_verified) in enumerate(ranges) if is_verified],
+    )
     ordered = decodes_first(batch)
     return batch, ordered, lay_out_rows(ordered)
 
@@ -42,7 +48,10 @@ def test_each_row_knows_its_token_position_and_place(ranges):
             assert rows.token_ids[row] == entry.state.tokens(position, position + 1)[0]
             row += 1
     assert row == rows.counts.num_rows == rows.row_starts[-1]
-    drawn = [entry.last_row for entry in ordered.entries if entry.item.num_samples]
+    drawn = []
+    for entry in ordered.entries:
+        last = entry.first_row + entry.item.num_tokens
+        drawn += range(entry.first_row if entry.is_verified else last - 1, last)
     assert rows.read_rows.tolist() == drawn
     assert (rows.sources == -1).all()
 
@@ -56,7 +65,13 @@ def test_decodes_come_first_and_nothing_is_lost(ranges):
     assert all(n > 1 for n in each[border:])
     assert sorted(e.index for e in ordered.entries) == [e.index for e in batch.entries]
     assert sorted(ordered.token_ids) == sorted(batch.token_ids)
-    even = len(set(each)) == 1
+    # Prompts are no decodes, however many rows they have.
+    kinds = [n == 1 or entry.is_verified for n, entry in zip(each, ordered.entries, strict=True)]
+    assert kinds == sorted(kinds, reverse=True)
+    assert rows.counts.num_attended == sum(kinds)
+    runs = [number for number, count in rows.counts.runs for _ in range(count)]
+    assert runs == each[: sum(kinds)] == sorted(runs)
+    even = len(set(each)) == 1 and all(kinds)
     shape = rows.shape(DrawKind.PLAIN)
     assert shape.rows_each == (each[0] if even else 0)
     assert shape.draws is DrawKind.PLAIN
@@ -77,7 +92,7 @@ def test_padding_has_no_place_and_no_length(ranges, more_rows, more):
 
 
 def test_a_shape_is_not_cut():
-    _, _, rows = laid_out([(0, 4)])
+    _, _, rows = laid_out([(0, 4, False)])
     with pytest.raises(InvariantError):
         rows.padded(3, 1)
 

@@ -17,6 +17,7 @@ from xllm.config.settings import SchedulerSettings
 from xllm.kvcache.hashing import chain_hashes, root_hash
 from xllm.master.limits import InstanceLimits
 from xllm.master.scheduler import Scheduler
+from xllm.master.strategies.drafts import DraftProposer
 from xllm.master.strategies.policy import build_policy
 from xllm.protocol.instance import AdmitRequest, RequestEnded
 from xllm.protocol.sampling import SamplingParams
@@ -42,8 +43,12 @@ class Instance:
         strategy: str = "chunked",
         kv_memory: str = "xtensor",
         driver: PlanDriver | None = None,
+        drafting: str = "none",
+        draft_tokens: int = 4,
+        proposer: DraftProposer | None = None,
         **limits: Any,
     ) -> None:
+        """`proposer`: guesses tokens in place of what `drafting` says."""
         self.driver = driver or PlanDriver(directory, kv_memory=kv_memory)
         ready = self.driver.ready
         bounds = {
@@ -62,8 +67,14 @@ class Instance:
             revision=ready.revision,
             **bounds,
         )
-        self.scheduler = Scheduler(self.limits, build_policy(SchedulerSettings(strategy=strategy)))
+        settings = SchedulerSettings(
+            strategy=strategy, drafting=drafting, draft_tokens=draft_tokens
+        )
+        policy = build_policy(settings)
+        policy.drafts = proposer or policy.drafts
+        self.scheduler = Scheduler(self.limits, policy)
         self.streams: dict[tuple[str, int], list[int]] = {}
+        self.logprobs: dict[tuple[str, int], list[float]] = {}
         self.ended: dict[str, RequestEnded] = {}
         self.scored: dict[str, list[float]] = {}
         self.in_flight: deque[StepOutput] = deque()
@@ -92,10 +103,12 @@ class Instance:
             stream = self.streams.setdefault((item.request_id, item.choice), [])
             assert item.first_index == len(stream)
             stream.extend(item.token_ids)
+            found = [entry.logprob for entry in item.logprobs or ()]
+            self.logprobs.setdefault((item.request_id, item.choice), []).extend(found)
         for scores in outcome.prompt_scores:
-            found = self.scored.setdefault(scores.request_id, [])
-            assert scores.first_position == len(found) + 1
-            found.extend(entry.logprob for entry in scores.logprobs)
+            scored = self.scored.setdefault(scores.request_id, [])
+            assert scores.first_position == len(scored) + 1
+            scored.extend(entry.logprob for entry in scores.logprobs)
         self.ended.update((ended.request_id, ended) for ended in outcome.ended)
         return True
 

@@ -292,7 +292,7 @@ def test_options_that_are_not_supported_fail_their_item(options: ItemOptions) ->
 def test_kinds_and_adapters_that_are_not_supported_fail_alone() -> None:
     executor = ToyExecutor()
     items = (
-        StepItem(1, ItemKind.VERIFY, 0, 2, (1,)),
+        StepItem(1, ItemKind.ENCODE, 0, 2, (1,)),
         StepItem(1, ItemKind.DUMMY, 0, 0),
         StepItem(2, ItemKind.PREFILL, 0, 2, (2,)),
     )
@@ -302,7 +302,7 @@ def test_kinds_and_adapters_that_are_not_supported_fail_alone() -> None:
     )
     reasons = dict(executor.execute(StepPlan(1, items, news)).result.failed)
     assert sorted(reasons) == [0, 2]
-    assert "kind 2" in reasons[0]
+    assert "kind 3" in reasons[0]
     assert "adapters" in reasons[2]
 
 

@@ -8,6 +8,7 @@ from xllm.config.scheduling import check_scheduling, tenant_weights
 from xllm.config.settings import SchedulerSettings
 from xllm.master.queue import WaitingQueue
 from xllm.master.strategies.deadlines import TokenDeadlines, UrgencyQueue
+from xllm.master.strategies.drafts import DraftProposer, PromptLookup
 from xllm.master.strategies.fairness import FairQueue, TokenCounters
 from xllm.master.strategies.phases import MixedSteps, StepPhases, decode_first, prefill_first
 from xllm.master.strategies.shares import ChunkedPrefill, PrefillShare, WholePrefill
@@ -25,7 +26,8 @@ class SchedulingPolicy:
 
     `max_step_s`: what a step should take at most while sequences decode; None: as long as it
     takes. `never_evicts`: only who fits to its end starts. `preemption`: auto, recompute or
-    pause. `objectives`: set where urgency decides. `counters`: set where tenants are charged."""
+    pause. `objectives`: set where urgency decides. `counters`: set where tenants are charged.
+    `drafts`: set where tokens are guessed, at most `max_drafts` for a sequence and step."""
 
     phases: StepPhases
     share: PrefillShare
@@ -36,6 +38,8 @@ class SchedulingPolicy:
     preemption: str = "auto"
     objectives: TokenDeadlines | None = None
     counters: TokenCounters | None = None
+    drafts: DraftProposer | None = None
+    max_drafts: int = 0
 
     def learn(self, plan: StepPlan, num_decodes: int, seconds: float) -> None:
         """A step took so long. Of steps of decodes alone, which are many and alike, a few tell
@@ -79,4 +83,6 @@ def build_policy(settings: SchedulerSettings | None = None) -> SchedulingPolicy:
         settings.preemption,
         objectives,
         counters,
+        PromptLookup() if settings.drafting == "prompt-lookup" else None,
+        settings.draft_tokens,
     )

@@ -44,12 +44,12 @@ class StepShape:
         """The shape of a plan. Looks at every item."""
         shape = cls()
         tokens = context = 0
-        decode = ItemKind.DECODE
+        prefill = ItemKind.PREFILL
         for item in plan.items:
             num = item.num_tokens
             tokens += num
             context += item.start + num
-            if item.kind != decode:
+            if item.kind == prefill:
                 shape.pairs += num * (item.start + num / 2)
         shape.tokens, shape.context, shape.sequences = tokens, context, len(plan.items)
         return shape

@@ -14,6 +14,7 @@ from xllm.worker.attention.plan import Span
 from xllm.worker.execution.sequences import SequenceState, SequenceTable
 from xllm.worker.item_options import check_options
 from xllm.worker.memory.mapper import PageMapper
+from xllm.worker.verifying import check_verify, drafts_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,8 +28,25 @@ class BatchEntry:
 
     @property
     def last_row(self) -> int:
-        """The row that tokens are drawn from."""
+        """The last one, which has seen all others."""
         return self.first_row + self.item.num_tokens - 1
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether its rows are drafts behind a last token."""
+        return self.item.kind == ItemKind.VERIFY
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        """What it verifies."""
+        return drafts_of(self.item)
+
+    @property
+    def draw_rows(self) -> range:
+        """The rows that tokens are drawn from, if any: all where drafts are verified, else the
+        last one."""
+        first = self.first_row if self.is_verified else self.last_row
+        return range(first, self.last_row + 1)
 
 
 @dataclasses.dataclass(slots=True)
@@ -42,11 +60,11 @@ class StepBatch:
     failed: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
     def read_rows(self) -> list[int] | None:
-        """The rows whose outputs are read: the last one of each entry; None: those of prompts that
-        are scored too."""
+        """The rows whose outputs are read: those that are drawn from, or the last one; None: those
+        of prompts that are scored too."""
         if any(entry.item.score_prompt for entry in self.entries):
             return None
-        return [entry.last_row for entry in self.entries]
+        return [row for entry in self.entries for row in entry.draw_rows]
 
     def refresh_tokens(self) -> None:
         """Read the rows' tokens again, as those that were pending are known now."""
@@ -96,6 +114,8 @@ def build_batch(
             state = table.find(item.seq)
             table.join_blocks(state, item.new_block_ids)
             _check_item(item, state, block_size, max_model_len)
+            if item.kind == ItemKind.VERIFY:
+                _check_verify(item, state, table.vocab_size)
             if mapper is not None and state.slot >= 0:
                 _check_slot(item, state, block_size, mapper)
         except EngineError as error:
@@ -121,19 +141,29 @@ def _check_slot(item: StepItem, state: SequenceState, block_size: int, mapper: P
 def _check_item(item: StepItem, state: SequenceState, block_size: int, max_model_len: int) -> None:
     """Raise EngineError for an item that this executor cannot run."""
     name, start, count = f"sequence {item.seq}", item.start, item.num_tokens
-    if item.kind not in (ItemKind.PREFILL, ItemKind.DECODE):
+    if item.kind not in (ItemKind.PREFILL, ItemKind.DECODE, ItemKind.VERIFY):
         raise EngineError(f"{name}: items of kind {item.kind} are not supported")
     if start < 0 or count < 1 or item.num_samples < 0:
         raise EngineError(f"{name}: {count} tokens from {start}, {item.num_samples} samples")
-    end = start + count
-    if end > state.length:
+    if state.is_open:
+        raise EngineError(f"{name}: a step that verifies drafts of it is under way")
+    end, is_verified = start + count, item.kind == ItemKind.VERIFY
+    if end > state.length and not is_verified:
         raise EngineError(f"{name}: tokens to {end} are asked for, {state.length} are known")
     if end > len(state.block_ids) * block_size:
         raise EngineError(f"{name}: {end} tokens do not fit {len(state.block_ids)} blocks")
     if end > max_model_len:
         raise EngineError(f"{name}: {end} tokens, the model takes {max_model_len}")
-    if item.num_samples and end != state.length:
+    if item.num_samples and end != state.length and not is_verified:
         raise EngineError(f"{name}: a draw at {end} of {state.length} known tokens")
     if item.num_samples > 1 and state.choice >= item.num_samples:
         raise EngineError(f"{name}: choice {state.choice} of {item.num_samples} samples")
     check_options(item)
+
+
+def _check_verify(item: StepItem, state: SequenceState, vocab_size: int) -> None:
+    """Raise EngineError where the drafts of an item cannot be verified."""
+    if state.pending:
+        raise EngineError(f"sequence {item.seq}: its last token is still being drawn")
+    last = state.tokens(state.length - 1, state.length)[0]
+    check_verify(item, state.length, last, vocab_size)

@@ -6,6 +6,8 @@ never stand in memory at once. Drawn tokens join their sequence's history here.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -17,13 +19,27 @@ from xllm.worker.models.model import DecoderModel
 from xllm.worker.sampling.edits import needs_counts
 from xllm.worker.sampling.greedy import BestTokens, best_tokens
 from xllm.worker.sampling.logprobs import score_rows
-from xllm.worker.sampling.rows import SampleResult, SampleRow
+from xllm.worker.sampling.rows import LogprobTable, SampleResult, SampleRow
 from xllm.worker.sampling.sampler import Sampler
+from xllm.worker.verifying import num_accepted
 
 _SLICE_BYTES = 32 << 20
 """Logits in memory at a time, in fp32."""
 
 _NOT_FINITE = "the model's output is not a number (an overflow of its type?)"
+
+
+@dataclasses.dataclass(slots=True)
+class _Draw:
+    """The draw from row `row`, which stands behind `num_drafts` drafts of its entry, and what came
+    of it: `tokens`, or none and the reason."""
+
+    entry: BatchEntry
+    row: int
+    num_drafts: int
+    tokens: tuple[int, ...] = ()
+    table: LogprobTable | None = None
+    reason: str = ""
 
 
 class TokenDrawer:
@@ -57,25 +73,39 @@ class TokenDrawer:
         """Score and draw for every entry of `batch`, whose rows' last hidden states [rows,
         hidden] are given. Entries whose numbers are not finite fail; the others have their
         tokens in `outputs` and in their sequences."""
-        drawing = []
-        for entry, finite in zip(batch.entries, self._finite(batch, hidden), strict=True):
-            if not finite:
+        draws: list[list[_Draw]] = []
+        for entry, num_finite in zip(batch.entries, self._finite(batch, hidden), strict=True):
+            rows = entry.draw_rows
+            outputs.left_nan = outputs.left_nan or num_finite < len(rows)
+            if not num_finite and entry.drafts:
+                continue  # it may be a draft's fault: see `verifying`
+            if not num_finite:
                 outputs.fail(entry.index, _NOT_FINITE)
                 continue
             if entry.item.score_prompt:
                 self._score(entry, hidden, outputs)
             if entry.item.num_samples:
-                drawing.append(entry)
-        for part in _parts(drawing, self._slice):
-            self._sample(part, hidden, outputs)
+                # What a draft made of the rows behind it is no fault of the sequence.
+                sound = rows[:num_finite]
+                draws.append([_Draw(entry, row, number) for number, row in enumerate(sound)])
+        for part in _parts([draw for one in draws for draw in one], self._slice):
+            self._sample(part, hidden)
+        for one in draws:
+            _settle(one, outputs)
 
-    def _finite(self, batch: StepBatch, hidden: torch.Tensor) -> list[bool]:
-        """Whether each entry's last row is made of numbers: it has seen all rows before it."""
+    def _finite(self, batch: StepBatch, hidden: torch.Tensor) -> list[int]:
+        """How many of the rows that each entry may draw from are made of numbers: a row has seen
+        all rows before it, so that none behind one that is not can be."""
         if not batch.entries:
             return []
-        last = self._index([entry.last_row for entry in batch.entries])
-        found: list[bool] = hidden.index_select(0, last).isfinite().all(dim=-1).tolist()
-        return found
+        rows = self._index([row for entry in batch.entries for row in entry.draw_rows])
+        found: list[bool] = hidden.index_select(0, rows).isfinite().all(dim=-1).tolist()
+        counts, at = [], 0
+        for entry in batch.entries:
+            end = at + len(entry.draw_rows)
+            counts.append([*found[at:end], False].index(False))
+            at = end
+        return counts
 
     def _score(self, entry: BatchEntry, hidden: torch.Tensor, outputs: StepOutputs) -> None:
         """Logprobs of the prompt tokens that the entry's rows predict: row k is at position
@@ -92,13 +122,11 @@ class TokenDrawer:
             table = score_rows(logits, self._index(ids), num_top, tick=self._tick)
             outputs.add_logprobs(entry.index, table)
 
-    def _sample(
-        self, entries: Sequence[BatchEntry], hidden: torch.Tensor, outputs: StepOutputs
-    ) -> None:
-        places = self._index([entry.last_row for entry in entries])
+    def _sample(self, draws: Sequence[_Draw], hidden: torch.Tensor) -> None:
+        places = self._index([draw.row for draw in draws])
         part = self._head.part(hidden.index_select(0, places))
         self._tick()
-        rows = [sample_row(entry) for entry in entries]
+        rows = [sample_row(draw.entry, draw.num_drafts) for draw in draws]
         is_bare = [self._sampler.takes_best(row) for row in rows]
         bare = [index for index, found in enumerate(is_bare) if found]
         others = [index for index, found in enumerate(is_bare) if not found]
@@ -106,7 +134,7 @@ class TokenDrawer:
             tops, ids = self._head.best(_of(part, bare), self._best)
             self._tick()
             result = self._sampler.take_best(tops, ids, [rows[index] for index in bare])
-            self._settle([entries[index] for index in bare], result, outputs)
+            _note([draws[index] for index in bare], result)
         if not others:
             return
         logits = self._head.whole(_of(part, others))
@@ -116,40 +144,61 @@ class TokenDrawer:
             result = self._sampler.sample(
                 logits[at : at + self._draws], [rows[index] for index in drawn]
             )
-            self._settle([entries[index] for index in drawn], result, outputs)
-
-    def _settle(
-        self, entries: Sequence[BatchEntry], result: SampleResult, outputs: StepOutputs
-    ) -> None:
-        reasons = dict(result.failed)
-        for number, entry in enumerate(entries):
-            if number in reasons:
-                outputs.fail(entry.index, reasons[number])
-                continue
-            tokens = result.tokens[number]
-            outputs.tokens[entry.index] = tokens
-            table = result.logprobs[number]
-            if table is not None:
-                outputs.add_logprobs(entry.index, table)
-            entry.state.append(tokens[entry.state.choice if len(tokens) > 1 else 0])
+            _note([draws[index] for index in drawn], result)
 
     def _index(self, numbers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
 
-def sample_row(entry: BatchEntry) -> SampleRow:
-    """What the draw of an entry's token depends on."""
+def sample_row(entry: BatchEntry, num_drafts: int = 0) -> SampleRow:
+    """What the draw of an entry's token depends on, behind so many of its drafts."""
     state = entry.state
+    counts = state.counted() if needs_counts(state.sampling) else None
+    output_ids: Sequence[int] = state.output_ids
+    if num_drafts:
+        drafts = entry.drafts[:num_drafts]
+        counts = None if counts is None else counts.behind(drafts)
+        if len(output_ids) < state.sampling.min_tokens:
+            output_ids = [*output_ids, *drafts]
     return SampleRow(
         sampling=state.sampling,
         choice=state.choice,
-        position=state.length,
+        position=state.length + num_drafts,
         prompt_ids=state.prompt_ids,
-        output_ids=state.output_ids,
+        output_ids=output_ids,
         stop_ids=state.stop_ids,
         num_samples=entry.item.num_samples,
-        counts=state.counted() if needs_counts(state.sampling) else None,
+        counts=counts,
     )
+
+
+def _note(draws: Sequence[_Draw], result: SampleResult) -> None:
+    reasons = dict(result.failed)
+    for number, draw in enumerate(draws):
+        draw.tokens, draw.table = result.tokens[number], result.logprobs[number]
+        draw.reason = reasons.get(number, "")
+
+
+def _settle(draws: Sequence[_Draw], outputs: StepOutputs) -> None:
+    """Bring what an entry drew into its sequence and the outputs."""
+    first, entry = draws[0], draws[0].entry
+    if first.reason:
+        if not entry.drafts:
+            outputs.fail(entry.index, first.reason)
+        return
+    if not entry.is_verified:
+        kept, tokens = draws, first.tokens
+        entry.state.append(tokens[entry.state.choice if len(tokens) > 1 else 0])
+    else:
+        sound = [draw.tokens[0] for draw in itertools.takewhile(lambda one: not one.reason, draws)]
+        tokens = tuple(sound[: num_accepted(entry.drafts, sound)])
+        kept = draws[: len(tokens)]
+        for token in tokens:
+            entry.state.append(token)
+    outputs.tokens[entry.index] = tokens
+    for draw in kept:
+        if draw.table is not None:
+            outputs.add_logprobs(entry.index, draw.table)
 
 
 def _of(part: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
@@ -157,6 +206,6 @@ def _of(part: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     return part if len(rows) == len(part) else part[list(rows)]
 
 
-def _parts(entries: Sequence[BatchEntry], size: int) -> Iterator[Sequence[BatchEntry]]:
-    for at in range(0, len(entries), size):
-        yield entries[at : at + size]
+def _parts(draws: Sequence[_Draw], size: int) -> Iterator[Sequence[_Draw]]:
+    for at in range(0, len(draws), size):
+        yield draws[at : at + size]

@@ -313,5 +313,5 @@ class NativeExecutor:
             engine.pooler.pool(batch, hidden, outputs)
         engine.platform.synchronize()
         self._progress.settle()
-        engine.note_nan(len(outputs.failed) > num_failed)
+        engine.note_nan(outputs.left_nan or len(outputs.failed) > num_failed)
         return None

@@ -19,6 +19,8 @@ class StepOutputs:
     def __init__(self, num_items: int, failed: Sequence[tuple[int, str]]) -> None:
         self.tokens: list[tuple[int, ...]] = [()] * num_items
         self.failed = dict(failed)
+        self.left_nan = False
+        """Whether numbers that are not finite are in the pool, behind tokens that are sound."""
         self.expert_counts: torch.Tensor | None = None
         """int32 [layers, experts], of a model that has experts."""
         self.vectors: dict[int, bytes] = {}

@@ -25,6 +25,7 @@ class SequenceState:
         "block_ids",
         "choice",
         "counts",
+        "is_open",
         "output_ids",
         "pending",
         "prompt_ids",
@@ -45,6 +46,8 @@ class SequenceState:
         self.block_ids = array("q")
         self.counts: TokenCounts | None = None
         self.pending = PendingTokens()
+        self.is_open = False
+        """A step that verifies drafts of it is under way: nobody knows its length."""
 
     @property
     def length(self) -> int:
@@ -99,7 +102,7 @@ class SequenceTable:
 
     def __init__(self, num_blocks: int, vocab_size: int) -> None:
         self._num_blocks = num_blocks
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._states: dict[int, SequenceState] = {}
         self._refused: dict[int, str] = {}
 
@@ -176,9 +179,9 @@ class SequenceTable:
         elif not prompt_ids:
             raise EngineError(f"sequence {new.seq} has no prompt")
         for ids in (new.prompt_ids, new.output_ids):
-            if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
+            if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
                 raise EngineError(
-                    f"sequence {new.seq}: token {max(ids)} or {min(ids)} of {self._vocab_size}"
+                    f"sequence {new.seq}: token {max(ids)} or {min(ids)} of {self.vocab_size}"
                 )
         state = SequenceState(new, prompt_ids)
         self.join_blocks(state, new.block_ids)

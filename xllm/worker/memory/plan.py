@@ -9,6 +9,7 @@ import dataclasses
 
 import structlog
 
+from xllm.config.scheduling import max_drawn_rows, max_rows_each
 from xllm.config.settings import Settings
 from xllm.worker.loader.config import ModelConfig
 from xllm.worker.memory.kv_memory import KvShape
@@ -86,10 +87,11 @@ def step_bytes(
     most, rows, batch = scheduler.max_num_seqs, 0, 0
     is_launched = platform.kernels == "triton" and not worker.deterministic
     if is_launched and settings.master.num_workers == 1 and config.experts is None:
-        batch = min(worker.graph_max_batch, most)
+        batch = min(worker.graph_max_batch, most) * max_rows_each(scheduler)
         rows = max(worker.graph_max_rows, batch)
+    drawn = max_drawn_rows(scheduler)
     return (
-        activation_bytes(config, item_bytes, scheduler.max_num_batched_tokens, most),
+        activation_bytes(config, item_bytes, scheduler.max_num_batched_tokens, drawn),
         graph_bytes(config, item_bytes, rows, batch),
     )
 

@@ -25,6 +25,16 @@ class TokenCounts:
         for token in output_ids:
             self.add(token)
 
+    def behind(self, tokens: Iterable[int]) -> TokenCounts:
+        """The counts as they would be with more tokens out; these stay."""
+        found = TokenCounts((), ())
+        found._seen, found._places = set(self._seen), dict(self._places)
+        found.seen_ids, found.output_ids = self.seen_ids[:], self.output_ids[:]
+        found.output_counts = self.output_counts[:]
+        for token in tokens:
+            found.add(token)
+        return found
+
     def add(self, token: int) -> None:
         """One more token of the output."""
         place = self._places.setdefault(token, len(self._places))

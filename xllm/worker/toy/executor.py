@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from xllm.config.models import each_model
@@ -45,9 +46,11 @@ from xllm.worker.toy.stream import (
 )
 from xllm.worker.toy.vectors import WIDTH, VectorFrame
 from xllm.worker.toy.vocabulary import toy_vocabulary
+from xllm.worker.verifying import check_verify, num_accepted
 
 DEFAULT_MODEL_LEN = 8192
-_LAST_KIND = int(ItemKind.DECODE)
+_LAST_KIND = int(ItemKind.VERIFY)
+_VERIFY = int(ItemKind.VERIFY)
 SLICE_S = 0.05
 """A long step bumps the progress counter this often, as a model's layers do."""
 
@@ -246,8 +249,10 @@ class ToyExecutor:
         history = sequence.tokens
         if item.options is not None:
             check_options(item)
-            if item.options.token_ids:
+            if item.options.token_ids and item.kind != _VERIFY:
                 history[start:end] = item.options.token_ids
+        if item.kind == _VERIFY:
+            return self._verify(sequence, item)
         if item.num_tokens < 1 or end > len(history):
             raise EngineError(
                 f"sequence {item.seq} has {len(history)} tokens, not those of [{start}, {end})"
@@ -255,7 +260,7 @@ class ToyExecutor:
         if self._has_faults:
             self._extra_s += self._faults.harm(history[start:end])
         if self._memory:
-            self._write(sequence, start, end)
+            self._write(sequence, start, history[start:end])
         if item.num_samples == 0:
             return ()
         if end != len(history):
@@ -268,7 +273,25 @@ class ToyExecutor:
         history.append(many[0])
         return many
 
-    def _write(self, sequence: ToySequence, start: int, end: int) -> None:
+    def _verify(self, sequence: ToySequence, item: StepItem) -> tuple[int, ...]:
+        """The drafts are written like any tokens; the rows behind each of them draw."""
+        history, start = sequence.tokens, item.start
+        check_verify(item, len(history), history[-1], self._vocab_size)
+        assert item.options is not None
+        ids = item.options.token_ids
+        if self._has_faults:
+            self._extra_s += self._faults.harm(ids)
+        if self._memory:
+            self._write(sequence, start, ids)
+        drawn = [
+            self._draw(sequence, sequence.choice, start + 1 + number) for number in range(len(ids))
+        ]
+        accepted = tuple(drawn[: num_accepted(ids[1:], drawn)])
+        history.extend(accepted)
+        return accepted
+
+    def _write(self, sequence: ToySequence, start: int, tokens: Sequence[int]) -> None:
+        end = start + len(tokens)
         if sequence.slot >= 0:
             num_pages = -(-end // self._arena.block_size)
             self._slots.verify(sequence.slot, sequence.table[:num_pages])
@@ -277,9 +300,9 @@ class ToyExecutor:
             if start and not self._arena.verify_prefix(sequence.table, start):
                 sequence.broken = True
         if end - start == 1:
-            self._arena.write_one(sequence.table, start, sequence.tokens[start])
+            self._arena.write_one(sequence.table, start, tokens[0])
         else:
-            self._arena.write(sequence.table, start, sequence.tokens[start:end])
+            self._arena.write(sequence.table, start, tokens)
 
     def _draw(self, sequence: ToySequence, choice: int, position: int) -> int:
         if not self._memory:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+from collections.abc import Sequence
 
 from xllm.errors import ConfigError, EngineError
 
@@ -30,7 +31,7 @@ class ToyFaults:
     crash: int = -1
     released: threading.Event = dataclasses.field(default_factory=threading.Event)
 
-    def harm(self, tokens: list[int]) -> float:
+    def harm(self, tokens: Sequence[int]) -> float:
         """Do what these tokens of an item ask for; returns the seconds that the step shall take
         beyond its own."""
         if self.crash in tokens:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import structlog
 
+from xllm.config.scheduling import max_drawn_rows, max_rows_each
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
 from xllm.worker.execution.device.draws import DeviceDrawing, DrawnTokens
@@ -63,15 +64,16 @@ def _build(
     ops = TritonOps(config, pool.layout, dtype, model_len)
     layers = [DeviceLayer(index, one, ops) for index, one in enumerate(weights)]
     most = settings.scheduler.max_num_seqs
-    drawn = DrawnTokens(most, platform.device)
+    draws = max_drawn_rows(settings.scheduler)
+    drawn = DrawnTokens(draws, platform.device)
     # Rows of an expert are counted and gathered by the host: no graph holds them.
     has_graphs = model.experts is None
     limits = GraphLimits(
         min(settings.worker.graph_max_batch, most) if has_graphs else 0,
         settings.worker.graph_max_rows if has_graphs else 0,
-        max_rows_each=1,  # no plan asks for the verification of several tokens yet
+        max_rows_each=max_rows_each(settings.scheduler),
     )
-    sampler = DeviceSampler(config.vocab_size, platform.device, most)
+    sampler = DeviceSampler(config.vocab_size, platform.device, draws)
     drawing = DeviceDrawing(model, sampler, drawn)
     runner = DeviceRunner(model, layers, ops, platform, drawing, dtype, limits, most, tick)
     return DeviceSteps(runner, sampler, drawn, platform)

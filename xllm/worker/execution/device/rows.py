@@ -8,6 +8,7 @@ sequences behind the real ones have address 0 and length 0, which kernels neithe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,11 +23,24 @@ from xllm.worker.graphs.choice import DrawKind, LaunchShape
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowCounts:
-    """How many rows, sequences, and sequences of one row, which come first."""
+    """How many rows, sequences, and sequences of one row, which come first. `verified`: behind
+    them, sequences whose drafts are verified, as (rows of each, how many follow each other)."""
 
     num_rows: int
     num_sequences: int
     num_decodes: int
+    verified: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(rows of each, how many) of the sequences that are attended as decodes, from the first
+        one on."""
+        return (((1, self.num_decodes),) if self.num_decodes else ()) + self.verified
+
+    @property
+    def num_attended(self) -> int:
+        """How many sequences these are."""
+        return sum(number for _, number in self.runs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,13 +63,12 @@ class StepRows:
     def shape(self, draws: DrawKind) -> LaunchShape:
         """What decides how it is launched."""
         counts = self.counts
-        each = np.diff(self.row_starts)
-        first = int(each[0]) if len(each) else 0
-        is_even = bool((each == first).all())
+        runs = counts.runs
+        is_even = len(runs) == 1 and runs[0][1] == counts.num_sequences
         return LaunchShape(
             counts.num_rows,
             counts.num_sequences,
-            first if is_even else 0,
+            runs[0][0] if is_even else 0,
             draws,
         )
 
@@ -98,8 +111,16 @@ def nobodys_row() -> StepRows:
 
 
 def decodes_first(batch: StepBatch) -> StepBatch:
-    """The same batch with the entries of one row in front, in their order."""
-    order = sorted(range(len(batch.entries)), key=lambda at: batch.spans[at].num_rows != 1)
+    """The same batch with the entries of one row in front, behind them those whose drafts are
+    verified, the fewest first; else in their order."""
+
+    def place(at: int) -> tuple[int, int]:
+        num_rows = batch.spans[at].num_rows
+        if num_rows == 1:
+            return 0, 0
+        return (1, num_rows) if batch.entries[at].is_verified else (2, 0)
+
+    order = sorted(range(len(batch.entries)), key=place)
     found = StepBatch(failed=batch.failed)
     for at in order:
         entry, span = batch.entries[at], batch.spans[at]
@@ -123,7 +144,7 @@ def lay_out_rows(batch: StepBatch) -> StepRows:
     shift = starts - row_starts[:-1]
     token_ids = np.array(batch.token_ids, dtype=np.int64)
     return StepRows(
-        RowCounts(num_rows, len(spans), int((counts == 1).sum())),
+        RowCounts(num_rows, len(spans), int((counts == 1).sum()), _verified(batch)),
         token_ids,
         _sources(batch.entries, token_ids),
         np.repeat(addresses, counts),
@@ -132,9 +153,20 @@ def lay_out_rows(batch: StepBatch) -> StepRows:
         starts + counts,
         row_starts,
         np.array(
-            [entry.last_row for entry in batch.entries if entry.item.num_samples], dtype=np.int64
+            [row for one in batch.entries if one.item.num_samples for row in one.draw_rows],
+            dtype=np.int64,
         ),
     )
+
+
+def _verified(batch: StepBatch) -> tuple[tuple[int, int], ...]:
+    """See RowCounts."""
+    each = [
+        span.num_rows
+        for entry, span in zip(batch.entries, batch.spans, strict=True)
+        if entry.is_verified and span.num_rows > 1
+    ]
+    return tuple((num_rows, len(list(run))) for num_rows, run in itertools.groupby(each))
 
 
 def has_addresses(spans: Sequence[Span]) -> bool:

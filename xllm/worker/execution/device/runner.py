@@ -17,6 +17,7 @@ from xllm.worker.execution.device.draws import DeviceDrawing, StepDraws
 from xllm.worker.execution.device.layer import DeviceLayer
 from xllm.worker.execution.device.ops import DeviceOps, SequenceRows
 from xllm.worker.execution.device.rows import StepRows, nobodys_row
+from xllm.worker.execution.device.runs import DecodeRun, decode_runs
 from xllm.worker.execution.device.stretch import StretchTensors
 from xllm.worker.execution.device.tensors import StaticNumbers, StepTensors, upload_numbers
 from xllm.worker.execution.device.warming import attend_nobody, draw_nobody
@@ -61,6 +62,7 @@ class DeviceRunner:
         self._dtype = dtype
         self._tick = tick
         self._most = most
+        self._max_rows_each = limits.max_rows_each
         self._chooser = GraphChooser(limits)
         device = platform.graphs()
         self._graphs: GraphCache | None = None
@@ -99,7 +101,9 @@ class DeviceRunner:
         """Have all kernels compiled, and capture what is worth it before the first request; None:
         what the chooser says."""
         config, platform = self._model.config, self._platform
-        attend_nobody(self._ops, config, self._dtype, platform.device, self._most)
+        attend_nobody(
+            self._ops, config, self._dtype, platform.device, self._most, self._max_rows_each
+        )
         draw_nobody(self._drawing, platform, config.hidden_size, self._dtype)
         # What cannot be run at all is no failure of a capture.
         self._eager(nobodys_row(), None)
@@ -156,11 +160,12 @@ class DeviceRunner:
         shape = (num_rows, config.num_heads, config.head_dim)
         q = torch.empty(shape, dtype=self._dtype, device=residual.device)
         attended = torch.empty_like(q)
+        runs = decode_runs(rows, tensors)
         added: torch.Tensor | None = None
         for layer in self._layers:
             addresses, positions = tensors.row_addresses, tensors.positions
             layer.before(added, residual, angles, addresses, positions, q)
-            self._attend(layer.index, rows, tensors, q, attended)
+            self._attend(layer.index, rows, tensors, runs, q, attended)
             added = layer.behind(attended.view(num_rows, -1), residual)
             self._tick()
         assert added is not None
@@ -171,21 +176,21 @@ class DeviceRunner:
         layer: int,
         rows: StepRows,
         tensors: StepTensors,
+        runs: list[DecodeRun],
         q: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Decodes as one batch, all others as prompts."""
+        """Decodes as one batch for each number of rows, all others as prompts."""
         counts = rows.counts
-        border = counts.num_decodes
-        if border:
-            of = SequenceRows(tensors.addresses[:border], tensors.lengths[:border])
-            self._ops.attend_decodes(layer, q[:border], of, 1, out[:border])
-        if border < counts.num_sequences:
+        for run in runs:
+            own = run.rows
+            self._ops.attend_decodes(layer, q[own], run.sequences, run.rows_each, out[own])
+        if counts.num_attended < counts.num_sequences:
             of = SequenceRows(tensors.addresses, tensors.lengths)
             self._ops.attend_prompts(layer, q, of, tensors.row_starts, tensors.row_tiles, out)
 
     def _tiles(self, rows: StepRows) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-        border = rows.counts.num_decodes
+        border = rows.counts.num_attended
         counts = np.diff(rows.row_starts)[border:].tolist()
         tiles = self._ops.tile_rows(counts, rows.lengths[border:].tolist())
         # Counted from the first sequence of all: their arrays are not cut, see `tensors`.
@@ -240,13 +245,14 @@ class DeviceRunner:
         self._numbers(key).fill(rows.alone(), None)
         tensors = upload_numbers(self._platform, rows, self._tiles(rows), draws)
         stretch, num_rows = self._stretch, rows.counts.num_rows
+        runs = decode_runs(rows, tensors)
         for number in range(len(self._layers) + 1):
             body = self._stretch_body(key, number)
             if not graphs.run(key, body, number):
                 body()
             if number < len(self._layers):
                 q, out = stretch.q[:num_rows], stretch.attended[:num_rows]
-                self._attend(self._layers[number].index, rows, tensors, q, out)
+                self._attend(self._layers[number].index, rows, tensors, runs, q, out)
                 self._tick()
         return stretch.hidden[:num_rows], tensors
 

@@ -29,6 +29,7 @@ from xllm.worker.graphs.choice import DrawKind, GraphMode
 from xllm.worker.platform.copies import HostCopier
 from xllm.worker.platform.platform import Platform
 from xllm.worker.sampling.edits import needs_counts
+from xllm.worker.sampling.rows import SampleRow
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,12 +108,11 @@ class DeviceSteps:
         if any(entry.item.score_prompt for entry in batch.entries):
             return False
         drawing = [entry for entry in batch.entries if entry.item.num_samples]
-        return len(drawing) <= self._drawn.most and all(
-            # Counts are of tokens that the host knows.
-            not needs_counts(entry.state.sampling)
-            and self._sampler.is_for_device(sample_row(entry))
-            for entry in drawing
-        )
+        # Counts are of tokens that the host knows.
+        if any(needs_counts(entry.state.sampling) for entry in drawing):
+            return False
+        rows = _sample_rows(drawing)
+        return len(rows) <= self._drawn.most and all(map(self._sampler.is_for_device, rows))
 
     def hidden(self, batch: StepBatch) -> tuple[StepBatch, torch.Tensor]:
         """The last layer's output of a batch whose draws are the host's, and the batch in the
@@ -125,10 +125,15 @@ class DeviceSteps:
         """Launch a batch that can be run and drawn here."""
         ordered = decodes_first(batch)
         drawing = [entry for entry in ordered.entries if entry.item.num_samples]
-        first, tokens = self._drawn.next(len(drawing))
-        self._runner.run(lay_out_rows(ordered), self._draws(drawing, first))
-        for number, entry in enumerate(drawing):
-            entry.state.expect(first + number)
+        rows = lay_out_rows(ordered)
+        place, tokens = self._drawn.next(len(rows.read_rows))
+        self._runner.run(rows, self._draws(drawing, place))
+        for entry in drawing:
+            if entry.is_verified:
+                entry.state.is_open = True
+            else:
+                entry.state.expect(place)
+            place += len(entry.draw_rows)
         # Where nothing is drawn some number tells that the step is done.
         copy = self._copier.copy(tokens if drawing else self._drawn.flat[:1])
         found = StepUnderWay(self.under_way, step, ordered.entries, drawing, copy, outputs)
@@ -154,7 +159,15 @@ class DeviceSteps:
         """The draws of some entries, whose tokens go to the places from `first` on."""
         if not entries:
             return None
-        inputs = self._sampler.prepare([sample_row(entry) for entry in entries])
-        places = np.arange(first, first + len(entries), dtype=np.int64)
+        rows = _sample_rows(entries)
+        inputs = self._sampler.prepare(rows)
+        places = np.arange(first, first + len(rows), dtype=np.int64)
         kind = DrawKind.FILTERED if inputs.filtered else DrawKind.PLAIN
         return StepDraws(inputs.numbers.numpy(), places, kind)
+
+
+def _sample_rows(entries: Sequence[BatchEntry]) -> list[SampleRow]:
+    """What the draws of some entries depend on, in order."""
+    return [
+        sample_row(entry, number) for entry in entries for number in range(len(entry.draw_rows))
+    ]

@@ -109,12 +109,13 @@ def _aligned(num_bytes: int) -> int:
 
 
 class StaticNumbers:
-    """The tensors that a graph reads: made once for a number of rows and sequences, at most one row
-    of each of which is read, to draw from or not, and none of which are tiled."""
+    """The tensors that a graph reads: made once for a number of rows and sequences. Where there are
+    sequences all their rows may be read, to draw from or not; none are tiled."""
 
     def __init__(self, platform: Platform, num_rows: int, num_sequences: int) -> None:
         self._platform = platform
-        self._sizes = StepSizes(num_rows, num_sequences, num_sequences, 0, num_sequences)
+        num_read = num_rows if num_sequences else 0
+        self._sizes = StepSizes(num_rows, num_sequences, num_read, 0, num_read)
         self._data = torch.zeros(
             packed_bytes(self._sizes), dtype=torch.uint8, device=platform.device
         )

@@ -8,6 +8,7 @@ their launches; a sequence that failed in one fails in all behind it.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.sequences import SequenceTable
 from xllm.worker.executor import StepOutput
 from xllm.worker.platform.copies import HostCopy
+from xllm.worker.verifying import num_accepted
 
 MAX_UNDER_WAY = 3
 """Steps whose tokens the host has not seen: the master plans one ahead; one more may be on its way
@@ -27,8 +29,10 @@ NOT_FINITE = "the model's output is not a number (an overflow of its type?)"
 
 
 class StepUnderWay:
-    """One step. `drawn` entries get a token each, in the order of the copy's numbers, of which
-    there may be more; a negative one says that the model's output was not finite."""
+    """One step. `drawn` entries have a number for each row that they draw from, in the order of
+    the copy's numbers, of which there may be more; a negative one says that the model's output was
+    not finite. `kept`: what of it each of them keeps; nothing where its first one is negative,
+    which a draft may have done: see `verifying`."""
 
     def __init__(
         self,
@@ -42,7 +46,8 @@ class StepUnderWay:
         self.entries = entries
         self.drawn = drawn
         self.outputs = outputs
-        self.tokens: list[int] = []
+        self.kept: list[tuple[int, ...]] = []
+        self.left_nan = False
         self.error: Exception | None = None
         self.is_collected = False
         self.duration_ns = 0
@@ -67,25 +72,34 @@ class StepUnderWay:
         """Wait for the tokens and write the output; `failed`: sequences that failed before, and
         now. When it was done; `before_ns`: when the step before it was."""
         try:
-            self.tokens = self._copy.wait().tolist()[: len(self.drawn)]
+            numbers: list[int] = self._copy.wait().tolist()
         except EngineError as error:
             self.error = DeviceLostError(f"the device is lost: {error.message}")
             self.error.__cause__ = error
         except Exception as error:  # `wait` raises it: the steps behind this one go on
             self.error = error
         else:
-            for entry, token in zip(self.drawn, self.tokens, strict=True):
-                seq = entry.item.seq
-                if token < 0:
-                    failed.setdefault(seq, NOT_FINITE)
-                if seq in failed:
-                    self.outputs.fail(entry.index, failed[seq])
-                else:
-                    self.outputs.tokens[entry.index] = (token,)
+            self._take(numbers, failed)
         ended_ns = time.perf_counter_ns()
         self.duration_ns = ended_ns - max(self._began_ns, before_ns)
         self.is_collected = True
         return ended_ns
+
+    def _take(self, numbers: Sequence[int], failed: dict[int, str]) -> None:
+        at = 0
+        for entry in self.drawn:
+            seq, end = entry.item.seq, at + len(entry.draw_rows)
+            drawn = tuple(itertools.takewhile(lambda token: token >= 0, numbers[at:end]))
+            self.left_nan = self.left_nan or len(drawn) < end - at
+            at = end
+            kept = drawn[: num_accepted(entry.drafts, drawn)]
+            self.kept.append(kept)
+            if not kept and not entry.drafts:
+                failed.setdefault(seq, NOT_FINITE)
+            if seq in failed:
+                self.outputs.fail(entry.index, failed[seq])
+            else:
+                self.outputs.tokens[entry.index] = kept
 
 
 class StepsUnderWay:
@@ -126,9 +140,9 @@ class StepsUnderWay:
                 for entry in step.entries:
                     _refuse(table, entry, "a step of it failed")
                 continue
-            for entry, token in zip(step.drawn, step.tokens, strict=True):
-                entry.state.settle(max(token, 0))
-                has_failed = has_failed or token < 0
+            has_failed = has_failed or step.left_nan
+            for entry, kept in zip(step.drawn, step.kept, strict=True):
+                _settle(entry, kept)
             for index, reason in step.outputs.failed.items():
                 for entry in step.entries:
                     if entry.index == index:
@@ -160,6 +174,16 @@ class StepsUnderWay:
                     count = -(-(item.start + item.num_tokens) // block_size)
                     found[slot] = max(count, found.get(slot, 0))
         return found
+
+
+def _settle(entry: BatchEntry, kept: tuple[int, ...]) -> None:
+    """The tokens of an entry are known; one that has none fails."""
+    if not entry.is_verified:
+        entry.state.settle(kept[0] if kept else 0)
+        return
+    entry.state.is_open = False
+    for token in kept:
+        entry.state.append(token)
 
 
 def _refuse(table: SequenceTable, entry: BatchEntry, reason: str) -> None:

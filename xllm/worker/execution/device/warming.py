@@ -14,10 +14,17 @@ from xllm.worker.platform.platform import Platform
 
 
 def attend_nobody(
-    ops: DeviceOps, config: ModelConfig, dtype: torch.dtype, device: torch.device, most: int
+    ops: DeviceOps,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    most: int,
+    rows_each: int,
 ) -> None:
-    """Both attentions for sequences without length, once a window. `most`: sequences of a step."""
-    q = torch.zeros((most, config.num_heads, config.head_dim), dtype=dtype, device=device)
+    """Both attentions for sequences without length, once a window. `most`: sequences of a step,
+    with at most `rows_each` rows where they generate."""
+    shape = (most * rows_each, config.num_heads, config.head_dim)
+    q = torch.zeros(shape, dtype=dtype, device=device)
     none = torch.zeros(most + 1, dtype=torch.int32, device=device)
     address = torch.zeros(most, dtype=torch.int64, device=device)
     tile = torch.tensor([[-1, 0]], dtype=torch.int32, device=device)
@@ -25,7 +32,9 @@ def attend_nobody(
         # Few are cut into several parts, many are not.
         for count in (1, most):
             of = SequenceRows(address[:count], none[:count])
-            ops.attend_decodes(layer, q[:count], of, 1, torch.empty_like(q[:count]))
+            for each in range(1, rows_each + 1):
+                rows = q[: count * each]
+                ops.attend_decodes(layer, rows, of, each, torch.empty_like(rows))
         ops.attend_prompts(layer, q, of, none, tile, torch.empty_like(q))
 
 
