@@ -69,11 +69,13 @@ class HeartbeatMaker:
             if fresh is not None:
                 events.append(fresh)
             num_cached, digest = scheduler.cached_blocks
-        metrics = b""
+        metrics = expert_load = b""
         now = time.monotonic()
         if now - self._metrics_at >= METRICS_PERIOD_S:
             self._metrics_at = now
             metrics = self._metrics.text(statistics) + worker_metrics
+            if scheduler is not None:
+                expert_load = scheduler.expert_load.report()
         return InstanceHeartbeat(
             self._name,
             self._incarnation,
@@ -83,6 +85,7 @@ class HeartbeatMaker:
             load,
             latency,
             tuple(events),
+            expert_load,
             metrics=metrics,
             workers=workers,
             num_cached=num_cached,

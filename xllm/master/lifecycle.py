@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from xllm.kvcache.owners import OwnedMemory
 from xllm.master.block_tables import BlockTables
+from xllm.master.expert_load import ExpertLoad
 from xllm.master.idleness import IdleMeter
 from xllm.master.latency import LatencyMeter
 from xllm.master.limits import InstanceLimits
@@ -87,6 +88,7 @@ class InstanceState:
         """Numbers that the worker can forget with the next plan."""
         self.outcome = StepOutcome()
         self.latency = LatencyMeter()
+        self.expert_load = ExpertLoad(limits.num_experts)
         self.idleness = IdleMeter()
         self.num_preemptions = 0
         self.num_pauses = 0

@@ -46,6 +46,8 @@ class InstanceLimits:
     """Ranges of addresses for a sequence each; 0: the worker reads by block tables alone."""
     max_mappings: int = 0
     """Mappings that the worker's process may have for them."""
+    num_experts: int = 0
+    """Of each layer that has experts; 0: there are none."""
 
     @classmethod
     def from_ready(
@@ -72,6 +74,7 @@ class InstanceLimits:
             task=ready.task,
             pooling=ready.pooling,
             embedding_size=ready.embedding_size,
+            num_experts=ready.num_experts,
         )
 
     @property

@@ -79,6 +79,7 @@ class Scheduler:
         the pages with others: what it has of them, and their turns."""
         self.limits = limits
         self._state = InstanceState(limits, policy or build_policy(), owned)
+        self.expert_load = self._state.expert_load
         self._admission = Admission(self._state)
         self._planner = StepPlanner(self._state, turns)
         self._settler = StepSettler(self._state, self._planner)

@@ -49,11 +49,11 @@ class StepSettler:
                 f"{len(result.tokens)} results"
             )
         failed = dict(result.failed) if result.failed else None
-        rows = None
-        if result.num_top >= 0 or state.num_with_logprobs:
-            rows = read_rows(step, result, frames, failed)
+        is_scored = result.num_top >= 0 or state.num_with_logprobs
+        rows = read_rows(step, result, frames, failed) if is_scored else None
         if state.limits.pooling:
             self._vectors = read_vectors(step, result, frames, failed, state.limits.embedding_size)
+        state.expert_load.note(result, frames)
         del state.steps[result.step]
         # Before anything is sealed: a pinned block that its sequence seals and then releases
         # would be cached and held without its parent.

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from xllm.protocol.message import ArrayMessage, ArrayPart
 
+MAX_EXPERT_LOAD_BYTES = 4096
+"""Of an instance's report of how its experts are used."""
+
 
 class InstanceLoad(ArrayPart, frozen=True):
     """How busy an instance is, at the time of the heartbeat."""
@@ -65,6 +68,7 @@ class InstanceHeartbeat(ArrayMessage, frozen=True):
     latency: InstanceLatency = InstanceLatency()
     events: tuple[BlockEvents, ...] = ()
     expert_load: bytes = b""
+    """How evenly the experts are used, now and then: JSON, MAX_EXPERT_LOAD_BYTES at most."""
     metrics: bytes = b""
     """Prometheus text of master and workers, about once a second."""
     message: str = ""

@@ -249,6 +249,8 @@ class WorkerReady(ArrayMessage, frozen=True):
     pooling: str = ""
     embedding_size: int = 0
     more: tuple[WorkerReady, ...] = ()
+    num_experts: int = 0
+    """Of each layer that has experts."""
 
 
 class WorkerFailed(ArrayMessage, frozen=True):

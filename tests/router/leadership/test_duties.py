@@ -10,11 +10,17 @@ from hypothesis import strategies as st
 
 from xllm.errors import InvalidRequestError
 from xllm.protocol.authority import PeerRole
-from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat, InstanceLoad, RouterPresence
+from xllm.protocol.bus import (
+    MAX_EXPERT_LOAD_BYTES,
+    DaemonHeartbeat,
+    InstanceHeartbeat,
+    InstanceLoad,
+    RouterPresence,
+)
 from xllm.protocol.client import SubmitRequest
 from xllm.protocol.records import experts_key, kv_key, load_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES
-from xllm.router.leadership.mirror import MAX_EXPERTS_BYTES, Mirror
+from xllm.router.leadership.mirror import Mirror
 from xllm.router.leadership.objectives import LiveObjectives, amend_objectives, read_objectives
 from xllm.router.leadership.roles import MAX_ROWS, TELL_AGAIN_S, RoleTable, decode_roles
 from xllm.router.leadership.standing import Standing
@@ -129,7 +135,7 @@ def test_only_what_changed_is_written_and_what_is_gone_is_deleted():
     mirror.wrote(puts, deletes, 1.0)
     mirror.heard(beat("a", seq=2))
     assert mirror.batch() == ([], [])
-    mirror.heard(beat("a", seq=3, running=1, experts=b"x" * MAX_EXPERTS_BYTES))
+    mirror.heard(beat("a", seq=3, running=1, experts=b"x" * MAX_EXPERT_LOAD_BYTES))
     puts, deletes = mirror.batch()
     assert [key for key, _ in puts] == [experts_key("c", "a"), load_key("c", "a")]
     mirror.wrote(puts, deletes, 2.0)
@@ -175,7 +181,7 @@ def test_a_daemon_of_an_instances_name_changes_and_removes_none_of_its_keys():
 
 def test_a_report_that_is_too_large_is_counted_and_left_out():
     mirror = Mirror("c")
-    mirror.heard(beat("a", experts=b"x" * (MAX_EXPERTS_BYTES + 1)))
+    mirror.heard(beat("a", experts=b"x" * (MAX_EXPERT_LOAD_BYTES + 1)))
     assert [key for key, _ in mirror.batch()[0]] == [load_key("c", "a")]
     assert mirror.num_oversized == 1
 

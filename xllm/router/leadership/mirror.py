@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from xllm.protocol.authority import PeerRole
-from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat
+from xllm.protocol.bus import MAX_EXPERT_LOAD_BYTES, DaemonHeartbeat, InstanceHeartbeat
 from xllm.protocol.records import experts_key, kv_key, load_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES
 
@@ -23,7 +23,6 @@ _log = structlog.get_logger("leadership")
 
 MIRRORED = ("load", "experts", "kv")
 """Kinds of mirrored keys, `<kind>/<instance>`."""
-MAX_EXPERTS_BYTES = 4096
 _MS = 1000.0
 
 
@@ -57,7 +56,7 @@ class Mirror:
         self._want(load, owner, load_value(word))
         if not word.expert_load:
             return
-        if len(word.expert_load) <= MAX_EXPERTS_BYTES:
+        if len(word.expert_load) <= MAX_EXPERT_LOAD_BYTES:
             key = experts_key(self._cluster, word.publisher)
             self._want(key, owner, word.expert_load)
             return
@@ -68,7 +67,7 @@ class Mirror:
                 "expert_load_too_large",
                 instance=word.publisher,
                 num_bytes=len(word.expert_load),
-                limit=MAX_EXPERTS_BYTES,
+                limit=MAX_EXPERT_LOAD_BYTES,
             )
 
     def gone(self, role: PeerRole, name: str) -> None:

@@ -198,6 +198,7 @@ def _describe(
         task=loaded.task.task,
         pooling=loaded.task.pooling,
         embedding_size=model.config.hidden_size if loaded.task.pooling else 0,
+        num_experts=0 if model.experts is None else model.experts.counts.shape[1],
     )
 
 
