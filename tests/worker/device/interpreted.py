@@ -14,7 +14,7 @@ from tests.worker.graphs.fake_graphs import FakeGraphs
 from tests.worker.native.plan_driver import PlanDriver, native_settings
 from tests.worker.platform.host_device import FakeDriver, HostDevice
 from tests.worker.triton_interpreter import DEVICE
-from xllm.worker.execution.device import making
+from xllm.worker.execution.device import making, runner
 from xllm.worker.execution.native import NativeExecutor
 from xllm.worker.platform.cpu import CpuPlatform
 from xllm.worker.platform.graphs import GraphDevice
@@ -88,6 +88,8 @@ def interpreted_driver(
     if reference:
         monkeypatch.setattr(f"{making.__name__}.TritonOps", ReferenceOps)
         monkeypatch.setattr(f"{making.__name__}.DeviceSampler", ReferenceDraws)
+    # What is captured when must not hang on how fast this machine is.
+    monkeypatch.setattr(f"{runner.__name__}.CAPTURE_SHARE", 1.0)
     settings = native_settings(directory, **{"kernels": "torch", "block_size": 16, **worker})
     scheduler = dataclasses.replace(settings.scheduler, max_num_seqs=max_num_seqs)
     if draft_tokens:

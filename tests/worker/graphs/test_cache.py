@@ -116,6 +116,48 @@ def test_sights_of_keys_are_bounded():
     assert cache.is_open(99)
 
 
+def test_captures_take_their_share_of_the_time_and_the_parts_of_a_key_all_the_same():
+    now = [0.0]
+
+    class Slow(FakeGraphs):
+        def capture(self, run):
+            now[0] += 1.0
+            return super().capture(run)
+
+    device = Slow()
+    cache = GraphCache(device, 8, 1, clock=lambda: now[0])
+    for key in "ab":  # before it is bounded
+        assert cache.is_open(key)
+        assert cache.run(key, lambda: None)
+    cache.bound_captures(0.1)
+    assert cache.is_open("c")
+    for part in range(3):
+        assert cache.run("c", lambda: None, part)
+    assert device.num_captures == 5
+    # Three seconds of captures: nothing more for 27.
+    now[0] = 5.0 + 26.9
+    assert not cache.is_open("d")
+    assert cache.is_open("a")  # it is there
+    assert cache.statistics().num_deferred == 1
+    now[0] += 0.2
+    assert cache.is_open("d")
+
+
+def test_captures_that_fail_are_paid_for():
+    now = [0.0]
+
+    def slow_and_broken():
+        now[0] += 2.0
+        raise ZeroDivisionError
+
+    cache = GraphCache(FakeGraphs(), 8, 1, clock=lambda: now[0])
+    cache.bound_captures(0.5)
+    assert not cache.run("a", slow_and_broken)
+    assert not cache.is_open("b")
+    now[0] += 2.1
+    assert cache.is_open("b")
+
+
 def test_a_cache_holds_at_least_one():
     with pytest.raises(AssertionError):
         make(max_graphs=0)

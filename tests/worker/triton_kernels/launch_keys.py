@@ -30,7 +30,7 @@ from tests.worker.platform.host_device import FakeDriver, HostDevice
 from tests.worker.triton_kernels.compile_kernels import NamedGpu
 from xllm.protocol.sampling import SamplingParams
 from xllm.worker.execution import reading
-from xllm.worker.execution.device import tensors
+from xllm.worker.execution.device import runner, tensors
 from xllm.worker.execution.device.under_way import StepsUnderWay
 from xllm.worker.execution.native import NativeExecutor
 from xllm.worker.execution.outputs import StepOutputs
@@ -156,6 +156,7 @@ def main() -> None:
     torch.set_num_threads(1)
     directory, *names = sys.argv[1:]
     keys = Keys()
+    runner.CAPTURE_SHARE = 1.0
     reading.select_platform = lambda device, rank=0: NamelessGpu()
     for name in names:
         found = run(pathlib.Path(directory), CASES[name], keys)

@@ -8,11 +8,13 @@ graph leaves for others is in tensors that were there before its capture.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 import structlog
 
+from xllm.worker.graphs.budget import CaptureBudget
 from xllm.worker.platform.graphs import CapturedGraph, GraphDevice
 
 log = structlog.get_logger(__name__)
@@ -21,13 +23,15 @@ log = structlog.get_logger(__name__)
 @dataclasses.dataclass(frozen=True, slots=True)
 class GraphStatistics:
     """How many graphs there are, and what became of the calls: replays, captures, captures that
-    failed (their keys run eagerly from then on), graphs given up for others."""
+    failed (their keys run eagerly from then on), graphs given up for others, and calls that would
+    have captured had there been time for it."""
 
     num_graphs: int
     num_replays: int
     num_captures: int
     num_failed: int
     num_evicted: int
+    num_deferred: int
 
 
 class GraphCache:
@@ -40,15 +44,18 @@ class GraphCache:
         max_keys: int,
         capture_at: int = 2,
         dropped: Callable[[Hashable], None] = lambda key: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`max_keys`: kept at once, the one not used for longest goes first, with all its parts,
         and `dropped` is told. `capture_at`: the sight of a key at which it is captured: shapes that
-        come once do not pay for one."""
+        come once do not pay for one. `clock`: in seconds."""
         assert max_keys > 0
         self._device = device
         self._max_keys = max_keys
         self._capture_at = capture_at
         self._dropped = dropped
+        self._clock = clock
+        self._budget: CaptureBudget | None = None
         self._graphs: OrderedDict[Hashable, dict[int, CapturedGraph]] = OrderedDict()
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
         self._failed: set[tuple[Hashable, int]] = set()
@@ -56,6 +63,12 @@ class GraphCache:
         self._num_captures = 0
         self._num_failed = 0
         self._num_evicted = 0
+        self._num_deferred = 0
+
+    def bound_captures(self, share: float) -> None:
+        """From now on keys are captured in this share of the time at most. The parts of a key that
+        was begun are captured all the same."""
+        self._budget = CaptureBudget(share)
 
     def is_open(self, key: Hashable) -> bool:
         """Whether `run` would replay or capture for this sight of a key. Counts the sight."""
@@ -66,7 +79,12 @@ class GraphCache:
         self._seen[key] = self._seen.pop(key, 0) + 1
         if len(self._seen) > 8 * self._max_keys:
             self._seen.popitem(last=False)
-        return self._seen[key] >= self._capture_at
+        if self._seen[key] < self._capture_at:
+            return False
+        if self._budget is not None and not self._budget.allows(self._clock()):
+            self._num_deferred += 1
+            return False
+        return True
 
     def is_held(self, key: Hashable) -> bool:
         """Whether there are graphs of a key."""
@@ -103,11 +121,13 @@ class GraphCache:
             self._num_captures,
             self._num_failed,
             self._num_evicted,
+            self._num_deferred,
         )
 
     def _capture(self, key: Hashable, body: Callable[[], None], part: int) -> bool:
         if (key, part) in self._failed:
             return False
+        began_s = self._clock()
         if key not in self._graphs:
             self._make_room()
         try:
@@ -117,6 +137,10 @@ class GraphCache:
             self._num_failed += 1
             log.warning("graph_capture_failed", key=str(key), part=part, reason=str(error))
             return False
+        finally:
+            if self._budget is not None:
+                now_s = self._clock()
+                self._budget.spend(now_s, now_s - began_s)
         self._seen.pop(key, None)
         self._graphs.setdefault(key, {})[part] = graph
         self._num_captures += 1

@@ -35,6 +35,8 @@ from xllm.worker.platform.platform import Platform
 
 _MAX_GRAPHS = 64
 """Kinds of steps whose graphs are kept; of a partial one there are as many as layers, and one."""
+CAPTURE_SHARE = 0.05
+"""Of the time in service, at most, for captures: the engine stands meanwhile."""
 
 
 class DeviceRunner:
@@ -112,6 +114,7 @@ class DeviceRunner:
         wanted = self._chooser.warm_keys() if keys is None else keys
         for key in wanted:
             self._graphs.run(key, self._full_body(key))
+        self._graphs.bound_captures(CAPTURE_SHARE)
 
     def close(self) -> None:
         """Give the graphs up."""
