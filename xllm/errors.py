@@ -213,10 +213,15 @@ class RequestAbortedError(ServiceError):
 
 
 class UnavailableError(ServiceError):
-    """No instance that could serve the request is ready."""
+    """No instance that could serve the request is ready. `everywhere`: nor is there for any other
+    router of the cluster."""
 
     code = "unavailable"
     http_status = 503
+
+    def __init__(self, message: str, *, param: str | None = None, everywhere: bool = False) -> None:
+        super().__init__(message, param=param)
+        self.everywhere = everywhere
 
 
 class WorkerLostError(ServiceError):

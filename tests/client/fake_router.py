@@ -42,11 +42,14 @@ class FakeRouter:
     """Words of the prompt decide: `echo a b` gives the tokens a, b; `fail CODE` fails;
     `silent` says nothing; `half` sends one delta and no end; `bad` answers bad_message; `part K a
     b` gives as `echo` does, but only the first K to who holds none. `mute`: it hears and says
-    nothing; `named`: the routers that its pongs name; `refusal`: the code with which it refuses."""
+    nothing; `named`: the routers that its pongs name; `refusal`: the code with which it refuses,
+    `refused_model`: that one only, `refuses_for_all`: as any other router would."""
 
     def __init__(self, endpoint: str = "tcp://127.0.0.1:0") -> None:
         self.mute = False
         self.refusal = ""
+        self.refused_model = ""
+        self.refuses_for_all = False
         self.named: tuple[RouterAddress, ...] = ()
         self.peers: set[bytes] = set()
         self.num_pings = 0
@@ -82,7 +85,7 @@ class FakeRouter:
         match message:
             case SubmitRequest():
                 self.submits.append(message)
-                if self.refusal:
+                if self.refusal and self.refused_model in ("", message.model):
                     return [self._refuse(message)]
                 return list(self._answer(message))
             case AbortRequest():
@@ -107,7 +110,11 @@ class FakeRouter:
 
     def _refuse(self, submit: SubmitRequest) -> RequestFailed:
         return RequestFailed(
-            id=submit.id, code=self.refusal, message="as told", retry_after_ms=1000
+            id=submit.id,
+            code=self.refusal,
+            message="as told",
+            retry_after_ms=1000,
+            everywhere=self.refuses_for_all,
         )
 
     def _answer(self, submit: SubmitRequest):

@@ -10,7 +10,8 @@ from tests.client.fake_router import FakeRouter
 from tests.client.test_async_client import until
 from tests.client.test_failover import read_all, with_routers
 from tests.client.test_session import Recorder, finished, open_one
-from xllm.client.refusals import JUDGED_IN_S, Refusals, Worth, is_worth_another
+from xllm.client import refusals
+from xllm.client.refusals import JUDGED_IN_S, Refusals, is_worth_another
 from xllm.client.retries import MAX_LOSSES, RETRY_BURST
 from xllm.client.session import ClientSession
 from xllm.errors import BrokenError, OverloadedError, UnavailableError
@@ -34,30 +35,82 @@ def test_only_a_want_of_instances_is_worth_another_router():
     assert not is_worth_another(ListModels(id=1), refusal(), 0, 2)
     for code in ("overloaded", "rate_limit_exceeded", "invalid_value", "engine_error", "aborted"):
         assert not is_worth_another(submit, refusal(code=code), 0, 2)
+    everywhere = RequestFailed(id=1, code="unavailable", message="asleep", everywhere=True)
+    assert not is_worth_another(submit, everywhere, 0, 2)
 
 
-def test_a_router_that_serves_others_is_kept():
-    refusals = Refusals()
-    assert refusals.judge(0.0, serves_others=True) is Worth.OPEN
-    refusals.add(1, UnavailableError("none"))
-    assert refusals.judge(1.0, serves_others=True) is Worth.OPEN
-    assert refusals.judge(1.0, serves_others=False) is Worth.LEAVE
-    assert refusals.judge(1.0 + JUDGED_IN_S, serves_others=True) is Worth.KEEP
-    assert list(refusals.take()) == [1]
-    assert refusals.judge(2.0, serves_others=True) is Worth.OPEN
-    refusals.add(2, UnavailableError("none"))
-    assert refusals.judge(2.0, serves_others=True) is Worth.OPEN  # its time begins anew
+def test_what_a_router_refuses_is_told_after_a_moment_for_each_model():
+    refused = Refusals()
+    assert refused.judged(0.0) == {}
+    refused.add(1, "a", UnavailableError("none"))
+    assert refused.judged(1.0) == {}
+    refused.add(2, "a", UnavailableError("none"))
+    refused.add(3, "b", UnavailableError("none"))
+    assert refused.judged(1.0 + JUDGED_IN_S / 2) == {}
+    assert list(refused.judged(1.0 + JUDGED_IN_S)) == [1, 2]
+    assert (1 in refused, 3 in refused, len(refused)) == (False, True, 1)
+    refused.add(4, "a", UnavailableError("none"))
+    assert list(refused.judged(1.0 + JUDGED_IN_S)) == []  # its time begins anew
+    assert list(refused.judged(1.0 + 1.5 * JUDGED_IN_S)) == [3]
+    assert not refused.drop(3)
+    assert refused.drop(4)
+    assert len(refused) == 0
+
+
+def submit_for(session: ClientSession, model: str) -> SubmitRequest:
+    return SubmitRequest(id=session.next_id(), model=model, prompt=(1,))
+
+
+def test_only_the_model_that_was_refused_waits():
+    session, other, recorder = ClientSession(), Recorder(), Recorder()
+    session.num_routers = 2
+    open_one(session, session.next_id(), other, 0.0, 10.0, model="b")
+    open_one(session, session.next_id(), recorder, 0.0, 10.0, model="a")
+    session.receive(refusal(2))
+    wanted = [submit_for(session, "a"), submit_for(session, "b"), ListModels(id=session.next_id())]
+    assert [session.must_wait(one) for one in wanted] == [True, False, False]
+    for one in wanted:  # as if the connection had been gone, say
+        session.open(one, Recorder(), 0.0, 10.0)
+        session.waits(one.id)
+    assert [one.id for one in all_due(session)] == [wanted[1].id, wanted[2].id]
+    assert not session.is_turned_away(1.0)
+    assert not session.is_turned_away(1.0 + JUDGED_IN_S)
+    assert isinstance(recorder.errors[0], UnavailableError)
+    assert [one.id for one in all_due(session)] == [wanted[0].id]
+    session.check()
+
+
+@pytest.mark.parametrize("end", ["forget", "abort", "loss", "time"])
+def test_what_waited_for_a_refusal_is_asked_for_once_that_is_none(end):
+    session, _ = refused_session(1, deadline=5.0)
+    later = submit_for(session, "")
+    assert session.must_wait(later)
+    session.open(later, Recorder(), 0.0, 10.0)
+    session.waits(later.id)
+    assert all_due(session) == []
+    if end == "forget":
+        session.forget(1)
+    elif end == "abort":
+        session.abort(1)
+    elif end == "time":
+        session.expire(6.0)
+    else:
+        session.lost("no instance")
+    expected = [1, later.id] if end == "loss" else [later.id]
+    assert [one.id for one in all_due(session)] == expected
+    assert not session.must_wait(submit_for(session, ""))
+    session.check()
 
 
 def refused_session(
-    num_requests: int, num_routers: int = 2
+    num_requests: int, num_routers: int = 2, deadline: float = 10.0
 ) -> tuple[ClientSession, list[Recorder]]:
     session = ClientSession()
     session.num_routers = num_routers
     recorders = [Recorder() for _ in range(num_requests)]
     for recorder in recorders:
         key = session.next_id()
-        open_one(session, key, recorder, 0.0, 10.0)
+        open_one(session, key, recorder, 0.0, deadline)
         session.receive(refusal(key))
     session.check()
     return session, recorders
@@ -73,7 +126,7 @@ def all_due(session: ClientSession) -> list[SubmitRequest]:
 
 def test_the_next_router_is_asked_as_if_for_the_first_time():
     session, recorders = refused_session(3)
-    assert session.has_due
+    assert session.must_wait(submit_for(session, ""))
     assert session.due(0.0) is None  # not of this router
     assert session.is_turned_away(0.0)
     session.lost("no instance")
@@ -123,7 +176,7 @@ def test_others_are_not_disturbed():
     assert not recorder.errors
     assert not session.is_turned_away(1.0 + JUDGED_IN_S)
     assert isinstance(recorder.errors[0], UnavailableError)
-    assert not session.has_due
+    assert not session.must_wait(submit_for(session, ""))
     session.receive(finished(7))
     assert len(other.ends) == 1
     session.check()
@@ -145,7 +198,7 @@ def test_a_refused_request_may_end_before_it_is_asked_for_again(end):
         assert [one.resume for one in all_due(session)] == [None]
         session.receive(finished(1))
     assert recorder.num_ends == (end != "forget")
-    assert not session.has_due
+    assert not session.must_wait(submit_for(session, ""))
     assert not session.is_turned_away(11.0)
     session.check()
 
@@ -214,6 +267,36 @@ def test_a_stream_goes_on_where_another_request_is_refused():
         assert (await client.generate("echo a")).text == "a"
         assert not routers[1].submits
         stream.drop()
+
+    with_routers(2, test)
+
+
+def test_other_models_are_answered_while_one_is_refused(monkeypatch):
+    monkeypatch.setattr(refusals, "JUDGED_IN_S", 1000.0)
+
+    async def test(client, routers):
+        stream = client.stream("half", model="b")
+        await stream.read()
+        routers[0].refusal, routers[0].refused_model = "unavailable", "a"
+        refused = asyncio.create_task(client.generate("echo a", model="a"))
+        await until(lambda: len(routers[0].submits) == 2)
+        for _ in range(20):
+            assert (await client.generate("echo a b", model="b")).text == "ab"
+        assert not refused.done()
+        assert not routers[1].submits
+        stream.drop()  # from now on it serves nobody of this client
+        assert (await refused).text == "a"
+        assert len(routers[1].submits) == 1
+
+    with_routers(2, test)
+
+
+def test_what_is_refused_everywhere_is_asked_of_one_router():
+    async def test(client, routers):
+        routers[0].refusal, routers[0].refuses_for_all = "unavailable", True
+        with pytest.raises(UnavailableError, match="as told"):
+            await client.generate("echo a")
+        assert not routers[1].submits
 
     with_routers(2, test)
 

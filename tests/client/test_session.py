@@ -190,12 +190,13 @@ def test_what_was_lost_often_holds_up_nobody_else():
     assert found[0] == late
     assert entry.is_sent
     assert len(found) == 1 + int(RETRY_BURST)
-    assert not session.has_due
+    assert not session.must_wait(SubmitRequest(id=session.next_id(), prompt=(1,)))
     session.check()
 
 
 EVENTS = st.one_of(
     st.tuples(st.just("open"), st.floats(0.1, 5)),
+    st.tuples(st.just("ask"), st.floats(0.1, 5)),
     st.tuples(st.just("delta"), st.integers(1, 12), st.integers(0, 3)),
     st.tuples(st.just("finished"), st.integers(1, 12)),
     st.tuples(st.just("failed"), st.integers(1, 12)),
@@ -222,7 +223,16 @@ def test_any_history_ends_each_request_once(events, num_routers):
             case ("open", timeout_s):
                 key = session.next_id()
                 recorders[key] = Recorder()
-                open_one(session, key, recorders[key], now, timeout_s)
+                open_one(session, key, recorders[key], now, timeout_s, model="ab"[key % 2])
+            case ("ask", timeout_s):
+                key = session.next_id()
+                recorders[key] = Recorder()
+                message = SubmitRequest(id=key, model="ab"[key % 2], prompt=(1,))
+                entry = session.open(message, recorders[key], now, timeout_s)
+                if session.must_wait(message):
+                    session.waits(key)
+                else:
+                    entry.is_sent = True
             case ("delta", key, index):
                 session.receive(TokenDelta(id=key, first_index=index, token_ids=(index,)))
             case ("finished", key):
@@ -242,7 +252,11 @@ def test_any_history_ends_each_request_once(events, num_routers):
                 if session.is_turned_away(now):
                     session.lost("no instance")
                 while (one := session.due(now)) is not None:
+                    assert not session._refusals.holds(one[1])
                     one[0].is_sent = True
+                waiting = {key for key, entry in session._open.items() if not entry.is_sent}
+                known = {*session._unsent, *session._paced, *session._withheld}
+                assert waiting <= known | {key for key in waiting if key in session._refusals}
             case _:
                 session.fail_all(BrokenError("gone"))
         session.check()

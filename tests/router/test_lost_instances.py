@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from tests.router.fake_cluster import FakeCluster, in_loop, text_model
 from xllm.protocol.client import RequestFailed, RequestFinished
 from xllm.router.state.move_budget import MOVE_BURST
@@ -237,4 +239,31 @@ async def test_a_move_is_not_held_back_forever():
     cluster.clock.now += 0.1
     cluster.tick()
     assert sink.last.code == "unavailable"
+    cluster.close()
+
+
+@pytest.mark.parametrize(
+    ("why", "everywhere"),
+    [("none", False), ("stops", False), ("line", False), ("asleep", True), ("lost", True)],
+)
+@in_loop
+async def test_a_refusal_says_whether_another_router_may_have_a_better_answer(why, everywhere):
+    cluster = FakeCluster(timeout_s=100.0)
+    if why in ("asleep", "lost", "stops"):
+        cluster.join("a")
+    elif why == "line":
+        cluster.register("a")  # it may come yet
+    if why == "asleep":
+        cluster.beat("a", state="asleep")
+    cluster.service.submission.draining = why == "stops"
+    _, sink = cluster.ask()
+    if why == "lost":
+        assert len(cluster.links.admits()) == 1
+        cluster.change(cluster.service.view.disconnected("a"))
+    assert sink.done.is_set() == (why not in ("line", "lost"))
+    for _ in range(2):  # one tick notes that it waits
+        cluster.clock.now += PATIENCE_S + 1
+        cluster.tick()
+        cluster.service.admission.tick()
+    assert (sink.last.code, sink.last.everywhere) == ("unavailable", everywhere)
     cluster.close()

@@ -126,7 +126,7 @@ class ClientConnection:
             )
         now = time.monotonic()
         entry = self._session.open(message, listener, now, timeout_s)
-        if self._socket.connected and not self._session.has_due:
+        if self._socket.connected and not self._session.must_wait(message):
             try:
                 self._socket.send_encoded(data)
             except BaseException:

@@ -2,80 +2,87 @@
 
 Pure. They wait for a moment, until it is known whether the router refuses all that this client has
 there: only then is it worth leaving, for what runs there would be drawn again elsewhere. Meanwhile
-nothing new is asked of it.
+nothing new of their models is asked of it; what is for other models does not wait.
 """
 
 from __future__ import annotations
 
-from enum import Enum
-
 from xllm.client.retries import MAX_LOSSES
 from xllm.errors import UnavailableError, XllmError
-from xllm.protocol.client import RequestFailed, SubmitRequest
+from xllm.protocol.client import ClientMessage, RequestFailed, SubmitRequest
 
 JUDGED_IN_S = 0.05
 """So long a router may have other requests of this client before it is kept for their sake."""
 
 
-class Worth(Enum):
-    """What refusals say of the present router."""
-
-    OPEN = "open"
-    """Nothing yet."""
-    KEEP = "keep"
-    """It serves others: who was refused is told."""
-    LEAVE = "leave"
-    """It serves nobody of this client: the next one is asked."""
-
-
 class Refusals:
-    """Those of the present router, by request."""
+    """Those of the present router, by model and request."""
 
     def __init__(self) -> None:
-        self._errors: dict[int, XllmError] = {}
-        self._since: float | None = None
+        self._errors: dict[str, dict[int, XllmError]] = {}
+        self._since: dict[str, float] = {}
+        """By model: when they were first looked at."""
+        self._models: dict[int, str] = {}
 
     def __len__(self) -> int:
-        return len(self._errors)
+        return len(self._models)
 
     def __contains__(self, request_id: int) -> bool:
-        return request_id in self._errors
+        return request_id in self._models
 
-    def add(self, request_id: int, error: XllmError) -> None:
+    def holds(self, message: ClientMessage) -> bool:
+        """Whether nothing of its model is to be asked of the router now."""
+        return isinstance(message, SubmitRequest) and message.model in self._errors
+
+    def add(self, request_id: int, model: str, error: XllmError) -> None:
         """The router refused it."""
-        self._errors[request_id] = error
+        self._models[request_id] = model
+        self._errors.setdefault(model, {})[request_id] = error
 
-    def drop(self, request_id: int) -> None:
-        """It ended otherwise."""
-        self._errors.pop(request_id, None)
+    def drop(self, request_id: int) -> bool:
+        """It ended otherwise. Whether requests of its model waited for that."""
+        model = self._models.pop(request_id, None)
+        if model is None:
+            return False
+        del self._errors[model][request_id]
+        if self._errors[model]:
+            return False
+        self._forget(model)
+        return True
 
-    def judge(self, now: float, *, serves_others: bool) -> Worth:
-        """Call often. `serves_others`: whether the router has further requests of this client."""
-        if not self._errors:
-            self._since = None
-            return Worth.OPEN
-        if not serves_others:
-            return Worth.LEAVE
-        if self._since is None:
-            self._since = now
-        return Worth.KEEP if now - self._since >= JUDGED_IN_S else Worth.OPEN
+    def judged(self, now: float) -> dict[int, XllmError]:
+        """Call often while the router has other requests of this client. What it refused long
+        enough ago, and is told now: it is none of these any more."""
+        told: dict[int, XllmError] = {}
+        for model in tuple(self._errors):
+            if now - self._since.setdefault(model, now) >= JUDGED_IN_S:
+                told |= self._errors[model]
+                self._forget(model)
+        for request_id in told:
+            del self._models[request_id]
+        return told
 
-    def take(self) -> dict[int, XllmError]:
-        """All of them, which are none any more."""
-        errors, self._errors = self._errors, {}
-        self._since = None
-        return errors
+    def clear(self) -> None:
+        """The router is left."""
+        self._errors.clear()
+        self._since.clear()
+        self._models.clear()
+
+    def _forget(self, model: str) -> None:
+        del self._errors[model]
+        self._since.pop(model, None)
 
 
 def is_worth_another(
     asked: object, answer: RequestFailed, num_refusals: int, num_routers: int
 ) -> bool:
     """Whether a refused request, of which nothing was heard, is asked for again at the next router:
-    no more often than there are routers. What is wrong with a request is so everywhere, and a
-    limit or a full line is the cluster's."""
+    no more often than there are routers. What is wrong with a request is so everywhere, a limit or
+    a full line is the cluster's, and of other refusals their router says so."""
     others = min(num_routers - 1, MAX_LOSSES)
     return (
         answer.code == UnavailableError.code
+        and not answer.everywhere
         and isinstance(asked, SubmitRequest)
         and num_refusals < others
     )

@@ -17,7 +17,7 @@ import heapq
 from collections import deque
 
 from xllm.client.open_request import Listener, OpenRequest
-from xllm.client.refusals import Refusals, Worth, is_worth_another
+from xllm.client.refusals import Refusals, is_worth_another
 from xllm.client.retries import MAX_LOSSES, RetryBudget, is_paced
 from xllm.errors import (
     BadMessageError,
@@ -37,6 +37,7 @@ from xllm.protocol.client import (
     Pong,
     RequestFailed,
     RouterMessage,
+    SubmitRequest,
     TokenDelta,
 )
 
@@ -67,6 +68,8 @@ class ClientSession:
         self._paced: deque[int] = deque()
         """Of those that wait for a router: the ones that wait for the budget, too."""
         self._refusals = Refusals()
+        self._withheld: list[int] = []
+        """Of those that wait for a router: the ones of models that the present one just refused."""
         self.num_routers = 1
         """Routers that are known: who knows one only need not ask another."""
         self._num_resumed = 0
@@ -89,10 +92,10 @@ class ClientSession:
         self._last_id += 1
         return self._last_id
 
-    @property
-    def has_due(self) -> bool:
-        """Whether some request waits for a router, and for nothing else."""
-        return bool(self._unsent) or len(self._refusals) > 0
+    def must_wait(self, message: ClientMessage) -> bool:
+        """Whether a new request is not for the present router now: others wait before it, or one
+        of its model was just refused there."""
+        return bool(self._unsent) or self._refusals.holds(message)
 
     def open(
         self, message: ClientMessage, listener: Listener, now: float, timeout_s: float
@@ -115,9 +118,13 @@ class ClientSession:
     def waits(self, request_id: int) -> None:
         """No router could be asked yet: `due` will give it."""
         entry = self._open.get(request_id)
-        if entry is not None:
-            paced = is_paced(entry.num_losses + entry.num_refusals)
-            (self._paced if paced else self._unsent).append(request_id)
+        if entry is None:
+            return
+        if self._refusals.holds(entry.message):
+            self._withheld.append(request_id)
+            return
+        paced = is_paced(entry.num_losses + entry.num_refusals)
+        (self._paced if paced else self._unsent).append(request_id)
 
     # -- routers that come and go --------------------------------------------------------------
 
@@ -125,7 +132,8 @@ class ClientSession:
         """The router is gone, stops or says nothing: all that is open is for the next one."""
         self._unsent.clear()
         self._paced.clear()
-        self._refusals.take()
+        self._withheld.clear()
+        self._refusals.clear()
         for request_id, entry in list(self._open.items()):
             entry.lost()
             if entry.aborted:
@@ -138,8 +146,6 @@ class ClientSession:
     def due(self, now: float) -> tuple[OpenRequest, ClientMessage] | None:
         """The next request to ask the present router for, and the words; None: nothing now.
         The caller marks it as sent, or puts it back by `waits`."""
-        if self._refusals:
-            return None
         entry = self._first(self._unsent)
         if entry is None:
             entry = self._first(self._paced)
@@ -157,21 +163,36 @@ class ClientSession:
         client, those that it refused end as it said."""
         if not self._refusals:
             return False
-        serves_others = any(entry.is_sent for entry in self._open.values())
-        worth = self._refusals.judge(now, serves_others=serves_others)
-        if worth is Worth.KEEP:
-            for request_id, error in self._refusals.take().items():
-                self._fail(request_id, error)
-        return worth is Worth.LEAVE
+        if not any(entry.is_sent for entry in self._open.values()):
+            return True
+        told = self._refusals.judged(now)
+        for request_id, error in told.items():
+            self._fail(request_id, error)
+        if told:
+            self._release()
+        return False
 
     def _first(self, waiting: deque[int]) -> OpenRequest | None:
-        """The first of these that is still open; those before it are dropped."""
+        """The first of these that is still open and not withheld; those before it are dropped, or
+        wait until their model is asked for again."""
         while waiting:
             entry = self._open.get(waiting[0])
-            if entry is not None:
+            if entry is not None and not self._refusals.holds(entry.message):
                 return entry
+            if entry is not None:
+                self._withheld.append(waiting[0])
             waiting.popleft()
         return None
+
+    def _release(self) -> None:
+        """Models may be asked for again that were not."""
+        withheld, self._withheld = self._withheld, []
+        for request_id in withheld:
+            self.waits(request_id)
+
+    def _drop_refusal(self, request_id: int) -> None:
+        if self._refusals.drop(request_id):
+            self._release()
 
     # -- ends ----------------------------------------------------------------------------------
 
@@ -191,7 +212,7 @@ class ClientSession:
         entry = self._open.pop(request_id, None)
         if entry is None:
             return None
-        self._refusals.drop(request_id)
+        self._drop_refusal(request_id)
         self._num_failed += 1
         return AbortRequest(id=request_id) if entry.is_sent else None
 
@@ -205,6 +226,7 @@ class ClientSession:
         if isinstance(message, RequestFailed) and self._is_refusal(message):
             return None
         entry = self._open.pop(message.id, None)
+        self._drop_refusal(message.id)
         if entry is None:
             if not isinstance(message, Pong):
                 self._num_late += 1
@@ -268,10 +290,12 @@ class ClientSession:
         entry = self._open.get(message.id)
         if entry is None or not entry.is_untouched:
             return False
-        if not is_worth_another(entry.message, message, entry.num_refusals, self.num_routers):
+        asked = entry.message
+        if not is_worth_another(asked, message, entry.num_refusals, self.num_routers):
             return False
+        assert isinstance(asked, SubmitRequest)
         entry.refused()
-        self._refusals.add(message.id, _failure(message))
+        self._refusals.add(message.id, asked.model, _failure(message))
         return True
 
     def _receive_delta(self, delta: TokenDelta) -> AbortRequest | None:
@@ -300,7 +324,7 @@ class ClientSession:
 
     def _fail(self, request_id: int, error: XllmError) -> None:
         entry = self._open.pop(request_id)
-        self._refusals.drop(request_id)
+        self._drop_refusal(request_id)
         self._num_failed += 1
         entry.listener.on_error(error)
 

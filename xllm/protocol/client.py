@@ -240,6 +240,9 @@ class RequestFailed(MapMessage, tag="failed", frozen=True):
     request_id: str = ""
     param: str | None = None
     retry_after_ms: int = 0
+    everywhere: bool = False
+    """With unavailable: no other router has a better answer, since the model is asleep or the
+    request has been at an instance."""
 
 
 class ModelInfo(MapPart, frozen=True):

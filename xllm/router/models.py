@@ -51,7 +51,8 @@ class ServedModels:
     def check_awake(self, name: str) -> None:
         """UnavailableError for a model that is asleep: a request does not wake it."""
         if not self._view.usable(name) and self.is_asleep(name):
-            raise UnavailableError(f"the model {name!r} is asleep (xllm wake {name})")
+            text = f"the model {name!r} is asleep (xllm wake {name})"
+            raise UnavailableError(text, everywhere=True)
 
     def are_ready(self) -> bool:
         """Whether every model that is not asleep can take requests, and one at least is awake."""

@@ -230,6 +230,7 @@ class Submission:
             retry_after_ms=int(retry_s * 1000)
             if isinstance(error, OverloadedError | UnavailableError)
             else 0,
+            everywhere=isinstance(error, UnavailableError) and error.everywhere,
         )
         self._dispatcher.fail(request_id, opened, failed)
 

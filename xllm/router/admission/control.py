@@ -192,7 +192,10 @@ class AdmissionControl:
                     "no instance had room in time", retry_after_s=one.drain_s(now)
                 )
                 if self._has_room(model, not waiter.online) is None:
-                    error = UnavailableError("no instance was ready in time")
+                    error = UnavailableError(
+                        "no instance was ready in time",
+                        everywhere=held.state.moves.has_been_placed,
+                    )
                 self._reject(waiter.request_id, held.request, error, "timeout")
             if len(one.line):
                 self._pump(model)
@@ -335,6 +338,7 @@ class AdmissionControl:
             message=error.message,
             request_id=request_id,
             retry_after_ms=int(retry_s * 1000),
+            everywhere=isinstance(error, UnavailableError) and error.everywhere,
         )
         self._fail(request_id, request, failed)
 

@@ -41,7 +41,13 @@ def finished(
 
 
 def failed(
-    spec: RequestSpec, code: str, message: str, retry_after_ms: int, param: str | None
+    spec: RequestSpec,
+    code: str,
+    message: str,
+    retry_after_ms: int,
+    param: str | None,
+    *,
+    everywhere: bool = False,
 ) -> RequestFailed:
     """The end as a failure."""
     return RequestFailed(
@@ -51,4 +57,5 @@ def failed(
         request_id=spec.request_id,
         param=param,
         retry_after_ms=retry_after_ms,
+        everywhere=everywhere,
     )

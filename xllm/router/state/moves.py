@@ -63,6 +63,11 @@ class MoveRecord:
         self.num_moves += 1
 
     @property
+    def has_been_placed(self) -> bool:
+        """Whether an instance was asked for it, here or by another router that was lost."""
+        return self.num_moves > 0 or self.resumed
+
+    @property
     def runs_alone(self) -> bool:
         """Whether it must not share steps: too many died under it and others."""
         return self.num_deaths >= MAX_DEATHS
@@ -101,7 +106,7 @@ class MoveRecord:
         everybody again."""
         if self.last_refusal == OverloadedError.code and not has_tokens:
             return OverloadedError.code, "every instance's queue is full"
-        if self.num_moves == 0 and not self.resumed:
+        if not self.has_been_placed:
             return UnavailableError.code, "no instance is ready"
         if not self.homeless_since:
             self.homeless_since = now

@@ -339,7 +339,8 @@ class RequestLife:
         self.ended = True
         if self.instance and not told:
             said.append(self._cancel())
-        said.append(failed(self.spec, code, message, retry_after_ms, param))
+        everywhere = code == UnavailableError.code and self.moves.has_been_placed
+        said.append(failed(self.spec, code, message, retry_after_ms, param, everywhere=everywhere))
         return said
 
     def _refused(self, code: str) -> Sequence[Instruction]:
