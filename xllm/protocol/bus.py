@@ -6,7 +6,7 @@ topic: a gap means "ask for a snapshot", never "guess". The topic is the first f
 
 from __future__ import annotations
 
-from xllm.protocol.message import ArrayMessage, ArrayPart
+from xllm.protocol.message import ArrayMessage, ArrayPart, learn
 
 MAX_EXPERT_LOAD_BYTES = 4096
 """Of an instance's report of how its experts are used."""
@@ -133,3 +133,5 @@ class SnapshotOfBlocks(ArrayMessage, frozen=True):
 
 
 BusMessage = InstanceHeartbeat | DaemonHeartbeat | RouterPresence | SnapshotOfBlocks
+
+learn(BusMessage)

@@ -8,7 +8,7 @@ carries a checksum, verified by the reader: a block that fails it is a miss, nev
 
 from __future__ import annotations
 
-from xllm.protocol.message import ArrayMessage
+from xllm.protocol.message import ArrayMessage, learn
 
 
 class OpenArena(ArrayMessage, frozen=True):
@@ -125,3 +125,5 @@ class CacheRefused(ArrayMessage, frozen=True):
 
 
 CacheReply = ArenaOpened | BlocksFound | BlockPlaces | CacheDone | CacheRefused
+
+learn(CacheRequest, CacheReply)

@@ -7,7 +7,7 @@ travel as remaining milliseconds. docs/protocol.md specifies these bytes for oth
 
 from __future__ import annotations
 
-from xllm.protocol.message import MapMessage, MapPart
+from xllm.protocol.message import MapMessage, MapPart, learn
 from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 
 LIFE_ATTEMPTS = 1 << 16
@@ -381,3 +381,5 @@ RouterMessage = (
     | RoleSet
     | ObjectivesSet
 )
+
+learn(ClientMessage, RouterMessage)

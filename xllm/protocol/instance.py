@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xllm.protocol.bus import SnapshotOfBlocks
-from xllm.protocol.message import ArrayMessage, ArrayPart
+from xllm.protocol.message import ArrayMessage, ArrayPart, learn
 from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 
 ROLES = ("both", "prefill", "decode")
@@ -265,3 +265,5 @@ InstanceReply = (
     | InstancePong
     | HeldTokens
 )
+
+learn(InstanceRequest, InstanceReply)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xllm.protocol.message import ArrayMessage
+from xllm.protocol.message import ArrayMessage, learn
 
 
 class ProcessStarted(ArrayMessage, frozen=True):
@@ -52,3 +52,5 @@ class ProcessStopping(ArrayMessage, frozen=True):
 
 
 LaunchMessage = ProcessStarted | ProcessProgress | ProcessReady | ProcessFailed | ProcessStopping
+
+learn(LaunchMessage)

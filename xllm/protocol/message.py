@@ -7,6 +7,8 @@ appended, with defaults, so that old and new processes understand each other.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 PROTOCOL_VERSION = 1
@@ -39,3 +41,10 @@ class ArrayPart(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True
 
 class MapPart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A part of a client-facing message: a map without a tag."""
+
+
+def learn(*kinds: Any) -> None:
+    """Have msgspec learn classes of messages. It does so at their first use otherwise, and crashes
+    where two threads make that at once: each module does it while it is imported."""
+    for kind in kinds:
+        msgspec.msgpack.Decoder(kind)

@@ -7,7 +7,7 @@ its writer can be looked for.
 
 from __future__ import annotations
 
-from xllm.protocol.message import MapPart
+from xllm.protocol.message import MapPart, learn
 
 
 class InstanceRecord(MapPart, frozen=True):
@@ -128,3 +128,6 @@ def kv_key(cluster: str, name: str) -> str:
 def secret_key(cluster: str, name: str) -> str:
     """Key of what a kind of processes shares: made by the first that needs it, under no lease."""
     return f"{cluster_prefix(cluster)}secrets/{name}"
+
+
+learn(InstanceRecord, DaemonRecord, RouterRecord, LeaderRecord)

@@ -7,7 +7,7 @@ entry's `create_revision` is the fencing epoch of whoever created it.
 
 from __future__ import annotations
 
-from xllm.protocol.message import ArrayMessage, ArrayPart
+from xllm.protocol.message import ArrayMessage, ArrayPart, learn
 
 
 class Lease(ArrayPart, frozen=True):
@@ -231,3 +231,5 @@ RegistryReply = (
     | WatchLost
     | RegistryRefused
 )
+
+learn(RegistryRequest, RegistryReply)

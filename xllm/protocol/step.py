@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from xllm.protocol.message import ArrayMessage, ArrayPart
+from xllm.protocol.message import ArrayMessage, ArrayPart, learn
 from xllm.protocol.sampling import SamplingParams
 
 PULSE_PERIOD_S = 0.2
@@ -307,3 +307,5 @@ WorkerMessage = (
     | RankNotice
     | ModelAwake
 )
+
+learn(MasterMessage, WorkerMessage)
