@@ -95,6 +95,6 @@ def test_words_are_encoded_at_once_as_if_each_were_alone(kind, words):
 
 def test_many_words_are_one_call():
     encoder = WordEncoder(tokenizer("demo"), LETTERS_FIRST_BORDERS.words)
-    assert encoder._encode_together(["to", " be,", " or\n", "not"]) is not None
+    assert encoder._encode_together([" to", " be,", " or\n", " not"]) is not None
     assert encoder._encode_together(["to", "be"]) is None  # another word, in a row
     assert encoder._encode_together(["x\n", "\n"]) is None

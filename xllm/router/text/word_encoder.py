@@ -37,7 +37,8 @@ class WordEncoder:
 
     def encode(self, words: Sequence[str]) -> list[bytes]:
         """The ids of each word as bytes (see token_bytes)."""
-        plain = [word for word in words if word.isascii()]
+        # Those that begin a line would be parts of the word before them, in a row.
+        plain = [word for word in words if word[0] == " " and word.isascii()]
         together = self._encode_together(plain)
         if together is None:
             return [pack_tokens(self._ids(word)) for word in words]

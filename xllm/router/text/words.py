@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 
 from xllm.protocol.token_bytes import TOKEN_BYTES
 
-WORD_CHARS = 24
-WORD_TOKENS = 16
+WORD_CHARS = 40
+WORD_TOKENS = 24
 """Longer ones hardly come again."""
 WORD_BYTES = 320
-"""What an entry costs at most: its name, its ids, its place in the table."""
+"""What an entry costs at most, of ASCII or two bytes a character: its name, its ids, its place."""
 
 Known = dict[str, bytes]
 
