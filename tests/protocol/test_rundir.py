@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
+from xllm.errors import ConfigError
 from xllm.protocol.actor.rundir import RunDirectory, sweep
 
 NUM_STARTERS = 4
 STARTER = """
 import os, sys
+from xllm.errors import ConfigError
 from xllm.protocol.actor.rundir import RunDirectory
 
 sys.stdin.read()  # all of them begin together
@@ -54,3 +56,27 @@ def test_a_directory_in_the_making_is_left_alone_unless_its_maker_is_long_dead(t
     assert sorted(os.listdir(tmp_path)) == [".new-fresh", ".other"]
     RunDirectory(str(tmp_path)).remove()
     assert fresh.exists()
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_parent_that_was_there_keeps_its_mode(tmp_path, mode):
+    tmp_path.chmod(mode)
+    RunDirectory(str(tmp_path)).remove()
+    assert tmp_path.stat().st_mode & 0o7777 == mode
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o775])
+def test_a_parent_where_others_may_write_is_refused_and_left_alone(tmp_path, mode):
+    tmp_path.chmod(mode)
+    (tmp_path / "run-of-somebody").mkdir()
+    with pytest.raises(ConfigError, match=rf"cluster\.run_dir: {tmp_path} .*mode {mode:04o}"):
+        RunDirectory(str(tmp_path))
+    assert tmp_path.stat().st_mode & 0o7777 == mode
+    assert os.listdir(tmp_path) == ["run-of-somebody"]
+
+
+def test_a_parent_that_is_no_directory_is_refused(tmp_path):
+    for base in (tmp_path / "file", tmp_path / "file" / "below"):
+        (tmp_path / "file").touch()
+        with pytest.raises(ConfigError, match=rf"cluster\.run_dir: {base} "):
+            RunDirectory(str(base))

@@ -30,7 +30,11 @@ class ClusterSettings:
     launcher: str = setting(
         "", "Where this process reports its start (set by the launcher); empty: nowhere."
     )
-    run_dir: str = setting("", "Directory for sockets and locks; empty: one is made for each run.")
+    run_dir: str = setting(
+        "",
+        "Directory for sockets and locks, this user's own; `xllm serve` makes run-* in it for each "
+        "run; empty: in $XDG_RUNTIME_DIR/xllm or /tmp/xllm-UID.",
+    )
     keys_dir: str = setting("", "Directory with this node's CURVE keys and the allow-list.")
     heartbeat_s: float = setting(
         0.2, "Period of heartbeats on the bus.", unit="s", low=0.01, high=10

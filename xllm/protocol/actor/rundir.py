@@ -48,13 +48,25 @@ class RunDirectory:
 
 
 def prepare_base(base: str) -> None:
-    """Make the parent of run directories, 0700 and ours, or raise ConfigError."""
-    os.makedirs(base, mode=0o700, exist_ok=True)
-    info = os.lstat(base)
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
-        raise ConfigError(f"{base} is not a directory of this user")
-    if info.st_mode & 0o077:
-        os.chmod(base, 0o700)
+    """Make the parent of run directories (0700), or see that one that is there will do; its mode
+    stays as it is. ConfigError where it is not this user's own, or where others may write: they
+    could put run directories of theirs there."""
+    try:
+        os.makedirs(base, mode=0o700, exist_ok=True)
+        info = os.lstat(base)
+    except OSError as error:
+        raise _refused(base, f"cannot be made: {error.strerror}") from error
+    if not stat.S_ISDIR(info.st_mode):
+        raise _refused(base, "is no directory")
+    mode = f"mode {stat.S_IMODE(info.st_mode):04o}"
+    if info.st_uid != os.getuid():
+        raise _refused(base, f"is user {info.st_uid}'s ({mode}), not this user's own")
+    if info.st_mode & 0o022:
+        raise _refused(base, f"is open to others ({mode}): only this user may write there")
+
+
+def _refused(base: str, why: str) -> ConfigError:
+    return ConfigError(f"cluster.run_dir: {base} {why}", param="cluster.run_dir")
 
 
 def sweep(base: str) -> int:
