@@ -307,8 +307,17 @@ def test_a_refresh_that_is_not_answered_is_made_up_for(transport, tmp_path):
 )
 def test_addresses_that_cannot_be_opened(transport, address):
     async def main():
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match=r"cluster\.registry"):
             open_registry(address, transport)
+
+    run(main())
+
+
+@pytest.mark.parametrize("key", ["", f";key={'a' * 40}"])
+def test_another_machine_without_keys_is_a_matter_of_configuration(transport, key):
+    async def main():
+        with pytest.raises(ConfigError, match=r"cluster\.keys_dir.*;key=PUBLIC_KEY"):
+            open_registry(f"tcp://10.1.2.3:1{key}", transport)
 
     run(main())
 

@@ -40,7 +40,7 @@ def parse_etcd_address(address: str) -> EtcdAddress:
         match = _ENDPOINT.fullmatch(endpoint)
         if match is None or not 0 < int(match[2]) < 65536:
             raise ConfigError(
-                f"registry address {address!r}: {endpoint!r} is not host:port; "
+                f"cluster.registry {address!r}: {endpoint!r} is not host:port; "
                 f"{scheme}://host:port[,host:port...] is expected",
                 param="cluster.registry",
             )

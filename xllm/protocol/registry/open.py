@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from xllm.config.etcd import EtcdSettings
-from xllm.errors import ConfigError
+from xllm.errors import BrokenError, ConfigError
 from xllm.protocol.registry.etcd_address import is_etcd, parse_etcd_address
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.remote import RemoteRegistry
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.endpoint import check_tcp_port, split_key
+
+_NEEDS_KEYS = (
+    "set cluster.keys_dir, and append ;key=PUBLIC_KEY of the node that serves the registry to "
+    "its address"
+)
 
 
 def split_address(address: str) -> tuple[str, str]:
@@ -20,7 +25,7 @@ def split_address(address: str) -> tuple[str, str]:
     scheme, separator, rest = endpoint.partition("://")
     if scheme not in ("ipc", "inproc", "tcp") or not separator or not rest:
         raise ConfigError(
-            f"registry address {address!r}: ipc://, inproc://, tcp:// or etcd:// is expected",
+            f"cluster.registry {address!r}: ipc://, inproc://, tcp:// or etcd:// is expected",
             param="cluster.registry",
         )
     check_tcp_port(endpoint, "cluster.registry")
@@ -40,8 +45,9 @@ def open_registry(
 
     The key is the public key of the node that serves the registry; without it a process that has
     keys expects its own node's. `etcd` says which certificates and which user. Returns at once:
-    the first call waits for the connection. Raises ConfigError for no or a malformed address, and
-    for files that cannot be used; DependencyError where etcd's client cannot be loaded."""
+    the first call waits for the connection. Raises ConfigError for no or a malformed address, for
+    one that demands keys which this process has not, and for files that cannot be used;
+    DependencyError where etcd's client cannot be loaded."""
     if is_etcd(address):
         # gRPC and etcd's stubs: only for those who speak to one.
         from xllm.protocol.registry.etcd import EtcdRegistry
@@ -55,10 +61,16 @@ def open_registry(
     endpoint, server_key = split_address(address)
     if endpoint.startswith("tcp://"):
         server_key = server_key or transport.public_key
-    return RemoteRegistry(
-        transport,
-        endpoint,
-        server_key=server_key,
-        timeout_s=timeout_s,
-        first_timeout_s=first_timeout_s,
-    )
+    try:
+        return RemoteRegistry(
+            transport,
+            endpoint,
+            server_key=server_key,
+            timeout_s=timeout_s,
+            first_timeout_s=first_timeout_s,
+        )
+    except BrokenError as error:  # nobody was asked yet: what was configured cannot work
+        hint = "" if transport.public_key else f"; {_NEEDS_KEYS}"
+        raise ConfigError(
+            f"cluster.registry: {error.message}{hint}", param="cluster.registry"
+        ) from error
