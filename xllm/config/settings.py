@@ -31,9 +31,7 @@ class ClusterSettings:
         "", "Where this process reports its start (set by the launcher); empty: nowhere."
     )
     run_dir: str = setting(
-        "",
-        "Directory for sockets and locks, this user's own; `xllm serve` makes run-* in it for each "
-        "run; empty: in $XDG_RUNTIME_DIR/xllm or /tmp/xllm-UID.",
+        "", "Directory for sockets and locks (serve: of run-* directories); empty: one is made."
     )
     keys_dir: str = setting("", "Directory with this node's CURVE keys and the allow-list.")
     heartbeat_s: float = setting(
