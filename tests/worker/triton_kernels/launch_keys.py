@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "partial alone": {"graph_max_batch": 0},
     "one sequence": {"max_num_seqs": 1},
     "odd bounds": {"max_num_seqs": 7, "graph_max_batch": 3, "graph_max_rows": 21},
+    "drafts": {"max_num_seqs": 5, "graph_max_batch": 4, "graph_max_rows": 24, "draft_tokens": 2},
     # A case that must fail: the parts of a step's numbers begin anywhere.
     "unaligned": {"alignment": 8},
 }
@@ -105,12 +106,31 @@ def steps_of(most: int, rng: random.Random) -> list[list[tuple[int, int, bool]]]
     return found
 
 
-def launch(device: Any, step: list[tuple[int, int, bool]], kind: str) -> None:
+def verified_steps_of(
+    most: int, draft_tokens: int, rng: random.Random
+) -> list[tuple[list[tuple[int, int, bool]], int]]:
+    """Steps whose first sequences, so many, verify drafts: all equally many, or beside decodes,
+    others with drafts, and a prompt."""
+    found = []
+    for count in range(1, most + 1):
+        each = range(2, draft_tokens + 2)
+        found += [([(rng.randrange(1, 300), rows, True)] * count, count) for rows in each]
+        mixed = [
+            (rng.randrange(1, 300), rng.randrange(1, draft_tokens + 2), True) for _ in range(count)
+        ]
+        found.append(([*mixed, (17, 5, True)][:most], min(count, most)))
+    return found
+
+
+def launch(
+    device: Any, step: list[tuple[int, int, bool]], kind: str, num_verified: int = 0
+) -> None:
     """One step, drawn there, or (`host`) not."""
     sampling = SAMPLING["greedy" if kind == "host" else kind]
     lengths = {seq: start + count + (not draws) for seq, (start, count, draws) in enumerate(step)}
     table = table_of(lengths, sampling=sampling)
-    batch = batch_of(table, [(seq, start, count) for seq, (start, count, _) in enumerate(step)])
+    parts = [(seq, start, count) for seq, (start, count, _) in enumerate(step)]
+    batch = batch_of(table, parts, verified=range(num_verified))
     if kind == "host":
         device.hidden(batch)
         return
@@ -122,9 +142,14 @@ def run(directory: pathlib.Path, fields: dict[str, Any], keys: Keys) -> dict[str
     """What warming up had compiled, and what was not when it was launched."""
     fields = dict(fields)
     most = fields.pop("max_num_seqs", MOST)
+    draft_tokens = fields.pop("draft_tokens", 0)
     tensors._ALIGNMENT = fields.pop("alignment", 16)
     settings = native_settings(directory, **{"kernels": "torch", "block_size": 16, **fields})
     scheduler = dataclasses.replace(settings.scheduler, max_num_seqs=most)
+    if draft_tokens:
+        scheduler = dataclasses.replace(
+            scheduler, drafting="prompt-lookup", draft_tokens=draft_tokens
+        )
     executor = NativeExecutor(dataclasses.replace(settings, scheduler=scheduler))
     executor.load(lambda done, total: None)
     warm, missing, num_steps = keys.take(), set(), 0
@@ -134,10 +159,13 @@ def run(directory: pathlib.Path, fields: dict[str, Any], keys: Keys) -> dict[str
     rng = random.Random(1)
     with torch.inference_mode():
         for kind in (*SAMPLING, "host"):
-            for step in steps_of(most, rng):
+            steps = [(step, 0) for step in steps_of(most, rng)]
+            if draft_tokens:
+                steps += verified_steps_of(most, draft_tokens, rng)
+            for step, num_verified in steps:
                 # As it is launched for the first time, and captured.
                 for _ in range(2):
-                    launch(device, step, kind)
+                    launch(device, step, kind, num_verified)
                     num_steps += 1
             missing |= keys.take() - warm
     used = {mode: count for mode, count in device.statistics().by_mode.items() if count}

@@ -27,6 +27,7 @@ MODES = {
     "partial alone": {"partial", "eager"},
     "one sequence": {"full", "partial", "eager"},
     "odd bounds": {"full", "partial", "eager"},
+    "drafts": {"full", "partial", "eager"},
 }
 
 
@@ -53,9 +54,9 @@ def check(results: dict[str, dict[str, Any]], *cases: str) -> None:
 
 def test_warming_up_compiles_whatever_steps_launch(tmp_path):
     directory = make_model("qwen3", tmp_path / "model")
-    results = found(directory, "graphs", "eager", "odd bounds", "unaligned")
+    results = found(directory, "graphs", "eager", "odd bounds", "drafts", "unaligned")
     unaligned = results.pop("unaligned")
-    check(results, "graphs", "eager", "odd bounds")
+    check(results, "graphs", "eager", "odd bounds", "drafts")
     # Numbers that begin anywhere are seen.
     assert {name for name, _ in unaligned["missing"]} >= {"decode_kernel", "prefill_kernel"}
 
