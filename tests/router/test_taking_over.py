@@ -21,7 +21,6 @@ from xllm.protocol.records import RouterRecord
 from xllm.protocol.sampling import SamplingParams
 from xllm.router.front import Tenant
 from xllm.router.peers import Peers
-from xllm.router.shared_key import KEY_BYTES, shared_key
 from xllm.router.submission import bound_id
 
 KEY = "0123456789abcdef" * 2
@@ -71,16 +70,6 @@ def test_only_addresses_that_lead_somewhere_are_named(endpoint, is_named):
     assert bool(peers.addresses) == is_named
     peers.publisher_gone(PeerRole.ROUTER, "b")
     assert peers.addresses == ()
-
-
-def test_routers_sign_with_one_key(in_bench):
-    async def body(b):
-        keys = await asyncio.gather(*(shared_key(b.registry, "other") for _ in range(5)))
-        assert len(set(keys)) == 1
-        assert len(keys[0]) == KEY_BYTES
-        assert b.router.service.event_key == await shared_key(b.registry, "default") != keys[0]
-
-    in_bench(body)
 
 
 def submit(number, key, resume=None):

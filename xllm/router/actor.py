@@ -33,7 +33,6 @@ from xllm.protocol.registry.holder import own_process
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.keeper import Registration, register, wait_for_name
 from xllm.protocol.registry.open import open_registry
-from xllm.protocol.registry.waiting import wait_registry
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.endpoint import own_endpoint
 from xllm.protocol.transport.pubsub import PublisherSocket
@@ -44,7 +43,7 @@ from xllm.router.link_pulse import LinkPulse
 from xllm.router.membership import Membership
 from xllm.router.peers import Peers
 from xllm.router.service import RouterService
-from xllm.router.shared_key import shared_key
+from xllm.router.shared_key import SharedKeys
 from xllm.router.text.model import load_text_model
 from xllm.router.wire_figures import WireFigures
 from xllm.router.zmq_front import ZmqFront
@@ -158,9 +157,13 @@ class RouterActor(Actor):
         )
         await wait_for_name(cluster, self._registration)
         await self.membership.join(registry, cluster)
-        self.service.event_key = await wait_registry(
-            cluster, functools.partial(shared_key, registry, cluster.name)
-        )
+        keys = SharedKeys(registry, cluster, self._sign_with, self.spawn)
+        self._closers.append(keys.close)
+        await keys.join()
+        self.service.complaints.append(keys.complaints)
+
+    def _sign_with(self, keys: tuple[bytes, ...]) -> None:
+        self.service.event_keys = keys
 
     def record(self) -> RouterRecord:
         """What the registry says of this process."""

@@ -128,8 +128,9 @@ class RouterService:
         self.complaints: list[Callable[[], tuple[str, ...]]] = [self.kv.alarms]
         """What further parts find amiss, for health reports."""
         self._ticked_at = 0.0
-        self.event_key = os.urandom(32)
-        """Signs the ids of events of HTTP streams; the actor sets the cluster's."""
+        self.event_keys: tuple[bytes, ...] = (os.urandom(32),)
+        """Of ids of events of HTTP streams: signed with the first, verified with each; the actor
+        sets the cluster's."""
         self.registry_degraded = False
         """Set by the actor: the registry does not answer."""
         self.submission = self._take_in(settings)

@@ -64,7 +64,7 @@ class FakeService(RouterService):
 
     def __init__(self, *, held: bool = False, num_tokens: int = 5) -> None:
         self.registry = CollectorRegistry()
-        self.event_key = b"k" * 32
+        self.event_keys = (b"k" * 32,)
         self.held = held
         self.num_tokens = num_tokens
         self.failure: RequestFailed | None = None

@@ -303,6 +303,9 @@ def test_an_id_holds_at_another_router_and_names_the_seed(start_front):
     assert sse_blocks(rest.text) == whole[2:]
     seeds = [service.submitted[0][0].sampling.seed for service in services]
     assert seeds[0] == seeds[1] is not None
-    services[1].event_key = b"another cluster"
+    services[1].event_keys = b"a later key", *services[1].event_keys
+    taken = fronts[1].post(CHAT, body, headers={"Last-Event-ID": whole[1][0]})
+    assert len(sse_blocks(taken.text)) == len(whole[2:])
+    services[1].event_keys = (b"another cluster",)
     again = fronts[1].post(CHAT, body, headers={"Last-Event-ID": whole[1][0]})
     assert again.status_code == 403

@@ -104,14 +104,17 @@ def token_digest(tokens: hashlib._Hash) -> bytes:
 
 
 class EventSigner:
-    """Makes and reads ids for one tenant. `key`: what the routers of the cluster share."""
+    """Makes and reads ids for one tenant. `key`: what the routers of the cluster share; `before`:
+    what they shared earlier, which is read and not made."""
 
-    __slots__ = ("_key",)
+    __slots__ = ("_before", "_key")
 
-    def __init__(self, key: bytes, tenant: Tenant) -> None:
+    def __init__(self, key: bytes, tenant: Tenant, *before: bytes) -> None:
         name = tenant.name.encode()
         salt = hashlib.sha256(tenant.salt).digest()
-        self._key = hmac.digest(key, _LABEL + salt + name, "sha256")
+        bound = _LABEL + salt + name
+        self._key = hmac.digest(key, bound, "sha256")
+        self._before = [hmac.digest(one, bound, "sha256") for one in before]
 
     def head(self, stream: Stream, has_usage: bool) -> bytes:
         """The bytes of an id before those of its choices."""
@@ -120,7 +123,7 @@ class EventSigner:
 
     def sign(self, payload: bytes) -> bytes:
         """The id that stands for these bytes."""
-        return binascii.b2a_base64(payload + self._signature(payload), newline=False)
+        return binascii.b2a_base64(payload + _signature(payload, self._key), newline=False)
 
     def read(self, value: bytes, body: bytes, num_choices: int) -> LastEvent:
         """What an id says; `body`: what was posted with it, of `num_choices` over all prompts.
@@ -149,15 +152,17 @@ class EventSigner:
         if len(data) < _HEAD.size + SIGNATURE_BYTES:
             raise _bad("is no id of an event of this service")
         payload, signature = data[:-SIGNATURE_BYTES], data[-SIGNATURE_BYTES:]
-        if not hmac.compare_digest(signature, self._signature(payload)):
+        keys = (self._key, *self._before)
+        if not any(hmac.compare_digest(signature, _signature(payload, key)) for key in keys):
             raise PermissionDeniedError(
                 "Last-Event-ID was not given to you by this cluster", param=PARAM
             )
         return payload
 
-    def _signature(self, payload: bytes) -> bytes:
-        # Keyed BLAKE2 (RFC 7693): four times as fast here as an HMAC, and one is made an event.
-        return hashlib.blake2s(payload, key=self._key, digest_size=SIGNATURE_BYTES).digest()
+
+def _signature(payload: bytes, key: bytes) -> bytes:
+    # Keyed BLAKE2 (RFC 7693): four times as fast here as an HMAC, and one is made an event.
+    return hashlib.blake2s(payload, key=key, digest_size=SIGNATURE_BYTES).digest()
 
 
 def _read_places(data: bytes) -> tuple[Place, ...]:

@@ -191,7 +191,8 @@ class Generation:
 
     def _open(self) -> OpenStream:
         """Submit; all that can be done for the answer before its first word."""
-        signer = EventSigner(self._context.service.event_key, self._caller.tenant)
+        key, *before = self._context.service.event_keys
+        signer = EventSigner(key, self._caller.tenant, *before)
         posted, num_choices = self._posted, self._requests[0].sampling.n
         last: LastEvent | None = None
         if posted.last_event_id:
