@@ -80,6 +80,7 @@ def test_the_kernels_of_a_draw_compile(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_shape_compiles(tmp_path):
     """Of real models: heads of 64 to 256, MLA, block tables, windows, fp32."""
     every = compiled(list(CASES), tmp_path)

@@ -62,6 +62,7 @@ def test_warming_up_compiles_whatever_steps_launch(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral-window"])
 def test_warming_up_compiles_whatever_steps_of_a_family_launch(tmp_path, family, dtype):

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from xllm.config.settings import Settings
+from xllm.errors import ConfigError
 from xllm.protocol.step import WorkerReady
 from xllm.worker.collectives.ranks import Ranks
 from xllm.worker.context import fit_context
@@ -23,12 +24,20 @@ from xllm.worker.execution.progress import ProgressCounter
 from xllm.worker.execution.rank_head import Head, RankHead
 from xllm.worker.execution.reading import ReadModel
 from xllm.worker.execution.sequences import SequenceTable
+from xllm.worker.graphs.footprint import NO_GRAPHS
 from xllm.worker.kernels.fused import arg_max
 from xllm.worker.layers.experts import ExpertTables
 from xllm.worker.memory.cpu_memory import CpuKvMemory
+from xllm.worker.memory.device_layout import DeviceLayout
 from xllm.worker.memory.kv_memory import KvMemory
 from xllm.worker.memory.layout import describe_groups
-from xllm.worker.memory.making import make_memory, make_slots, max_mappings
+from xllm.worker.memory.making import (
+    FoundBlock,
+    find_block,
+    make_memory,
+    make_slots,
+    max_mappings,
+)
 from xllm.worker.memory.mapper import PageMapper
 from xllm.worker.memory.plan import MemoryPlan, log_plan
 from xllm.worker.memory.sharing import SharedPages
@@ -97,17 +106,21 @@ def make_engine(
     if team is not None:
         progress.add_counter(lambda: team.progress)
     num_models = 1 if pages is None else pages.num_models
-    pool = make_memory(settings, model.config, dtype, platform, model_len, pages)
-    layout, tick = pool.layout, progress.tick
+    tick = progress.tick
+    device, pool = _device_and_memory(settings, read, pages, tick)
+    graphs = NO_GRAPHS if device is None else device.footprint
+    layout = pool.layout
     model_len = fit_context(model_len, layout.num_blocks, layout.block_size)
     slots = make_slots(settings, pool, model_len, num_models)
     plan: MemoryPlan | None = None
     if not isinstance(pool, CpuKvMemory):
-        plan = log_plan(settings, model.config, pool.layout, loaded.num_bytes, platform)
+        plan = log_plan(settings, model.config, layout, loaded.num_bytes, platform, graphs)
     loop = LayerLoop(model, pool, dtype, platform.device, tick, team, phase_ns)
     for num_rows in _WARM_UP_ROWS:
         loop.warm_up(num_rows)
-    device = None if slots is None else _on_device(settings, read, pool, model_len, tick)
+    if slots is None and device is not None:
+        device.close()
+        device = None
     is_launched = device is not None
     ready = _describe(settings, read, pool, model_len, slots, num_models, began, is_launched)
     drawer = TokenDrawer(
@@ -135,23 +148,43 @@ def make_engine(
     )
 
 
+def _device_and_memory(
+    settings: Settings, read: ReadModel, pages: SharedPages | None, tick: Callable[[], None]
+) -> tuple[DeviceSteps | None, KvMemory]:
+    """What launches steps, if anything does, and then KV: what graphs take of the device is
+    measured, and the rest is for KV. Raises ConfigError where that is too little."""
+    platform, config, dtype = read.platform, read.loaded.model.config, read.loaded.dtype
+    block = find_block(settings, config, dtype, platform)
+    device = _on_device(settings, read, block, read.model_len, tick)
+    graphs = NO_GRAPHS if device is None else device.footprint
+    try:
+        pool = make_memory(settings, config, dtype, platform, read.model_len, pages, block, graphs)
+    except ConfigError:
+        if device is not None:
+            device.close()
+        raise
+    return device, pool
+
+
 def _on_device(
     settings: Settings,
     read: ReadModel,
-    pool: KvMemory,
+    block: FoundBlock,
     model_len: int,
     tick: Callable[[], None],
 ) -> DeviceSteps | None:
     """What launches steps on an accelerator with kernels of our own; None: everything is torch's,
-    or the bits of a row may not depend on its batch."""
+    or the bits of a row may not depend on its batch, or there is no virtual memory."""
     if read.platform.kernels != "triton" or settings.worker.deterministic:
+        return None
+    if not isinstance(block.one, DeviceLayout):
         return None
     if settings.master.num_workers > 1 or isinstance(read.loaded.model, WholeModel):
         return None
     # Only an accelerator has what it imports.
     from xllm.worker.execution.device.making import make_device_steps
 
-    return make_device_steps(settings, read, pool, model_len, tick)
+    return make_device_steps(settings, read, block.one, model_len, tick)
 
 
 def _share(

@@ -9,6 +9,7 @@ import torch
 
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError, DependencyError, EngineError
+from xllm.worker.graphs.footprint import NO_GRAPHS, GraphFootprint
 from xllm.worker.loader.config import ModelConfig
 from xllm.worker.memory.block_layout import BlockLayout
 from xllm.worker.memory.cpu_memory import CpuKvMemory
@@ -41,11 +42,15 @@ def make_memory(
     platform: Platform,
     max_model_len: int,
     shared: SharedPages | None = None,
+    found: FoundBlock | None = None,
+    graphs: GraphFootprint = NO_GRAPHS,
 ) -> KvMemory:
     """The blocks of a loaded model that computes in `dtype`, in its own memory or in one that
-    others share. ConfigError where the settings cannot be met."""
-    driver = _find_driver(settings, platform)
-    on_cpu = driver is None and platform.device.type == "cpu"
+    others share. `found`: how they lie, where that is known already; `graphs`: what is to be left
+    to them. ConfigError where the settings cannot be met."""
+    found = found or find_block(settings, config, dtype, platform)
+    one, driver = found.one, found.driver
+    on_cpu = isinstance(one, BlockLayout)
     if settings.worker.kv_dtype == "int8":
         dtype = torch.int8
     asked, device = settings.worker.kv_cache_bytes, platform.memory()
@@ -58,22 +63,18 @@ def make_memory(
             param="worker.kv_cache_bytes",
         )
     if shared is not None:
-        block = one_block(settings, config, dtype)
+        assert isinstance(one, BlockLayout)
         try:
-            return shared.memory(block, dtype, asked, platform.kv_budget())
+            return shared.memory(one, dtype, asked, platform.kv_budget())
         except OSError as error:
             raise _unobtainable("the memory", error) from error
     shares_host = on_cpu and settings.master.spawn_workers
-    one: BlockLayout | DeviceLayout | KvLayout
-    if on_cpu:
-        one = one_block(settings, config, dtype)
-    else:
-        one = _device_block(settings, config, dtype, driver)
     budget = platform.kv_budget() // (settings.master.num_workers if shares_host else 1)
     if not on_cpu:
         # Steps must have what they take, however small the device is.
         left = platform.memory().free_bytes
-        left -= sum(step_bytes(settings, config, dtype.itemsize, platform))
+        activations, held = step_bytes(settings, config, dtype.itemsize, platform, graphs)
+        left -= activations + graphs.missing_bytes(held)
         budget = min(budget, max(left, 0))
     num_blocks = choose_num_blocks(
         asked_bytes=asked,
@@ -93,6 +94,27 @@ def make_memory(
         return KvPool(layout, allocate_memory(layout, dtype, platform.device))
     except (OSError, RuntimeError, EngineError) as error:
         raise _unobtainable(f"{layout.total_bytes} bytes", error) from error
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FoundBlock:
+    """How one block of a model lies on its platform, and what maps it where there is virtual
+    memory that is not a CPU's."""
+
+    one: BlockLayout | DeviceLayout | KvLayout
+    driver: DeviceDriver | None
+
+
+def find_block(
+    settings: Settings, config: ModelConfig, dtype: torch.dtype, platform: Platform
+) -> FoundBlock:
+    """Of a model that computes in `dtype`."""
+    if settings.worker.kv_dtype == "int8":
+        dtype = torch.int8
+    driver = _find_driver(settings, platform)
+    if driver is None and platform.device.type == "cpu":
+        return FoundBlock(one_block(settings, config, dtype), None)
+    return FoundBlock(_device_block(settings, config, dtype, driver), driver)
 
 
 def one_block(settings: Settings, config: ModelConfig, dtype: torch.dtype) -> BlockLayout:

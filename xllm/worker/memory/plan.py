@@ -11,6 +11,7 @@ import structlog
 
 from xllm.config.scheduling import max_drawn_rows, max_rows_each
 from xllm.config.settings import Settings
+from xllm.worker.graphs.footprint import NO_GRAPHS, GraphFootprint
 from xllm.worker.loader.config import ModelConfig
 from xllm.worker.memory.kv_memory import KvShape
 from xllm.worker.platform.platform import Platform
@@ -80,9 +81,14 @@ def _row_numbers(config: ModelConfig) -> int:
 
 
 def step_bytes(
-    settings: Settings, config: ModelConfig, item_bytes: int, platform: Platform
+    settings: Settings,
+    config: ModelConfig,
+    item_bytes: int,
+    platform: Platform,
+    graphs: GraphFootprint = NO_GRAPHS,
 ) -> tuple[int, int]:
-    """What the steps of a device take beside weights and KV: activations, graphs."""
+    """What the steps of a device take beside weights and KV: activations, graphs with what the
+    driver has for them."""
     scheduler, worker = settings.scheduler, settings.worker
     most, rows, batch = scheduler.max_num_seqs, 0, 0
     is_launched = platform.kernels == "triton" and not worker.deterministic
@@ -92,15 +98,20 @@ def step_bytes(
     drawn = max_drawn_rows(scheduler)
     return (
         activation_bytes(config, item_bytes, scheduler.max_num_batched_tokens, drawn),
-        graph_bytes(config, item_bytes, rows, batch),
+        graph_bytes(config, item_bytes, rows, batch) + graphs.driver_bytes,
     )
 
 
 def log_plan(
-    settings: Settings, config: ModelConfig, shape: KvShape, weight_bytes: int, platform: Platform
+    settings: Settings,
+    config: ModelConfig,
+    shape: KvShape,
+    weight_bytes: int,
+    platform: Platform,
+    graphs: GraphFootprint = NO_GRAPHS,
 ) -> MemoryPlan:
     """Say at the start what a device's memory will go to; a warning where it has not as much."""
-    steps = step_bytes(settings, config, shape.item_bytes, platform)
+    steps = step_bytes(settings, config, shape.item_bytes, platform, graphs)
     plan = MemoryPlan(weight_bytes, shape.num_blocks * shape.block_bytes, *steps)
     device_bytes = platform.memory().total_bytes
     say = log.warning if plan.total_bytes > device_bytes else log.info
@@ -110,6 +121,7 @@ def log_plan(
         kv_bytes=plan.kv_bytes,
         activation_bytes=plan.activation_bytes,
         graph_bytes=plan.graph_bytes,
+        graph_driver_bytes=graphs.driver_bytes,
         total_bytes=plan.total_bytes,
         device_bytes=device_bytes,
     )

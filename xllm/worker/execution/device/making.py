@@ -17,8 +17,7 @@ from xllm.worker.execution.device.triton_ops import TritonOps
 from xllm.worker.execution.reading import ReadModel
 from xllm.worker.graphs.choice import GraphLimits
 from xllm.worker.layers.decoder import LayerWeights
-from xllm.worker.memory.device_memory import DeviceKvMemory
-from xllm.worker.memory.kv_memory import KvMemory
+from xllm.worker.memory.device_layout import DeviceLayout
 from xllm.worker.models.model import NativeModel, WholeModel
 from xllm.worker.sampling.device_sampler import DeviceSampler
 from xllm.worker.triton_kernels.launching import KERNEL_ERRORS
@@ -29,20 +28,21 @@ log = structlog.get_logger(__name__)
 def make_device_steps(
     settings: Settings,
     read: ReadModel,
-    pool: KvMemory,
+    layout: DeviceLayout,
     model_len: int,
     tick: Callable[[], None],
 ) -> DeviceSteps | None:
-    """Steps of a native model on its platform, with graphs captured for small decodes; None where
-    the kernels cannot have its weights or its memory, which a line in the log says."""
+    """Steps of a native model on its platform, with graphs captured for decodes; None where the
+    kernels cannot have its weights or its blocks, which a line in the log says. No memory for KV is
+    needed: what is warmed up with is nobody's."""
     model = read.loaded.model
     assert not isinstance(model, WholeModel)
     weights = model.weights()
-    if weights is None or not isinstance(pool, DeviceKvMemory):
-        log.warning("device_steps_not_used", reason=f"blocks are in a {type(pool).__name__}")
+    if weights is None:
+        log.warning("device_steps_not_used", reason="the weights are packed")
         return None
     try:
-        steps = _build(settings, read, model, weights, pool, model_len, tick)
+        steps = _build(settings, read, model, weights, layout, model_len, tick)
         steps.warm_up()
     except (ConfigError, *KERNEL_ERRORS) as error:
         log.warning("device_steps_not_used", reason=str(error))
@@ -55,13 +55,13 @@ def _build(
     read: ReadModel,
     model: NativeModel,
     weights: list[LayerWeights],
-    pool: DeviceKvMemory,
+    layout: DeviceLayout,
     model_len: int,
     tick: Callable[[], None],
 ) -> DeviceSteps:
     platform = read.platform
     config, dtype = model.config, read.loaded.dtype
-    ops = TritonOps(config, pool.layout, dtype, model_len)
+    ops = TritonOps(config, layout, dtype, model_len)
     layers = [DeviceLayer(index, one, ops) for index, one in enumerate(weights)]
     most = settings.scheduler.max_num_seqs
     draws = max_drawn_rows(settings.scheduler)

@@ -30,10 +30,11 @@ from xllm.worker.graphs.choice import (
     GraphLimits,
     GraphMode,
 )
+from xllm.worker.graphs.footprint import NO_GRAPHS, GraphFootprint, bytes_each
 from xllm.worker.models.model import NativeModel
 from xllm.worker.platform.platform import Platform
 
-_MAX_GRAPHS = 64
+MAX_GRAPHS = 64
 """Kinds of steps whose graphs are kept; of a partial one there are as many as layers, and one."""
 CAPTURE_SHARE = 0.05
 """Of the time in service, at most, for captures: the engine stands meanwhile."""
@@ -70,12 +71,13 @@ class DeviceRunner:
         self._graphs: GraphCache | None = None
         self._static: dict[GraphKey, StaticNumbers] = {}
         if device is not None and (limits.max_batch or limits.max_rows):
-            self._graphs = GraphCache(device, _MAX_GRAPHS, dropped=self._drop)
+            self._graphs = GraphCache(device, MAX_GRAPHS, dropped=self._drop)
             most_rows = max(limits.max_batch * limits.max_rows_each, limits.max_rows)
             self._stretch = StretchTensors(model.config, most_rows, dtype, platform.device)
         self._num_steps = dict.fromkeys(GraphMode, 0)
         self.num_drawn_whole = 0
         """Steps whose draw was a part of their graph."""
+        self.footprint = NO_GRAPHS
 
     @property
     def steps_by_mode(self) -> dict[GraphMode, int]:
@@ -112,8 +114,13 @@ class DeviceRunner:
         if self._graphs is None:
             return
         wanted = self._chooser.warm_keys() if keys is None else keys
+        platform.trim()
+        free = [platform.memory().free_bytes]
         for key in wanted:
             self._graphs.run(key, self._full_body(key))
+            free += [platform.memory().free_bytes]
+        taken = max(free[0] - free[-1], 0) + self._stretch.num_bytes
+        self.footprint = GraphFootprint(taken, bytes_each(free), MAX_GRAPHS)
         self._graphs.bound_captures(CAPTURE_SHARE)
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from xllm.worker.execution.outputs import StepOutputs
 from xllm.worker.execution.sequences import SequenceTable
 from xllm.worker.graphs.cache import GraphStatistics
 from xllm.worker.graphs.choice import DrawKind, GraphMode
+from xllm.worker.graphs.footprint import GraphFootprint
 from xllm.worker.platform.copies import HostCopier
 from xllm.worker.platform.platform import Platform
 from xllm.worker.sampling.edits import needs_counts
@@ -65,11 +66,17 @@ class DeviceSteps:
         self._num_host_draws = 0
         self._num_waited = 0
 
+    @property
+    def footprint(self) -> GraphFootprint:
+        """What graphs have taken of the device's memory, and may still take."""
+        return self._runner.footprint
+
     def warm_up(self) -> None:
         """Have kernels compiled and graphs captured before the first request waits for them."""
         with torch.inference_mode():
             self._runner.warm_up()
         self._platform.synchronize()
+        self._platform.trim()
 
     def make_room(self, table: SequenceTable, maps: Sequence[MapPages], block_size: int) -> bool:
         """Settle what is known; wait for the rest where too many are under way, or a plan maps

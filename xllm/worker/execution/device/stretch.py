@@ -25,6 +25,12 @@ class StretchTensors:
         half = (2, most, config.head_dim // 2)
         self._angles = torch.zeros(half, dtype=torch.float32, device=device)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all of them."""
+        states = (self.q, self.attended, self.hidden, self._even, self._odd, self._angles)
+        return sum(state.nbytes for state in states)
+
     def sides(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows' state as stretch `number` finds it and where it leaves it."""
         return (self._even, self._odd) if number % 2 else (self._odd, self._even)
