@@ -91,8 +91,8 @@ async def refused_while_it_lives(processes, first):
     """The later of two living instances ends; the earlier one keeps its name."""
     code, said = await processes.end_of(processes.master("b", 2))
     assert code == 64, said
-    [line] = [line for line in said.splitlines() if line.startswith("xllm:")]
-    assert "the name 'i0' is taken" in line
+    [line] = [line for line in said.splitlines() if "the name 'i0' is taken" in line]
+    assert line.startswith("xllm:")
     assert INSTANCE in line
     assert "another master.name" in line
     assert (await processes.holder(INSTANCE)).incarnation == first.incarnation

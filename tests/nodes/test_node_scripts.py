@@ -133,8 +133,8 @@ def test_a_process_that_cannot_start_is_one_clear_line(run_dir, tmp_path):
         assert done.returncode == 69
         assert len(done.stderr.splitlines()) == 1
         assert "n-kvcache ended with exit code" in done.stderr
-        assert f"xllm: the registry at tcp://127.0.0.1:{port} did not answer" in done.stderr
-        assert f"127.0.0.1:{port} did not answer" in done.stdout  # and the process reported it
+        assert done.stderr.count(f"the registry at tcp://127.0.0.1:{port} did not answer") == 1
+        assert done.stdout == ""
 
 
 def test_the_exit_code_is_that_of_the_process_that_failed(run_dir, tmp_path):

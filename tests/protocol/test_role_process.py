@@ -28,6 +28,7 @@ ENDS = [
     ("bug", 70, "internal error: KeyError at"),
     ("stop", 69, "as asked"),
 ]
+CODES = {64: "config_error", 69: "dependency_error", 70: "internal_error", 71: "os_error"}
 
 
 def run(coroutine):
@@ -53,7 +54,14 @@ def test_a_failure_is_one_line_and_an_event_in_the_log(tmp_path, how, code, word
     assert line.startswith("xllm: ")
     assert words in line
     assert "SECRET-PROMPT" not in done.stderr
-    assert "process_failed" in (tmp_path / "r.log").read_text()
+    [event] = [one for one in (tmp_path / "r.log").read_text().splitlines() if "failed" in one]
+    assert "process_failed" in event
+    assert f"code={CODES[code]} " in event
+
+
+def test_a_failure_is_one_line_where_logs_and_errors_share_standard_error():
+    done = run_role("config", "", "")
+    assert done.stderr == "xllm: as asked\n"
 
 
 def test_a_log_directory_that_cannot_be_is_one_line_too():

@@ -37,6 +37,8 @@ class NodeStarter(Actor):
         self._timeout_s = timeout_s
         self._say = say
         self._ready: dict[int, ProcessReady] = {}
+        self._failures: dict[str, str] = {}
+        """Why processes ended, by name, as they reported it last."""
         self._reports: RouterSocket[LaunchMessage] | None = None
 
     async def start(self) -> None:
@@ -81,10 +83,11 @@ class NodeStarter(Actor):
             ) from None
         if ready is None:
             files.pid.unlink(missing_ok=True)
+            reason = self._failures.get(process.name) or last_line(files).removeprefix("xllm: ")
             raise error_from_exit_code(
                 started.returncode,
                 f"{process.name} ended with {describe_exit(started.returncode)}: "
-                f"{last_line(files)} ({files.log})",
+                f"{reason} ({files.log})",
             )
         where = ", ".join(f"{what} {address}" for what, address in ready.addresses)
         self._say(f"{process.name}: ready (pid {started.pid}) {where}".rstrip())
@@ -103,4 +106,4 @@ class NodeStarter(Actor):
         if isinstance(message, ProcessReady):
             self._ready[message.pid] = message
         elif isinstance(message, ProcessFailed):
-            self._say(f"{message.name}: {message.message}")
+            self._failures[message.name] = message.message  # said once, when it has ended

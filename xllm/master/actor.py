@@ -270,12 +270,12 @@ class MasterActor(Actor):
 
     def worker_given_up(self, exit_code: int, code: str, reason: str) -> None:
         """Nothing will come back here."""
-        _log.error("instance_given_up", code=code, reason=reason)
+        _log.error("instance_given_up", code=code)  # why is said at the end
         self.has_given_up = True
         self.beat()
         if self._reporter is not None:
             self._reporter.failed(code, reason)
-        self.request_stop(exit_code, reason)
+        self.request_stop(exit_code, reason, code)
 
     def beat(self) -> None:
         """Publish the heartbeats of all models."""

@@ -185,7 +185,7 @@ class WorkerActor(Actor):
             if isinstance(error, DeviceLostError):
                 # Unanswered: this process ends, and what it ran is run elsewhere.
                 _log.error("device_lost", error=error.message)
-                self.request_stop(error.exit_code, error.message)
+                self.request_stop(error.exit_code, error.message, error.code)
                 return
             if not self._is_stale(message):
                 self._send(message, frames)
@@ -227,7 +227,8 @@ class WorkerActor(Actor):
             self._load_failure = message
             self._reporter.failed(message.code, message.message)
         if message.step < 0 or isinstance(error, InvariantError):
-            self.later(LAST_WORD_S, self.request_stop, error.exit_code, message.message)
+            reason = message.message
+            self.later(LAST_WORD_S, self.request_stop, error.exit_code, reason, error.code)
 
     def _pulse(self) -> None:
         self._num_pulses += 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from xllm.errors import InvariantError, XllmError
+from xllm.errors import InvariantError, XllmError, error_from_exit_code
 from xllm.protocol.transport.context import KEYS_PERIOD_S, Transport, describe_error
 
 _log = structlog.get_logger("actor")
@@ -58,7 +58,7 @@ class Actor:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stop_requested = asyncio.Event()
         self._exit_code = 0
-        self.stop_reason = ""
+        self.stop_reason = self.stop_code = ""
 
     # -- for subclasses ----------------------------------------------------------------------
 
@@ -92,12 +92,14 @@ class Actor:
         task.add_done_callback(self._task_done)
         return task
 
-    def request_stop(self, exit_code: int = 0, reason: str = "") -> None:
+    def request_stop(self, exit_code: int = 0, reason: str = "", code: str = "") -> None:
         """End the process: `stop` runs, then it exits. The first exit code that is not 0 wins,
-        and its reason is what the process says at its end."""
+        and its reason is what the process says at its end. `code`: an error's wire code; empty:
+        the one that goes with the exit code."""
         if exit_code and not self._exit_code:
             self._exit_code = exit_code
             self.stop_reason = reason
+            self.stop_code = code or error_from_exit_code(exit_code, reason).code
         self._stop_requested.set()
 
     @property
@@ -164,6 +166,6 @@ class Actor:
             self._fatal(error)
 
     def _fatal(self, error: BaseException) -> None:
-        code = error.exit_code if isinstance(error, XllmError) else 70
+        cls = type(error) if isinstance(error, XllmError) else XllmError
         _log.critical("actor_fatal", actor=self.name, error=str(error)[:500])
-        self.request_stop(code, str(error)[:500] or type(error).__name__)
+        self.request_stop(cls.exit_code, str(error)[:500] or type(error).__name__, cls.code)

@@ -69,7 +69,7 @@ def run_role(
 
     outcome = _outcome_of(run)
     if outcome.reason:
-        _say_failure(kind, name, cluster.launcher, outcome)
+        _say_failure(kind, name, cluster, outcome)
     _leave(outcome.exit_code)
 
 
@@ -102,14 +102,14 @@ def _outcome_of(run: Callable[[], Outcome]) -> Outcome:
         return Outcome(XllmError.exit_code, XllmError.code, reason)
 
 
-def _say_failure(kind: str, name: str, launcher: str, outcome: Outcome) -> None:
-    """Tell the launcher, the log, and standard error unless the launcher shows it there."""
-    told = _outcome_of(lambda: asyncio.run(_tell_launcher(kind, name, launcher, outcome)))
+def _say_failure(kind: str, name: str, cluster: ClusterSettings, outcome: Outcome) -> None:
+    """Tell the launcher, the log, and standard error unless the launcher shows it there. A log for
+    people on standard error would say the same twice, and does not."""
+    told = _outcome_of(lambda: asyncio.run(_tell_launcher(kind, name, cluster.launcher, outcome)))
     is_child = multiprocessing.parent_process() is not None
-    shown = is_child and told.exit_code == 0
-    log = _log.info if shown else _log.error
-    log("process_failed", code=outcome.code, message=outcome.reason)
-    if not shown:
+    if cluster.log_dir or cluster.log_format == "json":
+        _log.error("process_failed", code=outcome.code, message=outcome.reason)
+    if not (is_child and told.exit_code == 0):
         who = f"{name}: " if is_child else ""
         stream = LogStream(sys.stderr)
         stream.write(f"xllm: {who}{' '.join(outcome.reason.split())}\n")
@@ -157,7 +157,7 @@ async def _main(make: Callable[[], Actor]) -> Outcome:
     gc.collect()
     gc.freeze()
     exit_code = await actor.run()
-    return Outcome(exit_code, XllmError.code, actor.stop_reason if exit_code else "")
+    return Outcome(exit_code, actor.stop_code, actor.stop_reason if exit_code else "")
 
 
 def _watch_parent(loop: asyncio.AbstractEventLoop, actor: Actor) -> None:
