@@ -304,8 +304,14 @@ def test_a_leader_that_is_cut_off_from_the_registry_steps_down_in_time(cluster):
             cluster.signal("registry", signal.SIGCONT)
         later = await watcher.wait_leader(leader.epoch)
         await all_see(watcher, cluster.alive("router"), later)
+        assert level_of_end(cluster, leader) == "warning"
 
     scenario(cluster, body)
+
+
+def level_of_end(cluster, leader):
+    [ended] = [e for e in cluster.events("leadership_ends") if e["epoch"] == leader.epoch]
+    return ended["level"]
 
 
 def test_a_leader_that_is_asked_to_go_hands_over_at_once(cluster):
@@ -325,6 +331,7 @@ def test_a_leader_that_is_asked_to_go_hands_over_at_once(cluster):
         await load.finish()
         assert await asyncio.to_thread(cluster.processes[leader.name].wait, 30) == 0
         assert later.name != leader.name
+        assert level_of_end(cluster, leader) == "info", "nothing is wrong with an orderly end"
 
     scenario(cluster, body)
 

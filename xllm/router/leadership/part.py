@@ -73,6 +73,7 @@ class Leadership(MembershipListener):
         self._decoder: Decoder[LeaderRecord] = Decoder(LeaderRecord)
         self._entry: Entry | None = None
         self._was_epoch = 0
+        self._has_resigned = False
         self._led_at = clock()
         self._candidate = Candidate(
             registry,
@@ -121,6 +122,7 @@ class Leadership(MembershipListener):
 
     async def resign(self) -> None:
         """Let another lead at once; returns when the registry knows, or does not answer."""
+        self._has_resigned = True
         try:
             async with asyncio.timeout(RESIGN_S):
                 await self._candidate.resign()
@@ -204,7 +206,8 @@ class Leadership(MembershipListener):
                 _log.info("leadership_begins", epoch=epoch)
                 self._standing.elected(self._record.name, epoch, self._record.zmq_endpoint)
             else:
-                _log.warning("leadership_ends", epoch=self._was_epoch)
+                log = _log.info if self._has_resigned else _log.warning
+                log("leadership_ends", epoch=self._was_epoch)
                 if self._standing.leader == self._record.name:
                     self._standing.vacant()
             self._was_epoch = epoch
