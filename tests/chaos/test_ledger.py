@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from xllm.cli.chaos.comparing import EQUAL, Differences, compare
 from xllm.cli.chaos.ledger import Ledger
+from xllm.cli.chaos.load import RECALLED, _Source
 from xllm.cli.chaos.oracle import expected_streams
 from xllm.cli.chaos.verdict import Injection, Limits, judge, section
 from xllm.cli.model_source import demo_model_path
@@ -66,17 +67,35 @@ def test_pauses_and_moves():
     assert record.longest_pause(1.41, 2.0) is None
 
 
-@pytest.mark.parametrize(("over", "waste"), [("zmq", 2.5), ("http", 1.5)])
-def test_a_stream_that_is_posted_again_may_be_drawn_again(over, waste):
-    """The tokens of a second: over HTTP they must be drawn again, over ZeroMQ they travel."""
+@pytest.mark.parametrize(
+    ("drawn_from", "waste"),
+    [
+        (None, 2.5),  # an instance had them, or they travelled
+        (4.1, 1.5),  # all of them were drawn, and then nothing came for a while
+        (6.1, 2.1),  # no longer ago than this: that is all that drawing can have taken
+    ],
+)
+def test_a_stream_that_is_posted_again_may_be_drawn_again(drawn_from, waste):
+    """The tokens of a second: that is what drawing them again takes, at most."""
     ledger = Ledger()
-    key = ledger.opened(over, (STREAM,), 0.0)
+    key = ledger.opened("http", (STREAM,), 0.0)
     for index in range(21):
         ledger.heard(key, 0, STREAM[index : index + 1], 3.0 + 0.05 * index)
-    ledger.heard(key, 0, STREAM[21:], 6.5, attempt=1)
+    ledger.heard(key, 0, STREAM[21:], 6.5, 1, drawn_from)
     pause = ledger.open[key].longest_pause(6.0, 8.0)
     assert pause.length == pytest.approx(2.5)
     assert pause.waste == pytest.approx(waste)
+
+
+def test_the_head_of_an_answer_says_whether_it_is_drawn_again():
+    for headers, drawn in (
+        ({RECALLED: "21"}, False),
+        ({RECALLED: "0"}, True),
+        ({"x-request-id": "7"}, True),  # a router that does not say
+    ):
+        source = _Source()
+        source.began(headers)
+        assert (source.drawn_from is not None) == drawn
 
 
 def test_a_second_drawing_is_as_long_as_the_tokens_took():
@@ -85,8 +104,8 @@ def test_a_second_drawing_is_as_long_as_the_tokens_took():
     key = ledger.opened("http", (STREAM,), 0.0)
     for index in range(10):
         ledger.heard(key, 0, STREAM[index : index + 1], 1.0 + 0.05 * index)
-    ledger.heard(key, 0, STREAM[10:11], 2.45, attempt=1)
-    ledger.heard(key, 0, STREAM[11:], 3.45, attempt=2)
+    ledger.heard(key, 0, STREAM[10:11], 2.45, 1, 1.5)
+    ledger.heard(key, 0, STREAM[11:], 3.45, 2, 2.5)
     assert [one.redraw for one in ledger.open[key].pauses] == pytest.approx([0.45, 0.45])
     assert [one.waste for one in ledger.open[key].pauses] == pytest.approx([0.55, 0.55])
 

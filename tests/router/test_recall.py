@@ -303,8 +303,11 @@ NUM_TOKENS = 12
 SAID = 5
 
 
-async def post(address: str, last_id: str = "", events: int = 0, **more) -> list[tuple[str, str]]:
-    """The events of a stream: all, or the first so many before the client leaves."""
+async def post(
+    address: str, last_id: str = "", events: int = 0, recalled: int | None = None, **more
+) -> list[tuple[str, str]]:
+    """The events of a stream: all, or the first so many before the client leaves. `recalled`: what
+    the head must say of it."""
     host, _, port = address.removeprefix("http://").rpartition(":")
     fields = {"model": MODEL, "prompt": [70, 71, 72], "max_tokens": NUM_TOKENS, "stream": True}
     body = json.dumps({**fields, **more}).encode()
@@ -321,6 +324,8 @@ async def post(address: str, last_id: str = "", events: int = 0, **more) -> list
                 break
         status, _, rest = text.partition("\r\n\r\n")
         assert " 200 " in status.splitlines()[0]
+        said = [one for one in status.splitlines() if one.startswith("x-recalled-tokens: ")]
+        assert said == ([] if recalled is None else [f"x-recalled-tokens: {recalled}"])
         lines = [one for one in rest.splitlines() if one.startswith(("id: ", "data: "))]
         pairs = zip(lines[::2], lines[1::2], strict=True)
         return sse_blocks("\n\n".join(f"{name}\n{data}" for name, data in pairs))
@@ -357,7 +362,7 @@ def test_a_stream_goes_on_behind_what_an_instance_has(in_bench, monkeypatch, hel
         name = one.admits[0].request_id
         one.held = None if held is None else {name: held}
         one.tokens_at_once = None
-        rest = await post(address, first[-1][0])
+        rest = await post(address, first[-1][0], recalled=known)
         assert one.num_asked == 1
         assert len(one.admits[1].outputs[0] if one.admits[1].outputs else ()) == known
         assert one.admits[1].sampling.seed == one.admits[0].sampling.seed
@@ -381,7 +386,7 @@ def test_scores_and_several_prompts_are_drawn_again(in_bench, scores):
         await until(lambda: one.cancels)
         one.tokens_at_once = None
         one.held = {one.admits[0].request_id: (TRUE,)}
-        await post(address, first[-1][0], **scores)
+        await post(address, first[-1][0], recalled=0, **scores)
         assert one.num_asked == 0
         assert not one.admits[-1].outputs
 

@@ -11,13 +11,15 @@ import contextlib
 import dataclasses
 import ssl
 import urllib.parse
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 
 from xllm.errors import ConfigError
 
 _LINE_LIMIT = 1 << 20
 _ERROR_BYTES = 1 << 16
 _SHOWN = 300
+OnHead = Callable[[Mapping[str, str]], None]
+"""Names in lower case."""
 
 
 class RefusedError(Exception):
@@ -154,17 +156,18 @@ class HttpStreams:
                 yield event.data
 
     async def post_stream(
-        self, path: str, body: bytes, last_id: str = ""
+        self, path: str, body: bytes, last_id: str = "", on_head: OnHead | None = None
     ) -> AsyncGenerator[ServerEvent, None]:
         """The same with the id of each event. `last_id`: of the last one that came of an answer
-        that was cut, to go on from there."""
+        that was cut, to go on from there. `on_head` hears the headers of a success."""
         last = f"Last-Event-ID: {last_id}\r\n" if last_id else ""
         head = (
             f"POST {self.address.path}{path} HTTP/1.1\r\n{self._headers}{last}"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         buffer = b""
-        async with contextlib.aclosing(self._exchange(head.encode("latin-1") + body)) as pieces:
+        request = head.encode("latin-1") + body
+        async with contextlib.aclosing(self._exchange(request, on_head)) as pieces:
             async for piece in pieces:
                 buffer += piece
                 if b"\r" in buffer:
@@ -181,12 +184,16 @@ class HttpStreams:
         while self._idle:
             self._idle.pop().close()
 
-    async def _exchange(self, request: bytes) -> AsyncGenerator[bytes, None]:
+    async def _exchange(
+        self, request: bytes, on_head: OnHead | None = None
+    ) -> AsyncGenerator[bytes, None]:
         connection, status, headers = await self._ask(request)
         try:
             if status >= 300:
                 body = b"".join([piece async for piece in connection.read_body(headers)])
                 raise RefusedError(status, body[:_ERROR_BYTES].decode("utf-8", "replace"))
+            if on_head is not None:
+                on_head(headers)
             async for piece in connection.read_body(headers):
                 yield piece
         except (asyncio.IncompleteReadError, ConnectionResetError, BrokenPipeError) as error:

@@ -71,13 +71,11 @@ class StreamRecord:
             found.append(Pause(self.heard_at, until))
         return max(found, key=lambda pause: pause.waste, default=None)
 
-    def redraw(self) -> float:
-        """Seconds that drawing again takes what it has, if its source must: the time in which that
-        came. A stream over HTTP is posted again and drawn from its first token on; one over ZeroMQ
-        brings its tokens along."""
-        if self.over != "http":
-            return 0.0
-        return self.heard_at - self.first_at - sum(one.length for one in self.pauses)
+    def redraw(self, seconds: float) -> float:
+        """How many of these seconds drawing again takes what it has: no more than the time in which
+        that came."""
+        came = self.heard_at - self.first_at - sum(one.length for one in self.pauses)
+        return min(came, seconds)
 
 
 class Ledger:
@@ -117,9 +115,17 @@ class Ledger:
         return self._last_key
 
     def heard(
-        self, key: int, choice: int, items: Iterable[Item], now: float, attempt: int = 0
+        self,
+        key: int,
+        choice: int,
+        items: Iterable[Item],
+        now: float,
+        attempt: int = 0,
+        drawn_from: float | None = None,
     ) -> None:
-        """New items of one choice. `attempt`: whatever tells a new source from the one before."""
+        """New items of one choice. `attempt`: whatever tells a new source from the one before.
+        `drawn_from`: since when a new source drew what had come before again; None: it had it (over
+        ZeroMQ a request brings its tokens along, over HTTP an instance may still have them)."""
         record = self.open.get(key)
         if record is None:
             self.num_after_end += 1
@@ -127,7 +133,9 @@ class Ledger:
         if record.heard_at:
             moved = attempt != record.attempt
             if moved or now - record.heard_at > NOTED_S:
-                redraw = record.redraw() if moved else 0.0
+                redraw = 0.0
+                if moved and drawn_from is not None:
+                    redraw = record.redraw(now - drawn_from)
                 record.pauses.append(Pause(record.heard_at, now, moved, redraw))
         else:
             record.first_at = now

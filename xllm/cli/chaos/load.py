@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 from xllm.cli.bench.http_stream import CutError, HttpAddress, HttpStreams, RefusedError
 from xllm.cli.chaos.asks import Ask, options_of
@@ -32,6 +32,8 @@ PATIENCE_S = 20.0
 REFUSALS = frozenset(("cut", "http_503", "http_429", "unavailable", "overloaded", "broken"))
 """Ends after which another router is asked, as long as no token came."""
 REQUEST_S = 120.0
+RECALLED = "x-recalled-tokens"
+"""The header that says how many tokens of a stream that goes on were not drawn again."""
 
 
 class _StreamError(Exception):
@@ -64,6 +66,19 @@ class _Listener:
             self._ledger.num_after_end += 1
         else:
             self.ended.set_result(code)
+
+
+class _Source:
+    """A stream over HTTP that was posted again. `drawn_from`: when its answer began, where what
+    was there before had to be drawn again."""
+
+    def __init__(self) -> None:
+        self.drawn_from: float | None = None
+
+    def began(self, headers: Mapping[str, str]) -> None:
+        """Its first token was there. A router of another version says nothing of tokens."""
+        if headers.get(RECALLED, "0") == "0":
+            self.drawn_from = time.monotonic()
 
 
 class StreamLoad:
@@ -214,13 +229,15 @@ class StreamLoad:
         end = time.monotonic() + PATIENCE_S
         for attempt in itertools.count():
             code = "cut"
+            source = _Source()
             try:
                 async with asyncio.timeout(REQUEST_S):
-                    events = self._http.post_stream("/completions", body, last_id)
+                    head = source.began if last_id else None
+                    events = self._http.post_stream("/completions", body, last_id, head)
                     async with contextlib.aclosing(events):
                         async for event in events:
                             last_id = event.id or last_id
-                            if self._take_event(event.data, key, attempt):
+                            if self._take_event(event.data, key, attempt, source.drawn_from):
                                 return ""
             except (CutError, OSError):
                 pass  # gone on with below
@@ -235,14 +252,15 @@ class StreamLoad:
             await asyncio.sleep(HTTP_AGAIN_S)
         raise AssertionError  # count() has no end
 
-    def _take_event(self, data: bytes, key: int, attempt: int) -> bool:
-        """Whether it was the last one."""
+    def _take_event(self, data: bytes, key: int, attempt: int, drawn_from: float | None) -> bool:
+        """Whether it was the last one. `drawn_from`: see Ledger.heard."""
         if data == b"[DONE]":
             return True
         event = json.loads(data)
         if "error" in event:
             raise _StreamError(str(event["error"].get("code")))
         for choice in event["choices"]:
-            if choice["text"]:
-                self.ledger.heard(key, choice["index"], choice["text"], time.monotonic(), attempt)
+            if text := choice["text"]:
+                now = time.monotonic()
+                self.ledger.heard(key, choice["index"], text, now, attempt, drawn_from)
         return False

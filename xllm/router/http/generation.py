@@ -37,7 +37,7 @@ from xllm.router.http.respond import Scope, Send, send_body
 from xllm.router.http.schema import GenerationBody
 from xllm.router.http.shape import AnswerShape, Envelope, total_usage
 from xllm.router.http.stream_writer import StreamWriter
-from xllm.router.recall import Recall
+from xllm.router.recall import Outputs, Recall
 
 LOG = structlog.get_logger(__name__)
 STREAM_HEADERS = [
@@ -45,6 +45,8 @@ STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+RECALLED_HEADER = b"x-recalled-tokens"
+"""Of an answer that goes on behind an event: how many tokens need not be drawn again for it."""
 MAX_SEED = (1 << 64) - 1
 MakeShape = Callable[[Envelope], AnswerShape]
 Rest = Callable[[Send], Awaitable[None]]
@@ -77,7 +79,16 @@ def last_event_id(scope: Scope) -> bytes:
 class Generation:
     """The life of one HTTP request that generates tokens."""
 
-    __slots__ = ("_body", "_caller", "_context", "_ids", "_make_shape", "_posted", "_requests")
+    __slots__ = (
+        "_body",
+        "_caller",
+        "_context",
+        "_ids",
+        "_make_shape",
+        "_num_recalled",
+        "_posted",
+        "_requests",
+    )
 
     def __init__(
         self,
@@ -95,6 +106,7 @@ class Generation:
         self._make_shape = make_shape
         self._posted = posted
         self._ids: list[str] = []
+        self._num_recalled = 0
 
     def begin(self, fail: Fail) -> Rest | None:
         """Submit what is answered as a whole by one terminal message, without a task: the answer,
@@ -158,7 +170,12 @@ class Generation:
         scored = sampling.logprobs is not None or sampling.prompt_logprobs is not None
         if scored or len(self._requests) > 1 or not any(borders_of(last.places)):
             return None
-        return Recall(last.stream.request_id, partial(proven, last.places))
+        return Recall(last.stream.request_id, partial(self._prove, last))
+
+    def _prove(self, last: LastEvent, outputs: Outputs) -> Outputs:
+        found = proven(last.places, outputs)
+        self._num_recalled = sum(map(len, found))
+        return found
 
     def _abort(self) -> None:
         """Stop what is still open; requests that have ended are unknown to the service."""
@@ -223,6 +240,8 @@ class Generation:
         if messages and isinstance(messages[0], RequestFailed):
             raise problem_of_failure(messages[0])
         headers = [*STREAM_HEADERS, (b"x-request-id", opened.request_id.encode())]
+        if self._posted.last_event_id:
+            headers.append((RECALLED_HEADER, str(self._num_recalled).encode()))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._pass_on(opened.answer, messages, opened.writer, send)
 
