@@ -34,13 +34,13 @@ def drafted_workload(seed: int, *, disturb: bool, depth: int) -> ToyInstance:
     return instance
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1 << 30), st.sampled_from(DEPTHS))
 def test_streams_with_drafts_are_the_oracles(seed, depth):
     drafted_workload(seed, disturb=False, depth=depth)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1 << 30), st.sampled_from(DEPTHS))
 def test_cancels_among_drafts_harm_nobody_else(seed, depth):
     drafted_workload(seed, disturb=True, depth=depth)
@@ -51,7 +51,7 @@ def test_the_workloads_verify_what_they_are_for(depth):
     """Drafts are taken and refused, beside prompts and decodes, where blocks are short."""
     names = ("accepted", "refused", "mixed", "ahead", "preempted", "stopped", "scored", "forked")
     counts = dict.fromkeys(names, 0)
-    for seed in range(120):
+    for seed in range(70):
         instance = drafted_workload(seed, disturb=False, depth=depth)
         stats = instance.scheduler.statistics()
         counts["accepted"] += stats.num_accepted_drafts
