@@ -72,6 +72,13 @@ def test_start_status_stop(run_dir, tmp_path):
         again = run_script("node-start", file)
         assert again.stdout.count("runs already") == 2
         assert pids(file) == before
+        text = file.read_text()
+        file.write_text(text.replace("shutdown_s = 3.0", "shutdown_s = 4.0"))
+        changed = run_script("node-start", file)
+        assert (changed.returncode, changed.stdout) == (64, "")
+        assert changed.stderr.count("runs with other settings: cluster.shutdown_s") == 2
+        file.write_text(text)
+        assert pids(file) == before
         status = run_script("node-status", file)
         assert (status.returncode, status.stdout.count("runs (pid ")) == (0, 2)
         stopped = run_script("node-stop", file)

@@ -8,6 +8,7 @@ import click
 
 from xllm.cli.node_file import NodeFile, NodeProcess, read_node_file
 from xllm.cli.node_process import (
+    changed_settings,
     files_of,
     prepare_directories,
     running_pid,
@@ -32,11 +33,13 @@ def node() -> None:
 @click.argument("file")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds a process may take.")
 def start(file: str, timeout: float) -> None:
-    """Start what FILE describes and does not run yet; one line a process, once it is ready."""
+    """Start what FILE describes and does not run yet; one line a process, once it is ready. Where
+    something runs with other settings than FILE has now, nothing is started, and the code is 64."""
     from xllm.cli.node_start import NodeStarter
 
     described = read_node_file(file)
     prepare_directories(described)
+    _refuse_changes(described)
     for process in described.processes:
         if not running_pid(files_of(described, process)):
             load({}, str(write_config(described, process)))  # refuses before anything runs
@@ -74,6 +77,22 @@ def show_status(described: NodeFile) -> int:
         gone = " (it ended on its own)" if files.pid.exists() else ""
         click.echo(f"{process.name}: does not run{gone}")
     return code
+
+
+def _refuse_changes(described: NodeFile) -> None:
+    """ConfigError where something runs with other settings than the file says now: started beside
+    it, the rest might not even be in its cluster."""
+    changed = []
+    for process in described.processes:
+        pid = running_pid(files_of(described, process))
+        keys = ", ".join(changed_settings(described, process)) if pid else ""
+        if keys:
+            changed.append(f"{process.name} (pid {pid}) runs with other settings: {keys}")
+    if changed:
+        raise ConfigError(
+            f"{'; '.join(changed)}. Nothing was started: `xllm node stop` and `xllm node start` "
+            "apply the file"
+        )
 
 
 def _drain_s(process: NodeProcess) -> float:

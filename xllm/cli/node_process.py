@@ -13,7 +13,9 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
+from typing import Any
 
 from xllm.cli.node_file import NodeFile, NodeProcess, as_toml
 from xllm.errors import ConfigError
@@ -59,6 +61,27 @@ def write_config(node: NodeFile, process: NodeProcess, launcher: str = "") -> Pa
     with os.fdopen(fd, "w", encoding="utf-8") as file:
         file.write(as_toml(sections))
     return path
+
+
+def changed_settings(node: NodeFile, process: NodeProcess) -> list[str]:
+    """Keys (`section.name`) in which the node file differs from what the process was started with;
+    none where that is not on record any more."""
+    try:
+        text = files_of(node, process).config.read_text(encoding="utf-8")
+        recorded = tomllib.loads(text)
+    except (OSError, ValueError):
+        return []
+    before, now = _by_key(recorded), _by_key(tomllib.loads(as_toml(process.sections)))
+    before.pop("cluster.launcher", None)  # the one who started it
+    return sorted(key for key in before | now if before.get(key) != now.get(key))
+
+
+def _by_key(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        for name, value in values.items()
+    }
 
 
 def start_detached(node: NodeFile, process: NodeProcess, config: Path) -> subprocess.Popen[bytes]:
