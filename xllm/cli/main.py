@@ -90,11 +90,13 @@ def main() -> None:
     sys.exit(run_command(sys.argv[1:]))
 
 
-def run_command(arguments: Sequence[str]) -> int:
+def run_command(
+    arguments: Sequence[str], command: click.Command = root, prog_name: str = "xllm"
+) -> int:
     """Run one command line; returns the exit code."""
     prepare_environment()
     try:
-        result = root.main(list(arguments), prog_name="xllm", standalone_mode=False)
+        result = command.main(list(arguments), prog_name=prog_name, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code

@@ -6,12 +6,12 @@ or there was no load to feel it.
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import click
 
-from xllm.cli.chaos.options import ChaosOptions
+from xllm.cli.chaos.ending import run_to_end
+from xllm.cli.chaos.options import ChaosOptions, FiniteRange
 from xllm.cli.chaos.scenarios.table import SCENARIOS, Scenario
 from xllm.errors import ConfigError
 
@@ -22,8 +22,8 @@ EXIT_INVALID = 2
 @click.command(context_settings={"max_content_width": 100})
 @click.option("--scenario", default="all", help="Names of faults, by commas, or all.")
 @click.option("--list", "list_only", is_flag=True, help="List the faults and end.")
-@click.option("--seconds", default=60.0, show_default=True, help="Time of the load; each fault "
-              "comes once at least.")  # fmt: skip
+@click.option("--seconds", type=FiniteRange(0, 604_800), default=60.0, show_default=True,
+              help="Time of the load; each fault comes once at least.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @click.option("--engine", type=click.Choice(["toy", "native"]), default="toy", show_default=True)
 @click.option("--instances", type=click.IntRange(2, 16), default=2, show_default=True)
@@ -32,13 +32,13 @@ EXIT_INVALID = 2
               help="Streams in their middle at each fault.")  # fmt: skip
 @click.option("--tokens", type=click.IntRange(20, 4000), default=200, show_default=True,
               help="New tokens of a request, about.")  # fmt: skip
-@click.option("--step-ms", type=click.FloatRange(0, 1000), default=20.0, show_default=True,
+@click.option("--step-ms", type=FiniteRange(0, 1000), default=20.0, show_default=True,
               help="Time of a toy step.")  # fmt: skip
 @click.option("--registry", default="embedded", show_default=True, metavar="embedded|etcd|ADDRESS",
               help="The launcher's own, an etcd of its own, or one that runs.")  # fmt: skip
 @click.option("--model", default="", help="Model directory; empty: the bundled one.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--slack", type=click.FloatRange(1, 100), default=1.0, show_default=True,
+@click.option("--slack", type=FiniteRange(1, 100), default=1.0, show_default=True,
               help="Multiplies the bounds of times.")  # fmt: skip
 @click.option("--keep", is_flag=True, help="Leave the directory with the logs behind.")
 def chaos(scenario: str, list_only: bool, as_json: bool, **options: object) -> int:
@@ -49,7 +49,8 @@ def chaos(scenario: str, list_only: bool, as_json: bool, **options: object) -> i
             click.echo(f"{one.name:<12} {one.title}")
         return 0
     chosen = choose(scenario)
-    return asyncio.run(_run(ChaosOptions(**options), chosen, as_json))  # type: ignore[arg-type]  # click checked them
+    made = ChaosOptions(**options)  # type: ignore[arg-type]  # click checked them
+    return run_to_end(_run(made, chosen, as_json))
 
 
 def choose(names: str) -> list[Scenario]:

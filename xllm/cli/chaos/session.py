@@ -22,7 +22,7 @@ from xllm.cli.chaos.oracle import Streams, expected_streams, learn_streams
 from xllm.cli.chaos.report import ChaosReport
 from xllm.cli.chaos.scenarios.table import Scenario
 from xllm.cli.chaos.stage import InvalidRunError, Stage
-from xllm.cli.chaos.surroundings import prepare
+from xllm.cli.chaos.surroundings import Surroundings, prepare
 from xllm.cli.model_source import resolve_model
 from xllm.config.settings import ModelSettings
 from xllm.router.text.model import load_text_model
@@ -98,9 +98,10 @@ class ChaosSession:
         """A cluster under load, for the length of the block; what became of its requests goes
         into the report."""
         cluster = ChaosCluster(self.options)
-        made = await prepare(kind, cluster, self._model_dir, self._rng)
+        made: Surroundings | None = None
         load: StreamLoad | None = None
         try:
+            made = await prepare(kind, cluster, self._model_dir, self._rng)
             began = time.monotonic()
             await cluster.start(made.flags)
             self._say(f"cluster ready in {time.monotonic() - began:.1f} s ({kind})")
@@ -113,7 +114,8 @@ class ChaosSession:
                 await load.close()
                 self.report.add_ledger(load.ledger)
             await cluster.stop()
-            await made.close()
+            if made is not None:
+                await made.close()
             self.report.leftovers += cluster.leftovers
             cluster.remove()
 

@@ -7,7 +7,6 @@ process that was not itself hit holds more at the end than it did early on.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import os
@@ -18,12 +17,13 @@ import time
 import click
 
 from xllm.cli.chaos.command import choose
+from xllm.cli.chaos.ending import run_to_end
 from xllm.cli.chaos.growth import Snapshot, compare_sizes, read_objects
-from xllm.cli.chaos.options import ChaosOptions
+from xllm.cli.chaos.options import ChaosOptions, FiniteRange
 from xllm.cli.chaos.processes import size_of
 from xllm.cli.chaos.session import ChaosSession
 from xllm.cli.chaos.stage import Stage
-from xllm.config.environment import prepare_environment
+from xllm.cli.main import run_command
 from xllm.errors import DeadlineError
 
 EARLY_S = 600.0
@@ -39,11 +39,28 @@ REPEATED = "F01,F03-kill,F03-segv,F04,F04-worker,F05,F07,F18,F19-down,F19-half,F
 
 
 @click.command()
-@click.option("--minutes", default=30.0, show_default=True, help="Of load, for the growth.")
-@click.option("--repeat", default=0, help="Repeat faults so often instead, at random moments.")
+@click.option(
+    "--minutes",
+    type=FiniteRange(0, 10_080, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Of load, for the growth.",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(0, 100_000),
+    default=0,
+    help="Repeat faults so often instead, at random moments.",
+)
 @click.option("--scenario", default="", help="Faults; empty: those that fit.")
-@click.option("--tokens", default=200, show_default=True, help="New tokens of a request, about.")
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--tokens",
+    type=click.IntRange(20, 4000),
+    default=200,
+    show_default=True,
+    help="New tokens of a request, about.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 def soak(minutes: float, repeat: int, scenario: str, tokens: int, seed: int) -> int:
     """Faults for a long time, or many of them."""
     flags = ("--scheduler-max-num-seqs", str(SEQS))
@@ -52,11 +69,11 @@ def soak(minutes: float, repeat: int, scenario: str, tokens: int, seed: int) -> 
     if repeat:
         options = ChaosOptions(tokens=tokens, seed=seed, seconds=0, repeats=repeat, phase_s=2.0)
         session = ChaosSession(options, choose(scenario or REPEATED), _say)
-        found = asyncio.run(session.run()).as_json()
+        found = run_to_end(session.run()).as_json()
     else:
         plain = [one for one in choose(scenario or SOAK_FAULTS) if one.cluster == "plain"]
         session = ChaosSession(options, plain, _say)
-        found = asyncio.run(_soak(session, minutes * 60))
+        found = run_to_end(_soak(session, minutes * 60))
     click.echo(json.dumps(found))
     return 0 if found["passed"] else 1
 
@@ -118,5 +135,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    prepare_environment()
-    sys.exit(soak.main(standalone_mode=False))
+    sys.exit(run_command(sys.argv[1:], soak, "soak"))
