@@ -67,7 +67,7 @@ def test_a_failure_is_one_line_where_logs_and_errors_share_standard_error():
 def test_a_log_directory_that_cannot_be_is_one_line_too():
     done = run_role("config", "", "/proc/nowhere")
     assert done.returncode == 71
-    assert done.stderr.splitlines()[-1].startswith("xllm: /proc/nowhere: ")
+    assert done.stderr.splitlines()[-1].startswith("xllm: cluster.log_dir: /proc/nowhere: ")
     assert "Traceback" not in done.stderr
 
 

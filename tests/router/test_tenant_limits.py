@@ -267,5 +267,5 @@ def test_a_bad_file_is_refused(tmp_path, text, words):
     with pytest.raises(ConfigError, match=words) as caught:
         read_limits(str(path), NONE)
     assert caught.value.param == "admission.tenant_limits_file"
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match=r"admission\.tenant_limits_file: .*No such file"):
         read_limits(str(tmp_path / "none"), NONE)

@@ -200,7 +200,7 @@ def test_key_file_that_is_no_file(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(write_keys(tmp_path / "keys"))
     for path in (tmp_path / "none", tmp_path, link):
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError, match=rf"router\.api_key_file: {path}"):
             read_key_file(str(path))
 
 

@@ -57,18 +57,23 @@ class LogStream:
             return False
 
 
+def _open_log(log_dir: str, process: str) -> TextIO:
+    path = os.path.join(log_dir, process.replace("/", "_") + ".log")
+    try:
+        os.makedirs(log_dir, exist_ok=True)
+        return open(path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        # The disk's trouble, perhaps, and over at the next start: no wrong setting for certain.
+        place = f"cluster.log_dir: {error.filename}"
+        raise OSError(error.errno, error.strerror, place) from error
+
+
 def configure_logs(
     *, process: str, level: str = "info", log_format: str = "text", log_dir: str = ""
 ) -> None:
-    """Set up structlog once at the start of a process. Events carry the process's name."""
-    target: TextIO | None = sys.stderr
-    if log_dir:
-        os.makedirs(log_dir, exist_ok=True)
-        path = os.path.join(log_dir, process.replace("/", "_") + ".log")
-        target = open(  # noqa: SIM115  # for life
-            path, "a", buffering=1, encoding="utf-8", errors="backslashreplace"
-        )
-    stream = LogStream(target)
+    """Set up structlog once at the start of a process. Events carry the process's name.
+    OSError, whose file name begins with the setting, where there can be no file in `log_dir`."""
+    stream = LogStream(_open_log(log_dir, process) if log_dir else sys.stderr)
     renderers: list[Processor]
     if log_format == "json":
         renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]

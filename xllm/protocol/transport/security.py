@@ -46,7 +46,12 @@ class Security:
             if mode & 0o077:
                 raise ConfigError(f"{secret_path} is readable by others: its mode must be 0600")
             public, secret = zmq.auth.load_certificate(secret_path)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise ConfigError(
+                f"no usable key at {secret_path}: {error.strerror or 'no file of keys'} "
+                f"(cluster.keys_dir; `xllm keys make {keys_dir}` makes keys)"
+            ) from error
+        except ValueError as error:
             raise ConfigError(f"no usable key at {secret_path}: {error}") from error
         if secret is None:
             raise ConfigError(f"{secret_path} holds no secret key")

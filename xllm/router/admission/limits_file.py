@@ -53,4 +53,5 @@ def _limits(where: str, table: object, others: TenantLimits) -> TenantLimits:
 
 
 def _bad(message: str) -> ConfigError:
-    return ConfigError(message, param="admission.tenant_limits_file")
+    param = "admission.tenant_limits_file"
+    return ConfigError(f"{param}: {message}", param=param)

@@ -101,7 +101,7 @@ def read_key_file(path: str, *, may_be_empty: bool = False) -> dict[bytes, Tenan
 
 
 def _bad_file(message: str) -> ConfigError:
-    return ConfigError(message, param="router.api_key_file")
+    return ConfigError(f"router.api_key_file: {message}", param="router.api_key_file")
 
 
 class Gate:
