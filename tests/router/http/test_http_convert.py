@@ -255,6 +255,35 @@ def test_what_is_no_body(data):
         decode_body(CHAT, data)
 
 
+@pytest.mark.parametrize(
+    ("more", "words", "param"),
+    [
+        ({"stream": "x"}, "stream must be true or false, not a string", "stream"),
+        ({"n": 1.5}, "n must be a whole number, not a fraction", "n"),
+        ({"temperature": True}, "temperature must be a number, not a boolean", "temperature"),
+        ({"stop": 3}, "stop must be a string or an array, not a whole number", "stop"),
+        ({"model": None}, "model must be a string, not null", "model"),
+        ({"n": 2**64 - 1}, f"n must be at most {2**63 - 1}", "n"),
+        ({"messages": [{"role": 1}]}, "messages[0].role must be a string, not a whole number",
+         "messages[0].role"),
+        ({"messages": [{}]}, "messages[0].role is missing", "messages[0]"),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_is_said_in_plain_words(more, words, param):
+    with pytest.raises(InvalidRequestError) as caught:
+        decode_body(CHAT, json.dumps({"model": "m", "messages": [], **more}).encode())
+    assert (caught.value.message, caught.value.param) == (words, param)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(b"[]", "the body must be an object, not an array"), (b"{}", "model is missing")],
+)
+def test_a_body_of_another_shape_is_said_in_plain_words(data, words):
+    with pytest.raises(InvalidRequestError, match=words):
+        decode_body(CHAT, data)
+
+
 def test_of_a_key_that_stands_twice_the_last_holds():
     data = b'{"model": "a", "messages": [], "model": "b"}'
     assert decode_body(CHAT, data).model == "b"

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from xllm.errors import InvalidRequestError
+from xllm.router.http.wrong_body import explain
 
 T = TypeVar("T")
 
@@ -233,18 +234,13 @@ class CompletionDecoder:
         return decode_body(self._any, data)
 
 
-PLACE = re.compile(r"`\$\.?([^`]*?)(?:\[\.\.\.\])?`$|missing required field `(\w+)`$")
-
-
 def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
     """A body as its type, or InvalidRequestError that names the field. Of a key that stands
     twice, the last value holds."""
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
-        text = str(error)
-        place = PLACE.search(text)
-        param = next((group for group in place.groups() if group), None) if place else None
-        raise InvalidRequestError(text[:200].replace("`$.", "`"), param=param) from error
+        text, param = explain(str(error))
+        raise InvalidRequestError(text, param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise InvalidRequestError(f"the body is not valid JSON: {str(error)[:200]}") from error
