@@ -58,7 +58,7 @@ def test_a_commands_own_defaults_lose_against_everything():
         ({}, "", {"XLLM_ROUTER_PROT": "1"}, ["XLLM_ROUTER_PROT", "XLLM_ROUTER_PORT"]),
         ({"router.port": "x"}, "", {}, ["router.port", "flag", "whole number"]),
         ({"router.port": True}, "", {}, ["router.port"]),
-        ({}, '[router]\nport = "1"\n', {}, ["router.port", "int"]),
+        ({}, '[router]\nport = "1"\n', {}, ["router.port", "whole number, not '1'"]),
         ({}, "[router]\nport = 1.5\n", {}, ["router.port"]),
         ({}, "", {"XLLM_ROUTER_PORT": "70000"}, ["router.port", "65535", "70000"]),
         ({"serve.instances": 0}, "", {}, ["serve.instances", "at least 1"]),

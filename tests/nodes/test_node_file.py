@@ -7,6 +7,7 @@ import tomllib
 import pytest
 
 from tests.architecture.sources import ROOT
+from xllm.cli.main import run_command
 from xllm.cli.node_file import ROLES, as_toml, parse_node, read_node_file
 from xllm.config.load import load
 from xllm.errors import ConfigError
@@ -96,9 +97,34 @@ def test_mistakes_are_named(change, word):
 def test_a_file_that_is_not_there_or_no_toml(tmp_path):
     with pytest.raises(ConfigError, match="cannot read"):
         read_node_file(str(tmp_path / "none"))
-    (tmp_path / "bad").write_text("= = =")
-    with pytest.raises(ConfigError):
-        read_node_file(str(tmp_path / "bad"))
+    path = tmp_path / "bad"
+    path.write_text("= = =")
+    with pytest.raises(ConfigError, match=str(path)):
+        read_node_file(str(path))
+    path.write_text(NODE.format(address="").replace('"router"', '"rooter"', 1))
+    with pytest.raises(ConfigError, match=f"{path}: process 1: role must be .*, not 'rooter'"):
+        read_node_file(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("port = 1234", 'port = "a"'), "router.port (FILE) must be a whole number, not 'a'"),
+        (("port = 1234", "port = 70000"), "router.port (FILE) must be at most 65535"),
+        (("port = 1234", "prot = 1"), "FILE: unknown setting router.prot"),
+        (('registry = "tcp://127.0.0.1:2400"', ""), "FILE: [cluster] registry is missing"),
+        (("port = 1234", 'name = "a/b"'), "FILE: router.name 'a/b'"),
+    ],
+)
+def test_a_setting_that_a_process_would_refuse_is_told_of_the_users_file(
+    tmp_path, capsys, change, words
+):
+    text = NODE.format(address="").replace(*change, 1)
+    text = text[: text.index('[[process]]\nrole = "registry"')]
+    path = tmp_path / "node.toml"
+    path.write_text(text.replace("/run/a", f"{tmp_path}/r").replace("/log", f"{tmp_path}/l"))
+    assert run_command(["node", "start", str(path)]) == 64
+    assert words.replace("FILE", f"{path}, process a-router") in capsys.readouterr().err
 
 
 def test_texts_survive_the_way_to_the_processes(tmp_path):

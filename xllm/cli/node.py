@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import click
 
@@ -42,7 +43,7 @@ def start(file: str, timeout: float) -> None:
     _refuse_changes(described)
     for process in described.processes:
         if not running_pid(files_of(described, process)):
-            load({}, str(write_config(described, process)))  # refuses before anything runs
+            _check(file, process, write_config(described, process))  # before anything runs
     asyncio.run(NodeStarter(described, timeout, click.echo).start_all())
 
 
@@ -93,6 +94,21 @@ def _refuse_changes(described: NodeFile) -> None:
             f"{'; '.join(changed)}. Nothing was started: `xllm node stop` and `xllm node start` "
             "apply the file"
         )
+
+
+def _check(file: str, process: NodeProcess, config: Path) -> None:
+    """ConfigError, which names the node file, where a process would refuse its settings."""
+    where = f"{file}, process {process.name}"
+    try:
+        settings = load({}, str(config))
+    except ConfigError as error:
+        # What is wrong stands in the user's file, whichever we made of it.
+        text = error.message.replace(str(config), where)
+        raise ConfigError(
+            text if where in text else f"{where}: {text}", param=error.param
+        ) from error
+    if process.role != "worker" and not settings.cluster.registry:
+        raise ConfigError(f"{where}: [cluster] registry is missing", param="cluster.registry")
 
 
 def _drain_s(process: NodeProcess) -> float:

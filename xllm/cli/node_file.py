@@ -67,7 +67,10 @@ def read_node_file(path: str) -> NodeFile:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    return parse_node(content)
+    try:
+        return parse_node(content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", param=error.param) from error
 
 
 def parse_node(content: dict[str, Any]) -> NodeFile:
@@ -117,7 +120,9 @@ def _process(
     _known(table, ("role", "name", "device", *_SECTIONS), where)
     role = table.get("role")
     if role not in ROLES:
-        raise ConfigError(f"{where}: role is one of {', '.join(ROLES)}", param="process.role")
+        raise ConfigError(
+            f"{where}: role must be one of {', '.join(ROLES)}, not {role!r}", param="process.role"
+        )
     name = table.get("name", f"{node['name']}-{role}")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConfigError(f"{where}: name {name!r}: letters, digits, '.', '_', '-'")

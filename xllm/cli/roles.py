@@ -55,7 +55,10 @@ def kvcache(settings: Settings) -> None:
 
 def _need_registry(settings: Settings) -> None:
     if not settings.cluster.registry:
-        raise ConfigError("a role on its own needs --registry", param="cluster.registry")
+        raise ConfigError(
+            "cluster.registry is missing: a role on its own needs --registry",
+            param="cluster.registry",
+        )
 
 
 def _run(target: Callable[[bytes], None], settings: Settings) -> None:

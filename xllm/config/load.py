@@ -21,6 +21,7 @@ from xllm.config.table import (
     SettingEntry,
     build_settings,
     check_value,
+    describe_kind,
     near_matches,
     setting_table,
 )
@@ -113,8 +114,8 @@ def _from_file(table: Mapping[str, SettingEntry], path: str) -> dict[str, object
                 near = near_matches(key, table)
                 raise ConfigError(f"{path}: unknown setting {key}{near}", param=key)
             if isinstance(value, str) and table[key].type is not str:
-                kind = table[key].type.__name__
-                raise ConfigError(f"{path}: {key} must be {kind}, not {value!r}", param=key)
+                kind = describe_kind(table[key])
+                raise ConfigError(f"{key} ({path}) must be {kind}, not {value!r}", param=key)
             values[key] = check_value(table[key], value, path)
     return values
 

@@ -71,7 +71,7 @@ def check_value(entry: SettingEntry, value: object, where: str) -> object:
         parsed = float(parsed)
     if type(parsed) is not entry.type:
         raise ConfigError(
-            f"{entry.key} ({where}) must be {_kind(entry)}, not {value!r}", param=entry.key
+            f"{entry.key} ({where}) must be {describe_kind(entry)}, not {value!r}", param=entry.key
         )
     _check_bounds(entry, parsed, where)
     return parsed
@@ -108,11 +108,12 @@ def _parse(entry: SettingEntry, text: str, where: str) -> object:
     if entry.type is float and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", plain):
         return float(plain)
     raise ConfigError(
-        f"{entry.key} ({where}) must be {_kind(entry)}, not {text!r}", param=entry.key
+        f"{entry.key} ({where}) must be {describe_kind(entry)}, not {text!r}", param=entry.key
     )
 
 
-def _kind(entry: SettingEntry) -> str:
+def describe_kind(entry: SettingEntry) -> str:
+    """What a value of it is, in words: `a whole number of bytes`."""
     words = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
     unit = entry.info.unit
     return words[entry.type] + (f" of {unit}" if unit else "")
