@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.master.oracle_drafts import OracleDrafts
 from tests.master.test_scheduler_workloads import DEPTHS, run_workload
 from tests.master.toy_instance import PROMPT, ToyInstance
+from xllm.config.scheduling import STRATEGIES
 from xllm.errors import EngineError
 from xllm.protocol.step import ItemKind, StepResult
 
@@ -233,3 +234,15 @@ def test_prompt_lookup_changes_no_stream(depth):
     one.run()
     for index in range(6):
         one.verify(f"r{index}")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_drafts_go_with_every_strategy(strategy):
+    one = drafting(strategy=strategy, num_blocks=40, max_in_flight=2, max_num_batched_tokens=24)
+    for index in range(6):
+        one.admit(f"r{index}", [*PROMPT, index], max_tokens=20, seed=index, offline=index % 2 > 0)
+        one.step()
+    one.run()
+    for index in range(6):
+        one.verify(f"r{index}")
+    assert one.scheduler.statistics().num_accepted_drafts > 20
