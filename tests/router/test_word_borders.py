@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.router.model_dirs import byte_level_tokenizer
 from tests.router.test_segments import write_llama_like
 from xllm.cli.model_source import demo_model_path
 from xllm.protocol.token_bytes import pack_tokens
+from xllm.router.text.segments import make_segment_encoder
 from xllm.router.text.word_borders import (
     GPT2_BORDERS,
     LETTERS_FIRST_BORDERS,
@@ -90,11 +91,43 @@ def test_where_they_are(text, gpt2, letters_first):
 def test_words_are_encoded_at_once_as_if_each_were_alone(kind, words):
     made = tokenizer(kind)
     expected = [pack_tokens(made.encode(word, add_special_tokens=False).ids) for word in words]
-    assert WordEncoder(made, BORDERS[kind].words).encode(words) == expected
+    encoder = WordEncoder(made, BORDERS[kind].words)
+    assert encoder.encode(words) == expected
+    text = "".join(words)
+    row = BORDERS[kind].words.findall(text)
+    assert b"".join(encoder.encode_row(text, row)) == pack_tokens(
+        made.encode(text, add_special_tokens=False).ids
+    )
 
 
 def test_many_words_are_one_call():
     encoder = WordEncoder(tokenizer("demo"), LETTERS_FIRST_BORDERS.words)
-    assert encoder._encode_together([" to", " be,", " or\n", " not"]) is not None
-    assert encoder._encode_together(["to", "be"]) is None  # another word, in a row
-    assert encoder._encode_together(["x\n", "\n"]) is None
+    for words in (
+        ["to", " be,\n", "or"],
+        [" \u017eluti\u010dk\u00fd", " k\u016f\u0148", " \U0001f642"],
+    ):
+        parts = encoder._encode_together("".join(words), words)
+        assert parts == encoder._encode_apart(words)
+    assert encoder._encode_together(" e\u0301", [" e\u0301"]) is None  # another text, in NFC
+
+
+def test_a_tokenizer_that_leaves_bytes_out_is_asked_word_by_word():
+    made = Tokenizer(
+        models.BPE(vocab={"a": 0, "\u0120": 1, "\u0120a": 2}, merges=[("\u0120", "a")])
+    )
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder = WordEncoder(made, GPT2_BORDERS.words)
+    for words in (["zz", " zy"], ["a", " z", " a"], [" z", " a"], ["z"]):
+        expected = [pack_tokens(made.encode(word).ids) for word in words]
+        assert encoder.encode(words) == expected
+        assert encoder.encode_row("".join(words), words) == expected
+
+
+def test_words_are_not_put_together_where_an_added_token_has_whitespace():
+    made = Tokenizer.from_str(tokenizer("llama").to_str())
+    assert make_segment_encoder(made).words is not None
+    made.add_special_tokens(["<|a b|>"])
+    encoder = make_segment_encoder(made)
+    assert encoder.words is None
+    for text in (" x", "y <|a x b|>", "y <|a b|> x"):
+        assert encoder.encode(text, b"") == made.encode(text, add_special_tokens=False).ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -10,22 +11,28 @@ from hypothesis import strategies as st
 
 from xllm.protocol.token_bytes import pack_tokens
 from xllm.router.text.word_borders import GPT2_BORDERS
-from xllm.router.text.words import WORD_BYTES, WORD_CHARS, WORD_TOKENS, KnownWords
+from xllm.router.text.words import VOCABULARY_WORDS, WORD_BYTES, KnownWords
 
 
-class Encoder:
-    """A token for each character; knows what it was asked."""
+class FakeEncoder:
+    """A token for each character; knows what it was asked, and how often of a whole text."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.num_rows = 0
 
-    def __call__(self, words: Sequence[str]) -> list[bytes]:
+    def encode(self, words: Sequence[str]) -> list[bytes]:
         self.asked += words
         return [pack_tokens([ord(char) for char in word]) for word in words]
 
+    def encode_row(self, text: str, words: Sequence[str]) -> list[bytes]:
+        assert text == "".join(words)
+        self.num_rows += 1
+        return self.encode(words)
 
-def words(num_words: int) -> tuple[KnownWords, Encoder]:
-    encoder = Encoder()
+
+def words(num_words: int) -> tuple[KnownWords, FakeEncoder]:
+    encoder = FakeEncoder()
     return KnownWords(encoder, GPT2_BORDERS.words, num_words * WORD_BYTES), encoder
 
 
@@ -39,14 +46,16 @@ def test_a_text_is_its_words_in_a_row(first, second):
         assert known.pack(text, b"") == pack_tokens([ord(char) for char in text])
 
 
-def test_each_word_is_encoded_once():
+def test_a_text_that_is_mostly_new_is_encoded_as_a_whole_and_known_words_are_not():
     known, encoder = words(1000)
     known.pack("to be or not to be", b"")
-    assert encoder.asked == ["to", " be", " or", " not", " to"]
-    assert (known.num_encoded, known.num_tokens) == (15, 18)
+    assert (known.num_encoded, known.num_tokens, encoder.num_rows) == (18, 18, 1)
     known.pack("to be", b"")
-    assert len(encoder.asked) == 5
-    assert (known.num_encoded, known.num_tokens) == (15, 23)
+    assert len(encoder.asked) == 6
+    assert (known.num_encoded, known.num_tokens) == (18, 23)
+    known.pack("to be it or not it", b"")
+    assert encoder.asked[6:] == [" it"]
+    assert (known.num_encoded, known.num_tokens, encoder.num_rows) == (21, 41, 1)
 
 
 def test_no_tenant_finds_the_words_of_another():
@@ -58,11 +67,34 @@ def test_no_tenant_finds_the_words_of_another():
 
 def test_what_hardly_comes_again_is_not_kept():
     known, encoder = words(1000)
-    for word in ("x" * (WORD_CHARS + 1), "x" * (WORD_TOKENS + 1)):
+    for word in ("x" * 60, "\u4f60" * 30, "\U0001f642" * 20):
         known.pack(word, b"")
         known.pack(word, b"")
         assert encoder.asked.count(word) == 2
-    assert known.num_bytes == 0
+    assert known.num_bytes == VOCABULARY_WORDS * WORD_BYTES
+
+
+def test_what_a_word_costs_is_bounded():
+    known, _ = words(100_000)
+    texts = [char * size + f"{number}" for number in range(2000) for char, size in
+             (("x", 15), ("\u4f60", 9), ("\U0001f642", 3))]  # fmt: skip
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for text in texts:
+            known.pack(text, b"")
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert len(texts) * 100 < grown <= known.num_bytes
+    assert known.num_bytes >= len(texts) * WORD_BYTES
+
+
+def test_tenants_without_words_cost_too():
+    known, _ = words(40)
+    for number in range(100):
+        known.pack("x" * 100, b"%d" % number)
+        assert known.num_bytes <= 40 * WORD_BYTES
 
 
 def test_words_in_use_stay_known_and_the_others_make_room():

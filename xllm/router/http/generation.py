@@ -225,13 +225,13 @@ class Generation:
         requests = [_seeded(request, seed) for request in self._requests]
         try:
             self._submit(answer, requests, last)
+            stream = Stream(self._ids[0], int(time.time()), seed, body_digest(posted.body))
+            if last is not None:
+                stream = last.stream
+            return OpenStream(answer, self._writer(signer, stream, last), stream.request_id)
         except BaseException:
             self._end()
             raise
-        stream = Stream(self._ids[0], int(time.time()), seed, body_digest(posted.body))
-        if last is not None:
-            stream = last.stream
-        return OpenStream(answer, self._writer(signer, stream, last), stream.request_id)
 
     async def _stream(self, opened: OpenStream, send: Send) -> None:
         messages = await opened.answer.take()

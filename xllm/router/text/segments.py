@@ -53,7 +53,7 @@ class SegmentEncoder:
         """What knows the words of new segments, where those are encoded apart."""
         if borders is not None and max_bytes > 0:
             encoder = WordEncoder(tokenizer, borders.words)
-            self.words = KnownWords(encoder.encode, borders.words, max_bytes // WORDS_SHARE)
+            self.words = KnownWords(encoder, borders.words, max_bytes // WORDS_SHARE)
             max_bytes -= max_bytes // WORDS_SHARE
         self.kept = KeptBytes(max_bytes)
         self.num_hits = 0
@@ -121,15 +121,12 @@ def make_segment_encoder(tokenizer: Tokenizer, max_bytes: int = MAX_BYTES) -> Se
     if state_of(tokenizer.normalizer) not in ("", '{"type":"NFC"}'):
         return None
     special_ids = {}
-    others = []
+    borders = find_word_borders(tokenizer)
     for token_id, token in tokenizer.get_added_tokens_decoder().items():
         if token.lstrip or token.rstrip or token.single_word:
             return None
-        if token.normalized:
-            others.append(token.content)
-        else:
+        if any(map(str.isspace, token.content)):
+            borders = None
+        if not token.normalized:
             special_ids[token.content] = token_id
-    borders = find_word_borders(tokenizer)
-    if any(char.isspace() for name in others for char in name):
-        borders = None
     return SegmentEncoder(tokenizer, special_ids, borders, max_bytes)

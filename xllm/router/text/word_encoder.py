@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 from tokenizers import Tokenizer
@@ -13,17 +14,17 @@ from xllm.protocol.token_bytes import TOKEN_BYTES, pack_tokens
 
 
 class _TokenLengths(dict[int, int]):
-    """Bytes that each token of a byte-level tokenizer stands for in a text of ASCII."""
+    """Bytes that each token of a byte-level tokenizer stands for."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        super().__init__()
+        added = tokenizer.get_added_tokens_decoder()
+        super().__init__({one: len(added[one].content.encode()) for one in added})
         self._tokenizer = tokenizer
 
     def __missing__(self, token_id: int) -> int:
-        # A character for each byte; an added token stands for itself.
         token = self._tokenizer.id_to_token(token_id)
         assert token is not None, "the tokenizer itself named it"
-        length = self[token_id] = len(token)
+        length = self[token_id] = len(token)  # a character for each byte
         return length
 
 
@@ -38,34 +39,44 @@ class WordEncoder:
     def encode(self, words: Sequence[str]) -> list[bytes]:
         """The ids of each word as bytes (see token_bytes)."""
         # Those that begin a line would be parts of the word before them, in a row.
-        plain = [word for word in words if word[0] == " " and word.isascii()]
-        together = self._encode_together(plain)
+        spaced = [word for word in words if word[0] == " "]
+        text = "".join(spaced)
+        together = None
+        if len(spaced) > 1 and self._split(text) == spaced:
+            together = self._encode_together(text, spaced)
         if together is None:
-            return [pack_tokens(self._ids(word)) for word in words]
-        known = dict(zip(plain, together, strict=True))
+            return self._encode_apart(words)
+        known = dict(zip(spaced, together, strict=True))
         # A dictionary's `get` would encode those that it has, too.
         return [known[one] if one in known else pack_tokens(self._ids(one)) for one in words]
 
-    def _encode_together(self, words: list[str]) -> list[bytes] | None:
-        """The same of words of ASCII, from their ids in a row; None where those cannot be told
-        apart: in a row they may be other words, and a tokenizer may leave bytes out."""
-        text = "".join(words)
-        if len(words) < 2 or self._split(text) != words:
+    def encode_row(self, text: str, words: Sequence[str]) -> list[bytes]:
+        """The same of all words of a text."""
+        together = self._encode_together(text, words)
+        return self._encode_apart(words) if together is None else together
+
+    def _encode_apart(self, words: Iterable[str]) -> list[bytes]:
+        return [pack_tokens(self._ids(word)) for word in words]
+
+    def _encode_together(self, text: str, words: Sequence[str]) -> list[bytes] | None:
+        """From the ids of their text; None where those cannot be told apart: bytes are changed by
+        normalization, or a tokenizer leaves some out."""
+        if not unicodedata.is_normalized("NFC", text):
             return None
         ids = self._ids(text)
         ends = list(accumulate(map(self._lengths.__getitem__, ids)))
-        if ends[-1] != len(text):
-            return None
+        sizes = map(len, words) if text.isascii() else (len(word.encode()) for word in words)
         packed = pack_tokens(ids)
         parts: list[bytes] = []
         first = start = 0
-        for word in words:
-            start += len(word)
+        for size in sizes:
+            start += size
             last = bisect_left(ends, start, first)
-            assert ends[last] == start, "a token goes over the border of a word"
+            if last == len(ends) or ends[last] != start:
+                return None
             parts.append(packed[first * TOKEN_BYTES : (last + 1) * TOKEN_BYTES])
             first = last + 1
-        return parts
+        return parts if first == len(ids) else None
 
     def _ids(self, text: str) -> list[int]:
         # The batch call skips the offsets of tokens in the text: a third of the time.

@@ -11,21 +11,24 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from sys import getsizeof
+from typing import Protocol
 
 from xllm.protocol.token_bytes import TOKEN_BYTES
 
-WORD_CHARS = 40
-WORD_TOKENS = 24
-"""Longer ones hardly come again."""
 WORD_BYTES = 320
-"""What an entry costs at most, of ASCII or two bytes a character: its name, its ids, its place."""
+"""What a word costs at most: its name, its ids, its place in the table."""
+PLACE_BYTES = 140
+"""Of these, what does not depend on the word."""
+VOCABULARY_WORDS = 4
+"""What a tenant costs beside its words, in words."""
 
 Known = dict[str, bytes]
 
 
 class _Vocabulary:
-    """Of one tenant: the words since the last turn-over, and those of the time before that were not
+    """Of one tenant: words since the last turn-over, and those of the time before that were not
     met since."""
 
     __slots__ = ("counted", "older", "recent")
@@ -37,20 +40,32 @@ class _Vocabulary:
         """Words of it in the sum over all tenants."""
 
     def __len__(self) -> int:
-        return len(self.recent) + len(self.older)
+        return VOCABULARY_WORDS + len(self.recent) + len(self.older)
+
+    def keep(self, word: str, packed: bytes) -> None:
+        """Longer ones hardly come again."""
+        if getsizeof(word) + len(packed) <= WORD_BYTES - PLACE_BYTES:
+            self.recent[word] = packed
+
+
+class Encoder(Protocol):
+    """Gives the ids of words, each by itself, as bytes (see token_bytes)."""
+
+    def encode(self, words: Sequence[str]) -> Sequence[bytes]:
+        """Of some words."""
+        ...
+
+    def encode_row(self, text: str, words: Sequence[str]) -> Sequence[bytes]:
+        """Of all words of a text."""
+        ...
 
 
 class KnownWords:
-    """Encodes by words. `encode` gives the ids of each of some words as bytes (see token_bytes);
-    `split` finds the words of a text; `max_bytes`: of what is remembered, all tenants together."""
+    """Encodes by words. `split` finds the words of a text; `max_bytes`: of what is remembered, all
+    tenants together."""
 
-    def __init__(
-        self,
-        encode: Callable[[Sequence[str]], Sequence[bytes]],
-        split: re.Pattern[str],
-        max_bytes: int,
-    ) -> None:
-        self._encode = encode
+    def __init__(self, encoder: Encoder, split: re.Pattern[str], max_bytes: int) -> None:
+        self._encoder = encoder
         self._split = split.findall
         self._max_words = max_bytes // WORD_BYTES
         self._vocabularies: OrderedDict[bytes, _Vocabulary] = OrderedDict()
@@ -74,7 +89,19 @@ class KnownWords:
         found: list[bytes | None] = list(map(vocabulary.recent.get, words))
         if None in found:
             missing = [word for word, packed in zip(words, found, strict=True) if packed is None]
-            learned = self._learn(vocabulary, missing)
+            older = vocabulary.older  # another thread may put another in its place
+            learned = {word: older[word] for word in missing if word in older}
+            unknown = [word for word in dict.fromkeys(missing) if word not in learned]
+            # A whole text is encoded faster than half of its words.
+            if 2 * len(unknown) > len(words):
+                unknown = words
+                encoded = self._encoder.encode_row(text, words)
+            else:
+                encoded = self._encoder.encode(unknown)
+            self.num_encoded += sum(map(len, encoded)) // TOKEN_BYTES
+            learned.update(zip(unknown, encoded, strict=True))
+            for word, packed in learned.items():
+                vocabulary.keep(word, packed)
             self._make_room(owner, vocabulary)
             pairs = zip(words, found, strict=True)
             whole = b"".join(
@@ -85,32 +112,14 @@ class KnownWords:
         self.num_tokens += len(whole) // TOKEN_BYTES
         return whole
 
-    def _learn(self, vocabulary: _Vocabulary, missing: Sequence[str]) -> Known:
-        """The ids of words that were not used of late."""
-        learned: Known = {}
-        unknown: list[str] = []
-        older = vocabulary.older
-        for word in dict.fromkeys(missing):
-            packed = older.get(word)
-            if packed is None:
-                unknown.append(word)
-            else:
-                learned[word] = packed
-        encoded = self._encode(unknown)
-        self.num_encoded += sum(map(len, encoded)) // TOKEN_BYTES
-        learned.update(zip(unknown, encoded, strict=True))
-        recent = vocabulary.recent
-        for word, packed in learned.items():
-            if len(word) <= WORD_CHARS and len(packed) <= WORD_TOKENS * TOKEN_BYTES:
-                recent[word] = packed
-        return learned
-
     def _vocabulary(self, owner: bytes) -> _Vocabulary:
         with self._lock:
             vocabulary = self._vocabularies.get(owner)
             if vocabulary is None:
                 vocabulary = self._vocabularies[owner] = _Vocabulary()
-            self._vocabularies.move_to_end(owner)
+                self._count(vocabulary)
+            else:
+                self._vocabularies.move_to_end(owner)
             return vocabulary
 
     def _make_room(self, owner: bytes, vocabulary: _Vocabulary) -> None:
@@ -121,8 +130,11 @@ class KnownWords:
                 return  # forgotten meanwhile
             if 5 * len(vocabulary.recent) > 2 * self._max_words:
                 vocabulary.older, vocabulary.recent = vocabulary.recent, {}
-            self._num_words += len(vocabulary) - vocabulary.counted
-            vocabulary.counted = len(vocabulary)
-            while self._num_words > self._max_words:
-                _, gone = self._vocabularies.popitem(last=False)
-                self._num_words -= gone.counted
+            self._count(vocabulary)
+
+    def _count(self, vocabulary: _Vocabulary) -> None:
+        self._num_words += len(vocabulary) - vocabulary.counted
+        vocabulary.counted = len(vocabulary)
+        while self._num_words > self._max_words:
+            _, gone = self._vocabularies.popitem(last=False)
+            self._num_words -= gone.counted
