@@ -120,6 +120,11 @@ class RouterPresence(ArrayMessage, frozen=True):
     metrics: bytes = b""
     tenants: tuple[TenantUse, ...] = ()
     """Of its tenants that have limits."""
+    era: str = ""
+    """Of a leader that knows what the registry has: the registry's era, under which roles and
+    objectives stand there as this word says."""
+    ttft_ms: int = 0
+    tpot_ms: int = 0
 
 
 class SnapshotOfBlocks(ArrayMessage, frozen=True):

@@ -110,6 +110,12 @@ def slo_key(cluster: str) -> str:
     return f"{cluster_prefix(cluster)}slo"
 
 
+def era_key(cluster: str) -> str:
+    """Key of a random name that a leader gives to a registry that has none: a registry that lost
+    its data has another one, or none."""
+    return f"{cluster_prefix(cluster)}era"
+
+
 def load_key(cluster: str, name: str) -> str:
     """Key of an instance's mirrored load: a JSON object."""
     return f"{cluster_prefix(cluster)}load/{name}"

@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import msgspec
 import structlog
 
 from xllm.config.exposure import check_exposure
@@ -257,8 +256,7 @@ class RouterActor(Actor):
         )
         if self.leadership is not None:
             self.leadership.tick()
-            epoch, roles = self.leadership.epoch, self.leadership.roles
-            word = msgspec.structs.replace(word, leader_epoch=epoch, roles=roles)
+            word = self.leadership.say(word)
         self._bus.publish(_TOPIC, word)
         self._pulse.beat()
 

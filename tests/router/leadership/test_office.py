@@ -8,10 +8,12 @@ import msgspec
 import pytest
 
 from xllm.errors import UnavailableError
-from xllm.protocol.records import leader_key, roles_key
+from xllm.protocol.bus import RouterPresence
+from xllm.protocol.records import leader_key, roles_key, slo_key
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.store import RegistryStore
 from xllm.router.leadership import office
+from xllm.router.leadership.objectives import ServiceObjectives
 from xllm.router.leadership.office import MAX_AMENDMENTS, Office
 from xllm.router.view import ClusterView
 
@@ -67,11 +69,12 @@ class Bench:
         self.registry = GatedRegistry()
         self.candidate = FakeCandidate()
         self.tasks = []
+        self.view = ClusterView(0.2)
         self.office = Office(
             self.registry,
             "c",
             self.candidate,
-            ClusterView(0.2),
+            self.view,
             lambda instance, message: True,
             lambda work: self.tasks.append(asyncio.ensure_future(work)),
         )
@@ -194,5 +197,88 @@ def test_who_leads_no_more_amends_nothing():
         with pytest.raises(UnavailableError, match="any more"):
             await b.office.amend("k", lambda value: b"mine")
         assert await b.registry.inner.get("k") is None
+
+    on_bench(body)
+
+
+FORGOTTEN = 1000
+"""The first revision of a registry that knows nothing any more."""
+
+
+async def with_a_row_and_objectives(b) -> None:
+    """What an operator wrote is in the registry and in what the leader remembers."""
+    await b.elected()
+    await b.turn()
+    await b.office.assign("a", "decode", b.now)
+    value = await b.office.amend(slo_key("c"), lambda before: b'{"ttft_ms":300,"tpot_ms":0}')
+    b.office.objectives_changed(ServiceObjectives(300, 0))  # as the watch tells
+    await b.turn()
+    assert value is not None
+    assert b.view.standing.remembered.roles == (("a", "decode"),)
+
+
+async def elected_again(b, registry) -> None:
+    """Another term, of this router or another one, in that registry."""
+    b.registry.inner = registry
+    b.candidate.epoch = 0
+    await b.turn()
+    await registry.delete(leader_key("c"))
+    await b.elected()
+    for _ in range(8):
+        await b.turn()
+
+
+async def slo(b) -> bytes | None:
+    entry = await b.registry.inner.get(slo_key("c"))
+    return None if entry is None else entry.value
+
+
+def test_a_registry_that_lost_its_data_is_given_back_what_operators_wrote():
+    async def body(b):
+        await with_a_row_and_objectives(b)
+        lost = b.registry.inner
+        b.office.objectives_changed(None)  # before the leader knows that it leads no more
+        await elected_again(b, LocalRegistry(RegistryStore(first_revision=FORGOTTEN)))
+        await lost.close()
+        assert await b.table() == {"a": "decode"}
+        assert await slo(b) == b'{"ttft_ms":300,"tpot_ms":0}'
+
+    on_bench(body)
+
+
+def test_a_later_leader_knows_from_the_bus_what_a_registry_lost():
+    async def body(b):
+        other = Bench()
+        await with_a_row_and_objectives(other)
+        known = other.view.standing.remembered
+        await other.registry.inner.close()
+        for task in other.tasks:
+            await task
+        word = RouterPresence("r", "1", 1, (), 5, known.roles)
+        era = {"era": known.era, "ttft_ms": known.ttft_ms, "tpot_ms": known.tpot_ms}
+        assert b.view.standing.heard(msgspec.structs.replace(word, **era))
+        assert b.view.standing.heard(word)  # of a leader that has not read the registry yet
+        assert b.view.standing.remembered == known
+        await elected_again(b, b.registry.inner)
+        assert await b.table() == {"a": "decode"}
+        assert await slo(b) == b'{"ttft_ms":300,"tpot_ms":0}'
+
+    on_bench(body)
+
+
+def test_what_an_operator_deleted_stays_deleted():
+    async def body(b):
+        await with_a_row_and_objectives(b)
+        await b.registry.inner.delete(slo_key("c"))
+        b.office.objectives_changed(None)
+        await b.registry.inner.delete(roles_key("c"))
+        await b.turn()
+        await b.turn()
+        assert b.view.standing.remembered.ttft_ms == 0
+        await elected_again(b, b.registry.inner)
+        assert await b.table() == {}
+        assert await slo(b) is None
+        await elected_again(b, LocalRegistry(RegistryStore(first_revision=FORGOTTEN)))
+        assert await slo(b) is None  # nor does it come back with what is lost later
 
     on_bench(body)

@@ -9,20 +9,24 @@ the key is what was amended).
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 import structlog
 
 from xllm.errors import InvalidRequestError, UnavailableError, XllmError
 from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import DaemonHeartbeat, InstanceHeartbeat
 from xllm.protocol.instance import AssignRole
-from xllm.protocol.records import cluster_prefix, leader_key, roles_key
+from xllm.protocol.records import cluster_prefix, era_key, leader_key, roles_key, slo_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES, Registry
 from xllm.router.leadership.candidate import Candidate
 from xllm.router.leadership.mirror import MIRRORED, Mirror
+from xllm.router.leadership.objectives import ServiceObjectives, read_objectives
 from xllm.router.leadership.roles import RoleTable
+from xllm.router.leadership.standing import Remembered
 from xllm.router.view import ClusterView
 
 _log = structlog.get_logger("leadership")
@@ -58,6 +62,9 @@ class Office:
         self._view = view
         self._send = send
         self._spawn = spawn
+        self._era = ""
+        self._objectives = ServiceObjectives()
+        """As the registry has them."""
         self._epoch = 0
         """For which the table and the mirrored keys were read; 0: none."""
         self._is_busy = False
@@ -91,12 +98,39 @@ class Office:
                 if not one.leaving:
                     self.roles.registered(one.name)
             self._tell_roles(epoch, now)
+            self._remember()
         if not self._is_busy and (
             self._epoch != epoch or self.roles.is_changed or now >= self._wrote_at + WRITE_PERIOD_S
         ):
             self._is_busy = True
             self._wrote_at = now
             self._spawn(self._work(epoch, now))
+
+    def _remember(self) -> None:
+        """As said to the other routers, one of which may lead when the registry has lost it all."""
+        now = self._objectives
+        self._view.standing.remembered = Remembered(
+            self._era, self.roles.rows, now.ttft_ms, now.tpot_ms
+        )
+
+    def objectives_changed(self, objectives: ServiceObjectives | None) -> None:
+        """`slo` says that, or (None) is gone: deleted, unless the era went, too."""
+        if not self._epoch:
+            return
+        if objectives is not None:
+            self._objectives = objectives
+        else:
+            self._spawn(self._objectives_gone(self._era))
+
+    async def _objectives_gone(self, era: str) -> None:
+        try:
+            entry = await self._registry.get(era_key(self._cluster))
+            slo = await self._registry.get(slo_key(self._cluster))
+        except XllmError as error:
+            _log.warning("leader_read_failed", error=error.message)
+            return
+        if slo is None and entry is not None and entry.value == era.encode() == self._era.encode():
+            self._objectives = ServiceObjectives()
 
     async def assign(self, instance: str, role: str, now: float) -> None:
         """Give an instance a role: returns when the registry has it. InvalidRequestError naming the
@@ -170,18 +204,47 @@ class Office:
             worked, self._worked = self._worked, asyncio.Event()
             worked.set()
 
+    async def _find_era(self) -> str:
+        """The era of what the registry holds: a new one where it holds none."""
+        key = era_key(self._cluster)
+        entry = await self._registry.get(key)
+        while entry is None:
+            entry = (await self._registry.compare_and_set(key, 0, uuid.uuid4().hex.encode())).entry
+        return entry.value.decode(errors="replace")
+
+    async def _find_objectives(self, lost: Remembered) -> ServiceObjectives:
+        """What `slo` says; where it is missing, it is written as `lost` has it."""
+        key = slo_key(self._cluster)
+        entry = await self._registry.get(key)
+        wanted = ServiceObjectives(lost.ttft_ms, lost.tpot_ms)
+        if entry is None and wanted != ServiceObjectives():
+            value = msgspec.json.encode(wanted)
+            entry = (await self._registry.compare_and_set(key, 0, value)).entry
+            _log.warning("slo_written_back", slo=str(wanted))
+        try:
+            return read_objectives(entry.value if entry is not None else None)
+        except InvalidRequestError:
+            return ServiceObjectives()  # named in the log by who watches it
+
     async def _read(self, epoch: int) -> None:
         standing: list[str] = []
         for kind in MIRRORED:
             listing = await self._registry.list(f"{cluster_prefix(self._cluster)}{kind}/")
             standing += [entry.key for entry in listing.entries]
+        era, known = await self._find_era(), self._view.standing.remembered
+        lost = known if known.is_lost(era) else Remembered()
         entry = await self._registry.get(roles_key(self._cluster))
+        objectives = await self._find_objectives(lost)
         try:
-            self.roles.begin(entry.value if entry is not None else b"")
+            self.roles.begin(entry.value if entry is not None else b"", lost.roles)
         except InvalidRequestError as error:
             _log.error("bad_role_table", error=error.message)
         self.mirror.begin(standing)
+        if lost.era:
+            _log.warning("registry_data_lost", era=era, before=lost.era, roles=len(lost.roles))
+        self._era, self._objectives = era, objectives
         self._epoch = epoch
+        self._remember()
 
     async def _write(self, epoch: int, now: float) -> None:
         puts, deletes = self.mirror.batch()

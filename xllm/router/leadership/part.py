@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
+import msgspec
 import structlog
 
 from xllm.config.settings import ClusterSettings
@@ -105,6 +106,20 @@ class Leadership(MembershipListener):
         """The role table, while this router leads."""
         return self.office.roles.rows if self.epoch else ()
 
+    def say(self, word: RouterPresence) -> RouterPresence:
+        """The word with what this router says of its leadership."""
+        if not self.epoch:
+            return word
+        known = self._standing.remembered
+        return msgspec.structs.replace(
+            word,
+            leader_epoch=self.epoch,
+            roles=known.roles if known.era else self.roles,
+            era=known.era,
+            ttft_ms=known.ttft_ms,
+            tpot_ms=known.tpot_ms,
+        )
+
     async def start(self) -> None:
         """Watch the live objectives, and run for leader."""
         watch_slo = partial(self._registry.watch, slo_key(self._cluster.name), self._slo_changed)
@@ -134,13 +149,17 @@ class Leadership(MembershipListener):
         self._candidate.close()
 
     async def command(self, message: SetRole | SetObjectives) -> RouterMessage:
-        """Carry out an operator's wish. UnavailableError, saying who leads, where this router does
-        not; InvalidRequestError naming the bound; TransportError: the registry does not answer."""
+        """Carry out an operator's wish, or say what is in force. UnavailableError, saying who
+        leads, where this router does not; InvalidRequestError naming the bound; TransportError:
+        the registry does not answer."""
         if isinstance(message, SetRole):
             check_row(message.instance, message.role)
         else:
             check_objectives(ServiceObjectives(message.ttft_ms or 0, message.tpot_ms or 0))
         if not self.epoch:
+            if isinstance(message, SetObjectives) and _asks_only(message):
+                now = self._service.objectives.now
+                return ObjectivesSet(id=message.id, ttft_ms=now.ttft_ms, tpot_ms=now.tpot_ms)
             where = f"{self._standing.leader} at {self._standing.address}"
             who = f"{where} does: ask there" if self._standing.leader else "nobody is known to"
             raise UnavailableError(f"this router does not lead; {who}")
@@ -240,4 +259,9 @@ class Leadership(MembershipListener):
             except InvalidRequestError as error:
                 _log.error("bad_slo", error=error.message, kept=str(objectives.now))
             else:
+                self.office.objectives_changed(None if value is None else objectives.now)
                 _log.info("slo_changed", slo=str(objectives.now))
+
+
+def _asks_only(message: SetObjectives) -> bool:
+    return message.ttft_ms is None and message.tpot_ms is None

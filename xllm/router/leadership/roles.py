@@ -36,11 +36,15 @@ class RoleTable:
         """(instance, role) by name."""
         return tuple(sorted(self._wanted.items()))
 
-    def begin(self, value: bytes) -> None:
-        """A new epoch: the table as the registry has it (empty: none), and nobody told yet.
-        InvalidRequestError where it cannot be read; the table is then as it was."""
+    def begin(self, value: bytes, lost: Iterable[tuple[str, str]] = ()) -> None:
+        """A new epoch: the table as the registry has it (empty: none), and nobody told yet. `lost`:
+        the rows where it has none since it lost its data. InvalidRequestError where it cannot be
+        read; the table is then as it was."""
         self._told.clear()
         rows = decode_roles(value) if value else {}
+        if not value and (kept := {name: role for name, role in lost if role != DEFAULT_ROLE}):
+            self._wanted, self.is_changed = kept, True
+            return
         self._wanted = {name: role for name, role in rows.items() if role != DEFAULT_ROLE}
         self.is_changed = len(self._wanted) != len(rows)
 

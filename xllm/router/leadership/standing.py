@@ -5,7 +5,24 @@ Invariant: `epoch` only grows. What is said under a lower one is counted and cha
 
 from __future__ import annotations
 
+import dataclasses
+
 from xllm.protocol.bus import RouterPresence
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Remembered:
+    """What operators wrote through leaders, as a leader last found it in a registry of that era."""
+
+    era: str = ""
+    """"": nothing is remembered."""
+    roles: tuple[tuple[str, str], ...] = ()
+    ttft_ms: int = 0
+    tpot_ms: int = 0
+
+    def is_lost(self, era: str) -> bool:
+        """Whether a registry of that era has forgotten it: what is missing there nobody deleted."""
+        return bool(self.era) and self.era != era
 
 
 class Standing:
@@ -20,6 +37,8 @@ class Standing:
         """The highest one heard of, of a leader that may be gone."""
         self.roles: tuple[tuple[str, str], ...] = ()
         """The leader's table, (instance, role), as it last said."""
+        self.remembered = Remembered()
+        """For a registry that has lost it."""
         self.num_stale = 0
         """Words of replaced leaders that were ignored."""
 
@@ -44,4 +63,6 @@ class Standing:
         if word.leader_epoch > self.epoch:
             self.address = ""
         self.leader, self.epoch, self.roles = word.publisher, word.leader_epoch, word.roles
+        if word.era:
+            self.remembered = Remembered(word.era, word.roles, word.ttft_ms, word.tpot_ms)
         return True
