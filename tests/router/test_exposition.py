@@ -46,3 +46,9 @@ def test_nonsense_is_dropped():
 def test_labels_that_look_like_labels_inside_values():
     page = merge_texts([({"role": "master"}, b'm{path="a,role=\\"x\\""} 1\n')])
     assert page == b'm{path="a,role=\\"x\\"",role="master"} 1\n'
+
+
+def test_a_series_is_there_once():
+    one, other = {"x": "y"}, {"x": "z"}
+    page = merge_texts([(one, b"m 1\nm 2\n"), (other, b"m 3\n"), (one, b"m 4\n")])
+    assert page == b'm{x="y"} 1\nm{x="z"} 3\n'

@@ -54,7 +54,9 @@ async def test_status_and_metrics_show_all_processes():
     text = b'# HELP steps_total S.\n# TYPE steps_total counter\nsteps_total{role="worker"} 3\n'
     cluster.beat("a", load=InstanceLoad(num_running=2), metrics=text)
     cluster.service.heard(DaemonHeartbeat("d", "1", 1))
-    cluster.service.heard(RouterPresence("r2", "1", 1, (("a", 2), ("b", 3))))
+    other = b'xllm_router_requests_total{code="ok"} 7.0\nxllm_router_load{instance="a"} 4.0\n'
+    cluster.service.heard(RouterPresence("r2", "1", 1, metrics=other))
+    cluster.service.heard(RouterPresence("r2", "1", 2, (("a", 2), ("b", 3))))
     known = {one.name: one for one in cluster.service.status().processes}
     kinds = {name: one.kind for name, one in known.items()}
     assert kinds == {"router": "router", "r2": "router", "a": "instance", "d": "daemon"}
@@ -70,6 +72,9 @@ async def test_status_and_metrics_show_all_processes():
     cluster.end(request_id)
     page = cluster.service.metrics_text().decode()
     assert 'steps_total{role="worker",instance="a"} 3' in page
-    assert 'xllm_router_requests_total{code="ok",role="router",instance="router"} 1.0' in page
-    assert 'xllm_router_ttft_seconds_bucket{le="+Inf",role="router",instance="router"} 1.0' in page
+    own, others = ('role="router",instance="%s",router="%s"' % (2 * (n,)) for n in ("router", "r2"))
+    assert f'xllm_router_requests_total{{code="ok",{own}}} 1.0' in page
+    assert f'xllm_router_ttft_seconds_bucket{{le="+Inf",{own}}} 1.0' in page
+    assert f'xllm_router_requests_total{{code="ok",{others}}} 7.0' in page
+    assert 'xllm_router_load{instance="a",role="router",router="r2"} 4.0' in page
     cluster.close()

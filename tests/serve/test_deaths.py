@@ -197,7 +197,7 @@ def run_undisturbed(served, model):
 
 
 def metric(served, name) -> float:
-    """Of one of the routers, whichever answers."""
+    """Of all routers, as one of them has heard."""
     base = served.http.removesuffix("/v1")
     with urllib.request.urlopen(f"{base}/metrics", timeout=20) as response:
         text = response.read().decode()

@@ -52,6 +52,21 @@ def endpoints(served) -> list[str]:
     return re.findall(r"ZeroMQ\s+(\S+)", served.text)
 
 
+def test_each_router_tells_the_figures_of_all_and_none_twice(served):
+    base = served.http.removesuffix("/v1")
+
+    def has_both() -> bool:
+        with urllib.request.urlopen(f"{base}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+        series = [line.rpartition(" ")[0] for line in text.splitlines() if line[0] != "#"]
+        assert len(series) == len(set(series))
+        found = re.findall(r'^xllm_router_leads{[^}]*router="([^"]+)"', text, re.M)
+        return sorted(found) == ["router-0", "router-1"]
+
+    wait_until(has_both, 30, "the figures of both routers")
+    assert all(has_both() for _ in range(6))
+
+
 def test_routers_share_a_port_and_stand_in_for_each_other(served, model):
     assert len(set(endpoints(served))) == 2
     for endpoint in endpoints(served):

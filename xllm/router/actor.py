@@ -15,7 +15,9 @@ import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 import structlog
+from prometheus_client import generate_latest
 
 from xllm.config.exposure import check_exposure
 from xllm.config.models import each_model, model_name
@@ -49,6 +51,8 @@ from xllm.router.zmq_front import ZmqFront
 
 _log = structlog.get_logger("router")
 TICK_S = 0.1
+METRICS_PERIOD_S = 1.0
+"""How often the other routers, where there are any, are told what /metrics says of this one."""
 LAST_WORD_S = 0.1
 """What last messages get to leave the sockets, which close without lingering."""
 _TOPIC = b"router"
@@ -74,6 +78,7 @@ class RouterActor(Actor):
         self._http: HttpFront | None = None
         self.leadership: Leadership | None = None
         self._seq = 0
+        self._metrics_at = 0.0
         self.http_address = ""
 
     # -- starting ----------------------------------------------------------------------------
@@ -254,6 +259,10 @@ class RouterActor(Actor):
             inflight,
             tenants=self.service.admission.word(),
         )
+        now = time.monotonic()
+        if self.service.view.routers and now - self._metrics_at >= METRICS_PERIOD_S:
+            self._metrics_at = now
+            word = msgspec.structs.replace(word, metrics=generate_latest(self.service.registry))
         if self.leadership is not None:
             self.leadership.tick()
             word = self.leadership.say(word)

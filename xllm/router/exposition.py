@@ -2,7 +2,8 @@
 
 Pure. Prometheus wants all samples of a metric in one group under one HELP and TYPE; the texts of
 the processes name the same metrics, so samples are regrouped by metric. Lines that are no
-samples are dropped: what another process sent must not break the page.
+samples are dropped, and those of a series that is there already: what another process sent must
+not break the page.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def merge_texts(texts: Iterable[tuple[Mapping[str, str], bytes]]) -> bytes:
     """One text of all samples. Each text comes with labels, added where a sample has none of
     that name."""
     families: dict[str, _Family] = {}
+    known: set[str] = set()
     for labels, text in texts:
         current = ""
         for line in text[:MAX_TEXT_BYTES].decode("utf-8", "replace").split("\n"):
@@ -40,7 +42,7 @@ def merge_texts(texts: Iterable[tuple[Mapping[str, str], bytes]]) -> bytes:
                 family = families.setdefault(current, _Family())
                 family.header.setdefault(line[2:6], line)
             elif line and not line.startswith("#"):
-                _add_sample(families, current, line, labels)
+                _add_sample(families, known, current, line, labels)
     lines = []
     for family in families.values():
         if family.samples:
@@ -50,7 +52,11 @@ def merge_texts(texts: Iterable[tuple[Mapping[str, str], bytes]]) -> bytes:
 
 
 def _add_sample(
-    families: dict[str, _Family], current: str, line: str, labels: Mapping[str, str]
+    families: dict[str, _Family],
+    seen: set[str],
+    current: str,
+    line: str,
+    labels: Mapping[str, str],
 ) -> None:
     match = _SAMPLE.fullmatch(line.strip())
     if match is None:
@@ -61,8 +67,10 @@ def _add_sample(
     added = [f'{key}="{_escape(text)}"' for key, text in labels.items() if key not in known]
     both = ",".join([given, *added] if given else added)
     owner = current if _belongs(name, current) else name
-    sample = f"{name}{{{both}}} {value}" if both else f"{name} {value}"
-    families.setdefault(owner, _Family()).samples.append(sample)
+    series = f"{name}{{{both}}}" if both else name
+    if series not in seen:
+        seen.add(series)
+        families.setdefault(owner, _Family()).samples.append(f"{series} {value}")
 
 
 def _belongs(name: str, family: str) -> bool:

@@ -68,14 +68,21 @@ def degraded_parts(view: ClusterView, registry_silent: bool, draining: bool) -> 
 
 
 def merged_metrics(view: ClusterView, name: str, own: bytes) -> bytes:
-    """The router's text with what instances and daemons last said of themselves."""
-    texts = [({"role": "router", "instance": name}, own)]
+    """The router's text with what other routers, instances and daemons last said of themselves."""
+    texts = [(_router_labels(name), own)]
+    others = sorted(view.routers.items())
+    texts += [(_router_labels(other), seen.presence.metrics) for other, seen in others]
     texts += [({"role": "master", "instance": one.name}, one.metrics) for one in view]
     texts += [
         ({"role": "kvcache", "instance": daemon}, seen.heartbeat.metrics)
         for daemon, seen in view.daemons.items()
     ]
     return merge_texts(texts)
+
+
+def _router_labels(name: str) -> dict[str, str]:
+    """What a router says of instances has their names as `instance`."""
+    return {"role": "router", "instance": name, "router": name}
 
 
 def _router_role(view: ClusterView, name: str) -> str:

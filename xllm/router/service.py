@@ -272,6 +272,7 @@ class RouterService:
     def tick(self) -> ViewChange:
         """Several times a second; what that changed is for `dispatcher.changed`."""
         now = self._ticked_at = self._clock()
+        self.metrics.registry_degraded = self.registry_degraded
         self.dispatcher.tick(now)
         self.admission.tick()
         self.placement.tick(now)
@@ -327,7 +328,6 @@ class RouterService:
 
     def metrics_text(self) -> bytes:
         """Prometheus text of all processes, labelled by role and instance."""
-        self.metrics.registry_degraded = self.registry_degraded
         return merged_metrics(self.view, self._name, generate_latest(self.registry))
 
     @property

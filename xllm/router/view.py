@@ -282,6 +282,8 @@ class ClusterView:
         if last is not None and last.incarnation == word.incarnation and word.seq <= last.seq:
             return False
         self.standing.heard(word)
+        if last is not None and not word.metrics:
+            word = msgspec.structs.replace(word, metrics=last.metrics)
         self._routers[word.publisher] = RouterView(word, now)
         return True
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -250,15 +251,20 @@ class Load:
 
 
 async def read_metrics(http: str) -> dict[str, float]:
-    """The metrics at an HTTP address: those of a name added up over processes."""
+    """The metrics at an HTTP address: those of a name added up over processes, without the other
+    routers'."""
 
     def read() -> bytes:
         with urllib.request.urlopen(f"{http}/metrics", timeout=10) as answer:
             return bytes(answer.read())
 
     found: dict[str, float] = {}
-    for line in (await asyncio.to_thread(read)).decode().splitlines():
-        if not line.startswith("#"):
+    text = (await asyncio.to_thread(read)).decode()
+    own = re.search(r'[{,]router="([^"]+)"', text)
+    assert own is not None
+    for line in text.splitlines():
+        router = re.search(r'[{,]router="([^"]+)"', line)
+        if not line.startswith("#") and (router is None or router[1] == own[1]):
             series, _, value = line.rpartition(" ")
             name = series.partition("{")[0]
             found[name] = found.get(name, 0.0) + float(value)

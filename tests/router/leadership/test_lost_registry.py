@@ -40,8 +40,8 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def forgetful(cluster):
-    """A small cluster, its registry killed and started anew behind an operator's words; and the name of
-    an instance that they gave a role, and who led."""
+    """A small cluster, its registry killed and started anew behind an operator's words; and the
+    name of an instance that they gave a role, and who led."""
 
     async def body(watcher, leader, others):
         own = watcher.clients[leader.name]
