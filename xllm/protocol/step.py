@@ -155,7 +155,8 @@ class PingWorker(ArrayMessage, frozen=True):
 
 
 class StopWorker(ArrayMessage, frozen=True):
-    """Finish the step in flight and exit 0."""
+    """Finish the step in flight and end as one that was replaced: whoever started this worker
+    starts it again."""
 
 
 MasterMessage = StepPlan | LoadModel | PingWorker | StopWorker | RankNotice | SleepModel | WakeModel

@@ -15,7 +15,13 @@ from collections.abc import Callable
 import structlog
 
 from xllm.config.settings import Settings
-from xllm.errors import DeviceLostError, InvariantError, TransportError, XllmError
+from xllm.errors import (
+    DeviceLostError,
+    FencedError,
+    InvariantError,
+    TransportError,
+    XllmError,
+)
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.reporter import LaunchReporter
 from xllm.protocol.actor.starvation import process_meter
@@ -134,7 +140,7 @@ class WorkerActor(Actor):
             self._num_pending += 1
             self._engine.submit(message)
         elif isinstance(message, StopWorker):
-            self.request_stop()
+            self.request_stop(FencedError.exit_code, "its master told it to end", FencedError.code)
         elif isinstance(message, RankNotice):
             if message.group == self._board.group:
                 self._board.hear(message.key, message.value)

@@ -10,7 +10,7 @@ import uvloop
 
 from tests.worker.process.fake_master import FakeMaster
 from xllm.config.settings import ClusterSettings, MasterSettings, Settings, WorkerSettings
-from xllm.errors import DependencyError, DeviceLostError, InvariantError
+from xllm.errors import DependencyError, DeviceLostError, FencedError, InvariantError
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import (
     LoadModel,
@@ -99,7 +99,7 @@ def test_the_life_of_a_worker(run_dir, step_ms) -> None:
             assert any(b"xllm_worker_steps_total" in pulse.metrics for pulse in master.pulses)
             assert max(pulse.counter for pulse in master.pulses) >= 9
             master.send(StopWorker())
-            assert await life == 0
+            assert await life == FencedError.exit_code
 
     run(scenario())
 

@@ -20,7 +20,7 @@ from xllm.config.settings import (
     Settings,
     WorkerSettings,
 )
-from xllm.errors import DependencyError
+from xllm.errors import DependencyError, FencedError
 from xllm.protocol.actor.children import ChildExit, Children, ChildSpec
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import (
@@ -102,7 +102,8 @@ def test_a_worker_process_serves_and_ends(run_dir, end: str) -> None:
                 number = signal.SIGTERM if end == "sigterm" else signal.SIGKILL
                 children.signal("worker", number)
             await master.until(lambda: exits and master.gone)
-            assert exits[0].code == (-signal.SIGKILL if end == "sigkill" else 0)
+            codes = {"sigkill": -signal.SIGKILL, "sigterm": 0, "stop": FencedError.exit_code}
+            assert exits[0].code == codes[end]
         finally:
             children.kill_all()
             await master.until(lambda: not children.pids)

@@ -173,7 +173,7 @@ class SubscriberSocket(Channel, Generic[T]):
             self._disconnect(self._endpoint)
         elif self._is_suspended and not is_barred:
             self._is_suspended = False
-            self._connect(self._endpoint, self._server_key, self._server_role)
+            self._connect_again()
 
     @property
     def _is_barred(self) -> bool:
@@ -187,7 +187,15 @@ class SubscriberSocket(Channel, Generic[T]):
         if self._closed or self._is_suspended:
             return
         self._disconnect(self._endpoint)
-        self._connect(self._endpoint, self._server_key, self._server_role)
+        self._connect_again()
+
+    def _connect_again(self) -> None:
+        """Nobody waits for the outcome: what fails is tried until it does not."""
+        try:
+            self._connect(self._endpoint, self._server_key, self._server_role)
+        except XllmError as error:
+            _log.warning("reconnect_failed", socket=self.name, error=error.message)
+            self._loop.call_later(REFUSED_PAUSE_S, self._try_again)
 
     def close(self) -> None:
         """Close the monitor and the socket."""
