@@ -214,7 +214,7 @@ class RequestAbortedError(ServiceError):
 
 class UnavailableError(ServiceError):
     """No instance that could serve the request is ready. `everywhere`: nor is there for any other
-    router of the cluster."""
+    router of the cluster, since the model is asleep."""
 
     code = "unavailable"
     http_status = 503

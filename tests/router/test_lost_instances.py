@@ -244,7 +244,7 @@ async def test_a_move_is_not_held_back_forever():
 
 @pytest.mark.parametrize(
     ("why", "everywhere"),
-    [("none", False), ("stops", False), ("line", False), ("asleep", True), ("lost", True)],
+    [("none", False), ("stops", False), ("line", False), ("asleep", True), ("lost", False)],
 )
 @in_loop
 async def test_a_refusal_says_whether_another_router_may_have_a_better_answer(why, everywhere):

@@ -241,8 +241,7 @@ class RequestFailed(MapMessage, tag="failed", frozen=True):
     param: str | None = None
     retry_after_ms: int = 0
     everywhere: bool = False
-    """With unavailable: no other router has a better answer, since the model is asleep or the
-    request has been at an instance."""
+    """With unavailable: no other router has a better answer, since the model is asleep."""
 
 
 class ModelInfo(MapPart, frozen=True):

@@ -192,10 +192,7 @@ class AdmissionControl:
                     "no instance had room in time", retry_after_s=one.drain_s(now)
                 )
                 if self._has_room(model, not waiter.online) is None:
-                    error = UnavailableError(
-                        "no instance was ready in time",
-                        everywhere=held.state.moves.has_been_placed,
-                    )
+                    error = UnavailableError("no instance was ready in time")
                 self._reject(waiter.request_id, held.request, error, "timeout")
             if len(one.line):
                 self._pump(model)

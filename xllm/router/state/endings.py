@@ -46,8 +46,6 @@ def failed(
     message: str,
     retry_after_ms: int,
     param: str | None,
-    *,
-    everywhere: bool = False,
 ) -> RequestFailed:
     """The end as a failure."""
     return RequestFailed(
@@ -57,5 +55,4 @@ def failed(
         request_id=spec.request_id,
         param=param,
         retry_after_ms=retry_after_ms,
-        everywhere=everywhere,
     )

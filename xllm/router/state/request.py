@@ -339,8 +339,7 @@ class RequestLife:
         self.ended = True
         if self.instance and not told:
             said.append(self._cancel())
-        everywhere = code == UnavailableError.code and self.moves.has_been_placed
-        said.append(failed(self.spec, code, message, retry_after_ms, param, everywhere=everywhere))
+        said.append(failed(self.spec, code, message, retry_after_ms, param))
         return said
 
     def _refused(self, code: str) -> Sequence[Instruction]:
