@@ -23,7 +23,7 @@ from benchmarks.service import CASES, Bench, kind_of
 
 KINDS = [
     ("hash", r"kvcache/hashing"),
-    ("tokenize", r"text/(segments|model|template|pool)|jinja2"),
+    ("tokenize", r"text/(segments|words?_?|model|template|pool)|jinja2"),
     ("detokenize", r"text/(detokenizer|output|pieces|stops)"),
     ("send and receive", r"protocol/(transport|codec)"),
     ("HTTP", r"router/http|uvicorn|starlette|httptools"),

@@ -23,6 +23,8 @@ LOOK = f"{LOOP};_look (xllm/protocol/transport/channel.py)"
         (f"{READ};submit (xllm/router/submission.py)", "decide"),
         (f"{READ};_begin (xllm/router/submission.py);chain (xllm/kvcache/hashing.py)", "hash"),
         (f"{READ};pack (xllm/router/text/segments.py)", "tokenize"),
+        (f"{READ};pack (xllm/router/text/words.py)", "tokenize"),
+        (f"{READ};encode (xllm/router/text/word_encoder.py)", "tokenize"),
         (f"{READ};send (xllm/router/links.py);encode (xllm/protocol/codec.py)", "send and receive"),
         (f"{LOOK};batch (xllm/router/dispatcher.py)", "decide"),
         ("_worker (concurrent/futures/thread.py)", "other"),

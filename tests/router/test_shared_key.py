@@ -78,18 +78,20 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_rings_agree_and_forget_no_key_that_a_living_router_signed_with(steps):
-    there: dict[str, bytes] = {}
-    made = 0
+    there: dict[str, tuple[bytes, int]] = {}
+    made = revision = 0
 
-    def create() -> bytes:
-        nonlocal made
-        made += 1
-        return there.setdefault(NAME, made.to_bytes(KEY_BYTES, "big"))
+    def put(name: str, key: bytes) -> tuple[bytes, int]:
+        nonlocal revision
+        revision += 1
+        return there.setdefault(name, (key, revision))
 
     def start() -> KeyRing:
-        ring = KeyRing(NAME, create())
-        for name, key in there.items():
-            ring.seen(name, key)
+        nonlocal made
+        made += 1
+        ring = KeyRing(NAME, put(NAME, made.to_bytes(KEY_BYTES, "big"))[0])
+        for name, entry in sorted(there.items()):
+            ring.seen(name, *entry)
         return ring
 
     rings = [start() for _ in range(3)]
@@ -100,10 +102,13 @@ def test_rings_agree_and_forget_no_key_that_a_living_router_signed_with(steps):
         """A router hears what the registry has, writes what that lacks, and hears that."""
         for name in heard[at] - set(there):
             rings[at].seen(name, None)
-        for name, key in there.items():
-            rings[at].seen(name, key)
+        for name, entry in sorted(there.items()):
+            rings[at].seen(name, *entry)
         for name, key in rings[at].owed():
-            rings[at].seen(name, there.setdefault(name, key))
+            rings[at].seen(name, *put(name, key))
+        for name in rings[at].surplus():
+            there.pop(name, None)
+            rings[at].seen(name, None)
         heard[at] = set(there)
         signed[at].add(rings[at].keys[0])
 
@@ -128,3 +133,29 @@ def test_rings_agree_and_forget_no_key_that_a_living_router_signed_with(steps):
         assert len(ring.keys) == len(set(ring.keys)) <= MAX_KEYS
         if made < MAX_KEYS:
             assert set().union(*signed) <= set(ring.keys)
+    assert len(there) <= MAX_KEYS
+
+
+def test_a_fresh_router_knows_the_latest_keys_and_the_oldest_are_deleted():
+    there: dict[str, tuple[bytes, int]] = {}
+    ring = KeyRing(NAME, b"0")
+    revision = 0
+    for number in range(1, 13):
+        there.pop(NAME, None)  # lost, and made anew by a router that came just then
+        revision += 1
+        there[NAME] = (b"%d" % number, revision)
+        ring.seen(NAME, None)
+        ring.seen(NAME, *there[NAME])
+        for name, key in ring.owed():
+            revision += 1
+            there[name] = (key, revision)
+            ring.seen(name, key, revision)
+        for name in ring.surplus():
+            del there[name]
+            ring.seen(name, None)
+    assert len(there) == MAX_KEYS
+    fresh = KeyRing(NAME, there[NAME][0])
+    for name, entry in sorted(there.items()):
+        fresh.seen(name, *entry)
+    assert fresh.keys == ring.keys == tuple(b"%d" % number for number in range(12, 4, -1))
+    assert fresh.surplus() == fresh.owed() == ()

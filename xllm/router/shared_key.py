@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ KEY_BYTES = 32
 MAX_KEYS = 8
 """That are verified with: the present one, and those of before, the latest of them."""
 AGAIN_S = 1.0
+MAX_PAUSE_S = 60.0
 LATE_S = 5.0
 """What is not in the registry for as long is told in health reports."""
 
@@ -49,7 +51,8 @@ class KeyRing:
     def __init__(self, name: str, key: bytes) -> None:
         self._name = name
         self._present = key
-        self._before: list[bytes] = []
+        self._before: dict[bytes, int] = {}
+        """With the revision of the registry that made each its entry; oldest first."""
         self._there: set[str] = set()
         """Names that the registry has."""
 
@@ -58,8 +61,8 @@ class KeyRing:
         """The one to sign with, then those that are verified with, too."""
         return self._present, *reversed(self._before)
 
-    def seen(self, name: str, value: bytes | None) -> None:
-        """The registry has that, or (None) no such key any more."""
+    def seen(self, name: str, value: bytes | None, revision: int = 0) -> None:
+        """The registry has that, made by its write `revision`, or (None) no such key any more."""
         if name != self._name and not name.startswith(f"{self._name}-before/"):
             return
         if value is None:
@@ -67,11 +70,11 @@ class KeyRing:
             return
         self._there.add(name)
         if name == self._name and value != self._present:
-            self._before = [one for one in self._before if one != value]
-            self._keep(self._present)
+            self._before.pop(value, None)
+            self._keep(self._present, sys.maxsize)  # the latest, until its entry is seen
             self._present = value
         elif name != self._name and value != self._present:
-            self._keep(value)
+            self._keep(value, revision)
 
     def owed(self) -> tuple[tuple[str, bytes], ...]:
         """(name, key) of what the registry lacks."""
@@ -79,9 +82,14 @@ class KeyRing:
         wanted += [(self._name_of(one), one) for one in self._before]
         return tuple(one for one in wanted if one[0] not in self._there)
 
-    def _keep(self, key: bytes) -> None:
-        if key not in self._before:
-            self._before = [*self._before, key][1 - MAX_KEYS :]
+    def surplus(self) -> tuple[str, ...]:
+        """What lies in the registry and is too old to be verified with."""
+        known = {self._name, *map(self._name_of, self.keys)}
+        return tuple(sorted(self._there - known))
+
+    def _keep(self, key: bytes, revision: int) -> None:
+        known = sorted({**self._before, key: revision}.items(), key=lambda one: one[1])
+        self._before = dict(known[1 - MAX_KEYS :])
 
     def _name_of(self, key: bytes) -> str:
         """A name that tells nothing of the key, and is the same at each router."""
@@ -132,25 +140,38 @@ class SharedKeys:
     def _told(self, changes: Sequence[Change]) -> None:
         assert self._ring is not None
         for change in changes:
-            self._ring.seen(change.key, None if change.entry is None else change.entry.value)
+            if change.entry is None:
+                self._ring.seen(change.key, None)
+            else:
+                self._ring.seen(change.key, change.entry.value, change.entry.create_revision)
         self._changed(self._ring.keys)
-        if self._ring.owed() and not self._owes_since:
+        if (self._ring.owed() or self._ring.surplus()) and not self._owes_since:
             self._owes_since = self._now()
             self._spawn(self._write_back(self._ring))
 
     async def _write_back(self, ring: KeyRing) -> None:
-        while owed := ring.owed():
+        pause_s = AGAIN_S
+        while True:
+            owed, surplus = ring.owed(), ring.surplus()
+            if not owed and not surplus:
+                break
             try:
                 for name, key in owed:
                     result = await self._registry.compare_and_set(name, 0, key)
-                    if result.entry is not None:
-                        ring.seen(name, result.entry.value)
+                    entry = result.entry
+                    if entry is not None:
+                        ring.seen(name, entry.value, entry.create_revision)
                     _log.info("shared_key_written", key=name, was_missing=result.ok)
+                for name in surplus:
+                    await self._registry.delete(name)
+                    ring.seen(name, None)
             except ClosedError:
                 return
             except XllmError as error:
-                _log.warning("shared_key_unwritten", error=error.message)
-                await asyncio.sleep(AGAIN_S)
+                if pause_s == AGAIN_S:  # it may last for ever, where a user has no right to write
+                    _log.warning("shared_key_unwritten", error=error.message)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
         self._changed(ring.keys)
         self._owes_since = 0.0
 
