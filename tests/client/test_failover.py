@@ -134,6 +134,7 @@ def test_a_router_that_does_not_know_our_key_is_passed_by():
 def test_when_no_router_knows_our_key_that_is_said():
     async def test(client, routers):
         stream = client.stream("half")
+        await until(lambda: routers[0].num_pings)  # no connection is told of from here on
         client.connection._refused()
         await asyncio.sleep(0)  # it is turned to, and has not been heard of
         assert client.connection.endpoint == routers[1].endpoint
