@@ -66,9 +66,13 @@ def test_counts_of_another_shape_are_refused(frames):
     load.note(COUNTED, [frame([1, 2])])
     with pytest.raises(BadMessageError, match="step 1: counts of 2 experts"):
         load.note(COUNTED, frames)
-    with pytest.raises(BadMessageError, match="counts of 0 experts"):
-        ExpertLoad(0).note(COUNTED, [frame([1, 2])])
     assert msgspec.json.decode(load.report())["layers"] == [[0, 1.33, [1, 0]]]
+
+
+def test_counts_of_a_worker_that_does_not_say_how_many_experts_there_are_are_left_alone():
+    load = ExpertLoad(0)
+    load.note(COUNTED, [frame([1, 2])])
+    assert load.report() == b""
 
 
 @pytest.mark.process

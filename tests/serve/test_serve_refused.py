@@ -66,7 +66,7 @@ def test_settings(model, run_dir, tmp_path):
         (serve(model, run_dir, XLLM_ROUTER_PORT="x"), "router.port (XLLM_ROUTER_PORT)"),
         (serve(model, run_dir, XLLM_ROUTER_PROT="1"), "did you mean XLLM_ROUTER_PORT"),
         (serve(model, run_dir, "--config", file), "did you mean router.port"),
-        (serve(model, run_dir, "--config", text), "router.port must be int"),
+        (serve(model, run_dir, "--config", text), f"router.port ({text}) must be a whole number"),
         (serve(model, run_dir, "--worker-block-size", "24"), "power of two"),
     ]
     for (code, lines), words in cases:

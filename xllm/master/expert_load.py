@@ -34,13 +34,13 @@ class ExpertLoad:
     def note(self, result: StepResult, frames: Sequence[bytes]) -> None:
         """Add what a step gave each expert, [layers, experts], where its result says so.
         BadMessageError, and nothing is added, for a frame of another size."""
-        if not result.expert_frames:
-            return
+        if not result.expert_frames or not self._num_experts:
+            return  # an older worker counts, and does not say how many there are
         place = 3 if result.num_top >= 0 else 0
         frame = frames[place] if len(frames) > place else b""
         row = self._num_experts * _COUNT_BYTES
         wanted = len(frame) if self._counts is None else self._counts.size * _COUNT_BYTES
-        if not row or not frame or len(frame) % row or len(frame) != wanted:
+        if not frame or len(frame) % row or len(frame) != wanted:
             raise BadMessageError(
                 f"step {result.step}: counts of {self._num_experts} experts a layer cannot have "
                 f"{len(frame)} bytes"
