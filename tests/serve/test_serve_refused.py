@@ -12,6 +12,7 @@ import time
 import pytest
 
 from tests.cli.toy_model import make_toy_model
+from tests.serve.served import wait_until
 from xllm.config.environment import read_environment
 
 pytestmark = pytest.mark.process
@@ -137,10 +138,7 @@ def test_a_second_process_of_one_name_in_one_run_directory(run_dir):
     daemon = ("kvcache", "--registry", where, "--cluster-run-dir", run_dir, "--kvcache-name", "d")
     with registry(where), process(*daemon) as first:
         path = run_dir / "d-kvcache"
-        deadline = time.monotonic() + 60
-        while not path.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(path.exists, 60, "the first one's socket")
         code, lines = refused(*daemon, "--log-dir", run_dir / "logs")
         assert first.poll() is None
     assert (code, len(lines)) == (64, 1)

@@ -10,13 +10,15 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from tests.cli.toy_model import expected_ids, make_toy_model
@@ -298,3 +300,36 @@ async def until(condition: Callable[[], Any], timeout_s: float = 20.0, what: str
             return found
         assert time.monotonic() < deadline, f"no {what} within {timeout_s} s"
         await asyncio.sleep(0.01)
+
+
+async def wait_whole(cluster: LeaderCluster) -> None:
+    """Until all that was started serves."""
+    async with watching(cluster) as watcher:
+        for name in cluster.alive("router"):
+            await watcher.client(name)
+        names = set(cluster.alive("instance"))
+
+        async def registered() -> bool:
+            return set(await watcher.instances()) >= names
+
+        await until(registered, START_S, "all instances in the registry")
+
+
+@contextlib.contextmanager
+def whole_cluster(
+    directory: pathlib.Path, num_instances: int, num_routers: int
+) -> Iterator[LeaderCluster]:
+    """All of it serves in the block."""
+    run_dir = pathlib.Path(tempfile.mkdtemp(prefix="xr-", dir="/tmp"))
+    made = LeaderCluster(run_dir, directory)
+    made.start_registry()
+    for _ in range(num_instances):
+        made.start_instance()
+    for _ in range(num_routers):
+        made.start_router()
+    try:
+        asyncio.run(wait_whole(made))
+        yield made
+    finally:
+        made.stop()
+        shutil.rmtree(run_dir, ignore_errors=True)

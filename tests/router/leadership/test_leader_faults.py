@@ -6,12 +6,9 @@ One cluster for all. The lease is two seconds.
 from __future__ import annotations
 
 import asyncio
-import pathlib
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
@@ -19,7 +16,6 @@ import pytest
 from tests.router.leadership.leader_cluster import (
     CLUSTER,
     LEASE_S,
-    START_S,
     Leader,
     LeaderCluster,
     Load,
@@ -28,6 +24,7 @@ from tests.router.leadership.leader_cluster import (
     read_metrics,
     until,
     watching,
+    whole_cluster,
 )
 from xllm.errors import InvalidRequestError, UnavailableError
 from xllm.protocol.codec import Decoder
@@ -49,32 +46,8 @@ SLOW_S = 10.0
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """For all tests in their order; of its routers and instances some are gone after each."""
-    run_dir = pathlib.Path(tempfile.mkdtemp(prefix="xr-", dir="/tmp"))
-    made = LeaderCluster(run_dir, tmp_path_factory.mktemp("leaders"))
-    made.start_registry()
-    for _ in range(NUM_INSTANCES):
-        made.start_instance()
-    for _ in range(NUM_ROUTERS):
-        made.start_router()
-    try:
-        asyncio.run(wait_whole(made))
+    with whole_cluster(tmp_path_factory.mktemp("leaders"), NUM_INSTANCES, NUM_ROUTERS) as made:
         yield made
-    finally:
-        made.stop()
-        shutil.rmtree(run_dir, ignore_errors=True)
-
-
-async def wait_whole(cluster: LeaderCluster) -> None:
-    """Until all that was started serves."""
-    async with watching(cluster) as watcher:
-        for name in cluster.alive("router"):
-            await watcher.client(name)
-        names = set(cluster.alive("instance"))
-
-        async def registered() -> bool:
-            return set(await watcher.instances()) >= names
-
-        await until(registered, START_S, "all instances in the registry")
 
 
 def scenario(cluster, test):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import pathlib
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 
 import msgspec
 import pytest
 
-from tests.router.leadership.leader_cluster import CLUSTER, START_S, LeaderCluster, until
-from tests.router.leadership.test_leader_faults import all_see, scenario, wait_whole
+from tests.router.leadership.leader_cluster import CLUSTER, START_S, until, whole_cluster
+from tests.router.leadership.test_leader_faults import all_see, scenario
 from xllm.protocol.records import roles_key, slo_key
 
 pytestmark = pytest.mark.process
@@ -24,18 +21,8 @@ NUM_ROUTERS = 2
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    run_dir = pathlib.Path(tempfile.mkdtemp(prefix="xr-", dir="/tmp"))
-    made = LeaderCluster(run_dir, tmp_path_factory.mktemp("forgetful"))
-    made.start_registry()
-    made.start_instance()
-    for _ in range(NUM_ROUTERS):
-        made.start_router()
-    try:
-        asyncio.run(wait_whole(made))
+    with whole_cluster(tmp_path_factory.mktemp("forgetful"), 1, NUM_ROUTERS) as made:
         yield made
-    finally:
-        made.stop()
-        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

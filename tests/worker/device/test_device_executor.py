@@ -227,10 +227,8 @@ def test_it_sleeps_and_wakes_between_steps(directory, monkeypatch, drop_weights)
     assert not platform.graph_device.open_graphs()
 
 
-def test_a_sequence_whose_numbers_are_not_finite_fails_alone(directory, monkeypatch):
-    driver = interpreted_driver(monkeypatch, directory)
-    executor = driver.executor
-    model = executor._engine.device._runner._model
+def break_second_step(model, monkeypatch):
+    """The first sequence's numbers of its second step are not finite."""
     head, calls = model.head, []
 
     def broken(hidden):
@@ -241,6 +239,13 @@ def test_a_sequence_whose_numbers_are_not_finite_fails_alone(directory, monkeypa
         return logits
 
     monkeypatch.setattr(model, "head", broken)
+
+
+def test_a_sequence_whose_numbers_are_not_finite_fails_alone(directory, monkeypatch):
+    driver = interpreted_driver(monkeypatch, directory)
+    executor = driver.executor
+    model = executor._engine.device._runner._model
+    break_second_step(model, monkeypatch)
     plans = two_sequences(driver, 4)
     launched_steps = [executor.launch(plan) for plan in plans[:3]]
     results = [step.wait().result for step in launched_steps]
@@ -257,16 +262,7 @@ def test_a_host_draw_behind_a_step_that_failed_fails_too(directory, monkeypatch)
     executor = driver.executor
     device = executor._engine.device
     model = device._runner._model
-    head, calls = model.head, []
-
-    def broken(hidden):
-        logits = head(hidden)
-        calls.append(len(logits))
-        if len(calls) == 2:
-            logits[0] = float("nan")
-        return logits
-
-    monkeypatch.setattr(model, "head", broken)
+    break_second_step(model, monkeypatch)
     plans = two_sequences(driver, 2)
     steps = [executor.launch(plan) for plan in plans[:2]]
     monkeypatch.setattr(device, "can_draw", lambda batch: False)
