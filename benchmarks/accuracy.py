@@ -28,7 +28,10 @@ from tokenizers import Tokenizer
 
 from benchmarks.bare import shapes
 from scripts.demo.conversations import TURN_END, TURN_START, read_entries, render
-from xllm.config.settings import ModelSettings, SchedulerSettings, Settings, WorkerSettings
+from xllm.config.scheduling import SchedulerSettings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.worker.attention.plan import Span
 from xllm.worker.execution.layer_loop import LayerLoop
 from xllm.worker.execution.loading import load_model

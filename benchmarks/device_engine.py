@@ -33,7 +33,10 @@ from benchmarks.device_costs import Limits
 from benchmarks.device_kernels import Stage, gpu_clock, measure_limits
 from benchmarks.random_model import SHAPES, tensor_shapes, write_random_model
 from benchmarks.step_driver import Driven, StepDriver
-from xllm.config.settings import ModelSettings, SchedulerSettings, Settings, WorkerSettings
+from xllm.config.scheduling import SchedulerSettings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.worker.execution.native import NativeExecutor
 from xllm.worker.platform.cuda_driver import CudaDriver
 

@@ -18,7 +18,7 @@ from typing import IO
 from benchmarks.cpu import exact_cpu_seconds, process_tree
 from benchmarks.service import free_port, wait_http
 from xllm.cli.model_source import resolve_model
-from xllm.config.settings import ModelSettings
+from xllm.config.served_model import ModelSettings
 from xllm.router.text.model import load_text_model
 
 START_S = 60.0

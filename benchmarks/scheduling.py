@@ -24,8 +24,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from xllm.config.scheduling import STRATEGIES
-from xllm.config.settings import SchedulerSettings
+from xllm.config.scheduling import STRATEGIES, SchedulerSettings
 from xllm.kvcache.hashing import chain_hashes, root_hash
 from xllm.master.limits import InstanceLimits
 from xllm.master.scheduler import Scheduler

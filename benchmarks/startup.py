@@ -21,7 +21,8 @@ from benchmarks.service import free_port, wait_http
 
 HELP = "from xllm.cli.main import run_command; run_command(['--help'])"
 WORKER = """
-from xllm.config.settings import Settings, WorkerSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.worker import process
 from xllm.worker.factory import make_executor
 make_executor(Settings(worker=WorkerSettings(engine="toy"))).load(lambda done, total: None)

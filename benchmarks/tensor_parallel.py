@@ -29,13 +29,11 @@ import torch
 
 from benchmarks.random_model import SHAPES, write_random_model
 from xllm.config.load import decode_settings, encode_settings
-from xllm.config.settings import (
-    MasterSettings,
-    ModelSettings,
-    SchedulerSettings,
-    Settings,
-    WorkerSettings,
-)
+from xllm.config.master import MasterSettings
+from xllm.config.scheduling import SchedulerSettings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import ItemKind, NewSequence, RankNotice, StepItem, StepPlan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from xllm.cli.model_source import resolve_model
-from xllm.config.settings import ModelSettings
+from xllm.config.served_model import ModelSettings
 from xllm.errors import DependencyError
 
 

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm.config.settings import ClusterSettings, KvCacheSettings, Settings
+from xllm.config.cluster import ClusterSettings
+from xllm.config.kvcache import KvCacheSettings
+from xllm.config.settings import Settings
 from xllm.errors import ConfigError, InvalidRequestError
 from xllm.kvcache.daemon import KvCacheDaemon
 from xllm.kvcache.daemon_client import CacheClient

@@ -10,8 +10,10 @@ import sys
 
 import pytest
 
+from xllm.config.cluster import ClusterSettings
+from xllm.config.kvcache import KvCacheSettings
 from xllm.config.load import encode_settings
-from xllm.config.settings import ClusterSettings, KvCacheSettings, Settings
+from xllm.config.settings import Settings
 from xllm.kvcache import process
 from xllm.kvcache.daemon_client import CacheClient
 from xllm.protocol.actor.children import Children, ChildSpec

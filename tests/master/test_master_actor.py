@@ -7,13 +7,11 @@ import dataclasses
 import pytest
 
 from tests.master.fake_router import FakeRouter
-from xllm.config.settings import (
-    ClusterSettings,
-    MasterSettings,
-    ModelSettings,
-    Settings,
-    WorkerSettings,
-)
+from xllm.config.cluster import ClusterSettings
+from xllm.config.master import MasterSettings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.errors import ConfigError
 from xllm.master.actor import MasterActor
 from xllm.protocol.bus import SnapshotOfBlocks

@@ -26,7 +26,7 @@ from tests.master.worker_targets import (
     run_toy_worker,
 )
 from xllm.config.load import encode_settings
-from xllm.config.settings import MasterSettings
+from xllm.config.master import MasterSettings
 from xllm.master.actor import MasterActor
 from xllm.protocol.actor.children import Children, ChildSpec
 from xllm.protocol.transport.context import Transport

@@ -13,14 +13,12 @@ from tests.fixtures.models import make_model
 from tests.master.fake_router import FakeRouter
 from tests.worker.native.plan_driver import random_prompts
 from tests.worker.native.reference import assert_greedy, load_reference
-from xllm.config.settings import (
-    ClusterSettings,
-    MasterSettings,
-    ModelSettings,
-    SchedulerSettings,
-    Settings,
-    WorkerSettings,
-)
+from xllm.config.cluster import ClusterSettings
+from xllm.config.master import MasterSettings
+from xllm.config.scheduling import SchedulerSettings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.master.actor import MasterActor
 from xllm.protocol.transport.context import Transport
 from xllm.worker.process import main as run_worker

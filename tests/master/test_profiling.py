@@ -8,7 +8,7 @@ import pytest
 
 from tests.master.test_master_actor import Stage, make_settings
 from tests.master.toy_instance import ToyInstance
-from xllm.config.settings import ModelSettings
+from xllm.config.served_model import ModelSettings
 from xllm.master.actor import MasterActor
 from xllm.master.profiling import StartProfile, profile_load
 from xllm.master.strategies.step_model import StepShape

@@ -12,7 +12,7 @@ from tests.master.fake_router import FakeRouter
 from tests.master.test_master_actor import make_settings
 from tests.master.test_master_process import serve_one
 from tests.master.worker_targets import FAIL_TOKEN, run_talking_worker, run_toy_worker
-from xllm.config.settings import MasterSettings
+from xllm.config.master import MasterSettings
 from xllm.errors import ConfigError, EngineError
 from xllm.master.actor import MasterActor
 from xllm.master.ranks import RankResults, merge_ready

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from xllm.config.settings import ClusterSettings, Settings
+from xllm.config.cluster import ClusterSettings
+from xllm.config.settings import Settings
 from xllm.errors import (
     BrokenError,
     ConfigError,

@@ -13,7 +13,8 @@ import pytest
 from tests.master.fake_router import FakeRouter
 from tests.master.test_master_actor import expected, make_settings
 from tests.master.worker_targets import FAIL_TOKEN, run_toy_worker
-from xllm.config.settings import MasterSettings, ModelSettings
+from xllm.config.master import MasterSettings
+from xllm.config.served_model import ModelSettings
 from xllm.errors import ConfigError
 from xllm.master.actor import MasterActor
 from xllm.master.strategies.page_turns import PageTurns

@@ -10,7 +10,7 @@ attempt, choice), verified to come in order; `expected` is what the oracle says 
 import dataclasses
 from collections import deque
 
-from xllm.config.settings import SchedulerSettings
+from xllm.config.scheduling import SchedulerSettings
 from xllm.errors import EngineError
 from xllm.master.limits import InstanceLimits
 from xllm.master.outcome import StepOutcome

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 from xllm.errors import ConfigError
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.run import run_role

@@ -13,7 +13,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 from xllm.errors import NameTakenError
 from xllm.protocol.codec import encode
 from xllm.protocol.registry import holder, keeper

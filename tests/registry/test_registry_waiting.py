@@ -8,7 +8,7 @@ import time
 import pytest
 import structlog
 
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 from xllm.errors import (
     BrokenError,
     ClosedError,

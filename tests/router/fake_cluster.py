@@ -9,8 +9,9 @@ from typing import Any
 
 from tests.router.model_dirs import CHAT_TEMPLATE, byte_level_tokenizer
 from xllm.config.admission import AdmissionSettings
+from xllm.config.router import RouterSettings
 from xllm.config.routing import RoutingSettings
-from xllm.config.settings import RouterSettings, Settings
+from xllm.config.settings import Settings
 from xllm.protocol.bus import InstanceHeartbeat
 from xllm.protocol.client import (
     RequestFailed,

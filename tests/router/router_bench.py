@@ -7,7 +7,10 @@ from contextlib import asynccontextmanager
 
 from tests.router.fake_instance import HEARTBEAT_S, MODEL, FakeInstance
 from tests.router.model_dirs import byte_level_tokenizer, write_model
-from xllm.config.settings import ClusterSettings, ModelSettings, RouterSettings, Settings
+from xllm.config.cluster import ClusterSettings
+from xllm.config.router import RouterSettings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
 from xllm.protocol.client import (
     BadMessage,
     RequestFailed,

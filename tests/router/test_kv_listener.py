@@ -9,7 +9,7 @@ from hashlib import sha256
 
 from tests.router.fake_instance import MODEL, FakeInstance
 from tests.router.router_bench import until
-from xllm.config.settings import KvCacheSettings
+from xllm.config.kvcache import KvCacheSettings
 from xllm.kvcache.daemon import KvCacheDaemon
 from xllm.kvcache.daemon_client import CacheClient
 from xllm.kvcache.digest import digest_of

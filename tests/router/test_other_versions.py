@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from tests.router.fake_cluster import FakeCluster, in_loop
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 from xllm.protocol.codec import encode
 from xllm.protocol.message import OLDEST_PROTOCOL, PROTOCOL_VERSION, speaks
 from xllm.protocol.records import (

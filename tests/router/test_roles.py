@@ -6,8 +6,8 @@ import pytest
 
 from tests.router.fake_cluster import FakeCluster, in_loop
 from xllm.config.admission import AdmissionSettings
+from xllm.config.router import RouterSettings
 from xllm.config.routing import RoutingSettings
-from xllm.config.settings import RouterSettings
 from xllm.protocol.bus import InstanceLoad
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from tests.router.fake_instance import MODEL, drawn
 from tests.router.router_bench import Bench, until
-from xllm.config.settings import RouterSettings, Settings
+from xllm.config.router import RouterSettings
+from xllm.config.settings import Settings
 from xllm.errors import ConfigError, DependencyError
 from xllm.protocol.bus import RouterPresence
 from xllm.protocol.client import (

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.router.router_bench import until
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 from xllm.protocol.records import secret_key
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
 from xllm.router.shared_key import KEY_BYTES, MAX_KEYS, KeyRing, SharedKeys, shared_key

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.router.fake_cluster import CONTEXT, FakeCluster, in_loop
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError, RequestError
 from xllm.protocol.client import ChatMessage, ContentPart, ResumePoint, SubmitRequest
 from xllm.protocol.sampling import SamplingParams

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from xllm.config.settings import SchedulerSettings
+from xllm.config.scheduling import SchedulerSettings
 from xllm.kvcache.hashing import chain_hashes, root_hash
 from xllm.kvcache.owners import SharedMemory
 from xllm.master.limits import InstanceLimits

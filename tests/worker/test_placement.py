@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm.config.cpu_list import check_affinity, format_cpus, parse_cpus
-from xllm.config.settings import MasterSettings, Settings, WorkerSettings
+from xllm.config.master import MasterSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.errors import ConfigError
 from xllm.worker.collectives.making import place_engine
 from xllm.worker.platform.placement import (

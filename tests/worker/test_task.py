@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from xllm.config.settings import ModelSettings
+from xllm.config.served_model import ModelSettings
 from xllm.errors import ConfigError
 from xllm.worker.loader.pooling import GENERATES, ModelTask, resolve_task
 

@@ -15,7 +15,8 @@ from xllm.cli.startup import ServiceAddresses
 from xllm.cli.targets import run_kvcache, run_master, run_router
 from xllm.config.cpu_list import is_list, share_cpus
 from xllm.config.load import encode_settings
-from xllm.config.settings import Settings, WorkerSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.errors import ConfigError
 from xllm.protocol.actor.children import ChildSpec
 

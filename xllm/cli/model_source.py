@@ -11,7 +11,8 @@ from pathlib import Path
 
 import xllm
 from xllm.config.models import each_model, join_models
-from xllm.config.settings import ModelSettings, Settings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
 from xllm.errors import DependencyError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

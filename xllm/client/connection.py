@@ -21,7 +21,7 @@ from xllm.client.requests import encode_request
 from xllm.client.routers import RouterList
 from xllm.client.session import ClientSession, ClientStatistics
 from xllm.client.watch import RouterWatch, Verdict
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.errors import (
     BackpressureError,
     BrokenError,

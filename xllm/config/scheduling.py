@@ -1,15 +1,12 @@
-"""Which scheduling settings go together: the table of docs/scheduling.md as data."""
+"""The scheduler's settings, and which go together: the table of docs/scheduling.md as data."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 
+from xllm.config.field import setting
 from xllm.errors import ConfigError
-
-if typing.TYPE_CHECKING:
-    from xllm.config.settings import SchedulerSettings
 
 FAIRNESS = ("none", "tenant")
 PREEMPTION = ("auto", "recompute", "pause")
@@ -35,6 +32,70 @@ COMBINATIONS = {
     "slo-urgency": StrategyRow(fairness=("none",)),
 }
 STRATEGIES = tuple(COMBINATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerSettings:
+    """The master's scheduler."""
+
+    max_num_seqs: int = setting(256, "Running sequences at most.", low=1, high=65536)
+    max_num_batched_tokens: int = setting(2048, "Tokens of a step at most.", unit="tokens", low=16)
+    strategy: str = setting(
+        "chunked", "What goes into a step, and when (docs/scheduling.md).", choices=STRATEGIES
+    )
+    fairness: str = setting(
+        "none", "Who waits in turn: requests, or tenants by the tokens they had.", choices=FAIRNESS
+    )
+    tenant_weights: str = setting(
+        "", "Shares of tenants, as name=share,name=share; others have 1. Needs fairness=tenant."
+    )
+    preemption: str = setting(
+        "auto",
+        "Offline requests that give way keep their KV, recompute it, or whichever is cheaper.",
+        choices=PREEMPTION,
+    )
+    max_step_ms: float = setting(
+        0.0,
+        "Length that steps aim at while tokens stream; 0: 1000 ms where prompts are cut.",
+        unit="ms",
+        low=0,
+        high=600000,
+    )
+    ttft_ms: int = setting(
+        2000,
+        "Objective for the first token, where a request has none (slo-urgency).",
+        unit="ms",
+        low=1,
+        high=3600000,
+    )
+    tpot_ms: int = setting(
+        200,
+        "Objective for each later token, where a request has none (slo-urgency).",
+        unit="ms",
+        low=1,
+        high=3600000,
+    )
+    profile_ms: float = setting(
+        1000.0,
+        "Time at the start for measuring what steps take; 0: it is learnt from requests alone.",
+        unit="ms",
+        low=0,
+        high=60000,
+    )
+    prefix_cache: bool = setting(True, "Reuse the KV of prompts that begin alike.")
+    share_prefixes: bool = setting(
+        True, "Let a prompt wait for a beginning that another one is just computing."
+    )
+    async_scheduling: bool = setting(
+        True, "Plan and send the next step while one runs, before its tokens are known."
+    )
+    max_waiting: int = setting(8192, "Waiting requests at most; more are refused.", low=1)
+    drafting: str = setting(
+        "none", "Who guesses tokens, several of which a step verifies at once.", choices=DRAFTING
+    )
+    draft_tokens: int = setting(
+        4, "Tokens guessed for a sequence and step at most.", unit="tokens", low=1, high=15
+    )
 
 
 def check_scheduling(settings: SchedulerSettings) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from xllm.config.settings import SchedulerSettings
+from xllm.config.scheduling import SchedulerSettings
 from xllm.errors import ContextLengthError
 from xllm.protocol.step import WorkerReady
 

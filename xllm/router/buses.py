@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import structlog
 
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 from xllm.errors import XllmError
 from xllm.protocol.authority import BUS_WORDS, PeerRole
 from xllm.protocol.bus import BusMessage

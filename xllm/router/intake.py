@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from xllm.kvcache.hashing import root_hash
 from xllm.protocol.client import ChatMessage, ModelInfo, SubmitRequest, TokenizeText

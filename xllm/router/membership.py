@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 from xllm.errors import BadMessageError
 from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BusMessage

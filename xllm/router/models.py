@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.errors import ModelNotFoundError, UnavailableError
 from xllm.protocol.records import InstanceRecord
 from xllm.router.intake import Intake

@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 from xllm.errors import ClosedError, XllmError
 from xllm.protocol.records import secret_key
 from xllm.protocol.registry.interface import Registry, Watch

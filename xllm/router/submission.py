@@ -14,7 +14,7 @@ from functools import partial
 
 import structlog
 
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.errors import (
     ConflictError,
     OverloadedError,

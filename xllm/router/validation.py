@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError
 from xllm.protocol.client import ChatMessage, ResumePoint, SubmitRequest
 from xllm.protocol.sampling import SamplingParams

@@ -10,8 +10,7 @@ import pytest
 from tests.master.test_scheduler_workloads import random_request
 from tests.master.toy_instance import ToyInstance
 from xllm.config.load import load
-from xllm.config.scheduling import COMBINATIONS, FAIRNESS, PREEMPTION, STRATEGIES
-from xllm.config.settings import SchedulerSettings
+from xllm.config.scheduling import COMBINATIONS, FAIRNESS, PREEMPTION, STRATEGIES, SchedulerSettings
 from xllm.errors import ConfigError
 from xllm.master.strategies.policy import build_policy
 from xllm.protocol.step import ItemKind

@@ -12,7 +12,8 @@ import time
 import httpx
 import uvloop
 
-from xllm.config.settings import RouterSettings, Settings
+from xllm.config.router import RouterSettings
+from xllm.config.settings import Settings
 from xllm.router.http.limits import limits_of
 from xllm.router.http.server import HttpFront
 

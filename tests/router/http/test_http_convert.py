@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.errors import InvalidRequestError
 from xllm.protocol.client import ChatMessage, ContentPart
 from xllm.protocol.sampling import SamplingParams

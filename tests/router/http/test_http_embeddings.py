@@ -14,7 +14,7 @@ import pytest
 
 from tests.router.http.fake_service import MODEL, FakeService
 from tests.router.http.front_thread import wait_until
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.router.http.embed import WINDOW, embedding_requests
 from xllm.router.http.schema import EmbeddingBody
 

@@ -7,7 +7,7 @@ import json
 import msgspec
 import pytest
 
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.errors import InvalidRequestError
 from xllm.router.http.convert import chat_request, check_completion, completion_requests
 from xllm.router.http.schema import ChatBody, CompletionBody, decode_body

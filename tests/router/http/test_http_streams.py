@@ -10,7 +10,7 @@ import pytest
 
 from tests.router.http.fake_service import FakeService
 from tests.router.http.front_thread import chat, raw_post, read_all, sse_events, wait_until
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.protocol.client import TokenDelta
 from xllm.router.http.limits import limits_of
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tests.fixtures.models import make_model
-from xllm.config.settings import ModelSettings, Settings, WorkerSettings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.errors import ConfigError
 from xllm.worker.execution import loading
 from xllm.worker.execution.native import make_native_executor

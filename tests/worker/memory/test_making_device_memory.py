@@ -11,7 +11,9 @@ from structlog.testing import capture_logs
 
 from tests.fixtures.models import make_model
 from tests.worker.platform.host_device import FakeDriver, HostDevice
-from xllm.config.settings import SchedulerSettings, Settings, WorkerSettings
+from xllm.config.scheduling import SchedulerSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.errors import ConfigError, DependencyError, EngineError
 from xllm.worker.loader.config import ModelConfig, read_config
 from xllm.worker.memory.cpu_memory import CpuKvMemory

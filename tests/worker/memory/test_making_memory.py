@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from tests.fixtures.models import make_model
-from xllm.config.settings import MasterSettings, SchedulerSettings, Settings, WorkerSettings
+from xllm.config.master import MasterSettings
+from xllm.config.scheduling import SchedulerSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.errors import ConfigError
 from xllm.worker.loader.config import ModelConfig, read_config
 from xllm.worker.memory.making import make_memory

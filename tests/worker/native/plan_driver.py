@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from xllm.config.settings import ModelSettings, SchedulerSettings, Settings, WorkerSettings
+from xllm.config.scheduling import SchedulerSettings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import ItemKind, NewSequence, StepItem, StepPlan
 from xllm.worker.execution.native import NativeExecutor

@@ -9,7 +9,8 @@ from typing import Any
 
 from tests.worker.collectives.rank_threads import on_all, wired_boards
 from tests.worker.native.plan_driver import PlanDriver, native_settings
-from xllm.config.settings import MasterSettings, Settings
+from xllm.config.master import MasterSettings
+from xllm.config.settings import Settings
 from xllm.master.ranks import RankResults, merge_ready
 from xllm.protocol.step import StepPlan, WorkerReady
 from xllm.worker.execution.native import NativeExecutor

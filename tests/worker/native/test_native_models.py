@@ -11,7 +11,8 @@ import torch
 from tests.fixtures.models import make_model
 from tests.worker.native.plan_driver import KERNELS, native_settings, random_prompts
 from tests.worker.shared_models import SharedModels
-from xllm.config.settings import SchedulerSettings, Settings
+from xllm.config.scheduling import SchedulerSettings
+from xllm.config.settings import Settings
 from xllm.errors import ConfigError
 from xllm.protocol.sampling import SamplingParams
 from xllm.worker.factory import make_executor

@@ -9,7 +9,8 @@ import pytest
 
 from tests.fixtures.models import make_model
 from tests.worker.native.plan_driver import GREEDY, PlanDriver, native_settings
-from xllm.config.settings import ModelSettings, Settings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
 from xllm.errors import ConfigError, EngineError
 from xllm.protocol.step import ItemKind, NewSequence, StepItem, StepPlan, WorkerReady
 from xllm.worker.execution.native import make_native_executor

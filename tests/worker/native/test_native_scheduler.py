@@ -13,7 +13,7 @@ import pytest
 from tests.fixtures.models import make_model
 from tests.worker.native.plan_driver import PlanDriver, random_prompts
 from tests.worker.native.reference import assert_greedy, load_reference
-from xllm.config.settings import SchedulerSettings
+from xllm.config.scheduling import SchedulerSettings
 from xllm.kvcache.hashing import chain_hashes, root_hash
 from xllm.master.limits import InstanceLimits
 from xllm.master.scheduler import Scheduler

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from tests.fixtures.library_models import make_library_model
 from tests.fixtures.models import make_model, remove_head
 from tests.worker.native.plan_driver import GREEDY, KERNELS, native_settings, random_prompts
-from xllm.config.settings import SchedulerSettings, Settings
+from xllm.config.scheduling import SchedulerSettings
+from xllm.config.settings import Settings
 from xllm.errors import ConfigError, EngineError
 from xllm.master.limits import InstanceLimits
 from xllm.master.scheduler import Scheduler

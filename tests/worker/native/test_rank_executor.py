@@ -14,7 +14,9 @@ from tests.worker.native.plan_driver import PlanDriver, native_settings, random_
 from tests.worker.native.rank_executors import RankExecutors, rank_driver, rank_settings
 from tests.worker.native.reference import assert_greedy, load_reference
 from tests.worker.native.test_native_scheduler import Instance
-from xllm.config.settings import MasterSettings, Settings, WorkerSettings
+from xllm.config.master import MasterSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.errors import ConfigError, EngineError
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import StepPlan

@@ -9,7 +9,10 @@ import pytest
 import uvloop
 
 from tests.worker.process.fake_master import FakeMaster
-from xllm.config.settings import ClusterSettings, MasterSettings, Settings, WorkerSettings
+from xllm.config.cluster import ClusterSettings
+from xllm.config.master import MasterSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.errors import DependencyError, DeviceLostError, FencedError, InvariantError
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import (

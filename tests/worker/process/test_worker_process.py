@@ -12,14 +12,12 @@ import pytest
 import uvloop
 
 from tests.worker.process.fake_master import FakeMaster
+from xllm.config.cluster import ClusterSettings
 from xllm.config.load import encode_settings
-from xllm.config.settings import (
-    ClusterSettings,
-    MasterSettings,
-    ModelSettings,
-    Settings,
-    WorkerSettings,
-)
+from xllm.config.master import MasterSettings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.errors import DependencyError, FencedError
 from xllm.protocol.actor.children import ChildExit, Children, ChildSpec
 from xllm.protocol.sampling import SamplingParams
@@ -39,7 +37,8 @@ from xllm.worker.toy.stream import predict
 FRESH = """
 import sys
 before = set(sys.modules)
-from xllm.config.settings import Settings, WorkerSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.worker import process
 from xllm.worker.factory import make_executor
 make_executor(Settings(worker=WorkerSettings(engine="toy"))).load(lambda done, total: None)
@@ -47,7 +46,7 @@ print(*sorted(set(sys.modules) - before))
 """
 LIGHT = {"xllm", "zmq", "msgspec", "structlog", "uvloop", "rich", "pygments"}
 """Packages that a toy worker may import beside the standard library."""
-MAX_OWN_MODULES = 75
+MAX_OWN_MODULES = 85
 
 
 @pytest.mark.process

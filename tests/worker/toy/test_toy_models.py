@@ -7,14 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.worker.shared_models import SharedModels
+from xllm.config.master import MasterSettings
 from xllm.config.models import each_model, join_models
-from xllm.config.settings import (
-    MasterSettings,
-    ModelSettings,
-    SchedulerSettings,
-    Settings,
-    WorkerSettings,
-)
+from xllm.config.scheduling import SchedulerSettings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.errors import ConfigError, EngineError
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import StepPlan

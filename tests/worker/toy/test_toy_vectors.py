@@ -7,7 +7,9 @@ from array import array
 
 import pytest
 
-from xllm.config.settings import ModelSettings, Settings, WorkerSettings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import ItemKind, NewSequence, StepItem, StepPlan
 from xllm.worker.loader.pooling import ModelTask

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from xllm.config.settings import ModelSettings, Settings, WorkerSettings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
+from xllm.config.worker import WorkerSettings
 from xllm.errors import DependencyError
 from xllm.worker.factory import make_executor
 from xllm.worker.toy.executor import ToyExecutor

@@ -24,7 +24,7 @@ from xllm.cli.chaos.scenarios.table import Scenario
 from xllm.cli.chaos.stage import InvalidRunError, Stage
 from xllm.cli.chaos.surroundings import Surroundings, prepare
 from xllm.cli.model_source import resolve_model
-from xllm.config.settings import ModelSettings
+from xllm.config.served_model import ModelSettings
 from xllm.router.text.model import load_text_model
 from xllm.worker.toy.vocabulary import toy_vocabulary
 

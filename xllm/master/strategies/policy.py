@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from xllm.config.scheduling import check_scheduling, tenant_weights
-from xllm.config.settings import SchedulerSettings
+from xllm.config.scheduling import SchedulerSettings, check_scheduling, tenant_weights
 from xllm.master.queue import WaitingQueue
 from xllm.master.strategies.deadlines import TokenDeadlines, UrgencyQueue
 from xllm.master.strategies.drafts import DraftProposer, PromptLookup

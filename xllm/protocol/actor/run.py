@@ -19,7 +19,7 @@ from typing import NamedTuple, NoReturn
 import structlog
 import uvloop
 
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 from xllm.errors import XllmError
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.fault_hooks import install_fault_hooks

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 from xllm.errors import (
     FencedError,
     NameTakenError,

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import structlog
 
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 from xllm.errors import (
     ClosedError,
     ConfigError,

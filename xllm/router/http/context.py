@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 import msgspec
 
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.router.front import Tenant
 from xllm.router.http.limits import HttpLimits
 from xllm.router.http.respond import Scope

@@ -11,7 +11,7 @@ from typing import cast
 
 import msgspec
 
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.errors import InvalidRequestError
 from xllm.protocol.client import ChatMessage, ContentPart, SubmitRequest
 from xllm.protocol.sampling import SamplingParams

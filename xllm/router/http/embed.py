@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 from xllm.errors import InvalidRequestError
 from xllm.protocol.client import RequestFailed, RequestFinished, RouterMessage, SubmitRequest, Usage
 from xllm.router.http.batch import window_of

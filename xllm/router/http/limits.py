@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 
-from xllm.config.settings import RouterSettings
+from xllm.config.router import RouterSettings
 
 SPARE_DESCRIPTORS = 128
 """File descriptors that connections never use: sockets of the bus, logs, models."""

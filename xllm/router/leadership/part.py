@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 from xllm.errors import BadMessageError, InvalidRequestError, UnavailableError
 from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, RouterPresence

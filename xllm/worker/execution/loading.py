@@ -10,7 +10,8 @@ from pathlib import Path
 import structlog
 import torch
 
-from xllm.config.settings import ModelSettings, Settings
+from xllm.config.served_model import ModelSettings
+from xllm.config.settings import Settings
 from xllm.errors import ConfigError, DependencyError
 from xllm.worker.kernels.selection import require_team, select_team
 from xllm.worker.kernels.team import Team

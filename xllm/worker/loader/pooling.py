@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from xllm.config.settings import ModelSettings
+from xllm.config.served_model import ModelSettings
 from xllm.errors import ConfigError
 
 _MODULES = "modules.json"

@@ -7,7 +7,7 @@ import time
 from xllm.cli.chaos.scenarios.signals import frozen, kill
 from xllm.cli.chaos.stage import Stage
 from xllm.cli.chaos.verdict import Injection
-from xllm.config.settings import ClusterSettings
+from xllm.config.cluster import ClusterSettings
 
 LEASE_S = ClusterSettings().lease_s
 FROZEN_S = LEASE_S + 4.0
