@@ -19,8 +19,9 @@ from collections.abc import Callable
 
 from xllm.cli.local_service import local_service
 from xllm.client.asynchronous import AsyncClient
-from xllm.protocol.client import RouterMessage, SubmitRequest
+from xllm.protocol.client import RouterMessage
 from xllm.protocol.codec import Decoder
+from xllm.protocol.generation import SubmitRequest
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket

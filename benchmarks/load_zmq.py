@@ -21,13 +21,9 @@ import uvloop
 
 from benchmarks.texts import prompts
 from xllm.errors import ConfigError
-from xllm.protocol.client import (
-    RequestFinished,
-    RouterMessage,
-    SubmitRequest,
-    TokenDelta,
-)
+from xllm.protocol.client import RouterMessage
 from xllm.protocol.codec import Decoder, encode
+from xllm.protocol.generation import RequestFinished, SubmitRequest, TokenDelta
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import pack_tokens
 from xllm.protocol.transport.context import Transport

@@ -33,7 +33,7 @@ from xllm.client.connection import ClientConnection
 from xllm.client.open_request import EndMessage
 from xllm.client.requests import build_submit
 from xllm.errors import XllmError
-from xllm.protocol.client import TokenDelta
+from xllm.protocol.generation import TokenDelta
 
 POLL_S = 0.01
 PATIENCE_S = 120.0

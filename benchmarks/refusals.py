@@ -44,9 +44,12 @@ from benchmarks.service import free_port, wait_http
 from benchmarks.two_samples import compare
 from xllm.cli.keys import allow_peer
 from xllm.errors import PermissionDeniedError
-from xllm.protocol.client import BadMessage, Ping, Pong, RequestFailed, RouterMessage, SetRole
+from xllm.protocol.administration import SetRole
+from xllm.protocol.client import BadMessage, RouterMessage
 from xllm.protocol.codec import Decoder
+from xllm.protocol.generation import RequestFailed
 from xllm.protocol.message import MapMessage
+from xllm.protocol.questions import Ping, Pong
 from xllm.protocol.records import instance_key, leader_key
 from xllm.protocol.registry.remote import RemoteRegistry
 from xllm.protocol.transport.context import Transport

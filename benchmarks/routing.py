@@ -31,8 +31,9 @@ from typing import Any
 
 from benchmarks.load_zmq import percentile
 from xllm.cli.local_service import local_service
-from xllm.protocol.client import RequestFinished, RouterMessage, SubmitRequest, TokenDelta
+from xllm.protocol.client import RouterMessage
 from xllm.protocol.codec import Decoder
+from xllm.protocol.generation import RequestFinished, SubmitRequest, TokenDelta
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket

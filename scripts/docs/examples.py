@@ -18,6 +18,7 @@ from xllm.protocol import (
     bus,
     cache,
     client,
+    generation,
     instance,
     launch,
     records,
@@ -133,37 +134,37 @@ def _plain_value(hint: Any, name: str, full: bool) -> Any:
 def curated() -> list[tuple[str, msgspec.Struct]]:
     """A conversation as it happens: (conversation, message) pairs, beside the made-up ones."""
     greedy = sampling.SamplingParams(max_tokens=64, temperature=0.0)
-    question = client.ChatMessage(role="user", content="What is xLLM?")
+    question = generation.ChatMessage(role="user", content="What is xLLM?")
     request_id = _TEXTS["request_id"]
     return [
         (
             "client.ClientMessage",
-            client.SubmitRequest(id=1, messages=(question,), sampling=greedy),
+            generation.SubmitRequest(id=1, messages=(question,), sampling=greedy),
         ),
-        ("client.ClientMessage", client.AbortRequest(id=1)),
+        ("client.ClientMessage", generation.AbortRequest(id=1)),
         (
             "client.RouterMessage",
-            client.TokenDelta(id=1, token_ids=(291, 310), text="xLLM is"),
+            generation.TokenDelta(id=1, token_ids=(291, 310), text="xLLM is"),
         ),
         (
             "client.RouterMessage",
-            client.TokenDelta(
+            generation.TokenDelta(
                 id=1, first_index=2, token_ids=(12, 1535), text=".", finish_reason="stop"
             ),
         ),
         (
             "client.RouterMessage",
-            client.RequestFinished(
+            generation.RequestFinished(
                 id=1,
                 request_id=request_id,
-                choices=(client.ChoiceResult(index=0, finish_reason="stop", stop_reason=1535),),
-                usage=client.Usage(prompt_tokens=14, completion_tokens=4),
+                choices=(generation.ChoiceResult(index=0, finish_reason="stop", stop_reason=1535),),
+                usage=generation.Usage(prompt_tokens=14, completion_tokens=4),
                 seed=7,
             ),
         ),
         (
             "client.RouterMessage",
-            client.RequestFailed(
+            generation.RequestFailed(
                 id=2, code="model_not_found", message="no model 'x' here", param="model"
             ),
         ),

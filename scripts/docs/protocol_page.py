@@ -14,7 +14,7 @@ import msgspec
 
 from scripts.docs.examples import members
 from scripts.docs.golden import read_golden
-from xllm.protocol import client, sampling
+from xllm.protocol import client, generation, questions, sampling
 
 _PLAIN = {str: "str", int: "int", float: "float", bool: "bool", bytes: "bin", Any: "anything"}
 
@@ -148,7 +148,7 @@ def _wrapped(text: str) -> list[str]:
 
 def _parts() -> list[type[msgspec.Struct]]:
     found = []
-    for module in (client, sampling):
+    for module in (generation, questions, sampling):
         for value in vars(module).values():
             if (
                 isinstance(value, type)

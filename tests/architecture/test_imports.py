@@ -20,7 +20,7 @@ assert not heavy, heavy
 """
 
 ENCODE = """
-from xllm.protocol.client import ChatMessage
+from xllm.protocol.generation import ChatMessage
 from xllm.router.text.model import load_text_model
 
 model = load_text_model({path!r})

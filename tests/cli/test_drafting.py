@@ -11,7 +11,7 @@ from xllm.cli.model_source import demo_model_path
 from xllm.cli.offline import OfflineEngine
 from xllm.client.requests import build_submit
 from xllm.config.load import load
-from xllm.protocol.client import RequestFinished
+from xllm.protocol.generation import RequestFinished
 
 TEXT = "one two three four five six seven, " * 6
 ASKED: dict[str, dict[str, Any]] = {

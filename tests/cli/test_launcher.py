@@ -19,7 +19,7 @@ from xllm.cli.startup import ServiceAddresses
 from xllm.config.load import load
 from xllm.errors import BrokenError
 from xllm.protocol.actor.children import ChildSpec
-from xllm.protocol.client import ModelInfo
+from xllm.protocol.questions import ModelInfo
 
 pytestmark = pytest.mark.process
 

@@ -14,7 +14,7 @@ from xllm.cli.offline import OfflineEngine
 from xllm.client.requests import build_submit
 from xllm.config.load import load
 from xllm.errors import ContextLengthError, InvalidRequestError
-from xllm.protocol.client import ChatMessage, RequestFinished
+from xllm.protocol.generation import ChatMessage, RequestFinished
 from xllm.router.text.model import load_text_model
 
 

@@ -6,11 +6,19 @@ import asyncio
 import threading
 from array import array
 
-from xllm.protocol.client import (
+from xllm.protocol.client import BadMessage, ClientMessage
+from xllm.protocol.codec import Decoder
+from xllm.protocol.generation import (
     AbortRequest,
-    BadMessage,
     ChoiceResult,
-    ClientMessage,
+    RequestFailed,
+    RequestFinished,
+    SubmitRequest,
+    TokenDelta,
+    Usage,
+    next_life,
+)
+from xllm.protocol.questions import (
     DetokenizedText,
     DetokenizeIds,
     HealthReport,
@@ -22,18 +30,11 @@ from xllm.protocol.client import (
     ProcessStatus,
     QueryHealth,
     QueryStatus,
-    RequestFailed,
-    RequestFinished,
     RouterAddress,
     StatusReport,
-    SubmitRequest,
-    TokenDelta,
     TokenizedText,
     TokenizeText,
-    Usage,
-    next_life,
 )
-from xllm.protocol.codec import Decoder
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.router import RouterSocket
 

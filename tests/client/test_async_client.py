@@ -23,7 +23,7 @@ from xllm.errors import (
     PayloadTooLargeError,
     RequestAbortedError,
 )
-from xllm.protocol.client import ChatMessage
+from xllm.protocol.generation import ChatMessage
 from xllm.protocol.token_bytes import unpack_tokens
 
 

@@ -18,7 +18,7 @@ from xllm.errors import (
     OverloadedError,
     RateLimitError,
 )
-from xllm.protocol.client import RequestFinished, Usage
+from xllm.protocol.generation import RequestFinished, Usage
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from tests.client.fake_router import FakeRouter
 from tests.client.test_async_client import free_endpoint, until
 from xllm import AsyncClient
 from xllm.errors import BrokenError, DeadlineError, PermissionDeniedError, RequestAbortedError
-from xllm.protocol.client import LIFE_ATTEMPTS, RouterAddress
+from xllm.protocol.generation import LIFE_ATTEMPTS
+from xllm.protocol.questions import RouterAddress
 
 
 def with_routers(count, test, **options) -> None:

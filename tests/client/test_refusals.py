@@ -15,7 +15,8 @@ from xllm.client.refusals import JUDGED_IN_S, Refusals, is_worth_another
 from xllm.client.retries import MAX_LOSSES, RETRY_BURST
 from xllm.client.session import ClientSession
 from xllm.errors import BrokenError, OverloadedError, UnavailableError
-from xllm.protocol.client import ListModels, RequestFailed, SubmitRequest, TokenDelta
+from xllm.protocol.generation import RequestFailed, SubmitRequest, TokenDelta
+from xllm.protocol.questions import ListModels
 
 
 def refusal(request_id: int = 1, code: str = "unavailable") -> RequestFailed:

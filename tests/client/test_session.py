@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from xllm.client.retries import RETRY_BURST
 from xllm.client.session import ClientSession
 from xllm.errors import BadMessageError, BrokenError, ConflictError, DeadlineError, OverloadedError
-from xllm.protocol.client import (
+from xllm.protocol.client import BadMessage
+from xllm.protocol.generation import (
     AbortRequest,
-    BadMessage,
-    ModelList,
     RequestFailed,
     RequestFinished,
     SubmitRequest,
     TokenDelta,
     Usage,
 )
+from xllm.protocol.questions import ModelList
 
 
 class Recorder:

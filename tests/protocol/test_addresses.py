@@ -7,7 +7,7 @@ import pytest
 
 from tests.protocol.socket_pairs import BOTH, echo_pair, run, until
 from xllm.errors import BrokenError, ClosedError, ConfigError, ListenError, NameTakenError
-from xllm.protocol.client import AbortRequest
+from xllm.protocol.generation import AbortRequest
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.endpoint import own_endpoint

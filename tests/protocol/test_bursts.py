@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.protocol.socket_pairs import BOTH, echo_pair, run, until
 from xllm.errors import BackpressureError, BrokenError
-from xllm.protocol.client import AbortRequest, BadMessage
+from xllm.protocol.client import BadMessage
+from xllm.protocol.generation import AbortRequest
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.limits import SocketLimits

@@ -6,7 +6,7 @@ import socket as sockets
 import time
 
 from tests.protocol.socket_pairs import BOTH, echo_pair, run, until
-from xllm.protocol.client import AbortRequest
+from xllm.protocol.generation import AbortRequest
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.router import RouterSocket

@@ -7,15 +7,9 @@ import msgpack
 import pytest
 
 from xllm.errors import BadMessageError
-from xllm.protocol.client import (
-    ChoiceResult,
-    ClientMessage,
-    RequestFinished,
-    SubmitRequest,
-    TokenDelta,
-    Usage,
-)
+from xllm.protocol.client import ClientMessage
 from xllm.protocol.codec import Decoder, encode
+from xllm.protocol.generation import ChoiceResult, RequestFinished, SubmitRequest, TokenDelta, Usage
 
 DECODER: Decoder[ClientMessage] = Decoder(ClientMessage)
 

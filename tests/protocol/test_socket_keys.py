@@ -7,7 +7,7 @@ import zmq
 
 from tests.protocol.socket_pairs import BOTH, run, until
 from xllm.errors import BrokenError, ConfigError
-from xllm.protocol.client import AbortRequest
+from xllm.protocol.generation import AbortRequest
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.router import RouterSocket

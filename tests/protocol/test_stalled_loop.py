@@ -15,8 +15,9 @@ import sys
 import threading
 
 from xllm.protocol.bus import BusMessage, RouterPresence
-from xllm.protocol.client import AbortRequest, ClientMessage
+from xllm.protocol.client import ClientMessage
 from xllm.protocol.codec import Decoder
+from xllm.protocol.generation import AbortRequest
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.limits import SocketLimits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.router.fake_cluster import FakeCluster, ListSink
 from xllm.config.admission import AdmissionSettings
 from xllm.protocol.bus import InstanceLoad
-from xllm.protocol.client import SubmitRequest
+from xllm.protocol.generation import SubmitRequest
 from xllm.protocol.sampling import SamplingParams
 from xllm.router.front import Tenant
 

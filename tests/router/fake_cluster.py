@@ -13,13 +13,8 @@ from xllm.config.router import RouterSettings
 from xllm.config.routing import RoutingSettings
 from xllm.config.settings import Settings
 from xllm.protocol.bus import InstanceHeartbeat
-from xllm.protocol.client import (
-    RequestFailed,
-    RequestFinished,
-    RouterMessage,
-    SubmitRequest,
-    TokenDelta,
-)
+from xllm.protocol.client import RouterMessage
+from xllm.protocol.generation import RequestFailed, RequestFinished, SubmitRequest, TokenDelta
 from xllm.protocol.instance import (
     AdmitRequest,
     CancelRequest,

@@ -11,15 +11,9 @@ from xllm.config.cluster import ClusterSettings
 from xllm.config.router import RouterSettings
 from xllm.config.served_model import ModelSettings
 from xllm.config.settings import Settings
-from xllm.protocol.client import (
-    BadMessage,
-    RequestFailed,
-    RequestFinished,
-    RouterMessage,
-    SubmitRequest,
-    TokenDelta,
-)
+from xllm.protocol.client import BadMessage, RouterMessage
 from xllm.protocol.codec import Decoder
+from xllm.protocol.generation import RequestFailed, RequestFinished, SubmitRequest, TokenDelta
 from xllm.protocol.registry.embedded import EmbeddedRegistryServer
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.transport.context import Transport

@@ -10,7 +10,7 @@ import pytest
 from tests.router.admission_cluster import BUSY, IDLE, ask, close, cluster_with, metrics, sent_to
 from tests.router.fake_cluster import ListSink, in_loop
 from xllm.protocol.bus import InstanceLoad
-from xllm.protocol.client import (
+from xllm.protocol.generation import (
     LIFE_ATTEMPTS,
     ChatMessage,
     RequestFinished,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xllm.protocol.client import ChatMessage, ContentPart, ResumePoint, SubmitRequest
+from xllm.protocol.generation import ChatMessage, ContentPart, ResumePoint, SubmitRequest
 from xllm.protocol.token_bytes import pack_tokens
 from xllm.router.effort import LONG_IDS, LONG_TALK_MESSAGES, LONG_TEXT_CHARS, is_long_request
 

@@ -11,11 +11,7 @@ from hypothesis import strategies as st
 from tests.router.fake_cluster import FakeCluster, FakeLinks, in_loop
 from xllm.config.admission import AdmissionSettings
 from xllm.protocol.bus import InstanceHeartbeat, InstanceLoad
-from xllm.protocol.client import (
-    LIFE_ATTEMPTS,
-    RequestFinished,
-    ResumePoint,
-)
+from xllm.protocol.generation import LIFE_ATTEMPTS, RequestFinished, ResumePoint
 from xllm.protocol.records import InstanceRecord
 from xllm.router.placement import Placement
 from xllm.router.policies.question import RouteFigures

@@ -9,7 +9,8 @@ import pytest
 import structlog
 
 from tests.router.fake_cluster import FakeCluster, in_loop, text_model
-from xllm.protocol.client import RequestFinished, SetModelSleep
+from xllm.protocol.administration import SetModelSleep
+from xllm.protocol.generation import RequestFinished
 from xllm.protocol.instance import (
     PooledVector,
     ProbeAnswer,

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.router.fake_cluster import FakeCluster, in_loop, text_model
-from xllm.protocol.client import RequestFailed, RequestFinished
+from xllm.protocol.generation import RequestFailed, RequestFinished
 from xllm.router.state.move_budget import MOVE_BURST
 from xllm.router.state.moves import PATIENCE_S
 from xllm.router.state.request import RequestLife

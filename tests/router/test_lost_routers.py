@@ -7,7 +7,7 @@ import pytest
 from tests.router.admission_cluster import BUSY, ask, close, cluster_with, sent_to
 from tests.router.fake_cluster import in_loop
 from xllm.protocol.bus import RouterPresence, TenantUse
-from xllm.protocol.client import LIFE_ATTEMPTS, ResumePoint
+from xllm.protocol.generation import LIFE_ATTEMPTS, ResumePoint
 
 
 def again(outputs: tuple[int, ...] = ()) -> ResumePoint:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.router.oracle import make, model, stream
-from xllm.protocol.client import RequestFailed, RequestFinished, TokenDelta
+from xllm.protocol.generation import RequestFailed, RequestFinished, TokenDelta
 from xllm.protocol.instance import AdmitRequest, PromptScores, RequestEnded, TokenItem
 from xllm.protocol.sampling import SamplingParams, TokenLogprobs
 from xllm.router.state.instructions import SendTo, Wish

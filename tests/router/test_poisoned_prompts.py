@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.master.toy_instance import ToyInstance
 from tests.router.oracle import model
 from xllm.master.lifecycle import StepInFlight
-from xllm.protocol.client import RequestFailed, RequestFinished
+from xllm.protocol.generation import RequestFailed, RequestFinished
 from xllm.protocol.instance import AdmitRequest, CancelRequest, RequestEnded
 from xllm.protocol.sampling import SamplingParams
 from xllm.router.placement import for_suspects

@@ -13,7 +13,7 @@ from tests.router.fake_instance import MODEL, drawn
 from tests.router.http.front_thread import sse_blocks
 from tests.router.router_bench import until
 from xllm.config.admission import AdmissionSettings
-from xllm.protocol.client import RequestFinished, SubmitRequest, TokenDelta
+from xllm.protocol.generation import RequestFinished, SubmitRequest, TokenDelta
 from xllm.protocol.instance import HeldTokens, QueryTokens
 from xllm.protocol.sampling import SamplingParams
 from xllm.router import recall

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.router.oracle import STOPS, ServedLife, expected, item, make, model, start, stream
-from xllm.protocol.client import (
+from xllm.protocol.generation import (
     LIFE_ATTEMPTS,
     RequestFailed,
     RequestFinished,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.router.oracle import STOPS, ServedLife, expected, model, stream
 from xllm.client.session import ClientSession
-from xllm.protocol.client import RequestFinished, SubmitRequest
+from xllm.protocol.generation import RequestFinished, SubmitRequest
 from xllm.protocol.sampling import SamplingParams
 from xllm.router.state.instructions import Wish
 from xllm.router.state.request import RequestLife

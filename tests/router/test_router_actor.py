@@ -14,21 +14,19 @@ from xllm.config.router import RouterSettings
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError, DependencyError
 from xllm.protocol.bus import RouterPresence
-from xllm.protocol.client import (
-    AbortRequest,
+from xllm.protocol.codec import Decoder, encode
+from xllm.protocol.generation import AbortRequest, RequestFinished, TokenDelta
+from xllm.protocol.instance import DrainInstance
+from xllm.protocol.questions import (
     DetokenizeIds,
     HealthReport,
     ListModels,
     QueryHealth,
     QueryStatus,
-    RequestFinished,
     StatusReport,
-    TokenDelta,
     TokenizedText,
     TokenizeText,
 )
-from xllm.protocol.codec import Decoder, encode
-from xllm.protocol.instance import DrainInstance
 from xllm.protocol.records import RouterRecord, router_key
 from xllm.protocol.transport.pubsub import PublisherSocket, SubscriberSocket
 from xllm.router.actor import RouterActor

@@ -6,8 +6,8 @@ import msgspec
 
 from tests.router.fake_instance import MODEL, drawn
 from tests.router.router_bench import until
-from xllm.protocol.client import RequestFinished
 from xllm.protocol.codec import Decoder, encode
+from xllm.protocol.generation import RequestFinished
 from xllm.protocol.records import DaemonRecord, InstanceRecord, daemon_key, instance_key
 from xllm.router import hearing
 

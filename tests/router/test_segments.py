@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tests.fixtures.tokenizers import write_byte_fallback, write_byte_level
 from tests.router.model_dirs import byte_level_tokenizer
 from xllm.cli.model_source import demo_model_path
-from xllm.protocol.client import ChatMessage
+from xllm.protocol.generation import ChatMessage
 from xllm.router.text.model import TextModel, load_text_model
 from xllm.router.text.pieces import ByteLevelScheme
 from xllm.router.text.segments import CHUNK_CHARS, make_segment_encoder

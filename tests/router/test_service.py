@@ -8,7 +8,7 @@ import time
 from tests.router.fake_cluster import FakeCluster, in_loop, text_model
 from xllm.config.admission import AdmissionSettings
 from xllm.kvcache.hashing import chain_hashes
-from xllm.protocol.client import RequestFinished, SubmitRequest, TokenDelta
+from xllm.protocol.generation import RequestFinished, SubmitRequest, TokenDelta
 from xllm.protocol.instance import TokenBatch, TokenItem
 from xllm.router.front import Tenant
 from xllm.router.state.request import RequestLife

@@ -10,7 +10,8 @@ from tests.router.admission_cluster import ask, close, cluster_with, metrics
 from tests.router.fake_cluster import ListSink, in_loop
 from xllm.errors import ModelNotFoundError, RateLimitError
 from xllm.protocol.bus import RouterPresence, TenantUse
-from xllm.protocol.client import DetokenizeIds, SubmitRequest, TokenizeText
+from xllm.protocol.generation import SubmitRequest
+from xllm.protocol.questions import DetokenizeIds, TokenizeText
 from xllm.protocol.sampling import SamplingParams
 from xllm.router.front import Tenant
 

@@ -11,15 +11,14 @@ import pytest
 from tests.router.fake_cluster import CONTEXT, TENANT, FakeCluster, ListSink, in_loop, text_model
 from xllm.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from xllm.kvcache.hashing import chain_hashes
-from xllm.protocol.client import (
+from xllm.protocol.generation import (
     LIFE_ATTEMPTS,
     ChatMessage,
-    DetokenizeIds,
     RequestFailed,
     ResumePoint,
     SubmitRequest,
-    TokenizeText,
 )
+from xllm.protocol.questions import DetokenizeIds, TokenizeText
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import pack_tokens
 from xllm.router.front import Tenant

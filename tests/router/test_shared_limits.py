@@ -7,7 +7,7 @@ import dataclasses
 from tests.router.fake_instance import MODEL
 from tests.router.router_bench import RawClient, until
 from xllm.config.admission import AdmissionSettings
-from xllm.protocol.client import AbortRequest, RequestFailed, ResumePoint
+from xllm.protocol.generation import AbortRequest, RequestFailed, ResumePoint
 from xllm.router.actor import RouterActor
 
 ALL = 3

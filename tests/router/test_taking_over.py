@@ -8,15 +8,8 @@ import pytest
 
 from tests.router.router_bench import until
 from xllm.protocol.authority import PeerRole
-from xllm.protocol.client import (
-    LIFE_ATTEMPTS,
-    Ping,
-    Pong,
-    RequestFailed,
-    ResumePoint,
-    RouterAddress,
-    SubmitRequest,
-)
+from xllm.protocol.generation import LIFE_ATTEMPTS, RequestFailed, ResumePoint, SubmitRequest
+from xllm.protocol.questions import Ping, Pong, RouterAddress
 from xllm.protocol.records import RouterRecord
 from xllm.protocol.sampling import SamplingParams
 from xllm.router.front import Tenant

@@ -15,7 +15,7 @@ from tests.router.model_dirs import (
     write_model,
 )
 from xllm.errors import DependencyError, InvalidRequestError
-from xllm.protocol.client import ChatMessage, ContentPart
+from xllm.protocol.generation import ChatMessage, ContentPart
 from xllm.router.text.model import load_text_model
 
 TALK = (
@@ -191,7 +191,7 @@ def test_text_needs_neither_torch_nor_transformers(tmp_path):
     write_model(tmp_path, byte_level_tokenizer())
     code = (
         "import sys; from xllm.router.text.model import load_text_model;"
-        "from xllm.protocol.client import ChatMessage;"
+        "from xllm.protocol.generation import ChatMessage;"
         f"m = load_text_model({str(tmp_path)!r});"
         "t = m.render((ChatMessage(role='user', content='hi'),), {}); assert m.encode(t, False);"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.router.fake_cluster import CONTEXT, FakeCluster, in_loop
 from xllm.config.router import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError, RequestError
-from xllm.protocol.client import ChatMessage, ContentPart, ResumePoint, SubmitRequest
+from xllm.protocol.generation import ChatMessage, ContentPart, ResumePoint, SubmitRequest
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import pack_tokens
 from xllm.router import validation

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.router.fake_cluster import CONTEXT, WIDTH, FakeCluster, in_loop
 from xllm.errors import InvalidRequestError
-from xllm.protocol.client import ChatMessage, RequestFailed, RequestFinished, ResumePoint
+from xllm.protocol.generation import ChatMessage, RequestFailed, RequestFinished, ResumePoint
 from xllm.protocol.instance import PooledVector, TokenBatch
 from xllm.protocol.token_bytes import pack_tokens
 from xllm.router.embedding import check_task, shorten
@@ -192,7 +192,7 @@ async def test_each_refusal_names_what_the_model_is_for():
 
 
 def test_what_is_asked_must_be_what_is_served():
-    from xllm.protocol.client import SubmitRequest
+    from xllm.protocol.generation import SubmitRequest
 
     check_task(SubmitRequest(id=1, embed=True), "embed", "m")
     check_task(SubmitRequest(id=1), "generate", "m")

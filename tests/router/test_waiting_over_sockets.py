@@ -9,7 +9,8 @@ import urllib.request
 
 from tests.router.fake_instance import MODEL, FakeInstance, drawn
 from tests.router.router_bench import until
-from xllm.protocol.client import QueryHealth, RequestFinished, SubmitRequest
+from xllm.protocol.generation import RequestFinished, SubmitRequest
+from xllm.protocol.questions import QueryHealth
 from xllm.protocol.sampling import SamplingParams
 
 

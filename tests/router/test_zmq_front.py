@@ -6,15 +6,8 @@ import asyncio
 
 from tests.router.fake_cluster import FakeCluster, in_loop, text_model
 from xllm.errors import BackpressureError, BrokenError
-from xllm.protocol.client import (
-    ListModels,
-    QueryHealth,
-    QueryStatus,
-    RequestFailed,
-    RequestFinished,
-    SubmitRequest,
-    TokenDelta,
-)
+from xllm.protocol.generation import RequestFailed, RequestFinished, SubmitRequest, TokenDelta
+from xllm.protocol.questions import ListModels, QueryHealth, QueryStatus
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.transport.context import Transport
 from xllm.router import zmq_front

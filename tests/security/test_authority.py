@@ -27,9 +27,11 @@ from xllm.protocol.authority import (
     rule_of,
 )
 from xllm.protocol.bus import RouterPresence
-from xllm.protocol.client import BadMessage, ClientMessage, ListModels, RequestFailed, RouterMessage
+from xllm.protocol.client import BadMessage, ClientMessage, RouterMessage
 from xllm.protocol.codec import Decoder
+from xllm.protocol.generation import RequestFailed
 from xllm.protocol.instance import FrameRefused
+from xllm.protocol.questions import ListModels
 from xllm.protocol.transport.allow_list import CLIENT_DOMAIN
 from xllm.protocol.transport.pubsub import PublisherSocket
 from xllm.protocol.transport.router import RouterSocket
@@ -207,7 +209,7 @@ def test_a_refusal_at_the_client_port_is_the_end_of_the_request():
         )
         answers = []
         app = nodes.dealer("app", front.endpoint, Decoder(RouterMessage), answers.append)
-        from xllm.protocol.client import SetModelSleep
+        from xllm.protocol.administration import SetModelSleep
 
         app.send(SetModelSleep(id=7, model="m", asleep=True))
         app.send(ListModels(id=8))

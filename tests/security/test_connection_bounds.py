@@ -14,8 +14,9 @@ import zmq
 from tests.security.keyed_peers import run, until
 from tests.security.socket_words import ANYWHERE, BOTH
 from xllm.errors import BackpressureError
-from xllm.protocol.client import AbortRequest, ListModels
 from xllm.protocol.codec import encode
+from xllm.protocol.generation import AbortRequest
+from xllm.protocol.questions import ListModels
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.limits import SocketLimits, connection_limit
 from xllm.protocol.transport.pubsub import PublisherSocket

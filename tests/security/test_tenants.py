@@ -6,7 +6,7 @@ import pytest
 
 from tests.router.fake_cluster import FakeCluster, ListSink, in_loop
 from xllm.protocol.authority import CLIENT_ROLES, KnownPeer
-from xllm.protocol.client import RequestFailed, SubmitRequest
+from xllm.protocol.generation import RequestFailed, SubmitRequest
 from xllm.router.front import Tenant, tenant_of
 
 PROMPT = tuple(range(1, 41))

@@ -15,7 +15,7 @@ import pytest
 
 from tests.cli.toy_model import expected_ids, make_toy_model
 from tests.serve.served import Served
-from xllm.protocol.client import ChatMessage
+from xllm.protocol.generation import ChatMessage
 from xllm.router.text.model import load_text_model
 
 pytestmark = pytest.mark.process

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xllm.client.results import Completion, Timing
-from xllm.protocol.client import Usage
+from xllm.protocol.generation import Usage
 
 
 def figures_line(usage: Usage, timing: Timing) -> str:

@@ -18,7 +18,7 @@ from xllm.master.limits import InstanceLimits
 from xllm.master.outcome import StepOutcome
 from xllm.master.scheduler import Scheduler
 from xllm.master.strategies.policy import build_policy
-from xllm.protocol.client import RequestFailed, RequestFinished, SubmitRequest, TokenDelta
+from xllm.protocol.generation import RequestFailed, RequestFinished, SubmitRequest, TokenDelta
 from xllm.protocol.instance import AdmitRequest, CancelRequest
 from xllm.protocol.records import InstanceRecord
 from xllm.protocol.step import WorkerReady

@@ -19,7 +19,7 @@ from xllm.client.requests import build_submit
 from xllm.client.results import AnswerBuilder, Completion
 from xllm.config.settings import Settings
 from xllm.errors import ConfigError
-from xllm.protocol.client import RequestFinished
+from xllm.protocol.generation import RequestFinished
 
 
 @click.command(context_settings={"max_content_width": 100})

@@ -9,7 +9,7 @@ import msgspec
 
 from xllm.cli.client_flags import service_options
 from xllm.client.synchronous import Client
-from xllm.protocol.client import ProcessStatus
+from xllm.protocol.questions import ProcessStatus
 
 _HEADINGS = ("name", "kind", "role", "model", "state", "waiting", "running", "KV used", "seen")
 

@@ -6,7 +6,8 @@ from xllm.client.asynchronous import AsyncClient
 from xllm.client.results import Choice, Completion, Embeddings, StreamDelta, Timing
 from xllm.client.stream import TokenStream
 from xllm.client.synchronous import Client, SyncStream
-from xllm.protocol.client import HealthReport, ModelInfo, ProcessStatus, Usage
+from xllm.protocol.generation import Usage
+from xllm.protocol.questions import HealthReport, ModelInfo, ProcessStatus
 from xllm.protocol.sampling import TokenLogprobs
 
 __all__ = [

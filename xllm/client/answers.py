@@ -10,7 +10,7 @@ from collections.abc import Callable
 from xllm.client.open_request import EndMessage
 from xllm.client.results import AnswerBuilder, Completion, StreamDelta
 from xllm.errors import XllmError
-from xllm.protocol.client import RequestFinished, TokenDelta
+from xllm.protocol.generation import RequestFinished, TokenDelta
 
 StreamItem = StreamDelta | XllmError | None
 """A delta, the error that ended a stream, or None for its good end."""

@@ -24,24 +24,26 @@ from xllm.client.requests import Messages, Prompt, build_embed, build_submit, bu
 from xllm.client.results import AnswerBuilder, Completion, Embeddings
 from xllm.client.stream import TokenStream
 from xllm.errors import BadMessageError, ClosedError, InvalidRequestError
-from xllm.protocol.client import (
-    ClientMessage,
+from xllm.protocol.administration import (
+    ModelSleepSet,
+    ObjectivesSet,
+    RoleSet,
+    SetModelSleep,
+    SetObjectives,
+    SetRole,
+)
+from xllm.protocol.client import ClientMessage
+from xllm.protocol.generation import RequestFinished
+from xllm.protocol.questions import (
     DetokenizedText,
     DetokenizeIds,
     HealthReport,
     ListModels,
     ModelInfo,
     ModelList,
-    ModelSleepSet,
-    ObjectivesSet,
     ProcessStatus,
     QueryHealth,
     QueryStatus,
-    RequestFinished,
-    RoleSet,
-    SetModelSleep,
-    SetObjectives,
-    SetRole,
     StatusReport,
     TokenizedText,
 )

@@ -30,16 +30,10 @@ from xllm.errors import (
     PermissionDeniedError,
     XllmError,
 )
-from xllm.protocol.client import (
-    AbortRequest,
-    ClientMessage,
-    Ping,
-    Pong,
-    RequestFailed,
-    RouterMessage,
-    SubmitRequest,
-)
+from xllm.protocol.client import ClientMessage, RouterMessage
 from xllm.protocol.codec import Decoder
+from xllm.protocol.generation import AbortRequest, RequestFailed, SubmitRequest
+from xllm.protocol.questions import Ping, Pong
 from xllm.protocol.transport.context import Transport
 from xllm.protocol.transport.dealer import DealerSocket
 from xllm.protocol.transport.endpoint import check_public_key

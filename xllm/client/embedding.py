@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from xllm.client.requests import Prompt
 from xllm.client.results import Embeddings
 from xllm.errors import InvalidRequestError, RateLimitError, RequestError
-from xllm.protocol.client import RequestFinished, Usage
+from xllm.protocol.generation import RequestFinished, Usage
 
 Inputs = str | Sequence[int] | Sequence[str | Sequence[int]]
 """A text, token ids, or a list of either."""

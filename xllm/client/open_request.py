@@ -12,22 +12,22 @@ from typing import Protocol
 import msgspec
 
 from xllm.errors import XllmError
-from xllm.protocol.client import (
-    ClientMessage,
+from xllm.protocol.administration import ModelSleepSet, ObjectivesSet, RoleSet
+from xllm.protocol.client import ClientMessage
+from xllm.protocol.generation import (
+    RequestFinished,
+    ResumePoint,
+    SubmitRequest,
+    TokenDelta,
+    next_life,
+)
+from xllm.protocol.questions import (
     DetokenizedText,
     HealthReport,
     ModelList,
-    ModelSleepSet,
-    ObjectivesSet,
     Pong,
-    RequestFinished,
-    ResumePoint,
-    RoleSet,
     StatusReport,
-    SubmitRequest,
-    TokenDelta,
     TokenizedText,
-    next_life,
 )
 
 EndMessage = (

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from xllm.client.retries import MAX_LOSSES
 from xllm.errors import UnavailableError, XllmError
-from xllm.protocol.client import ClientMessage, RequestFailed, SubmitRequest
+from xllm.protocol.client import ClientMessage
+from xllm.protocol.generation import RequestFailed, SubmitRequest
 
 JUDGED_IN_S = 0.05
 """So long a router may have other requests of this client before it is kept for their sake."""

@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from xllm.errors import InvalidRequestError
-from xllm.protocol.client import ChatMessage, ClientMessage, SubmitRequest, TokenizeText
+from xllm.protocol.client import ClientMessage
 from xllm.protocol.codec import encode
+from xllm.protocol.generation import ChatMessage, SubmitRequest
+from xllm.protocol.questions import TokenizeText
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import PACK_FROM, pack_tokens
 

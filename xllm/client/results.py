@@ -10,7 +10,7 @@ import dataclasses
 from array import array
 from typing import NamedTuple
 
-from xllm.protocol.client import ChoiceResult, RequestFinished, TokenDelta, Usage
+from xllm.protocol.generation import ChoiceResult, RequestFinished, TokenDelta, Usage
 from xllm.protocol.sampling import TokenLogprobs
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from xllm.config.exposure import is_local_endpoint
-from xllm.protocol.client import RouterAddress
+from xllm.protocol.questions import RouterAddress
 
 MAX_ROUTERS = 64
 """Known at a time; further names are not learnt."""

@@ -30,16 +30,9 @@ from xllm.errors import (
     XllmError,
     error_from_code,
 )
-from xllm.protocol.client import (
-    AbortRequest,
-    BadMessage,
-    ClientMessage,
-    Pong,
-    RequestFailed,
-    RouterMessage,
-    SubmitRequest,
-    TokenDelta,
-)
+from xllm.protocol.client import BadMessage, ClientMessage, RouterMessage
+from xllm.protocol.generation import AbortRequest, RequestFailed, SubmitRequest, TokenDelta
+from xllm.protocol.questions import Pong
 
 _SPARE_TIMERS = 64
 

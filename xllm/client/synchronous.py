@@ -21,7 +21,7 @@ from xllm.client.requests import Messages, Prompt
 from xllm.client.results import Completion, Embeddings, StreamDelta
 from xllm.client.stream import TokenStream
 from xllm.errors import ClosedError
-from xllm.protocol.client import HealthReport, ModelInfo, ProcessStatus
+from xllm.protocol.questions import HealthReport, ModelInfo, ProcessStatus
 
 T = TypeVar("T")
 

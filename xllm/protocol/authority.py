@@ -15,7 +15,18 @@ from typing import Any
 
 import msgspec
 
-from xllm.protocol import bus, cache, client, instance, launch, registry_wire, step
+from xllm.protocol import (
+    administration,
+    bus,
+    cache,
+    client,
+    generation,
+    instance,
+    launch,
+    questions,
+    registry_wire,
+    step,
+)
 
 
 class PeerRole(enum.StrEnum):
@@ -74,17 +85,17 @@ CONVERSATIONS: Mapping[str, tuple[str, Any]] = types.MappingProxyType(
 
 MATRIX: Mapping[type[msgspec.Struct], Roles] = types.MappingProxyType(
     {
-        client.SubmitRequest: _ASKING,
-        client.AbortRequest: _ASKING,
-        client.ListModels: _ASKING,
-        client.QueryHealth: _ASKING,
-        client.QueryStatus: _ASKING,
-        client.TokenizeText: _ASKING,
-        client.DetokenizeIds: _ASKING,
-        client.SetModelSleep: _ADMIN,
-        client.SetRole: _ADMIN,
-        client.SetObjectives: _ADMIN,
-        client.Ping: _ASKING,
+        generation.SubmitRequest: _ASKING,
+        generation.AbortRequest: _ASKING,
+        questions.ListModels: _ASKING,
+        questions.QueryHealth: _ASKING,
+        questions.QueryStatus: _ASKING,
+        questions.TokenizeText: _ASKING,
+        questions.DetokenizeIds: _ASKING,
+        administration.SetModelSleep: _ADMIN,
+        administration.SetRole: _ADMIN,
+        administration.SetObjectives: _ADMIN,
+        questions.Ping: _ASKING,
         instance.AdmitRequest: _ROUTER,
         instance.CancelRequest: _ROUTER,
         instance.DrainInstance: _ROUTER,

@@ -14,7 +14,7 @@ from typing import Concatenate, ParamSpec
 import structlog
 
 from xllm.errors import DeadlineError, InvariantError, XllmError
-from xllm.protocol.client import RequestFailed, RequestFinished, TokenDelta
+from xllm.protocol.generation import RequestFailed, RequestFinished, TokenDelta
 from xllm.protocol.instance import (
     CancelRequest,
     RequestEnded,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xllm.protocol.client import ChatMessage, SubmitRequest
+from xllm.protocol.generation import ChatMessage, SubmitRequest
 from xllm.protocol.token_bytes import TOKEN_BYTES
 
 LONG_TEXT_CHARS = 4096

@@ -9,7 +9,7 @@ import math
 from array import array
 
 from xllm.errors import InvalidRequestError
-from xllm.protocol.client import SubmitRequest
+from xllm.protocol.generation import SubmitRequest
 from xllm.protocol.sampling import SamplingParams
 
 _DEFAULTS = SamplingParams()

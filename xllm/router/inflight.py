@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from typing import Any, Protocol
 
-from xllm.protocol.client import RequestFailed, RequestFinished, ResumePoint, next_life
+from xllm.protocol.generation import RequestFailed, RequestFinished, ResumePoint, next_life
 from xllm.protocol.instance import InstanceRequest
 from xllm.router.front import Sink
 from xllm.router.state.request import RequestLife

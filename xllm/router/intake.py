@@ -16,7 +16,8 @@ import msgspec
 from xllm.config.router import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from xllm.kvcache.hashing import root_hash
-from xllm.protocol.client import ChatMessage, ModelInfo, SubmitRequest, TokenizeText
+from xllm.protocol.generation import ChatMessage, SubmitRequest
+from xllm.protocol.questions import ModelInfo, TokenizeText
 from xllm.protocol.records import InstanceRecord
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import PACK_FROM, TOKEN_BYTES, pack_tokens, unpack_tokens

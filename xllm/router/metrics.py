@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from xllm.protocol.client import RequestFailed, RequestFinished
+from xllm.protocol.generation import RequestFailed, RequestFinished
 
 TIME_BOUNDS = (
     0.001,

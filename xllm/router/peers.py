@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 
 from xllm.protocol.authority import PeerRole
-from xllm.protocol.client import RouterAddress
+from xllm.protocol.questions import RouterAddress
 from xllm.protocol.records import DaemonRecord, RouterRecord
 from xllm.router.membership import MembershipListener
 

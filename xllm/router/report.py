@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from xllm.protocol.client import ProcessStatus
+from xllm.protocol.questions import ProcessStatus
 from xllm.router.exposition import merge_texts
 from xllm.router.view import ClusterView, DaemonView, InstanceView
 

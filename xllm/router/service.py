@@ -17,20 +17,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from xllm import __version__
 from xllm.config.settings import Settings
 from xllm.errors import RequestAbortedError, UnavailableError
+from xllm.protocol.administration import SetObjectives, SetRole
 from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, RouterPresence
-from xllm.protocol.client import (
-    DetokenizedText,
-    DetokenizeIds,
-    HealthReport,
-    ModelInfo,
-    RouterMessage,
-    SetObjectives,
-    SetRole,
-    StatusReport,
-    SubmitRequest,
-    TokenizedText,
-    TokenizeText,
-)
+from xllm.protocol.client import RouterMessage
+from xllm.protocol.generation import SubmitRequest
 from xllm.protocol.instance import (
     HeldTokens,
     InstanceReply,
@@ -38,6 +28,15 @@ from xllm.protocol.instance import (
     RequestEnded,
     SleepSet,
     TokenBatch,
+)
+from xllm.protocol.questions import (
+    DetokenizedText,
+    DetokenizeIds,
+    HealthReport,
+    ModelInfo,
+    StatusReport,
+    TokenizedText,
+    TokenizeText,
 )
 from xllm.protocol.records import InstanceRecord
 from xllm.router.admission.breaker import CircuitBreakers

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 
 from xllm.errors import DeadlineError, InvalidRequestError, UnavailableError, error_from_code
-from xllm.protocol.client import ModelSleepSet, SetModelSleep
+from xllm.protocol.administration import ModelSleepSet, SetModelSleep
 from xllm.protocol.instance import SetSleep, SleepSet
 from xllm.router.models import ServedModels
 from xllm.router.view import ClusterView

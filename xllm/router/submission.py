@@ -22,7 +22,7 @@ from xllm.errors import (
     UnavailableError,
     XllmError,
 )
-from xllm.protocol.client import RequestFailed, SubmitRequest, next_life
+from xllm.protocol.generation import RequestFailed, SubmitRequest, next_life
 from xllm.protocol.transport.context import describe_error
 from xllm.router.admission.control import AdmissionControl
 from xllm.router.dispatcher import Dispatcher

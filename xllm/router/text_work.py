@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from xllm.protocol.client import (
-    DetokenizedText,
-    DetokenizeIds,
-    TokenizedText,
-    TokenizeText,
-)
+from xllm.protocol.questions import DetokenizedText, DetokenizeIds, TokenizedText, TokenizeText
 from xllm.router.effort import LONG_IDS, is_long_talk, is_long_text
 from xllm.router.front import Tenant
 from xllm.router.models import ServedModels

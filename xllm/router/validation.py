@@ -15,7 +15,7 @@ import numpy as np
 
 from xllm.config.router import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError
-from xllm.protocol.client import ChatMessage, ResumePoint, SubmitRequest
+from xllm.protocol.generation import ChatMessage, ResumePoint, SubmitRequest
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import TOKEN_BYTES, pack_tokens
 from xllm.router.embedding import check_embedding

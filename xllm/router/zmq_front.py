@@ -24,10 +24,17 @@ from xllm.errors import (
     TransportError,
     XllmError,
 )
-from xllm.protocol.client import (
+from xllm.protocol.administration import SetModelSleep, SetObjectives, SetRole
+from xllm.protocol.client import BadMessage, ClientMessage, RouterMessage
+from xllm.protocol.codec import Decoder
+from xllm.protocol.generation import (
     AbortRequest,
-    BadMessage,
-    ClientMessage,
+    RequestFailed,
+    RequestFinished,
+    SubmitRequest,
+    TokenDelta,
+)
+from xllm.protocol.questions import (
     DetokenizeIds,
     ListModels,
     ModelList,
@@ -35,18 +42,9 @@ from xllm.protocol.client import (
     Pong,
     QueryHealth,
     QueryStatus,
-    RequestFailed,
-    RequestFinished,
     RouterAddress,
-    RouterMessage,
-    SetModelSleep,
-    SetObjectives,
-    SetRole,
-    SubmitRequest,
-    TokenDelta,
     TokenizeText,
 )
-from xllm.protocol.codec import Decoder
 from xllm.protocol.transport.allow_list import CLIENT_DOMAIN
 from xllm.protocol.transport.context import Transport, describe_error
 from xllm.protocol.transport.limits import client_limits

@@ -10,21 +10,23 @@ from array import array
 from prometheus_client import CollectorRegistry, generate_latest
 
 from xllm.errors import InvalidRequestError, ModelNotFoundError
-from xllm.protocol.client import (
+from xllm.protocol.generation import (
     ChoiceResult,
+    RequestFailed,
+    RequestFinished,
+    SubmitRequest,
+    TokenDelta,
+    Usage,
+)
+from xllm.protocol.questions import (
     DetokenizedText,
     DetokenizeIds,
     HealthReport,
     ModelInfo,
     ProcessStatus,
-    RequestFailed,
-    RequestFinished,
     StatusReport,
-    SubmitRequest,
-    TokenDelta,
     TokenizedText,
     TokenizeText,
-    Usage,
 )
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.router.front import Sink, Tenant

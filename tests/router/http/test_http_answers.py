@@ -7,13 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm.protocol.client import (
-    ChoiceResult,
-    RequestFailed,
-    RequestFinished,
-    TokenDelta,
-    Usage,
-)
+from xllm.protocol.generation import ChoiceResult, RequestFailed, RequestFinished, TokenDelta, Usage
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.router.http.answer import MERGE_FROM, StreamedAnswer, WholeAnswer, merge_deltas
 from xllm.router.http.chat_shape import ChatShape

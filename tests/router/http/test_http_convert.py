@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from xllm.config.router import RouterSettings
 from xllm.errors import InvalidRequestError
-from xllm.protocol.client import ChatMessage, ContentPart
+from xllm.protocol.generation import ChatMessage, ContentPart
 from xllm.protocol.sampling import SamplingParams
 from xllm.router.http.convert import (
     chat_request,

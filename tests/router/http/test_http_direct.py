@@ -9,7 +9,7 @@ import pytest
 from tests.router.http.fake_service import FakeService
 from tests.router.http.front_thread import chat, raw_post, read_all, wait_until
 from xllm.config.router import RouterSettings
-from xllm.protocol.client import ChoiceResult, RequestFailed, RequestFinished, Usage
+from xllm.protocol.generation import ChoiceResult, RequestFailed, RequestFinished, Usage
 from xllm.router.http.limits import limits_of
 
 CHAT = "/v1/chat/completions"

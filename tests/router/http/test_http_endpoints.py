@@ -5,7 +5,7 @@ import pytest
 from tests.router.http.fake_service import FakeService
 from tests.router.http.front_thread import chat, sse_events, wait_until
 from xllm import __version__
-from xllm.protocol.client import RequestFailed
+from xllm.protocol.generation import RequestFailed
 from xllm.router.http import application
 
 

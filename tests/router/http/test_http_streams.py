@@ -11,7 +11,7 @@ import pytest
 from tests.router.http.fake_service import FakeService
 from tests.router.http.front_thread import chat, raw_post, read_all, sse_events, wait_until
 from xllm.config.router import RouterSettings
-from xllm.protocol.client import TokenDelta
+from xllm.protocol.generation import TokenDelta
 from xllm.router.http.limits import limits_of
 
 PATH = "/v1/chat/completions"

@@ -17,7 +17,7 @@ from xllm.protocol.bus import (
     InstanceLoad,
     RouterPresence,
 )
-from xllm.protocol.client import SubmitRequest
+from xllm.protocol.generation import SubmitRequest
 from xllm.protocol.records import experts_key, kv_key, load_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES
 from xllm.router.leadership.mirror import Mirror

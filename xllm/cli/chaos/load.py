@@ -22,7 +22,7 @@ from xllm.client.asynchronous import AsyncClient
 from xllm.client.open_request import EndMessage
 from xllm.client.requests import build_submit
 from xllm.errors import XllmError
-from xllm.protocol.client import TokenDelta
+from xllm.protocol.generation import TokenDelta
 
 ASK_AGAIN_S = 0.2
 """After a refusal or a failure a loop waits so long."""

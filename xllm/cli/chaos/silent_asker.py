@@ -8,7 +8,7 @@ from xllm.client.asynchronous import AsyncClient
 from xllm.client.open_request import EndMessage
 from xllm.client.requests import build_submit
 from xllm.errors import XllmError
-from xllm.protocol.client import TokenDelta
+from xllm.protocol.generation import TokenDelta
 
 _ASK_S = 120.0
 

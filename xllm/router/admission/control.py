@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from xllm.config.admission import AdmissionSettings
 from xllm.errors import InvalidRequestError, OverloadedError, UnavailableError
 from xllm.protocol.bus import RouterPresence, TenantUse
-from xllm.protocol.client import RequestFailed, RequestFinished
+from xllm.protocol.generation import RequestFailed, RequestFinished
 from xllm.router.admission.figures import AdmissionFigures
 from xllm.router.admission.limits_file import make_gate
 from xllm.router.admission.model_line import ModelLine

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from xllm.protocol.client import RequestFailed, RequestFinished, RouterMessage, TokenDelta
+from xllm.protocol.client import RouterMessage
+from xllm.protocol.generation import RequestFailed, RequestFinished, TokenDelta
 
 MESSAGE_BYTES = 256
 """What a message waiting to be sent costs beside its text and its tokens."""

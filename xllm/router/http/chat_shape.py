@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from xllm.protocol.client import ChoiceResult, RequestFinished, TokenDelta, Usage
+from xllm.protocol.generation import ChoiceResult, RequestFinished, TokenDelta, Usage
 from xllm.router.http.event_ids import EventStage
 from xllm.router.http.logprob_shape import chat_logprobs
 from xllm.router.http.shape import (

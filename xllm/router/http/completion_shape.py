@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from xllm.protocol.client import ChoiceResult, RequestFinished, TokenDelta, Usage
+from xllm.protocol.generation import ChoiceResult, RequestFinished, TokenDelta, Usage
 from xllm.router.http.event_ids import EventStage
 from xllm.router.http.logprob_shape import legacy_logprobs
 from xllm.router.http.shape import (

@@ -13,7 +13,7 @@ import msgspec
 
 from xllm.config.router import RouterSettings
 from xllm.errors import InvalidRequestError
-from xllm.protocol.client import ChatMessage, ContentPart, SubmitRequest
+from xllm.protocol.generation import ChatMessage, ContentPart, SubmitRequest
 from xllm.protocol.sampling import SamplingParams
 from xllm.router.http.schema import ABSENT, ChatBody, CompletionBody, GenerationBody, MessageBody
 

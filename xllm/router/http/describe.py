@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from xllm import __version__
 from xllm.errors import InvalidRequestError, ModelNotFoundError
-from xllm.protocol.client import DetokenizeIds, HealthReport, ModelInfo, TokenizeText
+from xllm.protocol.questions import DetokenizeIds, HealthReport, ModelInfo, TokenizeText
 from xllm.router.http.context import FrontContext, caller_of
 from xllm.router.http.convert import chat_messages
 from xllm.router.http.problem import field_named

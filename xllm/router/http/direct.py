@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from xllm.protocol.client import RequestFailed, RequestFinished, RouterMessage
+from xllm.protocol.client import RouterMessage
+from xllm.protocol.generation import RequestFailed, RequestFinished
 from xllm.router.http.context import Connection
 from xllm.router.http.problem import Problem, problem_headers, problem_json, problem_of_failure
 from xllm.router.http.shape import AnswerShape

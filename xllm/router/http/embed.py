@@ -17,7 +17,8 @@ import msgspec
 
 from xllm.config.router import RouterSettings
 from xllm.errors import InvalidRequestError
-from xllm.protocol.client import RequestFailed, RequestFinished, RouterMessage, SubmitRequest, Usage
+from xllm.protocol.client import RouterMessage
+from xllm.protocol.generation import RequestFailed, RequestFinished, SubmitRequest, Usage
 from xllm.router.http.batch import window_of
 from xllm.router.http.context import Caller, FrontContext, caller_of
 from xllm.router.http.convert import prompts_of

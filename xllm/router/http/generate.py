@@ -9,7 +9,7 @@ from functools import partial
 
 import msgspec
 
-from xllm.protocol.client import DetokenizeIds, TokenizeText
+from xllm.protocol.questions import DetokenizeIds, TokenizeText
 from xllm.router.http.chat_shape import ChatShape
 from xllm.router.http.completion_shape import CompletionShape, Echo
 from xllm.router.http.context import Caller, FrontContext, caller_of

@@ -17,7 +17,8 @@ import msgspec
 import structlog
 
 from xllm.errors import InvalidRequestError
-from xllm.protocol.client import RequestFailed, RouterMessage, SubmitRequest
+from xllm.protocol.client import RouterMessage
+from xllm.protocol.generation import RequestFailed, SubmitRequest
 from xllm.protocol.transport.context import describe_error
 from xllm.router.http.answer import StreamedAnswer, WholeAnswer
 from xllm.router.http.batch import check_together

@@ -21,7 +21,7 @@ from xllm.errors import (
     error_classes,
     error_from_code,
 )
-from xllm.protocol.client import RequestFailed
+from xllm.protocol.generation import RequestFailed
 
 EXPLAINED = (RequestError, OverloadedError, UnavailableError, DeadlineError)
 """Errors whose own message is written for clients."""

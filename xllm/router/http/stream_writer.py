@@ -12,7 +12,8 @@ from array import array
 from collections.abc import Sequence
 
 from xllm.errors import ConflictError
-from xllm.protocol.client import RequestFailed, RequestFinished, RouterMessage, TokenDelta
+from xllm.protocol.client import RouterMessage
+from xllm.protocol.generation import RequestFailed, RequestFinished, TokenDelta
 from xllm.router.http.event_ids import (
     EventSigner,
     EventStage,

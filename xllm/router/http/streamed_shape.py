@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 from typing import Any
 
-from xllm.protocol.client import ChoiceResult, TokenDelta
+from xllm.protocol.generation import ChoiceResult, TokenDelta
 from xllm.router.http.event_ids import EventStage
 from xllm.router.http.shape import MARK, Envelope, Events, EventTemplate, event
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from xllm.errors import InvalidRequestError
-from xllm.protocol.client import SubmitRequest
+from xllm.protocol.generation import SubmitRequest
 from xllm.router.validation import MAX_OBJECTIVE_MS
 
 

@@ -16,15 +16,10 @@ import structlog
 
 from xllm.config.cluster import ClusterSettings
 from xllm.errors import BadMessageError, InvalidRequestError, UnavailableError
+from xllm.protocol.administration import ObjectivesSet, RoleSet, SetObjectives, SetRole
 from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, RouterPresence
-from xllm.protocol.client import (
-    ObjectivesSet,
-    RoleSet,
-    RouterMessage,
-    SetObjectives,
-    SetRole,
-)
+from xllm.protocol.client import RouterMessage
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.instance import EpochRefused
 from xllm.protocol.records import InstanceRecord, LeaderRecord, leader_key, slo_key

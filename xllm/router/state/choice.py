@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xllm.errors import InvariantError
-from xllm.protocol.client import ChoiceResult, TokenDelta
+from xllm.protocol.generation import ChoiceResult, TokenDelta
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.router.state.spec import RequestSpec
 from xllm.router.text.output import TextOutput

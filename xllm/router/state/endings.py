@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xllm.protocol.client import RequestFailed, RequestFinished, Usage
+from xllm.protocol.generation import RequestFailed, RequestFinished, Usage
 from xllm.router.embedding import shorten
 from xllm.router.state.choice import ChoiceState
 from xllm.router.state.prompt_words import PromptWords

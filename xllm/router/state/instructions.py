@@ -10,7 +10,7 @@ import enum
 
 import msgspec
 
-from xllm.protocol.client import RequestFailed, RequestFinished, TokenDelta
+from xllm.protocol.generation import RequestFailed, RequestFinished, TokenDelta
 from xllm.protocol.instance import AdmitRequest, CancelRequest
 
 

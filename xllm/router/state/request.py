@@ -20,7 +20,7 @@ from xllm.errors import (
     UnavailableError,
     WorkerLostError,
 )
-from xllm.protocol.client import ResumePoint, next_life
+from xllm.protocol.generation import ResumePoint, next_life
 from xllm.protocol.instance import PASSED_TOKENS, CancelRequest, RequestEnded, TokenItem
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.router.state.choice import ChoiceState

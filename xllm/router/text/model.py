@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from xllm.errors import DependencyError, InvalidRequestError
-from xllm.protocol.client import ChatMessage
+from xllm.protocol.generation import ChatMessage
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import pack_tokens, unpack_tokens
 from xllm.router.text.detokenizer import Detokenizer, PieceDetokenizer, WindowDetokenizer

@@ -18,7 +18,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from xllm.errors import DependencyError, InvalidRequestError
-from xllm.protocol.client import ChatMessage
+from xllm.protocol.generation import ChatMessage
 from xllm.router.text.model_files import read_object, read_text
 
 TEMPLATE_KWARGS: Mapping[str, type] = {

@@ -10,8 +10,8 @@ from xllm.cli.chaos.scenarios.alarms import Quiet
 from xllm.cli.chaos.stage import Stage
 from xllm.cli.chaos.verdict import Injection
 from xllm.errors import DeadlineError, XllmError
-from xllm.protocol.client import ProcessStatus
 from xllm.protocol.message import OLDEST_PROTOCOL, PROTOCOL_VERSION
+from xllm.protocol.questions import ProcessStatus
 
 JOIN_S = 60.0
 SERVE_S = 1.0
