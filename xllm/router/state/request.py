@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from xllm.errors import (
     DeadlineError,
     EngineError,
@@ -21,9 +19,11 @@ from xllm.errors import (
     WorkerLostError,
 )
 from xllm.protocol.generation import ResumePoint, next_life
-from xllm.protocol.instance import PASSED_TOKENS, CancelRequest, RequestEnded, TokenItem
+from xllm.protocol.instance import CancelRequest, RequestEnded, TokenItem
 from xllm.protocol.sampling import TokenLogprobs
 from xllm.router.state.choice import ChoiceState
+from xllm.router.state.cutting import cut_at
+from xllm.router.state.death_marks import DeathMarks
 from xllm.router.state.endings import failed, finished
 from xllm.router.state.instructions import Instruction, SendTo, Wish
 from xllm.router.state.moves import MoveRecord
@@ -69,8 +69,8 @@ class RequestLife:
         """How long tokens are held at present; longer than asked while the client reads slowly."""
         self.cached_tokens = 0
         self.num_dropped = 0
-        self._marks: list[int] = []
-        """Tokens of each choice when an instance last died, and this request may be the reason."""
+        self._marks = DeathMarks()
+        """Of deaths that this request may be the reason of."""
         self._flush_wished = False
         self._heard = False
         """Whether the present attempt was accepted: a word of it came."""
@@ -242,34 +242,21 @@ class RequestLife:
         """Tokens of a choice that is not behind its border yet: those up to it are said apart
         from those beyond, and from the end."""
         border, choice.border = choice.border, 0
-        ids, logprobs = item.token_ids, item.logprobs
-        cut = border - item.first_index
-        if cut > len(ids) or (cut == len(ids) and item.finish_reason and item.stop_id >= 0):
+        end = item.first_index + len(item.token_ids)
+        if border > end or (border == end and item.finish_reason and item.stop_id >= 0):
             # The border is further on, or behind a stop id, which has no text.
             said = self.tokens(item)
             if len(choice.ids) < border:
                 choice.border = border
             return said
-        first = msgspec.structs.replace(
-            item,
-            token_ids=ids[:cut],
-            finish_reason="",
-            stop_id=-1,
-            logprobs=None if logprobs is None else logprobs[:cut],
-        )
+        first, rest = cut_at(item, border)
         parts = list(self.tokens(first))
         if len(choice.ids) < border:
             choice.border = 0 if choice.finish_reason else border
             return parts  # it ended, or the attempt was lost, before the border
         if self.spec.stream and choice.num_sent < len(choice.ids):
             parts.append(choice.delta(self.spec.client_id, self.attempt))
-        if cut < len(ids) or item.finish_reason:
-            rest = msgspec.structs.replace(
-                item,
-                first_index=border,
-                token_ids=ids[cut:],
-                logprobs=None if logprobs is None else logprobs[cut:],
-            )
+        if rest.token_ids or rest.finish_reason:
             parts += self.tokens(rest)
         return parts
 
@@ -360,25 +347,17 @@ class RequestLife:
             return self._finish()
         self._review()
         why = self.moves.died(self.instance, shared=shared)
-        self._marks = [len(choice.ids) for choice in self.choices]
+        self._marks.set_at(self.choices)
         return self._fail(EngineError.code, why, told=True) if why else self._move(told=True)
 
     def _review(self) -> None:
-        """What got further than it was when instances died was not the reason, alone or not: all
-        that was under way then has been computed again."""
-        if self.moves.num_deaths and self._has_passed():
+        if self.moves.num_deaths and self._marks.are_passed_by(self.choices):
             self.moves.passed()
 
     @property
     def is_suspect(self) -> bool:
         """Whether it is one of few that may be the reason of deaths, and has not passed yet."""
-        return self.moves.runs_alone and not self._has_passed()
-
-    def _has_passed(self) -> bool:
-        return all(
-            choice.finish_reason or len(choice.ids) >= mark + PASSED_TOKENS
-            for choice, mark in zip(self.choices, self._marks, strict=True)
-        )
+        return self.moves.runs_alone and not self._marks.are_passed_by(self.choices)
 
     def _move(self, told: bool) -> Sequence[Instruction]:
         """Leave the instance and ask for another, under the next attempt."""
