@@ -271,12 +271,15 @@ def test_bad_objectives_change_nothing(value):
 
 def test_a_lower_epoch_is_ignored_and_counted():
     standing = Standing()
+    assert standing.describe().startswith("nobody is known to")
     standing.elected("a", 10, "tcp://a")
     roles = (("i", "both"),)
     assert standing.heard(RouterPresence("b", "1", 1, (), 11, roles))
     assert (standing.leader, standing.epoch, standing.roles) == ("b", 11, roles)
     assert standing.address == ""
+    assert standing.describe().startswith("b does, at an address that is not known yet")
     standing.elected("b", 11, "tcp://b")
+    assert standing.describe() == "b at tcp://b does: ask there"
     assert not standing.heard(RouterPresence("a", "1", 1, (), 10, (("i", "decode"),)))
     standing.elected("a", 10, "tcp://a")
     assert (standing.leader, standing.address, standing.roles) == ("b", "tcp://b", roles)

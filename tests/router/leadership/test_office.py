@@ -113,7 +113,7 @@ def on_bench(test) -> None:
 
 def test_a_row_is_told_done_once_the_registry_has_it():
     async def body(b):
-        with pytest.raises(UnavailableError, match="only just"):
+        with pytest.raises(UnavailableError, match="any more"):
             await b.office.assign("a", "prefill", b.now)
         await b.elected()
         await b.turn()
@@ -128,16 +128,26 @@ def test_a_row_is_told_done_once_the_registry_has_it():
     on_bench(body)
 
 
-def test_a_row_is_refused_before_the_old_table_was_read():
+def test_an_operator_waits_until_the_old_table_was_read(monkeypatch):
     async def body(b):
+        with pytest.raises(UnavailableError, match="any more"):
+            await b.office.wait_read()
         await b.registry.inner.put(roles_key("c"), b'{"z": "decode"}')
         await b.elected()
         b.registry.gate.clear()
         await b.turn()
-        with pytest.raises(UnavailableError, match="only just"):
+        with pytest.raises(UnavailableError, match="any more"):
             await b.office.assign("a", "prefill", b.now)
+        asked = asyncio.ensure_future(b.office.wait_read())
+        await b.turn()
+        assert not asked.done()
+        with monkeypatch.context() as patch:
+            patch.setattr(office, "ASSIGN_S", 0.01)
+            with pytest.raises(UnavailableError, match="only just"):
+                await b.office.wait_read()
         b.registry.gate.set()
         await b.turn()
+        await asked
         await b.office.assign("a", "prefill", b.now)
         assert await b.table() == {"a": "prefill", "z": "decode"}
 

@@ -36,6 +36,7 @@ ASSIGN_S = 5.0
 """How long the registry gets to take what an operator waits for."""
 MAX_AMENDMENTS = 8
 """Others who may write a key between its reading and its writing, one after the other."""
+LEADS_NO_MORE = "this router does not lead any more: ask again"
 
 Amendment = Callable[[bytes | None], bytes | None]
 
@@ -132,23 +133,39 @@ class Office:
         if slo is None and entry is not None and entry.value == era.encode() == self._era.encode():
             self._objectives = ServiceObjectives()
 
-    async def assign(self, instance: str, role: str, now: float) -> None:
-        """Give an instance a role: returns when the registry has it. InvalidRequestError naming the
-        bound; UnavailableError: this router leads no more, has not read the table that the leader
-        before has left, or the registry has not taken it yet (it is tried on)."""
+    async def wait_read(self) -> None:
+        """Return once this router has read what the leader before has left: only then is what an
+        operator says added to it. UnavailableError: this router leads no more, or the registry has
+        not answered in time."""
+        late = "this router has only just begun to lead, and the registry has not answered it yet"
         epoch = self._candidate.epoch
-        if not epoch or self._epoch != epoch:
-            raise UnavailableError("this router has only just begun to lead: ask again")
+        await self._wait_worked(epoch, lambda: self._epoch == epoch, late)
+
+    async def assign(self, instance: str, role: str, now: float) -> None:
+        """Give an instance a role, behind `wait_read`: returns when the registry has it.
+        InvalidRequestError naming the bound; UnavailableError: this router leads no more, or the
+        registry has not taken it yet (it is tried on)."""
+        epoch = self._epoch
+        if not epoch or self._candidate.epoch != epoch:
+            raise UnavailableError(LEADS_NO_MORE)
         self.roles.assign(instance, role)
         self.tick(now)
+        late = "the registry has not taken the role yet"
+        await self._wait_worked(epoch, lambda: not self.roles.is_changed, late)
+
+    async def _wait_worked(self, epoch: int, is_done: Callable[[], bool], late: str) -> None:
+        """Until work with the registry has made `is_done()` true. UnavailableError: this router
+        does not lead under that epoch any more; or, saying `late`, it took too long."""
         try:
             async with asyncio.timeout(ASSIGN_S):
-                while self.roles.is_changed:
+                while True:
+                    if not epoch or self._candidate.epoch != epoch:
+                        raise UnavailableError(LEADS_NO_MORE)
+                    if is_done():
+                        return
                     await self._worked.wait()
-                    if self._candidate.epoch != epoch:
-                        raise UnavailableError("this router does not lead any more: ask again")
         except TimeoutError:
-            raise UnavailableError("the registry has not taken the role yet") from None
+            raise UnavailableError(late) from None
 
     async def amend(self, key: str, change: Amendment) -> bytes | None:
         """Write what `change` makes of a key's value (None: no key), and nothing that others write
@@ -172,7 +189,7 @@ class Office:
             if value is None or value == before:
                 return before
             if not self._candidate.epoch:
-                raise UnavailableError("this router does not lead any more")
+                raise UnavailableError(LEADS_NO_MORE)
             revision = 0 if entry is None else entry.mod_revision
             if (await self._registry.compare_and_set(key, revision, value)).ok:
                 return value

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from xllm.config.cluster import ClusterSettings
-from xllm.errors import BadMessageError, InvalidRequestError, UnavailableError
+from xllm.errors import BadMessageError, InvalidRequestError, TransportError, UnavailableError
 from xllm.protocol.administration import ObjectivesSet, RoleSet, SetObjectives, SetRole
 from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, RouterPresence
@@ -145,8 +145,8 @@ class Leadership(MembershipListener):
 
     async def command(self, message: SetRole | SetObjectives) -> RouterMessage:
         """Carry out an operator's wish, or say what is in force. UnavailableError, saying who
-        leads, where this router does not; InvalidRequestError naming the bound; TransportError:
-        the registry does not answer."""
+        leads, where this router does not, or that the registry does not answer; InvalidRequestError
+        naming the bound."""
         if isinstance(message, SetRole):
             check_row(message.instance, message.role)
         else:
@@ -155,11 +155,16 @@ class Leadership(MembershipListener):
             if isinstance(message, SetObjectives) and _asks_only(message):
                 now = self._service.objectives.now
                 return ObjectivesSet(id=message.id, ttft_ms=now.ttft_ms, tpot_ms=now.tpot_ms)
-            where = f"{self._standing.leader} at {self._standing.address}"
-            who = f"{where} does: ask there" if self._standing.leader else "nobody is known to"
-            raise UnavailableError(f"this router does not lead; {who}")
-        if isinstance(message, SetObjectives):
-            return await self._set_objectives(message)
+            raise UnavailableError(f"this router does not lead; {self._standing.describe()}")
+        try:
+            await self.office.wait_read()
+            if isinstance(message, SetObjectives):
+                return await self._set_objectives(message)
+            return await self._set_role(message)
+        except TransportError as error:
+            raise UnavailableError(f"the registry does not answer: {error.message}") from error
+
+    async def _set_role(self, message: SetRole) -> RoleSet:
         if self._service.view.get(message.instance) is None:
             raise InvalidRequestError(
                 f"no instance {message.instance!r} is there", param="instance"

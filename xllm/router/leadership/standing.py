@@ -42,6 +42,14 @@ class Standing:
         self.num_stale = 0
         """Words of replaced leaders that were ignored."""
 
+    def describe(self) -> str:
+        """Who leads, for one who asked a router that does not."""
+        if not self.leader:
+            return "nobody is known to: ask again"
+        if not self.address:
+            return f"{self.leader} does, at an address that is not known yet: ask again"
+        return f"{self.leader} at {self.address} does: ask there"
+
     def elected(self, leader: str, epoch: int, address: str) -> None:
         """The registry's key names a leader."""
         if epoch >= self.epoch:
