@@ -82,9 +82,9 @@ def test_ready_then_a_clean_end(tmp_path):
         launch.service.interrupt(signal.SIGINT)
 
     assert launch.run(conversation) == 0
-    for name in ("router", "master", "kvcache"):
+    for name, word in (("router", "listens"), ("master", "ready"), ("kvcache", "listens")):
         assert f"{name}: started" in launch.text
-        assert f"{name}: ready" in launch.text
+        assert f"{name}: {word} (pid" in launch.text
     assert "50% of" in launch.text
     assert "curl http://h:1/v1/chat/completions" in launch.text
     assert '"model": "m"' in launch.text

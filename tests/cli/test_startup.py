@@ -27,6 +27,15 @@ def test_ready_when_all_are():
     assert not startup.all_ready
 
 
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [("router", "listens"), ("kvcache", "listens"), ("worker", "loaded"), ("master", "ready")],
+)
+def test_only_an_instance_is_called_ready(kind, word):
+    line = Startup(["p"]).handle(ProcessReady(kind, "p", 5, (), "demo"))
+    assert line.split() == [kind, "p:", word, "(pid", "5),", "demo"]
+
+
 def test_the_reason_of_an_end_is_its_own_or_its_childs():
     startup = Startup(["a"])
     startup.handle(ProcessFailed("worker", "a/worker-0", "dependency_error", "no such device"))

@@ -65,7 +65,7 @@ def test_start_status_stop(run_dir, tmp_path):
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert [line.split(":")[0] for line in lines] == ["n-registry", "n-kvcache"]
-        assert all("ready (pid " in line for line in lines)
+        assert all("listens (pid " in line for line in lines)
         assert daemon_record(port).endpoint.startswith("tcp://127.0.0.1:")
         assert os.stat(run_dir / "run").st_mode & 0o777 == 0o700
         before = pids(file)

@@ -153,7 +153,7 @@ def test_an_instance_over_two_nodes(run_dir, tmp_path):
     expected = one_rank_tokens(nodes.model, prompt)
     with stopped_at_the_end(files["b"], files["c"], files["a"]):
         nodes.start("a")
-        assert "c-worker: ready" in nodes.start("c")  # it waits for its master
+        assert "c-worker: loaded" in nodes.start("c")  # it waits for its master
         lines = nodes.start("b").splitlines()
         assert [line.split(":")[0] for line in lines] == ["b-worker", "b-master"]
         assert nodes.generate(prompt) == expected

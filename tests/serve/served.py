@@ -12,6 +12,8 @@ import threading
 import time
 from typing import Self
 
+from xllm.cli.startup import ready_word
+
 READY_S = 60.0
 
 
@@ -96,8 +98,13 @@ class Served:
 
     def child(self, kind: str) -> int:
         """Pid of the latest process of a kind, from what the launcher showed."""
-        found = re.findall(rf"^{kind}\s.*: (?:started|ready) \(pid (\d+)\)", self.text, re.M)
+        words = f"started|{ready_word(kind)}"
+        found = re.findall(rf"^{kind}\s.*: (?:{words}) \(pid (\d+)\)", self.text, re.M)
         return int(found[-1])
+
+    def num_ready(self, kind: str) -> int:
+        """How often a process of a kind has started well, from what the launcher showed."""
+        return len(re.findall(rf"^{kind}\s.*: {ready_word(kind)} \(pid", self.text, re.M))
 
     def interrupt(self) -> None:
         """Ctrl-C."""

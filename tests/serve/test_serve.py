@@ -51,7 +51,11 @@ def xllm(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
 
 def test_lines_of_the_start(served):
     for kind in ("router", "master", "worker", "kvcache"):
-        assert any(line.startswith(kind) and "ready" in line for line in served.lines)
+        assert served.num_ready(kind) >= 1
+    (router,) = [line for line in served.lines if "router-0: listens (pid" in line]
+    assert "answers once an instance of" in router
+    first = next(line for line in served.lines if " ready (" in line or line.startswith("ready"))
+    assert first.startswith("master")
     assert "curl http://127.0.0.1:" in served.text
     assert served.errors == []
 

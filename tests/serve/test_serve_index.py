@@ -108,7 +108,7 @@ def restarted(served, kind, pid, num_ready) -> None:
     """The process is gone, and another in its place is ready."""
     wait_until(lambda: not alive([pid]), 20, "its end")
     wait_until(
-        lambda: len(re.findall(rf"^{kind}\s.*: ready", served.text, re.M)) > num_ready,
+        lambda: served.num_ready(kind) > num_ready,
         60,
         f"a new {kind}",
     )
@@ -135,7 +135,7 @@ def check_router(served) -> None:
     before = cached(served)
     assert before[0] > 20
     pid = served.child("router")
-    num_ready = len(re.findall(r"^router\s.*: ready", served.text, re.M))
+    num_ready = served.num_ready("router")
     os.kill(pid, signal.SIGKILL)
     restarted(served, "router", pid, num_ready)
     wait_until(lambda: is_equal(served), 30, "no divergence of the new router")
@@ -152,7 +152,7 @@ def check_instance(served) -> None:
     wait_until(lambda: is_equal(served), 30, "no divergence before")
     before = figure(served, "entries")
     pid = served.child("master")
-    num_ready = len(re.findall(r"^master\s.*: ready", served.text, re.M))
+    num_ready = served.num_ready("master")
     os.kill(pid, signal.SIGKILL)
     restarted(served, "master", pid, num_ready)
     wait_until(lambda: is_equal(served), 30, "no divergence after the instance's end")

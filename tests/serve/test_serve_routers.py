@@ -77,14 +77,14 @@ def test_routers_share_a_port_and_stand_in_for_each_other(served, model):
     wait_until(lambda: seen.add(answering_router(served)) or len(seen) == 2, 30, "both routers")
 
     # One dies: the other serves, and it comes again where it was.
-    started = re.findall(r"router-1: ready \(pid (\d+)\)", served.text)
+    started = re.findall(r"router-1: listens \(pid (\d+)\)", served.text)
     os.kill(int(started[-1]), signal.SIGKILL)
     first, second = endpoints(served)
     with Client(first, timeout_s=30) as client:
         done = client.generate(PROMPT, max_tokens=20, seed=4)
         assert done.token_ids == expected_ids(model, PROMPT, 20, seed=4)
     wait_until(
-        lambda: len(re.findall(r"router-1: ready", served.text)) == len(started) + 1,
+        lambda: len(re.findall(r"router-1: listens", served.text)) == len(started) + 1,
         30,
         "router-1 again",
     )

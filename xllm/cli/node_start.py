@@ -18,6 +18,7 @@ from xllm.cli.node_process import (
     start_detached,
     write_config,
 )
+from xllm.cli.startup import ready_word
 from xllm.cli.supervision import describe_exit
 from xllm.errors import DependencyError, error_from_exit_code
 from xllm.protocol.actor.base import Actor
@@ -90,7 +91,8 @@ class NodeStarter(Actor):
                 f"{reason} ({files.log})",
             )
         where = ", ".join(f"{what} {address}" for what, address in ready.addresses)
-        self._say(f"{process.name}: ready (pid {started.pid}) {where}".rstrip())
+        word = ready_word(ready.kind)
+        self._say(f"{process.name}: {word} (pid {started.pid}) {where}".rstrip())
 
     async def _wait_ready(self, started: subprocess.Popen[bytes]) -> ProcessReady | None:
         """The process's word that it is ready, or None once it ended."""

@@ -6,7 +6,8 @@ Pure. Knows which processes are expected, not how they are started or shown.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Mapping
 
 from xllm.protocol.launch import (
     LaunchMessage,
@@ -16,6 +17,16 @@ from xllm.protocol.launch import (
     ProcessStarted,
     ProcessStopping,
 )
+
+_READY_WORDS: Mapping[str, str] = types.MappingProxyType(
+    {"router": "listens", "kvcache": "listens", "registry": "listens", "worker": "loaded"}
+)
+
+
+def ready_word(kind: str) -> str:
+    """What to show for a process of that kind that has started well. Only an instance is "ready":
+    the others serve nobody by themselves, and who reads "ready" goes and asks."""
+    return _READY_WORDS.get(kind, "ready")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Startup:
                 self._ready.add(name)
                 if kind == "router":
                     self._addresses[name] = _find_addresses(addresses)
-                return _line(kind, name, f"ready (pid {pid})", detail)
+                return _line(kind, name, f"{ready_word(kind)} (pid {pid})", detail)
             case ProcessFailed(kind, name, _, text):
                 known = self._failures.get(name)
                 self._failures[name] = self._last_failure = message

@@ -22,12 +22,13 @@ from pathlib import Path
 from xllm.cli.chaos.events import EventLog, FileTail
 from xllm.cli.chaos.options import ChaosOptions
 from xllm.cli.chaos.processes import descendants, is_alive, start_child
+from xllm.cli.startup import ready_word
 from xllm.errors import DeadlineError, DependencyError
 
 READY_S = 120.0
 STOP_S = 40.0
 POLL_S = 0.01
-_LINE = re.compile(r"(\w+)\s+(\S+): (started|ready) \(pid (\d+)\)")
+_LINE = re.compile(r"(\w+)\s+(\S+): (\w+) \(pid (\d+)\)")
 
 
 @dataclasses.dataclass
@@ -122,7 +123,8 @@ class ChaosCluster:
         for line in self._shown.lines():
             found = _LINE.match(line)
             if found is not None:
-                self._show(found[1], found[2], found[3] == "ready", int(found[4]))
+                is_ready = found[3] == ready_word(found[1])
+                self._show(found[1], found[2], is_ready, int(found[4]))
             self._read_address(line)
         self.events.read()
 
