@@ -205,8 +205,8 @@ def metric(served, name) -> float:
 
 
 def pid_of(served, name: str) -> int:
-    """Of a process by its own name, as the launcher showed it last."""
-    return int(re.findall(rf"{name}\b.*\(pid (\d+)\)", served.text)[-1])
+    """Of a process by its own name, as the launcher showed it last; not of a worker of its."""
+    return int(re.findall(rf"\b{name}: \w+ \(pid (\d+)\)", served.text)[-1])
 
 
 def instances_ready(served) -> bool:
