@@ -49,8 +49,14 @@ def status_row(process: ProcessStatus) -> tuple[str, ...]:
         str(process.num_waiting),
         str(process.num_running),
         used,
-        f"{process.heartbeat_age_ms} ms ago",
+        _ago(process.heartbeat_age_ms),
     )
+
+
+def _ago(age_ms: int) -> str:
+    if age_ms < 10_000:
+        return f"{age_ms} ms ago"
+    return f"{age_ms // 1000} s ago" if age_ms < 120_000 else f"{age_ms // 60_000} min ago"
 
 
 def _show_table(processes: Sequence[ProcessStatus]) -> None:

@@ -93,6 +93,8 @@ class ProcessStatus(MapPart, frozen=True):
     role: str = ""
     model: str = ""
     state: str = "ready"
+    """Of an instance: loading, ready, asleep, draining or failed, as it says; refusing, suspect,
+    disconnected or unknown, as the router finds; lost: it did not leave, and its record is gone."""
     num_waiting: int = 0
     num_running: int = 0
     num_free_blocks: int = 0

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from xllm.protocol.questions import ProcessStatus
 from xllm.router.exposition import merge_texts
+from xllm.router.lost_instances import LostInstance
 from xllm.router.view import ClusterView, DaemonView, InstanceView
 
 
@@ -16,7 +17,8 @@ def process_list(
     breaker: Callable[[str], str],
 ) -> tuple[ProcessStatus, ...]:
     """This router (`own`: name, incarnation, whether it drains, its requests that wait for room and
-    others), the other routers, then instances, each before its workers, and daemons, by name.
+    others), the other routers, then instances, each before its workers, those that are lost, and
+    daemons, by name.
     `breaker`: the state of an instance's circuit breaker."""
     name, incarnation, draining, num_waiting, num_running = own
     found = [
@@ -45,6 +47,7 @@ def process_list(
     ]
     for one in sorted(view, key=lambda one: one.name):
         found += [_instance(one, now, breaker(one.name)), *_workers(one, now)]
+    found += [_lost(one, now) for one in view.lost]
     found += [_daemon(name, daemon, now) for name, daemon in sorted(view.daemons.items())]
     return tuple(found)
 
@@ -64,6 +67,7 @@ def degraded_parts(view: ClusterView, registry_silent: bool, draining: bool) -> 
     parts += [
         f"instance {one.name} is not registered" for one in view if one.usable and one.leaving
     ]
+    parts += [f"instance {one.name} is lost" for one in view.lost]
     return tuple(parts)
 
 
@@ -124,6 +128,18 @@ def _instance(one: InstanceView, now: float, breaker: str) -> ProcessStatus:
         num_blocks=load.num_blocks or one.record.num_blocks,
         heartbeat_age_ms=int((now - one.heard_at) * 1000),
         breaker="" if breaker == "closed" else breaker,
+    )
+
+
+def _lost(one: LostInstance, now: float) -> ProcessStatus:
+    return ProcessStatus(
+        name=one.name,
+        kind="instance",
+        incarnation=one.incarnation,
+        role=one.role,
+        model=one.model,
+        state="lost",
+        heartbeat_age_ms=int((now - one.heard_at) * 1000),
     )
 
 

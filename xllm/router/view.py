@@ -6,7 +6,7 @@ within three heartbeat periods, hears this router (`hearing`), and says that it 
 registry says who there is, never who is well. Three silent periods make it suspect, and so does
 its deafness; suspicion is enough to move its requests to another: their words carry attempts, so
 being wrong costs time and nothing else. An instance that is registered and was not heard of yet is
-expected, for a while.
+expected, for a while; one that was heard of and is gone without having said that it leaves is lost.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from xllm.protocol.bus import (
 )
 from xllm.protocol.records import InstanceRecord
 from xllm.router.leadership.standing import Standing
+from xllm.router.lost_instances import LostInstance, LostInstances
 
 MISSED_HEARTBEATS = 3
 EXCUSED_S = 1.0
@@ -63,6 +64,8 @@ class InstanceView:
     silent: bool = False
     deaf: bool = False
     """It does not hear this router, though it may speak."""
+    draining: bool = False
+    """It said so in its last heartbeat: when it goes, it has left."""
     leaving: bool = False
     """Its record is gone: it drains, and says so, or it alone lost the registry."""
     listed_at: float = 0.0
@@ -126,6 +129,8 @@ class ClusterView:
         self._instances: dict[str, InstanceView] = {}
         self._daemons: dict[str, DaemonView] = {}
         self._routers: dict[str, RouterView] = {}
+        self.lost = LostInstances()
+        """Those that should be here."""
         self.standing = Standing()
         """Who leads."""
         self._ticked_at = 0.0
@@ -164,6 +169,7 @@ class ClusterView:
 
     def registered(self, record: InstanceRecord, now: float) -> ViewChange:
         """A record was written. Another incarnation replaces the instance: what ran is lost."""
+        self.lost.came_back(record.name)
         old = self._instances.get(record.name)
         if old is not None and old.record.incarnation == record.incarnation:
             was = old.usable
@@ -185,7 +191,7 @@ class ClusterView:
         if one.connected and not one.suspect:
             one.leaving = True
             return _UNCHANGED
-        del self._instances[name]
+        self._remove(one)
         return ViewChange(lost=(name,))
 
     def connected(self, name: str) -> ViewChange:
@@ -227,6 +233,7 @@ class ClusterView:
         one.seq = word.seq
         one.heard_at = now
         one.state = word.state
+        one.draining = word.state == "draining"
         one.role = word.role
         one.load = word.load
         one.workers = word.workers
@@ -299,6 +306,7 @@ class ClusterView:
         this process itself everybody gets a fresh start, for their words may still wait unread."""
         paused = self._ticked_at and now - self._ticked_at > self._period_s * 2
         self._ticked_at = now
+        self.lost.forget_old(now)
         if paused:
             self._excused_until = now + EXCUSED_S
             for one in self._instances.values():
@@ -325,7 +333,15 @@ class ClusterView:
     def _forget_leaving(self, one: InstanceView) -> None:
         self._usable.clear()
         if one.leaving:
-            del self._instances[one.name]
+            self._remove(one)
+
+    def _remove(self, one: InstanceView) -> None:
+        del self._instances[one.name]
+        if one.seq and not one.draining:
+            record = one.record
+            self.lost.add(
+                LostInstance(one.name, record.incarnation, record.model, one.role, one.heard_at)
+            )
 
     def _changed(self, one: InstanceView, was: bool) -> ViewChange:
         if one.usable == was:
@@ -339,3 +355,7 @@ class ClusterView:
             for one in cached:
                 if not one.usable or self._instances.get(one.name) is not one:
                     raise InvariantError(f"{one.name} is listed as usable for {model}")
+        for lost in self.lost:
+            if lost.name in self._instances:
+                raise InvariantError(f"{lost.name} is listed as lost, and is registered")
+        self.lost.check()
