@@ -1,8 +1,9 @@
-"""Builds the CPU kernels beside the package; metadata and dependencies are in setup.cfg.
+"""Builds the CPU kernels, and the routers' loops over token ids, beside the package; metadata and
+dependencies are in setup.cfg.
 
-The library is optional: without a compiler the engine runs on torch alone. Its files are compiled
-at the same time, as many as there are CPUs or MAX_JOBS allows, and again only where they, a header
-that they include or this file changed.
+Both libraries are optional: without a compiler the engine runs on torch alone, and routers on
+Python. Files are compiled at the same time, as many as there are CPUs or MAX_JOBS allows, and again
+only where they, a header that they include or this file changed.
 """
 
 import os
@@ -14,6 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 _KERNELS = Path("xllm/worker/kernels/cpu")
+_TOKEN_IDS = Path("xllm/protocol/native")
 _OBJECTS = "build/kernels"
 
 
@@ -67,27 +69,33 @@ class BuildKernels(build_ext):
         super().build_extensions()
 
 
+def library(name: str, directory: Path) -> Extension:
+    """A library of all C++ files of a directory, loaded with ctypes."""
+    return Extension(
+        name,
+        sources=sorted(str(path) for path in directory.glob("*.cpp")),
+        depends=["setup.py", *sorted(str(path) for path in directory.glob("*.h"))],
+        language="c++",
+        extra_compile_args=[
+            "-std=c++20",
+            "-O3",
+            "-fno-math-errno",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wextra",
+            "-fvisibility=hidden",
+            "-MMD",
+            "-g0",  # Python's own flags ask for what a debugger reads: half of the time
+        ],
+        extra_link_args=["-pthread"],
+        optional=True,
+    )
+
+
 setup(
     cmdclass={"build_ext": BuildKernels},
     ext_modules=[
-        Extension(
-            "xllm.worker.kernels._cpu",
-            sources=sorted(str(path) for path in _KERNELS.glob("*.cpp")),
-            depends=["setup.py", *sorted(str(path) for path in _KERNELS.glob("*.h"))],
-            language="c++",
-            extra_compile_args=[
-                "-std=c++20",
-                "-O3",
-                "-fno-math-errno",
-                "-ffp-contract=off",
-                "-Wall",
-                "-Wextra",
-                "-fvisibility=hidden",
-                "-MMD",
-                "-g0",  # Python's own flags ask for what a debugger reads: half of the time
-            ],
-            extra_link_args=["-pthread"],
-            optional=True,
-        )
+        library("xllm.worker.kernels._cpu", _KERNELS),
+        library("xllm.protocol.native._token_ids", _TOKEN_IDS),
     ],
 )

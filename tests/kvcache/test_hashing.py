@@ -1,10 +1,13 @@
 """The content hash: golden vectors, and what must change it."""
 
 import hashlib
+import itertools
 import os
 import struct
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -13,11 +16,14 @@ from hypothesis import strategies as st
 from xllm.kvcache.hashing import (
     HASH_BYTES,
     chain_hashes,
+    chain_in_python,
+    chain_packed,
     extend,
     next_hash,
     root_hash,
     split_hashes,
 )
+from xllm.protocol.native.library import load
 
 GOLDEN_EMPTY = "1462b23c3082e4f7e02ed2a16bb419d704b778acd5cfbc74b610327a07419b5f"
 GOLDEN_ROOT = "af6f2652d303bdf53fc9d186c8f5dc40f661bc29fec3e80e672184c16b383cbe"
@@ -42,6 +48,33 @@ def test_chain_is_sha256_of_parent_and_little_endian_ids():
     second = hashlib.sha256(first + struct.pack("<4I", 4, 5, 6, 7)).digest()
     assert chain_hashes(golden_root(), range(8), 4) == first + second
     assert next_hash(first, (4, 5, 6, 7)) == second
+
+
+@given(st.binary(min_size=32, max_size=32), st.binary(max_size=400), st.sampled_from([1, 4, 16]))
+def test_the_library_hashes_as_python_does(root, packed, block_size):
+    native = load()
+    assert native is not None
+    stride = 4 * block_size
+    blocks = [packed[i : i + stride] for i in range(0, len(packed) - stride + 1, stride)]
+    links = itertools.accumulate(
+        blocks, lambda parent, block: hashlib.sha256(parent + block).digest(), initial=root
+    )
+    expected = b"".join(list(links)[1:])
+    assert native.chain(root, packed, stride) == expected
+    assert chain_packed(root, packed, block_size) == expected
+    assert chain_in_python(root, packed, stride) == expected
+
+
+def test_long_prompts_let_other_threads_run():
+    """The loop goes on while a thread hashes: a call that kept the interpreter would stop it."""
+    packed = os.urandom(64 << 20)
+    turns = 0
+    with ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(chain_packed, bytes(32), packed, 16)
+        while not hashed.done():
+            turns += 1
+            time.sleep(0.001)
+    assert turns > 10
 
 
 def test_every_field_counts():

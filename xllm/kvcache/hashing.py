@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 
+from xllm.protocol.native.library import load
 from xllm.protocol.token_bytes import TOKEN_BYTES, pack_tokens
 
 HASH_BYTES = 32
@@ -52,6 +53,14 @@ def chain_hashes(root: bytes, token_ids: Sequence[int], block_size: int) -> byte
 def chain_packed(root: bytes, packed: bytes, block_size: int) -> bytes:
     """The same for ids that are bytes already (see token_bytes)."""
     stride = TOKEN_BYTES * block_size
+    native = load()
+    if native is None:
+        return chain_in_python(root, packed, stride)
+    return native.chain(root, packed, stride)
+
+
+def chain_in_python(root: bytes, packed: bytes, stride: int) -> bytes:
+    """The same where the library was not compiled; `stride`: the bytes of a block."""
     hashes = []
     parent = root
     for start in range(0, len(packed) - stride + 1, stride):

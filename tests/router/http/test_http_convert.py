@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from xllm.config.router import RouterSettings
 from xllm.errors import InvalidRequestError
 from xllm.protocol.generation import ChatMessage, ContentPart
+from xllm.protocol.native.library import load
 from xllm.protocol.sampling import SamplingParams
+from xllm.protocol.token_bytes import unpack_tokens
+from xllm.router.http.completion_body import CompletionDecoder
 from xllm.router.http.convert import (
     chat_request,
     check_completion,
@@ -21,12 +24,12 @@ from xllm.router.http.schema import (
     REFUSED,
     ChatBody,
     CompletionBody,
-    CompletionDecoder,
     RefusedFields,
     decode_body,
 )
 
 SETTINGS = RouterSettings()
+READERS = [CompletionDecoder(load()), CompletionDecoder(None)]
 CHAT = msgspec.json.Decoder(ChatBody)
 COMPLETION = msgspec.json.Decoder(CompletionBody)
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -39,7 +42,7 @@ def chat(**fields):
 
 def complete(**fields):
     data = json.dumps({"model": "m", "prompt": "x", **fields}).encode()
-    body = CompletionDecoder().decode(data)
+    body = CompletionDecoder(load()).decode(data)
     return completion_requests(body, check_completion(body, SETTINGS), SETTINGS, "")
 
 
@@ -201,7 +204,8 @@ def test_refused_completions(fields, param):
 def test_prompts():
     assert [one.prompt for one in complete(prompt="x")] == ["x"]
     assert [one.prompt for one in complete(prompt=["x", "y"])] == ["x", "y"]
-    assert [one.prompt for one in complete(prompt=[1, 2])] == [(1, 2)]
+    (ids,) = complete(prompt=[1, 2])
+    assert list(unpack_tokens(ids.packed_prompt)) == [1, 2]
     assert [one.prompt for one in complete(prompt=[[1], [2, 3]])] == [(1,), (2, 3)]
     assert [one.id for one in complete(prompt=["x", "y"])] == [0, 1]
     assert complete(best_of=2, n=2)[0].sampling.n == 2
@@ -333,9 +337,21 @@ def outcome(decode, data):
     """The prompts that a decoder finds, or what it says of them."""
     try:
         body = decode(data)
-        return body.model, check_completion(body, SETTINGS)
+        return body.model, [
+            tuple(unpack_tokens(prompt)) if isinstance(prompt, bytes) else prompt
+            for prompt in check_completion(body, SETTINGS)
+        ]
     except InvalidRequestError as error:
         return error.message, error.param
+
+
+def test_the_library_reads_ids_here():
+    assert load() is not None
+    data = b'{"metadata": {"a": 1}, "prompt": [ 1,\n22 , 4294967295 ], "model": "m"}'
+    body = CompletionDecoder(load()).decode(data)
+    (request,) = completion_requests(body, check_completion(body, SETTINGS), SETTINGS, "")
+    assert list(unpack_tokens(request.packed_prompt)) == [1, 22, 4294967295]
+    assert (request.prompt, request.model) == (None, "m")
 
 
 @given(PROMPTS, st.sampled_from([None, (",", ":")]), st.booleans(), st.sampled_from([1, "1"]))
@@ -344,13 +360,24 @@ def test_lists_of_ids_are_read_as_any_prompt(prompt, separators, last, seed):
     if last:
         fields = dict(reversed(fields.items()))
     data = json.dumps(fields, separators=separators).encode()
-    found = outcome(CompletionDecoder().decode, data)
-    assert found == outcome(lambda data: decode_body(COMPLETION, data), data)
+    expected = outcome(lambda data: decode_body(COMPLETION, data), data)
+    assert [outcome(reader.decode, data) for reader in READERS] == [expected] * 2
 
 
 @pytest.mark.parametrize(
     "data",
     [
+        b'{"model": "m", "prompt": [01, 2]}',
+        b'{"model": "m", "prompt": [1, 2,]}',
+        b'{"model": "m", "prompt": [1 2]}',
+        b'{"model": "m", "prompt": [1, 2.0]}',
+        b'{"model": "m", "prompt": [1, 4294967296]}',
+        b'{"model": "m", "prompt": [1, [2]]}',
+        b'{"model": "m", "prompt": "", "metadata": {"prompt": [1]}}',
+        b'{"metadata": {"prompt": [1]}, "model": "m", "prompt": [2]}',
+        b'{"metadata": {"prompt": [1]}, "model": "m"}',
+        b'{"model": "m", "prompt": [1], "prompt": [2]}',
+        b'{"model": "m", "prompt": [1], "stop": "\\"prompt\\": [3]"}',
         b'{"model": "m", "prompt": [1, 2',
         b'{"model": "m", "prompt": [1, 2]',
         b'{"prompt": [1]}',
@@ -361,5 +388,5 @@ def test_lists_of_ids_are_read_as_any_prompt(prompt, separators, last, seed):
     ],
 )
 def test_bodies_that_begin_with_ids_and_go_wrong(data):
-    found = outcome(CompletionDecoder().decode, data)
-    assert found == outcome(lambda data: decode_body(COMPLETION, data), data)
+    expected = outcome(lambda data: decode_body(COMPLETION, data), data)
+    assert [outcome(reader.decode, data) for reader in READERS] == [expected] * 2

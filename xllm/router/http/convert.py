@@ -15,13 +15,23 @@ from xllm.config.router import RouterSettings
 from xllm.errors import InvalidRequestError
 from xllm.protocol.generation import ChatMessage, ContentPart, SubmitRequest
 from xllm.protocol.sampling import SamplingParams
-from xllm.router.http.schema import ABSENT, ChatBody, CompletionBody, GenerationBody, MessageBody
+from xllm.router.http.schema import (
+    ABSENT,
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    MessageBody,
+    PackedBody,
+)
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for plain completions; a chat may use what the context leaves."""
 
 TRACEPARENT = re.compile(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-Prompt = str | tuple[int, ...]
+PlainPrompt = str | tuple[int, ...]
+"""A text, or token ids."""
+Prompt = PlainPrompt | bytes
+"""The same, or ids as bytes (see token_bytes)."""
 _Many = list[str | list[int]]
 
 
@@ -72,7 +82,9 @@ def completion_requests(
         sampling = with_prompt_logprobs(sampling, body.logprobs)
     request = _request(body, sampling, settings, trace, session)
     return [
-        msgspec.structs.replace(request, id=index, prompt=prompt)
+        msgspec.structs.replace(request, id=index, packed_prompt=prompt)
+        if isinstance(prompt, bytes)
+        else msgspec.structs.replace(request, id=index, prompt=prompt)
         for index, prompt in enumerate(prompts)
     ]
 
@@ -110,7 +122,9 @@ def check_completion(body: CompletionBody, settings: RouterSettings) -> list[Pro
         raise InvalidRequestError("best_of must equal n", param="best_of")
     if body.echo and body.stream and body.logprobs is not None:
         raise InvalidRequestError("echo with logprobs cannot be streamed", param="echo")
-    prompts = prompts_of(body.prompt)
+    prompts: list[Prompt] = (
+        [body.prompt] if isinstance(body, PackedBody) else [*prompts_of(body.prompt)]
+    )
     if len(prompts) > settings.max_prompts:
         raise InvalidRequestError(
             f"{len(prompts)} prompts are more than {settings.max_prompts}", param="prompt"
@@ -132,8 +146,8 @@ def check_generation(body: GenerationBody) -> None:
 
 
 def prompts_of(
-    prompt: str | tuple[int, ...] | list[str | int | list[int]], name: str = "prompt"
-) -> list[Prompt]:
+    prompt: PlainPrompt | list[str | int | list[int]], name: str = "prompt"
+) -> list[PlainPrompt]:
     """A prompt field, called `name`, as one prompt or several, each a text or token ids."""
     if isinstance(prompt, str | tuple):
         return [prompt]

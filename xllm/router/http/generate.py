@@ -9,8 +9,11 @@ from functools import partial
 
 import msgspec
 
+from xllm.protocol.native import library as native
 from xllm.protocol.questions import DetokenizeIds, TokenizeText
+from xllm.protocol.token_bytes import unpack_tokens
 from xllm.router.http.chat_shape import ChatShape
+from xllm.router.http.completion_body import CompletionDecoder
 from xllm.router.http.completion_shape import CompletionShape, Echo
 from xllm.router.http.context import Caller, FrontContext, caller_of
 from xllm.router.http.convert import (
@@ -23,7 +26,7 @@ from xllm.router.http.direct import Fail
 from xllm.router.http.generation import Generation, Posted, Rest, last_event_id
 from xllm.router.http.problem import field_named
 from xllm.router.http.respond import Receive, Scope, Send, read_body
-from xllm.router.http.schema import ChatBody, CompletionBody, CompletionDecoder, decode_body
+from xllm.router.http.schema import ChatBody, CompletionBody, decode_body
 from xllm.router.http.sessions import session_of
 from xllm.router.http.shape import AnswerShape, Envelope
 
@@ -61,7 +64,7 @@ class CompletionEndpoint:
 
     def __init__(self, context: FrontContext) -> None:
         self._context = context
-        self._decoder = CompletionDecoder()
+        self._decoder = CompletionDecoder(native.load())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -113,6 +116,8 @@ class CompletionEndpoint:
         texts: list[str] = []
         shown: list[Prompt] = []
         for prompt in prompts:
+            if isinstance(prompt, bytes):
+                prompt = tuple(unpack_tokens(prompt))
             if isinstance(prompt, str):
                 texts.append(prompt)
             else:
@@ -124,5 +129,5 @@ class CompletionEndpoint:
                 with field_named("text", "prompt"):
                     prompt = (await service.texts.encode(text_message, caller.tenant)).token_ids
             shown.append(prompt)
-        ids = tuple(() if isinstance(prompt, str) else prompt for prompt in shown)
+        ids = tuple(prompt if isinstance(prompt, tuple) else () for prompt in shown)
         return shown, Echo(tuple(texts), ids, scoring=body.max_tokens == 0)

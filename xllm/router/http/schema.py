@@ -8,7 +8,6 @@ here, are refused by name rather than silently dropped.
 from __future__ import annotations
 
 import operator
-import re
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -185,6 +184,12 @@ class IdsBody(CompletionBody, frozen=True, kw_only=True, gc=False):
     prompt: tuple[int, ...]  # type: ignore[assignment]  # narrower, but a tuple
 
 
+class PackedBody(CompletionBody, frozen=True, kw_only=True, gc=False):
+    """The same with ids that were read already (see token_bytes)."""
+
+    prompt: bytes  # type: ignore[assignment]  # no list at all
+
+
 class EmbeddingBody(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """POST /v1/embeddings. An input is a text or a list of token ids. `user` is ignored."""
 
@@ -212,26 +217,6 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     model: str = ""
     tokens: list[Int]
-
-
-_IDS_FOLLOW = re.compile(rb'"prompt"\s*:\s*\[\s*\d')
-
-
-class CompletionDecoder:
-    """Reads the bodies of plain completions."""
-
-    def __init__(self) -> None:
-        self._any = msgspec.json.Decoder(CompletionBody)
-        self._ids = msgspec.json.Decoder(IdsBody)
-
-    def decode(self, data: bytes) -> CompletionBody:
-        """See decode_body. Most prompts that begin with an id are nothing but ids."""
-        if _IDS_FOLLOW.search(data):
-            try:
-                return self._ids.decode(data)
-            except (msgspec.MsgspecError, ValueError, RecursionError):
-                pass  # several prompts, or no body at all: the other decoder says
-        return decode_body(self._any, data)
 
 
 def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:

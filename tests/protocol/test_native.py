@@ -1,0 +1,69 @@
+"""The compiled loops over token ids where they cannot be used: said, and done in Python."""
+
+import json
+import struct
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from xllm.kvcache.hashing import chain_in_python, chain_packed
+from xllm.protocol.native import library
+
+
+@pytest.fixture
+def found_anew():
+    library.load.cache_clear()
+    yield
+    library.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("EXTENSION_SUFFIXES", [".none"], "it was not compiled when xllm was installed"),
+        ("_ABI", 0, "is of version 1, not 0: build it again"),
+        ("_openssl_sha256", lambda: (_ for _ in ()).throw(AttributeError("hidden")), "hidden"),
+    ],
+)
+def test_without_the_library_python_hashes(monkeypatch, found_anew, name, value, reason):
+    monkeypatch.setattr(library, name, value)
+    packed, root = bytes(range(200)), bytes(32)
+    with capture_logs() as logs:
+        assert chain_packed(root, packed, 4) == chain_in_python(root, packed, 16)
+        chain_packed(root, packed, 4)
+    (line,) = logs
+    assert (line["event"], line["log_level"]) == ("token_ids_in_python", "warning")
+    assert reason in line["reason"]
+
+
+def test_another_digest_than_hashlibs_is_noticed(monkeypatch, found_anew):
+    monkeypatch.setattr(library.NativeTokenIds, "chain", lambda self, *_: bytes(32))
+    with capture_logs() as logs:
+        assert library.load() is None
+    assert "gives another digest" in logs[0]["reason"]
+
+
+NUMBERS = st.one_of(
+    st.integers(0, 9), st.integers(0, 10**8), st.integers(2**32 - 2, 2**32 + 1), st.integers(-2)
+).map(str)
+PARTS = st.one_of(
+    NUMBERS, st.sampled_from(["", "01", "00", "1.0", "1e3", " 2", "3 ", "4x", ":", "1 2"])
+)
+
+
+@given(st.lists(PARTS, min_size=1, max_size=30), st.sampled_from([",", ", ", " ,\t", ",\n"]))
+@example(["12345678", "1234567", "7"], ",")
+def test_lists_of_ids_are_read_as_json_reads_them(parts, separator):
+    text = separator.join(parts)
+    read = library.load().read_ids(text.encode())
+    try:
+        found = json.loads(f"[{text}]")
+    except ValueError:
+        found = []
+    plain = all(type(one) is int and 0 <= one < 1 << 32 for one in found)
+    if not found or not plain or "-" in text:
+        assert read is None
+    else:
+        assert read == struct.pack(f"<{len(found)}I", *found)

@@ -1,0 +1,110 @@
+"""The compiled loops over token ids, loaded with ctypes: found, checked, and called.
+
+Each has a twin in Python, which stands in where the library was not compiled. SHA-256 itself is
+that of the OpenSSL that Python's hashlib calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+_log = structlog.get_logger("native")
+_ABI = 1
+_DIGEST_BYTES = 32
+_ID_BYTES = 4
+RELEASE_FROM = 1 << 16
+"""Bytes from which other threads of Python run meanwhile. For less than that, who gave the
+interpreter away would wait longer for it than the work takes."""
+_I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+_BYTES = ctypes.c_char_p
+
+
+class NativeTokenIds:
+    """`path`: the library. OSError or AttributeError where it, or the OpenSSL that it is to call,
+    is not what it should be."""
+
+    def __init__(self, path: Path) -> None:
+        # The first keeps the interpreter, the second lets it go.
+        self._holding = _with_signatures(ctypes.PyDLL(str(path)))
+        self._releasing = _with_signatures(ctypes.CDLL(str(path)))
+        found = self._holding.xt_abi()
+        if found != _ABI:
+            raise OSError(f"{path.name} is of version {found}, not {_ABI}: build it again")
+        self._sha256 = _openssl_sha256()
+        root, block = bytes(range(_DIGEST_BYTES)), bytes(64)
+        if self.chain(root, block, len(block)) != hashlib.sha256(root + block).digest():
+            raise OSError("OpenSSL's SHA-256 gives another digest than hashlib's")
+
+    def chain(self, root: bytes, packed: bytes, stride: int) -> bytes:
+        """SHA-256 digests of the whole blocks of `stride` bytes in `packed`, each of the digest
+        before it (`root` for the first) and its block; concatenated."""
+        num_blocks = len(packed) // stride
+        if not num_blocks:
+            return b""
+        digests = bytearray(num_blocks * _DIGEST_BYTES)
+        library = self._releasing if len(packed) >= RELEASE_FROM else self._holding
+        there = ctypes.byref(ctypes.c_char.from_buffer(digests))
+        if not library.xt_chain(*self._sha256, root, packed, num_blocks, stride, there):
+            raise OSError("OpenSSL refused to hash")
+        return bytes(digests)
+
+    def read_ids(self, text: bytes) -> bytes | None:
+        """Numbers below 2**32, as JSON writes them between the brackets of a list, as token bytes;
+        None for any other text."""
+        library = self._releasing if len(text) >= RELEASE_FROM else self._holding
+        ids = bytearray(_ID_BYTES * library.xt_count_ids(text, len(text)))
+        there = ctypes.byref(ctypes.c_char.from_buffer(ids))
+        count = library.xt_read_ids(text, len(text), there)
+        return None if count < 0 else bytes(ids)
+
+
+@functools.cache
+def load() -> NativeTokenIds | None:
+    """The library beside this file; None, and a line in the log, where none can be used."""
+    found = _find()
+    if isinstance(found, NativeTokenIds):
+        return found
+    _log.warning("token_ids_in_python", reason=found)
+    return None
+
+
+def _find() -> NativeTokenIds | str:
+    if sys.byteorder != "little":
+        return "token bytes are little-endian, and this machine is not"
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_token_ids{suffix}")
+        if path.is_file():
+            try:
+                return NativeTokenIds(path)
+            except (ImportError, OSError, AttributeError) as error:
+                return str(error)
+    return "it was not compiled when xllm was installed"
+
+
+def _openssl_sha256() -> tuple[Any, ...]:
+    """OpenSSL's functions, found through Python's own module, which is linked with it.
+    AttributeError where that keeps them to itself."""
+    import _hashlib  # only CPython has it, and not every build
+
+    openssl = ctypes.CDLL(_hashlib.__file__)
+    functions = (openssl.SHA256_Init, openssl.SHA256_Update, openssl.SHA256_Final)
+    return tuple(ctypes.cast(one, _POINTER) for one in functions)
+
+
+def _with_signatures(library: Any) -> Any:
+    """As token_ids.cpp has them."""
+    library.xt_abi.restype, library.xt_abi.argtypes = _I32, []
+    library.xt_count_ids.restype, library.xt_count_ids.argtypes = _I64, [_BYTES, _I64]
+    chain, read_ids = library.xt_chain, library.xt_read_ids
+    chain.restype = _I32
+    chain.argtypes = [_POINTER, _POINTER, _POINTER, _BYTES, _BYTES, _I64, _I64, _POINTER]
+    read_ids.restype, read_ids.argtypes = _I64, [_BYTES, _I64, _POINTER]
+    return library
