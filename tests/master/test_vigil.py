@@ -10,7 +10,16 @@ import pytest
 from xllm.master.process_state import is_process_stopped
 from xllm.master.rank_link import RankLink
 from xllm.master.step_times import FIRST_STEP_S, StepTimes, StepWork
-from xllm.master.vigil import HELD_S, HUSH_S, MOST_DENIED_S, PROOF_S, SILENCE_S, WorkerVigil
+from xllm.master.vigil import (
+    CHECK_PERIOD_S,
+    HELD_S,
+    HUSH_S,
+    LATE_S,
+    MOST_DENIED_S,
+    PROOF_S,
+    SILENCE_S,
+    WorkerVigil,
+)
 from xllm.protocol.bus import WorkerState
 from xllm.protocol.step import PULSE_PERIOD_S, StepItem, StepPlan, WorkerFailed, WorkerReady
 
@@ -189,6 +198,7 @@ def test_an_idle_worker_may_stand_still_but_not_be_silent():
 
 def test_the_bound_of_silence_is_many_pulses():
     assert SILENCE_S >= 5.0 >= 10 * PULSE_PERIOD_S
+    assert PULSE_PERIOD_S < LATE_S < HUSH_S
     assert 0.6 < HUSH_S < PROOF_S == 1.0
 
 
@@ -284,7 +294,7 @@ def test_a_silent_worker_without_cpu_is_waited_for():
     one.vigil.sent(decodes(4), one.now)
     for tenths in range(100):
         one.tick(moves=False, silent=True)
-        if one.vigil.is_silent(one.now):
+        if one.vigil.is_late(one.now):
             one.vigil.explain_silence(STEP * (tenths - 9))
     assert not any(one.verdicts)
     for _ in range(60):
@@ -298,7 +308,7 @@ def silent(one: Watched, at_most_s: float, num_awake: int, denied: float = 0.0) 
     while not one.tick(moves=False, silent=True):
         silent_s = one.now - began
         assert silent_s < at_most_s
-        looks = max(0, int((silent_s - HUSH_S) / 0.25))
+        looks = max(0, int((silent_s - LATE_S) / CHECK_PERIOD_S))
         one.vigil.explain_silence(denied * silent_s, min(looks, num_awake))
     return one.now - began
 
@@ -306,7 +316,7 @@ def silent(one: Watched, at_most_s: float, num_awake: int, denied: float = 0.0) 
 def test_a_worker_whose_interpreter_is_held_in_a_step_is_seen_sooner():
     one = trained()
     one.vigil.sent(decodes(4), one.now)
-    assert HELD_S < silent(one, 2.0, num_awake=100) < 1.9
+    assert HELD_S < silent(one, 2.0, num_awake=100) < 1.4
     assert "awake in a step" in one.verdicts[-1]
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,6 +66,30 @@ def test_a_process_is_awake_that_computes_or_waits_for_the_interpreter():
     assert awake(0.001, 50)
     assert not awake(0.001, 3)
     assert not is_awake(times(), times(ThreadTimes(9.0, 0, 900, True)), 0.25)
+
+
+def test_a_thread_that_wants_a_cpu_and_gets_none_is_awake():
+    still = times(ThreadTimes(1.0, 0.5, 10, True))
+    assert is_awake(still, still, 0.1)
+    assert is_awake(still, times(ThreadTimes(1.01, 0.55, 13, False)), 0.1)
+    assert not is_awake(still, times(ThreadTimes(1.01, 0.52, 13, False)), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("ran_s", "queued_s", "num_turns", "is_denied"),
+    [
+        (30e-6 * 12, 0.06, 12, False),  # sleeps 5 ms, waits as long for a CPU, looks
+        (30e-6 * 12, 0.119, 12, True),  # wants a CPU all the time and is driven off it at once
+        (3e-3 * 12, 0.06, 12, True),  # computes by turns
+        (30e-6 * 3, 0.06, 3, True),  # gets a CPU too seldom to say
+    ],
+)
+def test_nobody_waits_for_a_thread_that_only_looks_for_a_lock(
+    ran_s, queued_s, num_turns, is_denied
+):
+    before = times(ThreadTimes(1.0, 0.5, 10, False))
+    after = times(ThreadTimes(1.0 + ran_s, 0.5 + queued_s, 10 + num_turns, False))
+    assert abs(denied_between(before, after, 0.12) - queued_s * is_denied) < 1e-9
 
 
 def test_looks_in_a_row_that_found_it_awake_are_counted():

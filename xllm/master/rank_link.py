@@ -5,6 +5,8 @@ A record with verdicts and no messages of its own: the group sends, starts and k
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from xllm.master.process_state import is_process_stopped
 from xllm.master.vigil import WorkerVigil
 from xllm.protocol.actor.starvation import StarvationMeter, process_meter
@@ -16,9 +18,15 @@ STOPPED = "its process was stopped by a signal"
 
 
 class RankLink:
-    """`identity`: of the connection whose hello was last heard; `vigil`: from when it is ready."""
+    """`identity`: of the connection whose hello was last heard; `vigil`: from when it is ready.
+    `make_meter`: of the process with a pid."""
 
-    def __init__(self, rank: int, name: str) -> None:
+    def __init__(
+        self,
+        rank: int,
+        name: str,
+        make_meter: Callable[[int], StarvationMeter] = process_meter,
+    ) -> None:
         self.rank = rank
         self.name = name
         self.identity: bytes | None = None
@@ -26,7 +34,9 @@ class RankLink:
         self.ready: WorkerReady | None = None
         self.failure: WorkerFailed | None = None
         self.started_at = 0.0
-        self._meter: StarvationMeter | None = None  # while it is silent
+        self._make_meter = make_meter
+        self._meter: StarvationMeter | None = None  # while it is late
+        self._metered_from = 0.0  # the last word before that
 
     def begin(self, now: float) -> None:
         """Its process was started, or is waited for, from now on."""
@@ -51,11 +61,11 @@ class RankLink:
         vigil = self.vigil
         if vigil is None:
             return 0.0
-        if not pid or not vigil.is_silent(now):
+        if not pid or not vigil.is_late(now):
             self._meter = None
         else:
-            if self._meter is None:
-                self._meter = process_meter(pid)
+            if self._meter is None or vigil.heard_at != self._metered_from:
+                self._meter, self._metered_from = self._make_meter(pid), vigil.heard_at
             self._meter.look(now)
             vigil.explain_silence(self._meter.denied_s, self._meter.num_awake)
         return vigil.denied_s

@@ -8,6 +8,9 @@ when it was sent or the one before it came back. A worker is silent when its act
 no pulses. If its threads are awake all the while, something holds the interpreter, and the silence
 is judged as a standing counter is, by what the whole step should take. Loading is not judged.
 
+Looked at every CHECK_PERIOD_S, a worker of short steps is given up: stopped, HUSH_S after its last
+word; held, HELD_S after it; standing, 1 s and a pulse after its counter moved; at the next look.
+
 Time in which threads of the worker wanted a CPU and got none is not time in which it stood or
 was silent, up to MOST_DENIED_S: on a machine with too much to do a worker is slow, not frozen.
 """
@@ -19,16 +22,23 @@ from collections import deque
 from xllm.master.step_times import MIN_PATIENCE_S, PATIENCE_FACTOR, StepTimes, StepWork
 from xllm.protocol.step import PULSE_PERIOD_S, StepPlan
 
+CHECK_PERIOD_S = 0.1
+"""How often a master asks for verdicts."""
 SILENCE_S = 25 * PULSE_PERIOD_S
 """Without a word for so long a worker is given up, whatever it may be doing."""
+LATE_S = 1.5 * PULSE_PERIOD_S
+"""After so long without a word it is watched for want of CPU, and for whether it is awake: what
+its threads were denied before that excuses nothing."""
 HUSH_S = 3.5 * PULSE_PERIOD_S
-"""After so long without a word its process is looked at: a stopped one is given up at once."""
+"""After so long without a word a stopped process is given up at once."""
 PROOF_S = 5 * PULSE_PERIOD_S
 """A pulse older than this proves nothing any more."""
-HELD_S = 1.5
-"""So much of a silence may pass at least in a step of a worker that is awake."""
-HELD_LOOKS = 2
-"""So many looks in a row must have found it awake."""
+HELD_S = MIN_PATIENCE_S + PULSE_PERIOD_S
+"""So much of a silence may pass at least in a step of a worker that is awake: what a counter may
+stand, from the pulse that did not come."""
+HELD_LOOKS = 5
+"""So many looks in a row must have found it awake. Between two of them words that waited were
+read: a master that was itself without CPU blames nobody."""
 MOST_DENIED_S = 60.0
 """So much of a stand or silence is excused by want of CPU: a bound for threads that hang and
 spin on a machine whose CPUs are all taken."""
@@ -111,13 +121,13 @@ class WorkerVigil:
             return False
         return self._stood_s(0.0) <= self.patience_s()
 
-    def is_silent(self, now: float) -> bool:
-        """Whether pulses are missing."""
-        return now - self.heard_at > HUSH_S
+    def is_late(self, now: float) -> bool:
+        """Whether a pulse is missing."""
+        return now - self.heard_at > LATE_S
 
     def is_hushed(self, now: float) -> bool:
         """Whether a step is under way and pulses are missing."""
-        return bool(self._plans) and self.is_silent(now)
+        return bool(self._plans) and now - self.heard_at > HUSH_S
 
     def explain_silence(self, denied_s: float, num_awake: int = 0) -> None:
         """Since it fell silent the worker's threads got no CPU for so long, and the last looks at

@@ -19,6 +19,7 @@ from xllm.errors import ConfigError, EngineError, TransportError
 from xllm.master.meeting import RankMeeting
 from xllm.master.rank_link import STOPPED, RankLink
 from xllm.master.rank_processes import RankProcesses, WorkerTarget
+from xllm.master.vigil import CHECK_PERIOD_S
 from xllm.master.worker_losses import WorkerLosses
 from xllm.master.worker_owner import WorkerOwner
 from xllm.protocol.actor.base import Actor
@@ -45,8 +46,6 @@ from xllm.protocol.step import (
 from xllm.protocol.transport.router import RouterSocket
 
 _log = structlog.get_logger("workers")
-
-CHECK_PERIOD_S = 0.25
 
 
 class WorkerGroup:

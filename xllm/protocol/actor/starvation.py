@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 LOCK_TURNS = 50.0
 """Turns a second that only a thread takes which waits for a lock with a short limit, as Python's
 threads do for the interpreter: 200 a second, fewer where CPUs are taken."""
+LOCK_TURN_S = 0.0002
+LOCK_SLEEP_S = 0.0025
+"""Such a turn is shorter than the first, on average, and the thread sleeps longer than the second
+before the next: it looks at the lock for 20 to 40 microseconds each 5 ms. One that computes keeps
+its CPU for longer or, if it is soon driven off, waits for it again without sleep."""
 COMPUTING_SHARE = 0.5
-"""And one that has a CPU for so much of the time computes."""
+"""And one that has a CPU, or waits for one, for so much of the time computes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,38 +46,61 @@ class CpuTimes:
 def denied_between(before: CpuTimes, after: CpuTimes, interval_s: float) -> float:
     """How much of the interval between two looks the process was kept from computing: what its
     worst thread waited, since the others wait for that one; and what was stolen of the worst
-    CPU."""
-    waits = [0.0]
-    for thread_id, then in before.threads.items():
-        now = after.threads.get(thread_id)
-        if now is None:
-            continue
-        queued_s = now.queued_s - then.queued_s
-        if now.num_turns == then.num_turns and then.is_runnable and now.is_runnable:
-            # No change of hands: it was on its CPU, or in the queue and still is. The kernel
-            # adds up a wait when it ends.
-            queued_s = max(queued_s, interval_s - (now.ran_s - then.ran_s))
-        waits.append(queued_s)
+    CPU. A thread that only looks whether a lock is free is never that one: whoever holds the
+    lock is, and what the other would do with a CPU is to look again."""
+    waits = [
+        _queued_between(then, now, interval_s)
+        for then, now in _pairs(before, after)
+        if not _looks_for_lock(then, now, interval_s)
+    ]
     stolen = [
         total - before.stolen_s[name]
         for name, total in after.stolen_s.items()
         if name in before.stolen_s
     ]
-    return max(0.0, min(interval_s, max(waits) + max(stolen, default=0.0)))
+    return max(0.0, min(interval_s, max(waits, default=0.0) + max(stolen, default=0.0)))
 
 
 def is_awake(before: CpuTimes, after: CpuTimes, interval_s: float) -> bool:
-    """Whether some thread computed, or waited for a lock of the interpreter's kind, all the time
-    between two looks. One that waits for a disk or for news does neither."""
-    for thread_id, then in before.threads.items():
-        now = after.threads.get(thread_id)
-        if now is None:
-            continue
+    """Whether some thread computed, wanted to, or waited for a lock of the interpreter's kind,
+    all the time between two looks. One that waits for a disk or for news does neither."""
+    for then, now in _pairs(before, after):
         if now.num_turns - then.num_turns >= LOCK_TURNS * interval_s:
             return True
-        if now.ran_s - then.ran_s >= COMPUTING_SHARE * interval_s:
+        wanted_s = now.ran_s - then.ran_s + _queued_between(then, now, interval_s)
+        if wanted_s >= COMPUTING_SHARE * interval_s:
             return True
     return False
+
+
+def _pairs(before: CpuTimes, after: CpuTimes) -> Iterator[tuple[ThreadTimes, ThreadTimes]]:
+    """Each thread that both looks saw."""
+    for thread_id, then in before.threads.items():
+        now = after.threads.get(thread_id)
+        if now is not None:
+            yield then, now
+
+
+def _queued_between(then: ThreadTimes, now: ThreadTimes, interval_s: float) -> float:
+    """How long a thread waited for a CPU. A wait is added up by the kernel when it ends, so that
+    this may be more than the interval."""
+    queued_s = now.queued_s - then.queued_s
+    if now.num_turns == then.num_turns and then.is_runnable and now.is_runnable:
+        # No change of hands: it was on its CPU, or in the queue and still is.
+        queued_s = max(queued_s, interval_s - (now.ran_s - then.ran_s))
+    return queued_s
+
+
+def _looks_for_lock(then: ThreadTimes, now: ThreadTimes, interval_s: float) -> bool:
+    """Whether all that a thread did was to look, again and again, whether a lock is free."""
+    num_turns = now.num_turns - then.num_turns
+    ran_s = now.ran_s - then.ran_s
+    slept_s = interval_s - ran_s - _queued_between(then, now, interval_s)
+    return (
+        num_turns >= LOCK_TURNS * interval_s
+        and ran_s <= LOCK_TURN_S * num_turns
+        and slept_s >= LOCK_SLEEP_S * num_turns
+    )
 
 
 class StarvationMeter:
