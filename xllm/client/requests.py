@@ -14,6 +14,7 @@ from xllm.protocol.generation import ChatMessage, SubmitRequest
 from xllm.protocol.questions import TokenizeText
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import PACK_FROM, pack_tokens
+from xllm.protocol.wrong_value import explain
 
 T = TypeVar("T")
 
@@ -135,7 +136,5 @@ def _convert(fields: dict[str, Any], cls: type[T]) -> T:
     try:
         return msgspec.convert(fields, cls, from_attributes=True)
     except msgspec.ValidationError as error:
-        text, _, place = str(error).partition(" - at `$")
-        param = place.rstrip("`").lstrip(".").removeprefix("sampling.") or None
-        where = f"{param}: " if param else ""
-        raise InvalidRequestError(where + text, param=param) from error
+        text, param = explain(str(error).replace("$.sampling.", "$."), "the request")
+        raise InvalidRequestError(text, param=param) from error

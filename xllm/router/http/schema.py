@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from xllm.errors import InvalidRequestError
-from xllm.router.http.wrong_body import explain
+from xllm.protocol.wrong_value import explain
 
 T = TypeVar("T")
 
@@ -225,7 +225,7 @@ def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
-        text, param = explain(str(error))
+        text, param = explain(str(error), "the body")
         raise InvalidRequestError(text, param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise InvalidRequestError(f"the body is not valid JSON: {str(error)[:200]}") from error

@@ -1,4 +1,4 @@
-"""What is wrong with a body that is no instance of its type, in the words of JSON and of people,
+"""What is wrong with a value that is no instance of its type, in the words of JSON and of people,
 from what msgspec says of it. Pure."""
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _GIVEN = {**_WANTED, "bool": "a boolean", "float": "a fraction"}
 _BOUNDS = {"<=": "at most", ">=": "at least"}
 
 
-def explain(text: str) -> tuple[str, str | None]:
-    """(What to tell the client, the field that is wrong, if one is), for a ValidationError's text.
-    What is not known here is told as it is."""
+def explain(text: str, whole: str) -> tuple[str, str | None]:
+    """(What to tell who gave it, the field that is wrong, if one is), for a ValidationError's
+    text. What is not known here is told as it is. `whole`: what the value itself is called."""
     place = _PLACE.search(text)
     param = next((group for group in place.groups() if group), None) if place else None
     if match := _EXPECTED.fullmatch(text):
@@ -32,7 +32,7 @@ def explain(text: str) -> tuple[str, str | None]:
         # null is the same as no field: nobody has to hear of it.
         wanted = [_WANTED.get(kind, kind) for kind in kinds if kind != "null" or len(kinds) == 1]
         given = _GIVEN.get(match[2], match[2])
-        return f"{match[3] or 'the body'} must be {' or '.join(wanted)}, not {given}", param
+        return f"{match[3] or whole} must be {' or '.join(wanted)}, not {given}", param
     if match := _MISSING.fullmatch(text):
         return f"{match[2]}.{match[1]} is missing" if match[2] else f"{match[1]} is missing", param
     if match := _BOUND.fullmatch(text):
