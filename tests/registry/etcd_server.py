@@ -163,6 +163,12 @@ class EtcdMember:
         assert not os.path.exists(f"/proc/{pid}")
         self.process = None
 
+    def empty(self) -> None:
+        """Kill it and start it without its data. Not in a short-lived thread: it ends with that."""
+        self.kill()
+        shutil.rmtree(self.folder)
+        self.start()
+
     def freeze(self) -> None:
         """SIGSTOP, and proof that it stands."""
         assert self.process is not None

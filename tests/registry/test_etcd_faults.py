@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import time
 
 import pytest
@@ -206,10 +205,7 @@ async def test_an_etcd_that_lost_everything(server, monkeypatch):
         told = Told()
         await one.watch("/w/", told, patient=True)
         revision = server.revision()
-        server.kill()
-        await until(lambda: one.degraded, "degraded")
-        shutil.rmtree(server.folder)
-        server.start()
+        server.empty()
         await until(lambda: registration.num_registrations == 2, "the return of the owner")
         assert server.revision() < revision
         await until(lambda: "/w/forgotten" not in told.entries, "the end of the forgotten")
@@ -218,6 +214,28 @@ async def test_an_etcd_that_lost_everything(server, monkeypatch):
         await one.put("/w/new", b"1")
         await until(lambda: "/w/new" in told.entries, "the watch after it")
         await registration.withdraw()
+
+
+@in_loop
+async def test_an_etcd_that_lost_everything_and_has_come_as_far_again(server, monkeypatch):
+    async with parted(server, monkeypatch) as (one, two, proxy):
+        last = await one.put("/w/forgotten", b"x")
+        told, none_there = Told(), Told()
+        await two.watch("/w/", told)
+        await two.watch("/empty/", none_there)
+        proxy.blackhole()
+        proxy.cut()
+        await until(lambda: two.degraded, "degraded")
+        server.empty()
+        await answered(lambda: one.put("/w/new", b"1"))
+        await one.put("/empty/not", b"1")
+        while await one.put("/x", b"") <= last + 10:
+            pass
+        proxy.heal()
+        await until(lambda: "/w/new" in told.entries, "what is there now")
+        await until(lambda: "/empty/not" in none_there.entries, "the first there")
+        assert told.values == {"/w/new": b"1"}
+        assert told.deleted == ["/w/forgotten"]
 
 
 @in_loop

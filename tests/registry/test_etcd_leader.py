@@ -15,6 +15,7 @@ from xllm.router.leadership.candidate import Candidate
 pytestmark = [pytest.mark.process, pytest.mark.etcd]
 
 KEY = "/xllm/default/leader"
+BASE_KEY = "/xllm/c/epoch_base"
 TTL_S = 2.0
 
 
@@ -32,7 +33,13 @@ class Runner:
         self.epochs = []
         self._tasks = set()
         self.candidate = Candidate(
-            self.registry, KEY, name.encode(), TTL_S, self._changed, self._spawn
+            self.registry,
+            KEY,
+            BASE_KEY,
+            lambda base: name.encode(),
+            TTL_S,
+            self._changed,
+            self._spawn,
         )
 
     @property

@@ -14,8 +14,9 @@ from xllm.protocol.registry import etcd_watch
 from xllm.protocol.registry.etcd_stubs import kv_pb2, rpc_pb2
 from xllm.protocol.registry.etcd_watch import EtcdWatch
 from xllm.protocol.registry.etcd_wire import list_request, range_end
+from xllm.protocol.registry.known import KnownEntries
 from xllm.protocol.registry.store import RegistryStore
-from xllm.protocol.registry_wire import Listing
+from xllm.protocol.registry_wire import Entry, Listing
 
 PREFIX = "/w/"
 TTL_S = 1000.0
@@ -307,6 +308,19 @@ def test_a_handler_that_fails_ends_no_watch(capsys):
 
     asyncio.run(main())
     assert "handler_failed" in capsys.readouterr().out
+
+
+def test_a_history_is_known_by_its_last_write_and_the_count_of_keys():
+    known = KnownEntries()
+    assert known.is_like(None, 0)
+    first, last = Entry("/w/a", b"x", 3, 9, 7), Entry("/w/b", b"x", 10, 10)
+    assert not known.is_like(first, 1)
+    known.replace(Listing((first, last), 12))
+    assert known.is_like(last, 2)
+    assert not known.is_like(None, 0)
+    assert not known.is_like(last, 3)
+    assert not known.is_like(first, 2)
+    assert not known.is_like(Entry("/w/b", b"x", 10, 10, 8), 2)
 
 
 def test_ranges():

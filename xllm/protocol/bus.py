@@ -125,6 +125,9 @@ class RouterPresence(ArrayMessage, frozen=True):
     objectives stand there as this word says."""
     ttft_ms: int = 0
     tpot_ms: int = 0
+    highest_epoch: int = 0
+    """That it has heard of: a leader of a lower one is none, whatever the registry says that may
+    have lost its data."""
 
 
 class SnapshotOfBlocks(ArrayMessage, frozen=True):

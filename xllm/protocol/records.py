@@ -68,11 +68,13 @@ class RouterRecord(MapPart, frozen=True):
 
 
 class LeaderRecord(MapPart, frozen=True):
-    """`leader`: the router that leads. Its epoch is the entry's create revision."""
+    """`leader`: the router that leads. Its epoch is `epoch_base` and the entry's create
+    revision."""
 
     name: str
     incarnation: str
     zmq_endpoint: str = ""
+    epoch_base: int = 0
 
 
 def cluster_prefix(cluster: str) -> str:
@@ -98,6 +100,12 @@ def router_key(cluster: str, name: str) -> str:
 def leader_key(cluster: str) -> str:
     """Key of the LeaderRecord."""
     return f"{cluster_prefix(cluster)}leader"
+
+
+def epoch_base_key(cluster: str) -> str:
+    """Key of the number that epochs are counted from, in decimal digits: there is one where
+    revisions have gone back."""
+    return f"{cluster_prefix(cluster)}epoch_base"
 
 
 def roles_key(cluster: str) -> str:

@@ -52,12 +52,12 @@ class Leader:
 class LeaderCluster:
     """Processes by name; `router-N` and `instance-N`. What they log is JSON, a file a process."""
 
-    def __init__(self, run_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    def __init__(self, run_dir: pathlib.Path, tmp_path: pathlib.Path, registry: str = "") -> None:
         self.run_dir = run_dir
         self.log_dir = tmp_path / "logs"
         self.log_dir.mkdir()
         self.model = make_toy_model(tmp_path / "toy-model")
-        self.registry = f"ipc://{run_dir}/registry"
+        self.registry = registry or f"ipc://{run_dir}/registry"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._numbers = itertools.count()
 
@@ -156,7 +156,8 @@ class Watcher:
         entry = await self.registry.get(leader_key(CLUSTER))
         if entry is None:
             return None
-        return Leader(Decoder(LeaderRecord).decode(entry.value).name, entry.create_revision)
+        record = Decoder(LeaderRecord).decode(entry.value)
+        return Leader(record.name, record.epoch_base + entry.create_revision)
 
     async def wait_leader(self, after: int = 0, timeout_s: float = START_S) -> Leader:
         """A leader of a higher epoch than that."""
@@ -317,12 +318,14 @@ async def wait_whole(cluster: LeaderCluster) -> None:
 
 @contextlib.contextmanager
 def whole_cluster(
-    directory: pathlib.Path, num_instances: int, num_routers: int
+    directory: pathlib.Path, num_instances: int, num_routers: int, registry: str = ""
 ) -> Iterator[LeaderCluster]:
-    """All of it serves in the block."""
+    """All of it serves in the block. `registry`: the address of one that runs; else it has one of
+    its own."""
     run_dir = pathlib.Path(tempfile.mkdtemp(prefix="xr-", dir="/tmp"))
-    made = LeaderCluster(run_dir, directory)
-    made.start_registry()
+    made = LeaderCluster(run_dir, directory, registry)
+    if not registry:
+        made.start_registry()
     for _ in range(num_instances):
         made.start_instance()
     for _ in range(num_routers):

@@ -15,6 +15,7 @@ from xllm.protocol.transport.context import Transport
 from xllm.router.leadership.candidate import Candidate
 
 KEY = "/xllm/c/leader"
+BASE_KEY = "/xllm/c/epoch_base"
 LEASE_S = 2.0
 DEADLINE_S = 40.0
 
@@ -25,10 +26,14 @@ class Runner:
     def __init__(self, registry, name: str) -> None:
         self.registry = registry
         self.num_changes = 0
+        self.name = name
         self.tasks: list[asyncio.Task[None]] = []
         self.candidate = Candidate(
-            registry, KEY, name.encode(), LEASE_S, self._changed, self._spawn
+            registry, KEY, BASE_KEY, self._value, LEASE_S, self._changed, self._spawn
         )
+
+    def _value(self, base: int) -> bytes:
+        return f"{self.name} {base}".encode()
 
     def _changed(self) -> None:
         self.num_changes += 1
@@ -114,6 +119,96 @@ def test_a_leader_that_lost_its_key_steps_down_and_runs_again():
             await registry.close()
 
     asyncio.run(asyncio.wait_for(body(), DEADLINE_S))
+
+
+async def next_leader(registry, name: str, known: int = 0) -> int:
+    """The epoch of a candidate that leads there once, knows of an epoch, and resigns."""
+    runner = Runner(registry, name)
+    try:
+        runner.candidate.outbid(known)
+        await runner.candidate.start()
+        epoch = await runner.leads()
+        entry = await registry.get(KEY)
+        base = int(entry.value.split()[-1])
+        assert entry.create_revision == runner.candidate.revision
+        assert base + entry.create_revision == epoch
+        guarded = await registry.write_guarded(KEY, runner.candidate.revision, [("/x", b"")])
+        assert guarded
+        await runner.candidate.resign()
+        return epoch
+    finally:
+        await runner.close()
+
+
+def test_epochs_grow_on_where_revisions_went_back():
+    async def body() -> None:
+        registry = LocalRegistry(RegistryStore())
+        try:
+            assert await next_leader(registry, "young") < 100
+            assert await registry.get(BASE_KEY) is None
+            first = await next_leader(registry, "old", known=7000)
+            assert first > 7000
+            assert (await registry.get(BASE_KEY)).value == b"7000"
+            second = await next_leader(registry, "knows nothing")
+            assert second > first
+            assert (await registry.get(BASE_KEY)).value == b"7000"
+            await registry.put(BASE_KEY, b"many")
+            third = await next_leader(registry, "old", known=second)
+            assert third > second
+            assert (await registry.get(BASE_KEY)).value == str(second).encode()
+        finally:
+            await registry.close()
+
+    asyncio.run(asyncio.wait_for(body(), DEADLINE_S))
+
+
+def test_a_base_that_another_raises_meanwhile_counts():
+    async def body() -> None:
+        registry = LocalRegistry(RegistryStore())
+        claim = registry.compare_and_set
+
+        async def raised_behind(key, *arguments):
+            done = await claim(key, *arguments)
+            if key == KEY and (await registry.get(BASE_KEY)) is None:
+                await registry.put(BASE_KEY, b"9000")
+            return done
+
+        registry.compare_and_set = raised_behind
+        try:
+            assert await next_leader(registry, "one") > 9000
+        finally:
+            await registry.close()
+
+    asyncio.run(asyncio.wait_for(body(), DEADLINE_S))
+
+
+@pytest.mark.etcd
+def test_an_emptied_etcd_has_leaders_of_higher_epochs(tmp_path):
+    async def body(member) -> None:
+        transport = Transport()
+        registry = open_registry(member.address, transport)
+        runner = Runner(registry, "lives on")
+        try:
+            for number in range(200):
+                await registry.put("/x", b"%d" % number)
+            await runner.candidate.start()
+            first = await runner.leads()
+            assert first > 200
+            member.empty()
+            while runner.candidate.epoch in (0, first):
+                await asyncio.sleep(0.01)
+            assert runner.candidate.revision < 200
+            assert runner.candidate.epoch > first
+            last = runner.candidate.epoch
+            await runner.candidate.resign()
+            assert await next_leader(registry, "comes later") > last
+        finally:
+            await runner.close()
+            await registry.close()
+            transport.close()
+
+    with one_etcd(tmp_path) as member:
+        asyncio.run(asyncio.wait_for(body(member), DEADLINE_S))
 
 
 @pytest.mark.etcd

@@ -20,9 +20,22 @@ from xllm.protocol.bus import (
 from xllm.protocol.generation import SubmitRequest
 from xllm.protocol.records import experts_key, kv_key, load_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES
+from xllm.router.leadership.epochs import MAX_BASE, needed_base, read_base
 from xllm.router.leadership.mirror import Mirror
-from xllm.router.leadership.objectives import LiveObjectives, amend_objectives, read_objectives
-from xllm.router.leadership.roles import MAX_ROWS, TELL_AGAIN_S, RoleTable, decode_roles
+from xllm.router.leadership.objectives import (
+    LiveObjectives,
+    ServiceObjectives,
+    amend_objectives,
+    read_objectives,
+    restore_objectives,
+)
+from xllm.router.leadership.roles import (
+    MAX_ROWS,
+    TELL_AGAIN_S,
+    RoleTable,
+    decode_roles,
+    restore_rows,
+)
 from xllm.router.leadership.standing import Standing
 
 # -- roles ---------------------------------------------------------------------------------------
@@ -45,6 +58,12 @@ def test_everybody_is_told_once_a_term_and_again_where_it_did_not_help():
     assert len(table.due(there, 100.0)) == 2, "a new epoch is told to all"
 
 
+def there(table, name):
+    """An instance is there, and was told its role."""
+    table.told(name, "1", "both", 0.0)
+    table.registered(name)
+
+
 def test_rows_that_say_nothing_go_with_their_instances():
     table = RoleTable()
     table.begin(b'{"dead": "both", "away": "decode"}')
@@ -52,6 +71,9 @@ def test_rows_that_say_nothing_go_with_their_instances():
     assert table.rows == (("away", "decode"),)
     for name in ("a", "b"):
         table.registered(name)
+        assert table.rows == (("away", "decode"),), "nobody was told yet"
+    for name in ("a", "b"):
+        there(table, name)
     table.assign("b", "prefill")
     table.written(table.encode())
     table.gone("b")
@@ -64,8 +86,8 @@ def test_rows_that_say_nothing_go_with_their_instances():
 def test_a_table_is_written_until_the_registry_has_it():
     table = RoleTable()
     table.begin(b"")
-    table.registered("a")
-    table.registered("a")
+    there(table, "a")
+    there(table, "a")
     assert table.is_changed
     old = table.encode()
     table.assign("a", "decode")
@@ -98,7 +120,7 @@ def test_rows_are_bounded(name, role, param):
 def test_a_full_table_takes_no_more_rows():
     table = RoleTable()
     for number in range(MAX_ROWS + 5):
-        table.registered(f"i{number}")
+        there(table, f"i{number}")
     assert len(table.rows) == MAX_ROWS
     with pytest.raises(InvalidRequestError, match=str(MAX_ROWS)):
         table.assign("more", "both")
@@ -113,6 +135,29 @@ def test_any_value_is_a_table_or_an_error(value):
         table.begin(value)
     except InvalidRequestError:
         assert table.rows == before
+
+
+LOST = (("a", "decode"), ("b", "both"), ("c", "prefill"))
+
+
+@pytest.mark.parametrize(
+    ("value", "restored"),
+    [
+        (None, {"a": "decode", "c": "prefill"}),
+        (b"", {"a": "decode", "c": "prefill"}),
+        (b"{}", {"a": "decode", "c": "prefill"}),
+        (b'{"a":"both","d":"decode"}', {"a": "both", "c": "prefill", "d": "decode"}),
+    ],
+)
+def test_rows_that_were_lost_come_back_and_those_written_since_stay(value, restored):
+    assert decode_roles(restore_rows(value, LOST)) == restored
+
+
+def test_a_table_that_lacks_no_lost_row_is_left_as_it_is():
+    for value in (None, b"", b"no table", b'{"a":"prefill","c":"both"}'):
+        assert restore_rows(value, LOST if value else LOST[1:2]) == value
+    full = msgspec.json.encode({f"i{number}": "decode" for number in range(MAX_ROWS)})
+    assert decode_roles(restore_rows(full, LOST)) == decode_roles(full)
 
 
 # -- the mirror ----------------------------------------------------------------------------------
@@ -266,6 +311,32 @@ def test_bad_objectives_change_nothing(value):
     assert live.now == read_objectives(b'{"ttft_ms": 500}')
 
 
+def test_objectives_that_were_lost_come_back_where_none_were_written_since():
+    lost = ServiceObjectives(300, 20)
+    assert read_objectives(restore_objectives(None, lost)) == lost
+    assert restore_objectives(None, ServiceObjectives()) is None
+    for value in (b"{}", b'{"ttft_ms":0,"tpot_ms":0}', b"fast"):
+        assert restore_objectives(value, lost) == value
+
+
+# -- epochs --------------------------------------------------------------------------------------
+
+
+def test_a_base_is_raised_only_where_revisions_went_back():
+    assert read_base(None) == 0
+    assert needed_base(0, 12, 11) == 0
+    assert needed_base(0, 12, 12) == 12
+    assert needed_base(0, 3, 5000) == 5000
+    assert needed_base(read_base(b"5000"), 4, 5003) == 5000
+    assert read_base(str(MAX_BASE).encode()) == MAX_BASE
+
+
+@pytest.mark.parametrize("value", [b"", b"-1", b"1.5", b"0x10", b"9" * 19, b"1" * 30, "٣".encode()])
+def test_a_base_is_a_number_in_its_bounds(value):
+    with pytest.raises(InvalidRequestError, match="epoch_base"):
+        read_base(value)
+
+
 # -- standings -----------------------------------------------------------------------------------
 
 
@@ -290,3 +361,18 @@ def test_a_lower_epoch_is_ignored_and_counted():
     standing.elected("b", 11, "tcp://b")
     standing.vacant()
     assert (standing.leader, standing.epoch) == ("", 11)
+
+
+def test_an_epoch_that_anybody_heard_of_ends_lower_ones():
+    standing = Standing()
+    standing.elected("a", 5, "tcp://a")  # as a registry that lost its data names it
+    assert standing.heard(RouterPresence("b", "1", 1, highest_epoch=5))
+    assert standing.leader == "a"
+    assert standing.heard(RouterPresence("b", "1", 2, highest_epoch=9))
+    assert (standing.leader, standing.epoch) == ("", 9)
+    assert not standing.heard(RouterPresence("a", "1", 1, leader_epoch=5, highest_epoch=5))
+    assert standing.num_stale == 1
+    standing.elected("a", 5, "tcp://a")
+    assert standing.leader == ""
+    standing.elected("b", 12, "tcp://b")
+    assert (standing.leader, standing.epoch, standing.address) == ("b", 12, "tcp://b")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from xllm.errors import FencedError
 from xllm.protocol.registry.store import RegistryStore
 from xllm.protocol.registry_wire import CasResult, Change, Entry, Lease
-from xllm.router.leadership.election import Election, Step, margin_s
+from xllm.router.leadership.election import AGAIN_S, Election, Step, margin_s
 
 TTL_S = 2.0
 KEY = "/leader"
@@ -362,4 +362,25 @@ def test_a_higher_epoch_ends_a_lower_one():
     one.outbid(20)
     assert one.epoch == 20
     one.outbid(21)
+    assert one.epoch == 0
+    call = one.next_call(0.3)
+    assert (call.step, call.lease_id) == (Step.REVOKE, 7)
+    one.revoked(call, True, 0.4)
+    assert one.next_call(0.4) is None, "others go first"
+    assert one.wake_at(0.4) == pytest.approx(0.4 + AGAIN_S)
+    one.granted(one.next_call(1.0), Lease(8, TTL_S), 1.0)
+    claim = CasResult(True, 2, Entry(KEY, b"me", 2, 2, 8))
+    one.claimed(one.next_call(1.1), claim, 1.2, base=19)
+    assert one.epoch == 0, "no higher than what was heard of"
+    one.revoked(one.next_call(1.2), True, 1.3)
+    one.granted(one.next_call(1.3), Lease(9, TTL_S), 1.4)
+    one.claimed(one.next_call(1.4), CasResult(True, 4, Entry(KEY, b"me", 4, 4, 9)), 1.5, base=21)
+    assert (one.epoch, one.revision, one.highest) == (25, 4, 25)
+
+
+def test_another_claim_at_the_revision_of_ours_is_not_ours():
+    one = grown()
+    one.seen(Entry(KEY, b"me", 20, 30, 7), 30)
+    assert one.epoch == 20
+    one.seen(Entry(KEY, b"other", 20, 40, 8), 40)  # in a registry that lost its data
     assert one.epoch == 0

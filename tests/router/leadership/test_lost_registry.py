@@ -7,6 +7,7 @@ would, and shown is what holds in the end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import subprocess
 import sys
@@ -14,25 +15,69 @@ import sys
 import msgspec
 import pytest
 
+from tests.registry.etcd_server import one_etcd
 from tests.router.leadership.leader_cluster import CLUSTER, START_S, until, whole_cluster
 from tests.router.leadership.test_leader_faults import scenario, seen_by
 from xllm.protocol.records import roles_key, slo_key
+from xllm.protocol.registry.open import open_registry
+from xllm.protocol.transport.context import Transport
 
 pytestmark = pytest.mark.process
 
 NUM_ROUTERS = 2
+FAR = 500
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with whole_cluster(tmp_path_factory.mktemp("forgetful"), 1, NUM_ROUTERS) as made:
-        yield made
+@contextlib.contextmanager
+def embedded(directory):
+    """A cluster, and what makes its registry forget everything."""
+    with whole_cluster(directory, 1, NUM_ROUTERS) as made:
+
+        def forget() -> None:
+            made.signal("registry", signal.SIGKILL)
+            assert made.processes["registry"].poll() is not None
+            made.start_registry()
+
+        yield made, forget
 
 
-@pytest.fixture(scope="module")
-def forgetful(cluster):
-    """A small cluster, its registry killed and started anew behind an operator's words; and the
-    name of an instance that they gave a role, and who led."""
+@contextlib.contextmanager
+def etcd(directory):
+    """The same with an etcd, whose revisions begin anew far below the epochs there were."""
+    with one_etcd(directory) as member:
+        asyncio.run(advance(member.address))
+
+        def forget() -> None:
+            member.empty()
+            member.wait_ready()
+
+        with whole_cluster(directory, 1, NUM_ROUTERS, member.address) as made:
+            yield made, forget
+
+
+async def advance(address: str) -> None:
+    """Have that registry's revisions come far."""
+    transport = Transport()
+    registry = open_registry(address, transport)
+    while await registry.put("/elsewhere", b"x") < FAR:
+        pass
+    await registry.close()
+    transport.close()
+
+
+@pytest.fixture(
+    params=[pytest.param(embedded), pytest.param(etcd, marks=pytest.mark.etcd)],
+    ids=["embedded", "etcd"],
+)
+def forgetful(request, tmp_path):
+    """A small cluster, whose registry forgot all behind an operator's words; and the name of an
+    instance that they gave a role, and who led."""
+    with request.param(tmp_path) as (cluster, forget):
+        yield operated(cluster, forget)
+
+
+def operated(cluster, forget):
+    """See `forgetful`."""
 
     async def body(watcher, leader, others):
         await operate(watcher, "role", instance, "decode")
@@ -44,12 +89,10 @@ def forgetful(cluster):
 
         await until(is_heard, what="all routers to hear of the objectives")
         led.append(await watcher.wait_leader())
-        cluster.signal("registry", signal.SIGKILL)
-        assert cluster.processes["registry"].poll() is not None
+        forget()
 
     instance, led = cluster.alive("instance")[0], []
     scenario(cluster, body)
-    cluster.start_registry()
     return cluster, instance, led[0]
 
 
@@ -71,7 +114,7 @@ def test_a_registry_that_lost_its_data_gets_back_what_operators_wrote(forgetful)
     cluster, instance, before = forgetful
 
     async def body(watcher, leader, others):
-        assert leader.epoch > before.epoch
+        assert (await watcher.wait_leader(before.epoch)).epoch > before.epoch
 
         async def is_back() -> bool:
             roles = await watcher.registry.get(roles_key(CLUSTER))
@@ -96,6 +139,8 @@ def test_a_registry_that_lost_its_data_gets_back_what_operators_wrote(forgetful)
             return all(any(one.name == instance for one in processes) for processes in lists)
 
         await until(is_there, START_S, what="the instance to be there again")
+        in_force = {event["slo"] for event in cluster.events("slo_changed")}
+        assert in_force == {"ServiceObjectives(ttft_ms=300, tpot_ms=0)"}
         assert await operate(watcher, "role", instance, "both") == f"{instance} is for both\n"
         assert await operate(watcher, "slo", "--ttft-ms=0", "--tpot-ms=0") == UNSET
         await all_show(watcher, (0, 0))

@@ -17,12 +17,16 @@ from xllm.router.leadership.objectives import ServiceObjectives
 from xllm.router.leadership.office import MAX_AMENDMENTS, Office
 from xllm.router.view import ClusterView
 
+EPOCHS_BEFORE = 7000
+"""Epochs are not revisions."""
+
 
 class FakeCandidate:
     """Leads as long as it is told to."""
 
     def __init__(self) -> None:
         self.epoch = 0
+        self.revision = 0
 
     def disproved(self, epoch: int) -> None:
         if self.epoch == epoch:
@@ -40,6 +44,8 @@ class GatedRegistry:
         """Reads of one key are not answered."""
         self.between: list[bytes] = []
         """What others write behind the next reads."""
+        self.raced: dict[str, bytes] = {}
+        """What others write just before the first comparison of a key."""
 
     async def list(self, prefix):
         await self.gate.wait()
@@ -55,6 +61,8 @@ class GatedRegistry:
         return entry
 
     async def compare_and_set(self, *arguments):
+        if raced := self.raced.pop(arguments[0], None):
+            await self.inner.put(arguments[0], raced)
         return await self.inner.compare_and_set(*arguments)
 
     async def write_guarded(self, *arguments):
@@ -82,7 +90,8 @@ class Bench:
 
     async def elected(self) -> None:
         entry = await self.registry.inner.compare_and_set(leader_key("c"), 0, b"me")
-        self.candidate.epoch = entry.entry.create_revision
+        self.candidate.revision = entry.entry.create_revision
+        self.candidate.epoch = EPOCHS_BEFORE + self.candidate.revision
 
     async def turn(self) -> None:
         """A heartbeat, and what it began."""
@@ -252,6 +261,41 @@ def test_a_registry_that_lost_its_data_is_given_back_what_operators_wrote():
         await lost.close()
         assert await b.table() == {"a": "decode"}
         assert await slo(b) == b'{"ttft_ms":300,"tpot_ms":0}'
+
+    on_bench(body)
+
+
+def test_what_an_operator_wrote_since_the_loss_stays():
+    async def body(b):
+        await with_a_row_and_objectives(b)
+        await b.office.assign("z", "prefill", b.now)
+        await b.turn()
+        lost, emptied = b.registry.inner, LocalRegistry(RegistryStore(first_revision=FORGOTTEN))
+        await emptied.put(slo_key("c"), b'{"ttft_ms":900,"tpot_ms":0}')
+        await emptied.put(roles_key("c"), b'{"a":"both","n":"decode"}')
+        await elected_again(b, emptied)
+        await lost.close()
+        assert await slo(b) == b'{"ttft_ms":900,"tpot_ms":0}'
+        assert await b.table() == {"n": "decode", "z": "prefill"}
+        assert ("a", "both") not in b.view.standing.remembered.roles
+        assert b.view.standing.remembered.ttft_ms == 900
+
+    on_bench(body)
+
+
+def test_what_is_written_while_lost_rows_are_written_back_stays():
+    async def body(b):
+        await with_a_row_and_objectives(b)
+        lost, emptied = b.registry.inner, LocalRegistry(RegistryStore(first_revision=FORGOTTEN))
+        b.registry.raced = {
+            roles_key("c"): b'{"a":"prefill","n":"decode"}',
+            slo_key("c"): b'{"ttft_ms":1,"tpot_ms":2}',
+        }
+        await elected_again(b, emptied)
+        await lost.close()
+        assert not b.registry.raced
+        assert await b.table() == {"a": "prefill", "n": "decode"}
+        assert await slo(b) == b'{"ttft_ms":1,"tpot_ms":2}'
 
     on_bench(body)
 

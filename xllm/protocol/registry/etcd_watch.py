@@ -1,10 +1,11 @@
 """One watch on etcd that outlives streams, members and compactions.
 
-It follows a stream from the revision after the last one that it told; where that was compacted,
-or etcd lost its history, it lists and tells the difference. After an outage leases may have
-lapsed while their owners lived: a patient watch holds deletions back then, and what is still
-missing when the doubt is over is told by a listing. Invariant: what was told adds up to a state
-that etcd once had, such deletions aside.
+It follows a stream from the revision after the last one that it told; where that was compacted, or
+etcd lost its history, it lists and tells the difference. A new link may be to an etcd that lost
+its data and has written as much again: what it had at that revision is compared first. After an
+outage leases may have lapsed while their owners lived: a patient watch holds deletions back then,
+and what is still missing when the doubt is over is told by a listing. Invariant: what was told
+adds up to a state that etcd once had, such deletions aside.
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ from typing import Any
 
 import structlog
 
-from xllm.errors import BrokenError, XllmError
+from xllm.errors import BrokenError, InvalidRequestError, XllmError
 from xllm.protocol.registry.etcd_connection import EtcdConnection
 from xllm.protocol.registry.etcd_link import EtcdLink, EtcdStream
-from xllm.protocol.registry.etcd_wire import as_changes, as_listing, list_request, watch_request
+from xllm.protocol.registry.etcd_wire import (
+    as_changes,
+    as_entry,
+    as_listing,
+    list_request,
+    watch_request,
+    witness_request,
+)
 from xllm.protocol.registry.interface import OnChanges
 from xllm.protocol.registry.known import KnownEntries
 from xllm.protocol.registry_wire import Change, Listing
@@ -56,6 +64,7 @@ class EtcdWatch:
         self._cluster_id = 0
         self._must_list = after is None
         self._stream: EtcdStream | None = None
+        self._followed: EtcdLink | None = None
         self._doubt: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -80,6 +89,8 @@ class EtcdWatch:
         while not self._closed:
             try:
                 link = await self._connection.wait_link()
+                if not self._must_list and self._followed not in (None, link):
+                    self._must_list = not await self._is_as_told()
                 if self._must_list:
                     await self._list()
                 await self._follow(link)
@@ -112,6 +123,19 @@ class EtcdWatch:
             self._doubt_for_a_while()
         self._tell(self._known.replace(listing, keep_missing=doubtful))
 
+    async def _is_as_told(self) -> bool:
+        """Whether etcd had what was told, at the revision up to which it was. The key that was
+        written last and the count of keys stand for the rest."""
+        request = witness_request(self.prefix, self._known.revision)
+        try:
+            answer = await self._connection.read(
+                lambda link, limit_s: link.call(link.kv.Range, request, limit_s)
+            )
+        except InvalidRequestError:  # it has not come as far, or has compacted it
+            return False
+        last = as_entry(answer.kvs[0]) if answer.kvs else None
+        return self._known.is_like(last, answer.count)
+
     @property
     def _doubtful(self) -> bool:
         """Whether a deletion is not to be believed yet."""
@@ -120,6 +144,7 @@ class EtcdWatch:
     async def _follow(self, link: EtcdLink) -> None:
         """Tell what a stream says, until it ends, is silent, or a listing is needed."""
         request = watch_request(self.prefix, self._known.revision)
+        self._followed = link
         stream = self._stream = link.open_watch(request)
         self.num_streams += 1
         try:

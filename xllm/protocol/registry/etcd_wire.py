@@ -33,6 +33,18 @@ def list_request(prefix: str) -> Any:
     return rpc_pb2.RangeRequest(key=prefix.encode() or b"\0", range_end=range_end(prefix))
 
 
+def witness_request(prefix: str, revision: int) -> Any:
+    """What was under a prefix at a revision: the key that was written last, and the count."""
+    return rpc_pb2.RangeRequest(
+        key=prefix.encode() or b"\0",
+        range_end=range_end(prefix),
+        revision=revision,
+        limit=1,
+        sort_order=rpc_pb2.RangeRequest.DESCEND,
+        sort_target=rpc_pb2.RangeRequest.MOD,
+    )
+
+
 def watch_request(prefix: str, after_revision: int) -> Any:
     """Every change under a prefix after a revision."""
     create = rpc_pb2.WatchCreateRequest(

@@ -26,6 +26,13 @@ class KnownEntries:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def is_like(self, last: Entry | None, count: int) -> bool:
+        """Whether these may be entries of which `last` was written last (None: of none)."""
+        if last is None or count != len(self._entries):
+            return not count and not self._entries
+        newest = max(one.mod_revision for one in self._entries.values())
+        return self._entries.get(last.key) == last and last.mod_revision == newest
+
     def apply(self, changes: Sequence[Change]) -> tuple[Change, ...]:
         """Take over changes that follow `revision`; those that were told before are left out."""
         news = tuple(change for change in changes if change.revision > self.revision)

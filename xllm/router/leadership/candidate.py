@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 
 import structlog
 
-from xllm.errors import XllmError
+from xllm.errors import InvalidRequestError, XllmError
 from xllm.protocol.registry.interface import Registry, Watch
-from xllm.protocol.registry_wire import Change, Entry
+from xllm.protocol.registry_wire import CasResult, Change, Entry
 from xllm.protocol.transport.context import describe_error
 from xllm.router.leadership.election import Call, Election, Step
+from xllm.router.leadership.epochs import needed_base, read_base
 
 _log = structlog.get_logger("leadership")
 
@@ -30,15 +31,16 @@ def boot_clock() -> float:
 
 
 class Candidate:
-    """One router's candidacy for the key `key`, with `value` as its entry. `on_change()` is called
-    when this process begins or ceases to lead and when the leader key changed; `spawn` runs a
-    coroutine."""
+    """One router's candidacy for the key `key`; epochs are counted from what `base_key` says, and
+    `value(base)` is its entry. `on_change()` is called when this process begins or ceases to lead
+    and when the leader key changed; `spawn` runs a coroutine."""
 
     def __init__(
         self,
         registry: Registry,
         key: str,
-        value: bytes,
+        base_key: str,
+        value: Callable[[int], bytes],
         ttl_s: float,
         on_change: Callable[[], None],
         spawn: Callable[[Coroutine[Any, Any, None]], Any],
@@ -46,6 +48,7 @@ class Candidate:
     ) -> None:
         self._registry = registry
         self._key = key
+        self._base_key = base_key
         self._value = value
         self._on_change = on_change
         self._spawn = spawn
@@ -65,6 +68,12 @@ class Candidate:
         return self._election.epoch if self._election.leads(self._clock()) else 0
 
     @property
+    def revision(self) -> int:
+        """That created the own leader key: what guards a leader's writes. Meaningless without an
+        epoch."""
+        return self._election.revision
+
+    @property
     def entry(self) -> Entry | None:
         """The leader key as last heard of."""
         return self._election.entry
@@ -75,17 +84,19 @@ class Candidate:
         self._pump()
 
     def outbid(self, epoch: int) -> None:
-        """That epoch was heard of somewhere: a leader of a lower one steps down."""
-        if 0 < self._election.epoch < epoch:
-            _log.warning("leader_outbid", epoch=self._election.epoch, by=epoch)
-            self._election.outbid(epoch)
+        """That epoch was heard of somewhere: a leader of a lower one steps down, and none of this
+        process will have a lower one."""
+        led = self._election.epoch
+        self._election.outbid(epoch)
+        if led and not self._election.epoch:
+            _log.warning("leader_outbid", epoch=led, by=epoch)
             self._pump()
 
     def disproved(self, epoch: int) -> None:
         """The registry refused a write under that epoch: another leads, or nobody."""
         if self._election.epoch == epoch:
             _log.warning("leader_disproved", epoch=epoch)
-            self._election.outbid(epoch + 1)
+            self._election.disproved()
             self._pump()
 
     def tick(self) -> None:
@@ -146,8 +157,8 @@ class Candidate:
             lease = await self._within(call, registry.grant(self._ttl_s))
             election.granted(call, lease, self._clock())
         elif call.step is Step.CLAIM:
-            claim = registry.compare_and_set(self._key, 0, self._value, call.lease_id)
-            election.claimed(call, await self._within(call, claim), self._clock())
+            result, base = await self._claim(call)
+            election.claimed(call, result, self._clock(), base=base)
         elif call.step is Step.RENEW:
             left_s = await self._within(call, registry.keep_alive(call.lease_id))
             election.renewed(call, left_s, self._clock())
@@ -155,6 +166,51 @@ class Candidate:
             done = await self._within(call, self._end(call.lease_id))
             election.revoked(call, done is not None, self._clock())
         self._pump()
+
+    async def _claim(self, call: Call) -> tuple[CasResult | None, int]:
+        """Claim the key; then find what its epoch is counted from, which others may have raised
+        since it was read for the entry. (None, 0): not answered."""
+        said = await self._within(call, self._read_base())
+        if said is None:
+            return None, 0
+        claim = self._registry.compare_and_set(self._key, 0, self._value(said[0]), call.lease_id)
+        result = await self._within(call, claim)
+        if result is None or not result.ok or result.entry is None:
+            return result, 0
+        own = result.entry
+        base = await self._within(call, self._settle_base(own.create_revision))
+        if base is None:
+            return None, 0
+        if base == said[0]:
+            return result, base
+        value = self._value(base)
+        again = self._registry.compare_and_set(self._key, own.mod_revision, value, call.lease_id)
+        return await self._within(call, again), base
+
+    async def _settle_base(self, revision: int) -> int:
+        """The epoch base, raised where an epoch counted from it would be none for a claim at that
+        revision."""
+        while True:
+            base, mod_revision = await self._read_base()
+            highest = self._election.highest
+            needed = needed_base(base, revision, highest)
+            if needed == base:
+                return base
+            value = b"%d" % needed
+            if (await self._registry.compare_and_set(self._base_key, mod_revision, value)).ok:
+                _log.warning("epoch_base_raised", base=needed, revision=revision)
+                return needed
+
+    async def _read_base(self) -> tuple[int, int]:
+        """The epoch base, and the revision of the write that it is of (0: of none)."""
+        entry = await self._registry.get(self._base_key)
+        if entry is None:
+            return 0, 0
+        try:
+            return read_base(entry.value), entry.mod_revision
+        except InvalidRequestError as error:
+            _log.error("bad_epoch_base", key=self._base_key, error=error.message)
+            return 0, entry.mod_revision
 
     async def _end(self, lease_id: int) -> bool:
         await self._registry.revoke(lease_id)

@@ -2,10 +2,11 @@
 it is, it says which one call to make of the registry.
 
 The leader is who created the cluster's leader key, under a lease of its own; the revision of that
-creation is the epoch. Invariant: `leads(now)` is only said while the lease cannot have ended yet,
-by the clock of this process alone: a lease lives at least its time to live from when its last
-confirmed renewal was *sent*, less a margin for clocks that run differently. So no two routers say
-it at one time, whatever was lost, late or paused; a call on its way is what epochs are for.
+creation tells its epoch (see epochs). Invariant: `leads(now)` is only said while the lease cannot
+have ended yet, by the clock of this process alone: a lease lives at least its time to live from
+when its last confirmed renewal was *sent*, less a margin for clocks that run differently. So no
+two routers say it at one time, whatever was lost, late or paused; a call on its way is what epochs
+are for.
 
 After section 3 of Gray and Cheriton, "Leases" (1989), and Chubby's sequencers (Burrows, 2006).
 """
@@ -67,6 +68,9 @@ class Election:
         self._renew_at = 0.0
         self._retry_at = 0.0
         self._epoch = 0
+        self._revision = 0
+        self._highest = 0
+        self._gives_way = False
         self._entry: Entry | None = None
         self._claimed_at = 0
         self._abandoned: set[int] = set()
@@ -82,6 +86,16 @@ class Election:
     def epoch(self) -> int:
         """The epoch under which this process leads (or led, until it noticed); else 0."""
         return self._epoch
+
+    @property
+    def revision(self) -> int:
+        """That created the own leader key. Meaningless without an epoch."""
+        return self._revision
+
+    @property
+    def highest(self) -> int:
+        """The highest epoch heard of, or had."""
+        return self._highest
 
     @property
     def entry(self) -> Entry | None:
@@ -116,7 +130,7 @@ class Election:
         if self._epoch and revision <= self._claimed_at:
             return
         self._entry = entry
-        if self._epoch and (entry is None or entry.create_revision != self._epoch):
+        if self._epoch and not self._is_own(entry):
             self._step_down()  # the lease ended in truth, or was ended
 
     def granted(self, call: Call, lease: Lease | None, now: float) -> None:
@@ -129,9 +143,9 @@ class Election:
         self._lease_id = lease.id
         self._confirmed(lease.ttl_s)
 
-    def claimed(self, call: Call, result: CasResult | None, now: float) -> None:
-        """Answer to CLAIM. One that was not answered may have been done: the lease is given up,
-        and the key with it."""
+    def claimed(self, call: Call, result: CasResult | None, now: float, *, base: int = 0) -> None:
+        """Answer to CLAIM, and the epoch base as read behind it. One that was not answered may
+        have been done: the lease is given up, and the key with it."""
         if not self._settle(call):
             return
         if result is None:
@@ -142,7 +156,12 @@ class Election:
         if not result.ok or result.entry is None or now >= self._deadline:
             self._abandon()
             return
-        self._epoch = result.entry.create_revision
+        epoch = base + result.entry.create_revision
+        if epoch <= self._highest:  # heard of since the base was read
+            self._abandon()
+            return
+        self._epoch = self._highest = epoch
+        self._revision = result.entry.create_revision
         self._claimed_at = result.entry.mod_revision
 
     def renewed(self, call: Call, ttl_s: float | None, now: float) -> None:
@@ -152,7 +171,7 @@ class Election:
         if ttl_s is None:
             self._renew_at = now + min(AGAIN_S, self._ttl_s / RENEWALS_A_LEASE)
         elif ttl_s <= 0:
-            if self._entry is not None and self._entry.create_revision == self._epoch:
+            if self._is_own(self._entry):
                 self._entry = None
             self._epoch = self._lease_id = 0
         else:
@@ -165,13 +184,22 @@ class Election:
             self._abandoned.discard(call.lease_id)
             if self._entry is not None and self._entry.lease_id == call.lease_id:
                 self._entry = None
+            if self._gives_way:
+                self._gives_way, self._retry_at = False, now + AGAIN_S
         else:
             self._retry_at = now + AGAIN_S
 
     def outbid(self, epoch: int) -> None:
-        """Somebody heard of that epoch: a leader of a lower one is none."""
+        """Somebody heard of that epoch: a leader of a lower one is none. It lets others go first,
+        who have been there for longer."""
+        self._highest = max(self._highest, epoch)
         if 0 < self._epoch < epoch:
             self._step_down()
+            self._gives_way = True
+
+    def disproved(self) -> None:
+        """The registry has another leader, or none."""
+        self._step_down()
 
     def resign(self) -> None:
         """Lead no more and take no part from now on; the lease is given up, so that another can
@@ -221,6 +249,11 @@ class Election:
         """The lease stood at some time after `_sent_at`, with its full time before it."""
         self._deadline = self._sent_at + ttl_s - margin_s(ttl_s)
         self._renew_at = self._sent_at + ttl_s / RENEWALS_A_LEASE
+
+    def _is_own(self, entry: Entry | None) -> bool:
+        """A registry that lost its data may give a revision out again, but no lease's id."""
+        ours = self._revision, self._lease_id
+        return entry is not None and (entry.create_revision, entry.lease_id) == ours
 
     def _step_down(self) -> None:
         self._epoch = 0

@@ -56,6 +56,13 @@ def amend_objectives(value: bytes | None, ttft_ms: int | None, tpot_ms: int | No
     return msgspec.json.encode(amended)
 
 
+def restore_objectives(value: bytes | None, lost: ServiceObjectives) -> bytes | None:
+    """The registry's value, or, where it has none (None), the one that it has lost."""
+    if value is None and lost != ServiceObjectives():
+        return msgspec.json.encode(lost)
+    return value
+
+
 class LiveObjectives:
     """What is in force at one router."""
 

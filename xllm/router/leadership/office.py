@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import msgspec
 import structlog
 
 from xllm.errors import InvalidRequestError, UnavailableError, XllmError
@@ -24,8 +23,12 @@ from xllm.protocol.records import cluster_prefix, era_key, leader_key, roles_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES, Registry
 from xllm.router.leadership.candidate import Candidate
 from xllm.router.leadership.mirror import MIRRORED, Mirror
-from xllm.router.leadership.objectives import ServiceObjectives, read_objectives
-from xllm.router.leadership.roles import RoleTable
+from xllm.router.leadership.objectives import (
+    ServiceObjectives,
+    read_objectives,
+    restore_objectives,
+)
+from xllm.router.leadership.roles import RoleTable, restore_rows
 from xllm.router.leadership.standing import Remembered
 from xllm.router.view import ClusterView
 
@@ -231,15 +234,10 @@ class Office:
 
     async def _find_objectives(self, lost: Remembered) -> ServiceObjectives:
         """What `slo` says; where it is missing, it is written as `lost` has it."""
-        key = slo_key(self._cluster)
-        entry = await self._registry.get(key)
-        wanted = ServiceObjectives(lost.ttft_ms, lost.tpot_ms)
-        if entry is None and wanted != ServiceObjectives():
-            value = msgspec.json.encode(wanted)
-            entry = (await self._registry.compare_and_set(key, 0, value)).entry
-            _log.warning("slo_written_back", slo=str(wanted))
+        kept = ServiceObjectives(lost.ttft_ms, lost.tpot_ms)
+        value = await self._amend(slo_key(self._cluster), lambda now: restore_objectives(now, kept))
         try:
-            return read_objectives(entry.value if entry is not None else None)
+            return read_objectives(value)
         except InvalidRequestError:
             return ServiceObjectives()  # named in the log by who watches it
 
@@ -250,15 +248,17 @@ class Office:
             standing += [entry.key for entry in listing.entries]
         era, known = await self._find_era(), self._view.standing.remembered
         lost = known if known.is_lost(era) else Remembered()
-        entry = await self._registry.get(roles_key(self._cluster))
         objectives = await self._find_objectives(lost)
+        roles = roles_key(self._cluster)
+        table = await self._amend(roles, lambda value: restore_rows(value, lost.roles))
         try:
-            self.roles.begin(entry.value if entry is not None else b"", lost.roles)
+            self.roles.begin(table or b"")
         except InvalidRequestError as error:
             _log.error("bad_role_table", error=error.message)
         self.mirror.begin(standing)
         if lost.era:
-            _log.warning("registry_data_lost", era=era, before=lost.era, roles=len(lost.roles))
+            found = {"roles": self.roles.rows, "slo": str(objectives)}
+            _log.warning("registry_data_lost", era=era, before=lost.era, **found)
         self._era, self._objectives = era, objectives
         self._epoch = epoch
         self._remember()
@@ -268,10 +268,10 @@ class Office:
         mirrored = puts[: MAX_GUARDED_WRITES - 1 - len(deletes)] if self.roles.is_changed else puts
         table = self.roles.encode()
         roles = [(roles_key(self._cluster), table)] if self.roles.is_changed else []
-        if not roles and not mirrored and not deletes:
+        if self._candidate.epoch != epoch or not (roles or mirrored or deletes):
             return
         done = await self._registry.write_guarded(
-            leader_key(self._cluster), epoch, [*roles, *mirrored], deletes
+            leader_key(self._cluster), self._candidate.revision, [*roles, *mirrored], deletes
         )
         if not done:
             self._candidate.disproved(epoch)

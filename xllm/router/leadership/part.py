@@ -22,7 +22,13 @@ from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, Ro
 from xllm.protocol.client import RouterMessage
 from xllm.protocol.codec import Decoder, encode
 from xllm.protocol.instance import EpochRefused
-from xllm.protocol.records import InstanceRecord, LeaderRecord, leader_key, slo_key
+from xllm.protocol.records import (
+    InstanceRecord,
+    LeaderRecord,
+    epoch_base_key,
+    leader_key,
+    slo_key,
+)
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.waiting import wait_registry
 from xllm.protocol.registry_wire import Change, Entry
@@ -74,7 +80,8 @@ class Leadership(MembershipListener):
         self._candidate = Candidate(
             registry,
             leader_key(cluster.name),
-            encode(record),
+            epoch_base_key(cluster.name),
+            lambda base: encode(msgspec.structs.replace(record, epoch_base=base)),
             cluster.lease_s,
             self._changed,
             spawn,
@@ -103,6 +110,7 @@ class Leadership(MembershipListener):
 
     def say(self, word: RouterPresence) -> RouterPresence:
         """The word with what this router says of its leadership."""
+        word = msgspec.structs.replace(word, highest_epoch=self._standing.epoch)
         if not self.epoch:
             return word
         known = self._standing.remembered
@@ -116,8 +124,10 @@ class Leadership(MembershipListener):
         )
 
     async def start(self) -> None:
-        """Watch the live objectives, and run for leader."""
-        watch_slo = partial(self._registry.watch, slo_key(self._cluster.name), self._slo_changed)
+        """Watch the live objectives, and run for leader. Patiently: objectives that a registry
+        lost stay in force until the next leader has written them back."""
+        key = slo_key(self._cluster.name)
+        watch_slo = partial(self._registry.watch, key, self._slo_changed, patient=True)
         await wait_registry(self._cluster, watch_slo)
         await wait_registry(self._cluster, self._candidate.start)
 
@@ -240,12 +250,14 @@ class Leadership(MembershipListener):
         except BadMessageError as error:
             _log.error("bad_record", key=entry.key, error=error.message)
             return
-        self._standing.elected(record.name, entry.create_revision, record.zmq_endpoint)
+        epoch = record.epoch_base + entry.create_revision
+        self._standing.elected(record.name, epoch, record.zmq_endpoint)
 
     def _refused(self, instance: str, word: EpochRefused) -> None:
         """An instance knows a higher epoch than a command of ours had."""
         self.figures.num_refused += 1
         _log.warning("epoch_refused", instance=instance, epoch=word.epoch, highest=word.highest)
+        self._standing.learned(word.highest)
         self._candidate.outbid(word.highest)
 
     def _slo_changed(self, changes: Sequence[Change]) -> None:

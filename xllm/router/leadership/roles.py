@@ -36,15 +36,11 @@ class RoleTable:
         """(instance, role) by name."""
         return tuple(sorted(self._wanted.items()))
 
-    def begin(self, value: bytes, lost: Iterable[tuple[str, str]] = ()) -> None:
-        """A new epoch: the table as the registry has it (empty: none), and nobody told yet. `lost`:
-        the rows where it has none since it lost its data. InvalidRequestError where it cannot be
-        read; the table is then as it was."""
+    def begin(self, value: bytes) -> None:
+        """A new epoch: the table as the registry has it (empty: none), and nobody told yet.
+        InvalidRequestError where it cannot be read; the table is then as it was."""
         self._told.clear()
         rows = decode_roles(value) if value else {}
-        if not value and (kept := {name: role for name, role in lost if role != DEFAULT_ROLE}):
-            self._wanted, self.is_changed = kept, True
-            return
         self._wanted = {name: role for name, role in rows.items() if role != DEFAULT_ROLE}
         self.is_changed = len(self._wanted) != len(rows)
 
@@ -67,8 +63,10 @@ class RoleTable:
             self.is_changed = True
 
     def registered(self, instance: str) -> None:
-        """An instance is there: it has a row."""
-        if instance not in self._wanted and len(self._wanted) < MAX_ROWS:
+        """An instance is there: it has a row, once it was told under this epoch. (One that knows a
+        higher epoch refuses: who leads under a lower one does not know the rows either.)"""
+        is_new = instance not in self._wanted and instance in self._told
+        if is_new and len(self._wanted) < MAX_ROWS:
             self.assign(instance, DEFAULT_ROLE)
 
     def due(self, instances: Iterable[tuple[str, str, str]], now: float) -> list[tuple[str, str]]:
@@ -108,6 +106,19 @@ def check_row(instance: str, role: str) -> None:
         raise InvalidRequestError(
             f"role must be one of {', '.join(ROLES)}, not {role[:40]!r}", param="role"
         )
+
+
+def restore_rows(value: bytes | None, lost: Iterable[tuple[str, str]]) -> bytes | None:
+    """The registry's value (None: no key) with the rows that it has lost, as far as none were
+    written since; a value that is no table stays as it is."""
+    try:
+        rows = decode_roles(value) if value else {}
+    except InvalidRequestError:
+        return value
+    missing = [one for one in lost if one[0] not in rows and one[1] != DEFAULT_ROLE]
+    if not missing:
+        return value
+    return msgspec.json.encode(dict([*rows.items(), *missing][:MAX_ROWS]))
 
 
 def decode_roles(value: bytes) -> dict[str, str]:

@@ -55,12 +55,19 @@ class Standing:
         if epoch >= self.epoch:
             self.leader, self.epoch, self.address = leader, epoch, address
 
+    def learned(self, epoch: int) -> None:
+        """Somebody has heard of that epoch: who leads under a lower one does not lead."""
+        if epoch > self.epoch:
+            self.epoch = epoch
+            self.vacant()
+
     def vacant(self) -> None:
         """The registry's key is gone."""
         self.leader = self.address = ""
 
     def heard(self, word: RouterPresence) -> bool:
         """A router speaks: whether to believe what it says of its leadership."""
+        self.learned(max(word.highest_epoch, word.leader_epoch))
         if not word.leader_epoch:
             if word.publisher == self.leader:
                 self.vacant()  # it stepped down; the registry may not know yet
@@ -68,9 +75,9 @@ class Standing:
         if word.leader_epoch < self.epoch:
             self.num_stale += 1
             return False
-        if word.leader_epoch > self.epoch:
+        if word.publisher != self.leader:
             self.address = ""
-        self.leader, self.epoch, self.roles = word.publisher, word.leader_epoch, word.roles
+        self.leader, self.roles = word.publisher, word.roles
         if word.era:
             self.remembered = Remembered(word.era, word.roles, word.ttft_ms, word.tpot_ms)
         return True

@@ -1,0 +1,31 @@
+"""What epochs are counted from. Pure.
+
+An epoch is the registry's *epoch base* and the revision that created the leader key. The base is 0
+until somebody claims the key at a revision too low for the epochs that it has heard of: in a
+registry that lost its data, or was restored from an older copy. Who claims raises it then to the
+highest of these, before leading. Invariant: a registry's base only grows, and is read behind the
+claim, under the lease of that; so the next claim, which comes after the end of that lease, has a
+higher revision and no lower base, and no two claims have one epoch.
+"""
+
+from __future__ import annotations
+
+from xllm.errors import InvalidRequestError
+
+MAX_BASE = (1 << 62) - 1
+"""So that a base and a revision are a signed integer of 64 bits."""
+
+
+def read_base(value: bytes | None) -> int:
+    """The base of a registry's value (None: no key); InvalidRequestError for anything else than a
+    decimal number from 0 to MAX_BASE."""
+    if value is None:
+        return 0
+    if value.isdigit() and len(value) < 20 and int(value) <= MAX_BASE:
+        return int(value)
+    raise InvalidRequestError(f"epoch_base must be a number from 0 to {MAX_BASE}")
+
+
+def needed_base(base: int, revision: int, highest: int) -> int:
+    """What the base must be for a claim at that revision to exceed the highest epoch known."""
+    return base if base + revision > highest else highest
