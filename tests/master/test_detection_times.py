@@ -17,6 +17,7 @@ STEP_S = 0.02
 LOCK_S = 0.005
 """A thread that waits for the interpreter looks so often."""
 LOOK_S = 30e-6
+THEFT_S = 0.05
 PID = 7
 DESIGNED_S = 1.5
 """The longest time that a fault of short steps may be unseen beside two busy cores: the bound that
@@ -27,10 +28,13 @@ faults are held to is 2 s."""
 class SilentWorker:
     """It ran short steps until its interpreter was held, at 0 s. Its actor thread says nothing
     from then on; its engine thread waits for the interpreter. `share`: of their time without a
-    CPU; `computes`: whether what holds the interpreter wants one."""
+    CPU; `computes`: whether what holds the interpreter wants one; `stolen`: the share that the
+    hypervisor takes of a CPU, and the engine thread's for THEFT_S from `theft_at` on."""
 
     share: float
     computes: bool
+    stolen: float = 0.0
+    theft_at: float = 9.0
 
     def read(self, now: float) -> CpuTimes:
         """What the kernel says of its two threads."""
@@ -39,9 +43,10 @@ class SilentWorker:
         holder = ThreadTimes(
             wants_s * (1 - self.share), wants_s * self.share, int(wants_s / slice_s), self.computes
         )
-        num_looks = int(now * (1 - self.share) / LOCK_S)
-        waiter = ThreadTimes(num_looks * LOOK_S, now * self.share, num_looks, False)
-        return CpuTimes({PID: holder, PID + 1: waiter}, {})
+        runs_s = now - min(THEFT_S, max(0.0, now - self.theft_at))
+        num_looks = int(runs_s * (1 - self.share) / LOCK_S)
+        waiter = ThreadTimes(num_looks * LOOK_S, runs_s * self.share, num_looks, False)
+        return CpuTimes({PID: holder, PID + 1: waiter}, {"cpu0": now * self.stolen})
 
 
 def watched(worker: SilentWorker, clock: list[float]) -> RankLink:
@@ -65,11 +70,18 @@ def look_until(link: RankLink, clock: list[float], late_s: float, at_most_s: flo
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.floats(0.0, STEP_S), st.floats(0.0, CHECK_PERIOD_S), st.floats(0.0, 0.03), st.floats(0, 0.6)
+    st.floats(0.0, STEP_S),
+    st.floats(0.0, CHECK_PERIOD_S),
+    st.floats(0.0, 0.03),
+    st.floats(0, 0.6),
+    st.floats(0, 0.9),
+    st.floats(0, 1.5),
 )
-def test_a_held_interpreter_is_seen_in_time_beside_busy_cores(ago_s, phase_s, late_s, share):
+def test_a_held_interpreter_is_seen_in_time_beside_busy_cores(
+    ago_s, phase_s, late_s, share, stolen, theft_at
+):
     clock = [phase_s - CHECK_PERIOD_S]
-    link = watched(SilentWorker(share, computes=False), clock)
+    link = watched(SilentWorker(share, False, stolen, theft_at), clock)
     link.vigil.pulse(1, True, -ago_s)
     link.vigil.sent(decodes(4), -ago_s)
     assert look_until(link, clock, late_s, 9.0) < DESIGNED_S
@@ -96,8 +108,8 @@ def test_a_step_that_computes_is_waited_for_beside_busy_cores(ago_s, phase_s, la
 @given(
     st.floats(0.0, PULSE_PERIOD_S),
     st.floats(0.0, CHECK_PERIOD_S),
-    st.floats(0.0, 0.03),
-    st.floats(0, 0.1),
+    st.floats(0.0, 0.02),
+    st.floats(0, 0.05),
 )
 def test_a_step_that_stands_still_is_seen_in_time(pulse_s, phase_s, late_s, share):
     """Its actor thread goes on with pulses; its threads are denied a CPU for moments."""

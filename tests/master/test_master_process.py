@@ -181,6 +181,9 @@ def crowded(pid, policy):
                 if thread != pid:
                     os.sched_setscheduler(thread, policy, os.sched_param(0))
             yield
+            for thread in threads:
+                with contextlib.suppress(ProcessLookupError):  # given up meanwhile
+                    os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
         finally:
             hog.kill()
 

@@ -47,9 +47,14 @@ def test_a_thread_that_still_waits_is_counted_before_the_kernel_does():
     assert denied_between(times(still), times(ThreadTimes(1.0, 5.5, 11, True)), 0.2) == 0.2
 
 
-def test_what_the_hypervisor_took_is_denied():
-    still = ThreadTimes(1.0, 0.5, 10, False)
-    assert abs(denied_between(times(still), times(still, stolen=0.15), 0.2) - 0.15) < 1e-9
+def test_what_the_hypervisor_took_is_denied_to_threads_that_want_a_cpu():
+    sleeps, looks = ThreadTimes(1.0, 0.5, 10, False), ThreadTimes(0.0, 0.0, 0, False)
+    looked = ThreadTimes(0.001, 0.0, 30, False)
+    quiet = times(sleeps, looks), times(sleeps, looked, stolen=0.15)
+    assert denied_between(*quiet, 0.2) == 0.0
+    for works in (ThreadTimes(1.02, 0.5, 11, False), ThreadTimes(1.0, 0.5, 10, True)):
+        denied_s = denied_between(quiet[0], times(works, looked, stolen=0.15), 0.2)
+        assert abs(denied_s - 0.15) < 1e-9
 
 
 def test_a_process_is_awake_that_computes_or_waits_for_the_interpreter():
@@ -92,15 +97,15 @@ def test_nobody_waits_for_a_thread_that_only_looks_for_a_lock(
     assert abs(denied_between(before, after, 0.12) - queued_s * is_denied) < 1e-9
 
 
-def test_looks_in_a_row_that_found_it_awake_are_counted():
-    threads = [ThreadTimes(0, 0, number * 60, False) for number in (0, 1, 2, 2, 3)]
-    looks = iter(map(times, threads))
+def test_the_last_looks_that_found_it_awake_are_counted():
+    turns = [0, 60, 120, 120, *range(180, 600, 60), 600, 600, 600]
+    looks = iter([times(ThreadTimes(0, 0, number, False)) for number in turns])
     meter = StarvationMeter(lambda: next(looks))
     seen = []
-    for number in range(5):
+    for number in range(len(turns)):
         meter.look(number * 0.25)
         seen.append(meter.num_awake)
-    assert seen == [0, 1, 2, 0, 1]
+    assert seen == [0, 1, 2, 2, 3, 4, 5, 6, 6, 6, 7, 7, 6, 5]
 
 
 def test_threads_that_come_and_go_count_nothing():
@@ -164,7 +169,7 @@ def test_processes_that_share_a_cpu_are_denied_it_and_stopped_ones_are_not():
                 for meter in meters:
                     meter.look(time.monotonic())
                 time.sleep(0.02)
-            # Of the third only what other machines took of this one.
+            # Of the third only what it wanted while it started.
             assert meters[2].denied_s < 0.5 * min(meters[0].denied_s, meters[1].denied_s)
         finally:
             for process in (first, second, stopped):
@@ -172,4 +177,4 @@ def test_processes_that_share_a_cpu_are_denied_it_and_stopped_ones_are_not():
     gone = process_meter(stopped.pid)
     gone.look(1.0)
     gone.look(2.0)
-    assert gone.denied_s <= 1.0
+    assert gone.denied_s == 0.0

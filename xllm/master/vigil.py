@@ -37,8 +37,8 @@ HELD_S = MIN_PATIENCE_S + PULSE_PERIOD_S
 """So much of a silence may pass at least in a step of a worker that is awake: what a counter may
 stand, from the pulse that did not come."""
 HELD_LOOKS = 5
-"""So many looks in a row must have found it awake. Between two of them words that waited were
-read: a master that was itself without CPU blames nobody."""
+"""So many of the last looks (starvation.RECENT_LOOKS) must have found it awake. Between two of them
+words that waited were read: a master that was itself without CPU blames nobody."""
 MOST_DENIED_S = 60.0
 """So much of a stand or silence is excused by want of CPU: a bound for threads that hang and
 spin on a machine whose CPUs are all taken."""
@@ -130,8 +130,8 @@ class WorkerVigil:
         return bool(self._plans) and now - self.heard_at > HUSH_S
 
     def explain_silence(self, denied_s: float, num_awake: int = 0) -> None:
-        """Since it fell silent the worker's threads got no CPU for so long, and the last looks at
-        it, so many in a row, found it awake."""
+        """Since it fell silent the worker's threads got no CPU for so long, and so many of the last
+        looks at it found it awake."""
         self._silence_denied_s = denied_s
         self._num_awake = num_awake
 

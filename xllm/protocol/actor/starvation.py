@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 LOCK_TURNS = 50.0
@@ -23,6 +24,9 @@ before the next: it looks at the lock for 20 to 40 microseconds each 5 ms. One t
 its CPU for longer or, if it is soon driven off, waits for it again without sleep."""
 COMPUTING_SHARE = 0.5
 """And one that has a CPU, or waits for one, for so much of the time computes."""
+RECENT_LOOKS = 7
+"""So many looks say whether a process is awake: where a CPU is stolen for a moment, one or two of
+them see nothing."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,19 +50,21 @@ class CpuTimes:
 def denied_between(before: CpuTimes, after: CpuTimes, interval_s: float) -> float:
     """How much of the interval between two looks the process was kept from computing: what its
     worst thread waited, since the others wait for that one; and what was stolen of the worst
-    CPU. A thread that only looks whether a lock is free is never that one: whoever holds the
-    lock is, and what the other would do with a CPU is to look again."""
+    CPU. Threads that want no CPU, and those that only look whether a lock is free, are kept from
+    nothing: whoever holds the lock is, and what the others would do with a CPU is to look again."""
     waits = [
         _queued_between(then, now, interval_s)
         for then, now in _pairs(before, after)
-        if not _looks_for_lock(then, now, interval_s)
+        if not _sleeps(then, now) and not _looks_for_lock(then, now, interval_s)
     ]
+    if not waits:
+        return 0.0
     stolen = [
         total - before.stolen_s[name]
         for name, total in after.stolen_s.items()
         if name in before.stolen_s
     ]
-    return max(0.0, min(interval_s, max(waits, default=0.0) + max(stolen, default=0.0)))
+    return max(0.0, min(interval_s, max(waits) + max(stolen, default=0.0)))
 
 
 def is_awake(before: CpuTimes, after: CpuTimes, interval_s: float) -> bool:
@@ -91,6 +97,11 @@ def _queued_between(then: ThreadTimes, now: ThreadTimes, interval_s: float) -> f
     return queued_s
 
 
+def _sleeps(then: ThreadTimes, now: ThreadTimes) -> bool:
+    """Whether a thread never wanted a CPU."""
+    return now.num_turns == then.num_turns and not then.is_runnable and not now.is_runnable
+
+
 def _looks_for_lock(then: ThreadTimes, now: ThreadTimes, interval_s: float) -> bool:
     """Whether all that a thread did was to look, again and again, whether a lock is free."""
     num_turns = now.num_turns - then.num_turns
@@ -109,10 +120,14 @@ class StarvationMeter:
 
     def __init__(self, read: Callable[[], CpuTimes]) -> None:
         self.denied_s = 0.0
-        self.num_awake = 0
-        """Looks in a row between which it was awake, the last one included."""
         self._read = read
+        self._awake: deque[bool] = deque(maxlen=RECENT_LOOKS)
         self._last: tuple[float, CpuTimes] | None = None
+
+    @property
+    def num_awake(self) -> int:
+        """Of the last RECENT_LOOKS looks, those before which it was awake."""
+        return sum(self._awake)
 
     def look(self, now: float) -> None:
         """Count from the last look to this one; the first is where counting begins."""
@@ -121,7 +136,7 @@ class StarvationMeter:
             then, known = self._last
             self.denied_s += denied_between(known, times, now - then)
             awake = now > then and is_awake(known, times, now - then)
-            self.num_awake = self.num_awake + 1 if awake else 0
+            self._awake.append(awake)
         self._last = (now, times)
 
     def rest(self, now: float) -> None:
