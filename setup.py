@@ -39,7 +39,7 @@ def is_current(compiled: Path) -> bool:
     return all(path.exists() and path.stat().st_mtime_ns < made_at for path in sources)
 
 
-class BuildKernels(build_ext):
+class BuildLibraries(build_ext):
     """Compiles what changed, file beside file."""
 
     def initialize_options(self) -> None:
@@ -93,7 +93,7 @@ def library(name: str, directory: Path) -> Extension:
 
 
 setup(
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildLibraries},
     ext_modules=[
         library("xllm.worker.kernels._cpu", _KERNELS),
         library("xllm.protocol.native._token_ids", _TOKEN_IDS),

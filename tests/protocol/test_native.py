@@ -11,6 +11,8 @@ from structlog.testing import capture_logs
 from xllm.kvcache.hashing import chain_in_python, chain_packed
 from xllm.protocol.native import library
 
+needs_library = pytest.mark.skipif(library.load() is None, reason="it was not compiled here")
+
 
 @pytest.fixture
 def found_anew():
@@ -19,6 +21,7 @@ def found_anew():
     library.load.cache_clear()
 
 
+@needs_library
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
@@ -38,6 +41,16 @@ def test_without_the_library_python_hashes(monkeypatch, found_anew, name, value,
     assert reason in line["reason"]
 
 
+@needs_library
+@pytest.mark.parametrize(
+    ("root", "stride"), [(b"", 16), (bytes(31), 16), (bytes(33), 16), (bytes(32), 0)]
+)
+def test_what_the_library_would_read_beyond_is_refused(size, stride):
+    with pytest.raises(ValueError, match=f"a root of {size} bytes, blocks of {stride}"):
+        library.load().chain(bytes(size), bytes(64), stride)
+
+
+@needs_library
 def test_another_digest_than_hashlibs_is_noticed(monkeypatch, found_anew):
     monkeypatch.setattr(library.NativeTokenIds, "chain", lambda self, *_: bytes(32))
     with capture_logs() as logs:
@@ -53,6 +66,7 @@ PARTS = st.one_of(
 )
 
 
+@needs_library
 @given(st.lists(PARTS, min_size=1, max_size=30), st.sampled_from([",", ", ", " ,\t", ",\n"]))
 @example(["12345678", "1234567", "7"], ",")
 def test_lists_of_ids_are_read_as_json_reads_them(parts, separator):

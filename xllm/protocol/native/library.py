@@ -18,6 +18,7 @@ import structlog
 
 _log = structlog.get_logger("native")
 _ABI = 1
+"""kAbi of token_ids.cpp."""
 _DIGEST_BYTES = 32
 _ID_BYTES = 4
 RELEASE_FROM = 1 << 16
@@ -45,7 +46,10 @@ class NativeTokenIds:
 
     def chain(self, root: bytes, packed: bytes, stride: int) -> bytes:
         """SHA-256 digests of the whole blocks of `stride` bytes in `packed`, each of the digest
-        before it (`root` for the first) and its block; concatenated."""
+        before it (`root` for the first) and its block; concatenated. ValueError for a root that is
+        no digest, and for blocks of nothing."""
+        if len(root) != _DIGEST_BYTES or stride <= 0:  # the library reads what is said to be there
+            raise ValueError(f"a root of {len(root)} bytes, blocks of {stride}")
         num_blocks = len(packed) // stride
         if not num_blocks:
             return b""

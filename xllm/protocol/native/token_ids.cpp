@@ -1,6 +1,6 @@
 // Loops over the token ids of a prompt that would be slow in Python. The interface is plain
 // pointers and integers, nothing is thrown, and library.py is the only caller. Raise kAbi with
-// every change of a signature.
+// every change of a signature, and _ABI in library.py with it.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -85,8 +85,8 @@ XT_API int64_t xt_read_ids(const char* text, int64_t size, uint32_t* ids) {
     uint64_t value = 0;
     while (at != end && is_digit(*at) && at - first < 10)
       value = 10 * value + static_cast<uint64_t>(*at++ - '0');
-    const bool leads_with_zero = *first == '0' && at - first > 1;
-    if (at == first || leads_with_zero || value > UINT32_MAX) return -1;
+    if (at == first || value > UINT32_MAX) return -1;
+    if (*first == '0' && at - first > 1) return -1;
     ids[count++] = static_cast<uint32_t>(value);
     while (at != end && is_space(*at)) ++at;
     if (at == end) return count;
