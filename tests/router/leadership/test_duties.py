@@ -328,6 +328,8 @@ def test_a_base_is_raised_only_where_revisions_went_back():
     assert needed_base(0, 12, 12) == 12
     assert needed_base(0, 3, 5000) == 5000
     assert needed_base(read_base(b"5000"), 4, 5003) == 5000
+    for highest in (MAX_BASE, MAX_BASE + 1, 2**64 - 1):
+        assert needed_base(0, 3, highest) == MAX_BASE
     assert read_base(str(MAX_BASE).encode()) == MAX_BASE
 
 

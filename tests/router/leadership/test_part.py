@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import types
+from collections.abc import Callable
 
 import msgspec
+import pytest
+import structlog
 from prometheus_client import CollectorRegistry
 
 from xllm.config.cluster import ClusterSettings
 from xllm.protocol.bus import RouterPresence
-from xllm.protocol.records import LeaderRecord, roles_key, slo_key
+from xllm.protocol.codec import encode
+from xllm.protocol.instance import EpochRefused
+from xllm.protocol.records import LeaderRecord, epoch_base_key, leader_key, roles_key, slo_key
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.store import RegistryStore
+from xllm.router.leadership.epochs import MAX_BASE
 from xllm.router.leadership.objectives import LiveObjectives
 from xllm.router.leadership.part import Leadership
 from xllm.router.leadership.standing import Remembered
@@ -32,8 +38,9 @@ class Router:
         self.seq = 0
         self.tasks: list[asyncio.Task[None]] = []
         self.view = ClusterView(BEAT_S)
+        self.answers: dict[type, Callable[[str, EpochRefused], None]] = {}
         membership = types.SimpleNamespace(
-            listeners=[], answers=lambda kind, take: None, send=lambda instance, message: True
+            listeners=[], answers=self.answers.__setitem__, send=lambda instance, message: True
         )
         service = types.SimpleNamespace(
             view=self.view,
@@ -78,30 +85,108 @@ async def beat(routers, condition) -> None:
         await asyncio.sleep(BEAT_S)
 
 
-def test_a_leader_that_started_behind_a_loss_gives_way_to_those_that_remember():
-    async def body() -> None:
+def scenario(body, *names: str) -> None:
+    """Routers of these names over one empty registry, until `body(registry, *routers)` is done."""
+
+    async def main() -> None:
         registry = LocalRegistry(RegistryStore())
-        new, old = Router("new", registry), Router("old", registry)
+        routers = [Router(name, registry) for name in names]
         try:
-            await new.leadership.start()
-            await beat([new], lambda: new.view.standing.remembered.era)
-            assert 0 < new.leadership.epoch < BEFORE
-            old.view.standing.learned(BEFORE)
-            old.view.standing.remembered = Remembered("before", (("i", "decode"),), 300, 20)
-            await old.leadership.start()
-            await beat([new, old], lambda: new.view.standing.remembered.roles)
-            assert old.leadership.epoch > BEFORE
-            assert new.leadership.epoch == 0
-            for one in (new, old):
-                standing = one.view.standing
-                assert (standing.leader, standing.epoch) == ("old", old.leadership.epoch)
-                assert standing.remembered.roles == (("i", "decode"),)
-            table = (await registry.get(roles_key("default"))).value
-            assert msgspec.json.decode(table) == {"i": "decode"}
-            assert (await registry.get(slo_key("default"))).value == b'{"ttft_ms":300,"tpot_ms":20}'
+            await body(registry, *routers)
         finally:
-            for one in (new, old):
+            for one in routers:
                 await one.close()
             await registry.close()
 
-    asyncio.run(asyncio.wait_for(body(), DEADLINE_S))
+    asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
+
+
+@pytest.mark.parametrize("epoch", [MAX_BASE + 1, 2**64 - 1])
+def test_an_epoch_that_none_can_exceed_is_ignored_counted_and_named(epoch):
+    async def body(registry: LocalRegistry, one: Router) -> None:
+        await one.leadership.start()
+        await beat([one], lambda: one.view.standing.remembered.era)
+        led, standing = one.leadership.epoch, one.view.standing
+        with structlog.testing.capture_logs() as logs:
+            one.hear(RouterPresence("peer", "1", 1, highest_epoch=epoch))
+            one.hear(RouterPresence("peer", "1", 2, leader_epoch=epoch))
+            one.hear(RouterPresence("peer", "1", 3, leader_epoch=epoch))
+            one.answers[EpochRefused]("i", EpochRefused(led, epoch))
+        assert standing.num_out_of_range == 4
+        named = [(log["of"], log["field"]) for log in logs if log["event"] == "epoch_out_of_range"]
+        fields = [("peer", "highest_epoch"), ("peer", "leader_epoch")]
+        assert named == [*fields, ("i", "EpochRefused.highest")]
+        assert (one.leadership.epoch, standing.epoch, standing.leader) == (led, led, "one")
+        encode(one.word())
+        assert await registry.get(epoch_base_key("default")) is None
+
+    scenario(body, "one")
+
+
+def test_the_highest_epoch_that_is_believed_has_leaders_after_it():
+    async def body(registry: LocalRegistry, one: Router, two: Router) -> None:
+        for router in (one, two):
+            await router.leadership.start()
+        await beat([one, two], lambda: two.view.standing.remembered.era)
+        for router in (one, two):
+            router.hear(RouterPresence("peer", "1", 1, highest_epoch=MAX_BASE))
+        epoch = 0
+        for spoiled in range(3):
+            last = epoch
+
+            def agree(last: int = last) -> bool:
+                seen = {
+                    (router.view.standing.leader, router.view.standing.epoch)
+                    for router in (one, two)
+                }
+                leads = one.leadership.epoch or two.leadership.epoch
+                return leads > max(last, MAX_BASE) and {now for _, now in seen} == {leads}
+
+            await beat([one, two], agree)
+            epoch = one.leadership.epoch or two.leadership.epoch
+            assert (await registry.get(epoch_base_key("default"))).value == b"%d" % MAX_BASE
+            encode((one if one.leadership.epoch else two).word())
+            for router in (one, two):
+                router.hear(RouterPresence("peer", "1", 2 + spoiled, highest_epoch=epoch + 1))
+            assert epoch == (one.leadership.epoch or two.leadership.epoch)
+            await registry.revoke((await registry.get(leader_key("default"))).lease_id)
+
+    scenario(body, "one", "two")
+
+
+@pytest.mark.parametrize("base", [-1, MAX_BASE + 1, 2**64 - 1])
+def test_a_leader_key_with_a_base_out_of_range_names_nobody(base):
+    async def body(registry: LocalRegistry, one: Router) -> None:
+        record = LeaderRecord("x", "1", "tcp://x", epoch_base=base)
+        await registry.put(leader_key("default"), encode(record))
+        with structlog.testing.capture_logs() as logs:
+            await one.leadership.start()
+            await beat([one], lambda: logs)
+        assert [(log["event"], "epoch_base" in log["error"]) for log in logs] == [
+            ("bad_record", True)
+        ]
+        assert (one.view.standing.leader, one.view.standing.epoch) == ("", 0)
+
+    scenario(body, "one")
+
+
+def test_a_leader_that_started_behind_a_loss_gives_way_to_those_that_remember():
+    async def body(registry: LocalRegistry, new: Router, old: Router) -> None:
+        await new.leadership.start()
+        await beat([new], lambda: new.view.standing.remembered.era)
+        assert 0 < new.leadership.epoch < BEFORE
+        old.view.standing.learned(BEFORE)
+        old.view.standing.remembered = Remembered("before", (("i", "decode"),), 300, 20)
+        await old.leadership.start()
+        await beat([new, old], lambda: new.view.standing.remembered.roles)
+        assert old.leadership.epoch > BEFORE
+        assert new.leadership.epoch == 0
+        for one in (new, old):
+            standing = one.view.standing
+            assert (standing.leader, standing.epoch) == ("old", old.leadership.epoch)
+            assert standing.remembered.roles == (("i", "decode"),)
+        table = (await registry.get(roles_key("default"))).value
+        assert msgspec.json.decode(table) == {"i": "decode"}
+        assert (await registry.get(slo_key("default"))).value == b'{"ttft_ms":300,"tpot_ms":20}'
+
+    scenario(body, "new", "old")

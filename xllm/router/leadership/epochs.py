@@ -13,7 +13,8 @@ from __future__ import annotations
 from xllm.errors import InvalidRequestError
 
 MAX_BASE = (1 << 62) - 1
-"""So that a base and a revision are a signed integer of 64 bits."""
+"""So that a base and a revision fit in 64 bits. Higher epochs are believed of the registry alone:
+against what is merely said no base could be raised."""
 
 
 def read_base(value: bytes | None) -> int:
@@ -21,11 +22,17 @@ def read_base(value: bytes | None) -> int:
     decimal number from 0 to MAX_BASE."""
     if value is None:
         return 0
-    if value.isdigit() and len(value) < 20 and int(value) <= MAX_BASE:
-        return int(value)
-    raise InvalidRequestError(f"epoch_base must be a number from 0 to {MAX_BASE}")
+    return check_base(int(value) if value.isdigit() and len(value) < 20 else -1)
+
+
+def check_base(base: int) -> int:
+    """The base, or InvalidRequestError naming the bounds."""
+    if not 0 <= base <= MAX_BASE:
+        raise InvalidRequestError(f"epoch_base must be a number from 0 to {MAX_BASE}")
+    return base
 
 
 def needed_base(base: int, revision: int, highest: int) -> int:
-    """What the base must be for a claim at that revision to exceed the highest epoch known."""
-    return base if base + revision > highest else highest
+    """What the base must be for a claim at that revision to exceed the highest epoch known; where
+    that one is above MAX_BASE, as near to it as a base can be."""
+    return base if base + revision > highest else min(highest, MAX_BASE)

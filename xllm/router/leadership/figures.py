@@ -41,6 +41,11 @@ class LeadershipFigures(Collector):
             ("leader_terms", "Times that this router began to lead.", self.num_terms),
             ("epoch_refusals", "Commands that an instance refused as stale.", self.num_refused),
             ("stale_leader_words", "Ignored words of old leaders.", self._standing.num_stale),
+            (
+                "epochs_out_of_range",
+                "Ignored epochs above the highest that is believed.",
+                self._standing.num_out_of_range,
+            ),
             ("mirror_writes", "Writes of the leader to the registry.", self._office.num_writes),
             (
                 "mirror_oversized",

@@ -33,6 +33,7 @@ from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.waiting import wait_registry
 from xllm.protocol.registry_wire import Change, Entry
 from xllm.router.leadership.candidate import Candidate, boot_clock
+from xllm.router.leadership.epochs import MAX_BASE, check_base
 from xllm.router.leadership.figures import LeadershipFigures
 from xllm.router.leadership.objectives import (
     ServiceObjectives,
@@ -76,6 +77,8 @@ class Leadership(MembershipListener):
         self._entry: Entry | None = None
         self._was_epoch = 0
         self._has_resigned = False
+        self._out_of_range: set[tuple[str, str]] = set()
+        """Whose epochs were named in the log, and of which field."""
         self._led_at = clock()
         self._candidate = Candidate(
             registry,
@@ -207,11 +210,13 @@ class Leadership(MembershipListener):
     def instance_gone(self, name: str) -> None:
         """Nothing is kept of it, and nothing mirrored."""
         self.office.instance_gone(name)
+        self._out_of_range.discard((name, "EpochRefused.highest"))
 
     def publisher_gone(self, role: PeerRole, name: str) -> None:
         """A daemon left, or another router, of which nothing is kept."""
         if role is PeerRole.DAEMON:
             self.office.daemon_gone(name)
+        self._out_of_range -= {(name, "highest_epoch"), (name, "leader_epoch")}
 
     def heard(self, message: BusMessage) -> None:
         """Loads are kept; a higher epoch ends a lower one."""
@@ -219,6 +224,8 @@ class Leadership(MembershipListener):
             self.office.heard(message)
         elif isinstance(message, RouterPresence):
             self._candidate.outbid(self._standing.epoch)
+            self._name_epoch(message.publisher, "highest_epoch", message.highest_epoch)
+            self._name_epoch(message.publisher, "leader_epoch", message.leader_epoch)
 
     # -- what happens --------------------------------------------------------------------------
 
@@ -247,18 +254,26 @@ class Leadership(MembershipListener):
             return
         try:
             record = self._decoder.decode(entry.value)
-        except BadMessageError as error:
+            epoch = check_base(record.epoch_base) + entry.create_revision
+        except (BadMessageError, InvalidRequestError) as error:
             _log.error("bad_record", key=entry.key, error=error.message)
             return
-        epoch = record.epoch_base + entry.create_revision
         self._standing.elected(record.name, epoch, record.zmq_endpoint)
 
     def _refused(self, instance: str, word: EpochRefused) -> None:
         """An instance knows a higher epoch than a command of ours had."""
         self.figures.num_refused += 1
         _log.warning("epoch_refused", instance=instance, epoch=word.epoch, highest=word.highest)
-        self._standing.learned(word.highest)
-        self._candidate.outbid(word.highest)
+        if self._standing.learned(word.highest):
+            self._candidate.outbid(self._standing.epoch)
+        else:
+            self._name_epoch(instance, "EpochRefused.highest", word.highest)
+
+    def _name_epoch(self, name: str, field: str, epoch: int) -> None:
+        """Say in the log, once for each that it comes from, that an epoch is ignored."""
+        if self._standing.is_out_of_range(epoch) and (name, field) not in self._out_of_range:
+            self._out_of_range.add((name, field))
+            _log.error("epoch_out_of_range", of=name, field=field, epoch=epoch, most=MAX_BASE)
 
     def _slo_changed(self, changes: Sequence[Change]) -> None:
         for change in changes:

@@ -1,6 +1,8 @@
 """Who leads, as far as this router knows: from the registry's key, and from what routers say. Pure.
 
-Invariant: `epoch` only grows. What is said under a lower one is counted and changes nothing.
+Invariants: `epoch` only grows. What is said under a lower one is counted and changes nothing. Nor
+does an epoch out of range, which no claim could exceed (see epochs): routers and instances may name
+one up to MAX_BASE; above it only the registry's word raises `epoch`.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from xllm.protocol.bus import RouterPresence
+from xllm.router.leadership.epochs import MAX_BASE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class Standing:
         """For a registry that has lost it."""
         self.num_stale = 0
         """Words of replaced leaders that were ignored."""
+        self.num_out_of_range = 0
+        """Epochs that were ignored."""
 
     def describe(self) -> str:
         """Who leads, for one who asked a router that does not."""
@@ -55,11 +60,20 @@ class Standing:
         if epoch >= self.epoch:
             self.leader, self.epoch, self.address = leader, epoch, address
 
-    def learned(self, epoch: int) -> None:
-        """Somebody has heard of that epoch: who leads under a lower one does not lead."""
+    def is_out_of_range(self, epoch: int) -> bool:
+        """Whether nobody is believed to have heard of that epoch."""
+        return epoch > max(self.epoch, MAX_BASE)
+
+    def learned(self, epoch: int) -> bool:
+        """Somebody has heard of that epoch: who leads under a lower one does not lead. False: it is
+        out of range, and ignored."""
+        if self.is_out_of_range(epoch):
+            self.num_out_of_range += 1
+            return False
         if epoch > self.epoch:
             self.epoch = epoch
             self.vacant()
+        return True
 
     def vacant(self) -> None:
         """The registry's key is gone."""
@@ -67,7 +81,9 @@ class Standing:
 
     def heard(self, word: RouterPresence) -> bool:
         """A router speaks: whether to believe what it says of its leadership."""
-        self.learned(max(word.highest_epoch, word.leader_epoch))
+        self.learned(word.highest_epoch)
+        if not self.learned(word.leader_epoch):
+            return False
         if not word.leader_epoch:
             if word.publisher == self.leader:
                 self.vacant()  # it stepped down; the registry may not know yet
