@@ -44,6 +44,39 @@ def test_who_comes_back_is_no_longer_lost(incarnation):
     assert view.get("a") is not None
 
 
+def test_who_is_replaced_by_what_cannot_be_used_is_no_longer_lost():
+    view = frozen_view()
+    view.deregistered("a", replaced=True)
+    assert lost(view) == []
+    view.deregistered("a")
+    assert lost(view) == []
+
+
+@pytest.mark.parametrize(
+    "end",
+    [lambda view: view.disconnected("a"), lambda view: (view.tick(0.5), view.tick(0.7))],
+    ids=["connection", "silence"],
+)
+def test_who_goes_after_it_was_replaced_is_not_missed(end):
+    view = ready_view("a")
+    view.tick(0.3)
+    view.deregistered("a", replaced=True)
+    view.deregistered("a")  # the other process went before it
+    assert view.get("a").usable
+    end(view)
+    assert view.get("a") is None
+    assert lost(view) == []
+
+
+def test_who_has_its_name_again_is_missed_again():
+    view = ready_view("a")
+    view.deregistered("a", replaced=True)
+    view.registered(record("a"), 0.1)
+    view.disconnected("a")
+    view.deregistered("a")
+    assert lost(view) == ["a"]
+
+
 def test_it_is_forgotten_in_the_end():
     view = frozen_view()
     view.tick(LOST_KEPT_S)

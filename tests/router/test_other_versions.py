@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from tests.router.fake_cluster import FakeCluster, in_loop
+from tests.router.test_view import beat
 from xllm.config.cluster import ClusterSettings
 from xllm.protocol.codec import encode
 from xllm.protocol.message import OLDEST_PROTOCOL, PROTOCOL_VERSION, speaks
@@ -64,6 +65,11 @@ class Watched:
 
     async def put(self, key, record):
         await self.registry.put(key, encode(record))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    async def delete(self, key):
+        await self.registry.delete(key)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
@@ -124,9 +130,23 @@ async def test_an_instance_that_comes_back_in_another_version_is_forgotten(run_d
         assert one.service.view.get("a") is not None
         await one.put(key, instance(run_dir, "a", "2", protocol=PROTOCOL_VERSION + 1))
         assert one.service.view.get("a") is None
-        await one.registry.delete(key)
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await one.delete(key)
+        assert await one.amiss() == ()
+
+
+@in_loop
+async def test_a_lost_instance_whose_name_one_of_another_version_has_is_no_longer_lost(run_dir):
+    async with Watched() as one:
+        key = instance_key("c", "a")
+        await one.put(key, instance(run_dir, "a"))
+        one.service.view.heartbeat(beat("a"), one.cluster.clock.now)
+        await one.delete(key)
+        assert await one.amiss() == ("instance a is lost",)
+        await one.put(key, instance(run_dir, "a", "2", protocol=PROTOCOL_VERSION + 1))
+        words = f"instance a speaks version {PROTOCOL_VERSION + 1} of the protocol, not 1 to 1"
+        assert await one.amiss() == (words,)
+        assert [shown.state for shown in one.service.status().processes if shown.name == "a"] == []
+        await one.delete(key)
         assert await one.amiss() == ()
 
 

@@ -46,7 +46,7 @@ class LostInstances:
             del self._found[min(self._found.values(), key=lambda one: one.heard_at).name]
 
     def came_back(self, name: str) -> None:
-        """It, or another in its place, is registered."""
+        """It, or another in its place, is registered, of whatever version of the protocol."""
         self._found.pop(name, None)
 
     def forget_old(self, now: float) -> None:

@@ -171,8 +171,9 @@ class Membership:
             name = change.key.rpartition("/")[2]
             record = self._understood(self._instances, change)
             if record is None:
-                if change.entry is None or change.key in self._not_understood:
-                    self.changed(self._service.view.deregistered(name))
+                replaced = change.key in self._not_understood
+                if change.entry is None or replaced:
+                    self.changed(self._service.view.deregistered(name, replaced=replaced))
                 continue
             known = self._service.view.get(name)
             self.changed(self._service.registered(record))

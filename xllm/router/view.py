@@ -68,6 +68,8 @@ class InstanceView:
     """It said so in its last heartbeat: when it goes, it has left."""
     leaving: bool = False
     """Its record is gone: it drains, and says so, or it alone lost the registry."""
+    replaced: bool = False
+    """Its name is that of a process that cannot be used here: when it goes, nobody is missing."""
     listed_at: float = 0.0
     """When this router read that it is registered."""
     expected: bool = True
@@ -174,20 +176,24 @@ class ClusterView:
         if old is not None and old.record.incarnation == record.incarnation:
             was = old.usable
             old.record = record
-            old.leaving = False
+            old.leaving = old.replaced = False
             return self._changed(old, was)
         fresh = InstanceView(record, heard_at=now, listed_at=now)
         self._instances[record.name] = fresh
         self._usable.clear()
         return ViewChange(lost=(record.name,)) if old is not None else _UNCHANGED
 
-    def deregistered(self, name: str) -> ViewChange:
+    def deregistered(self, name: str, *, replaced: bool = False) -> ViewChange:
         """A record is gone: the instance drains, or its lease ended while it lives on. Which of
-        them, it says itself; it is lost only once the connection or its heartbeats are."""
+        them, it says itself; it is lost only once the connection or its heartbeats are.
+        `replaced`: under its name a process is registered that cannot be used here."""
+        if replaced:
+            self.lost.came_back(name)
         one = self._instances.get(name)
         if one is None:
             return _UNCHANGED
         self._usable.clear()
+        one.replaced = one.replaced or replaced
         if one.connected and not one.suspect:
             one.leaving = True
             return _UNCHANGED
@@ -337,7 +343,7 @@ class ClusterView:
 
     def _remove(self, one: InstanceView) -> None:
         del self._instances[one.name]
-        if one.seq and not one.draining:
+        if one.seq and not one.draining and not one.replaced:
             record = one.record
             self.lost.add(
                 LostInstance(one.name, record.incarnation, record.model, one.role, one.heard_at)
