@@ -148,6 +148,32 @@ def test_names_that_come_and_go_do_not_pile_up():
 
 
 @in_loop
+async def test_a_pause_of_the_router_makes_no_heartbeat_younger():
+    cluster = FakeCluster("a")
+    view = cluster.service.view
+    cluster.tick()
+    cluster.clock.now += 100.0
+    cluster.tick()
+    assert view.get("a").usable
+    assert age_ms(cluster) == pytest.approx(100_000, abs=1)
+    for _ in range(3):
+        cluster.clock.now += 0.3
+        cluster.tick()
+    assert view.get("a").silent
+    cluster.change(view.deregistered("a"))
+    cluster.clock.now += 199.1
+    assert lost(view) == ["a"]
+    assert age_ms(cluster) == pytest.approx(300_000, abs=1)
+    cluster.close()
+
+
+def age_ms(cluster) -> int:
+    """Of the last heartbeat of `a`, as status shows it."""
+    (one,) = [one for one in cluster.service.status().processes if one.name == "a"]
+    return one.heartbeat_age_ms
+
+
+@in_loop
 async def test_status_says_when_it_was_heard_last():
     cluster = FakeCluster("a", "b")
     cluster.clock.now += 0.5

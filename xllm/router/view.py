@@ -136,6 +136,8 @@ class ClusterView:
         self.standing = Standing()
         """Who leads."""
         self._ticked_at = 0.0
+        self._resumed_at = 0.0
+        """When the last pause of this process ended: nobody counts as silent since before."""
         self._excused_until = 0.0
         self._usable: dict[str, tuple[InstanceView, ...]] = {}
         """By model; made anew after each change."""
@@ -315,10 +317,10 @@ class ClusterView:
         self.lost.forget_old(now)
         if paused:
             self._excused_until = now + EXCUSED_S
-            for one in self._instances.values():
-                one.heard_at = now
-            return _UNCHANGED
+            self._resumed_at = now
         limit = now - MISSED_HEARTBEATS * self._period_s
+        if self._resumed_at and self._resumed_at >= limit:
+            return _UNCHANGED
         silent = [
             one
             for one in self._instances.values()
