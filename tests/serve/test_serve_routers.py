@@ -88,6 +88,9 @@ def test_routers_share_a_port_and_stand_in_for_each_other(served, model):
         30,
         "router-1 again",
     )
+    # True of one that finds ready instances, too.
+    again = re.findall(r"router-1: listens \(pid \d+\), (.*)", served.text)[-1]
+    assert re.fullmatch(r"serves \S+ while an instance of the model is ready", again)
     with Client(second, timeout_s=30) as client:
         wait_until(lambda: client.health().ready, 30, "the new router's instance")
         done = client.generate(PROMPT, max_tokens=20, seed=4)

@@ -141,7 +141,7 @@ class RouterActor(Actor):
         addresses = (("http", self.http_address), ("zmq", self.zmq.endpoint))
         _log.info("router_ready", http=self.http_address, zmq=self.zmq.endpoint)
         names = ", ".join(one.name for one in self.service.served)
-        self._reporter.ready(addresses, f"answers once an instance of {names} is ready")
+        self._reporter.ready(addresses, f"serves {names} while an instance of the model is ready")
 
     async def _join_cluster(self) -> None:
         cluster = self._settings.cluster
