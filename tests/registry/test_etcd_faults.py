@@ -219,6 +219,8 @@ async def test_an_etcd_that_lost_everything(server, monkeypatch):
 @in_loop
 async def test_an_etcd_that_lost_everything_and_has_come_as_far_again(server, monkeypatch):
     async with parted(server, monkeypatch) as (one, two, proxy):
+        for _ in range(20):  # so that what is written first now was long ago then
+            await one.put("/x", b"")
         last = await one.put("/w/forgotten", b"x")
         told, none_there = Told(), Told()
         await two.watch("/w/", told)
