@@ -12,10 +12,19 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from xllm.config.cluster import ClusterSettings
+from xllm.errors import BrokenError, UnavailableError
+from xllm.protocol.administration import ObjectivesSet, SetObjectives, SetRole
 from xllm.protocol.bus import RouterPresence
 from xllm.protocol.codec import encode
-from xllm.protocol.instance import EpochRefused
-from xllm.protocol.records import LeaderRecord, epoch_base_key, leader_key, roles_key, slo_key
+from xllm.protocol.instance import AssignRole, EpochRefused
+from xllm.protocol.records import (
+    InstanceRecord,
+    LeaderRecord,
+    epoch_base_key,
+    leader_key,
+    roles_key,
+    slo_key,
+)
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.store import RegistryStore
 from xllm.router.leadership.epochs import MAX_BASE
@@ -38,9 +47,10 @@ class Router:
         self.seq = 0
         self.tasks: list[asyncio.Task[None]] = []
         self.view = ClusterView(BEAT_S)
+        self.is_cut_off = False
         self.answers: dict[type, Callable[[str, EpochRefused], None]] = {}
         membership = types.SimpleNamespace(
-            listeners=[], answers=self.answers.__setitem__, send=lambda instance, message: True
+            listeners=[], answers=self.answers.__setitem__, send=self._send
         )
         service = types.SimpleNamespace(
             view=self.view,
@@ -57,6 +67,11 @@ class Router:
             service,
             lambda work: self.tasks.append(asyncio.ensure_future(work)),
         )
+
+    def _send(self, instance: str, message: AssignRole) -> bool:
+        if self.is_cut_off:
+            raise BrokenError("no socket")
+        return True
 
     def word(self) -> RouterPresence:
         self.seq += 1
@@ -190,3 +205,39 @@ def test_a_leader_that_started_behind_a_loss_gives_way_to_those_that_remember():
         assert (await registry.get(slo_key("default"))).value == b'{"ttft_ms":300,"tpot_ms":20}'
 
     scenario(body, "new", "old")
+
+
+def test_what_is_in_force_is_told_by_a_leader_whose_registry_is_silent():
+    async def body(registry: LocalRegistry, one: Router) -> None:
+        async def silence(key: str) -> None:
+            await asyncio.Event().wait()
+
+        await one.leadership.start()
+        await beat([one], lambda: one.leadership.epoch)
+        registry.get = silence
+        question = SetObjectives(id=7, ttft_ms=None, tpot_ms=None)
+        answer = await asyncio.wait_for(one.leadership.command(question), 1.0)
+        assert answer == ObjectivesSet(id=7, ttft_ms=0, tpot_ms=0)
+
+    scenario(body, "one")
+
+
+def test_only_a_failing_registry_is_called_one():
+    async def body(registry: LocalRegistry, one: Router) -> None:
+        async def fail(key: str) -> None:
+            raise BrokenError("nobody there")
+
+        await one.leadership.start()
+        await beat([one], lambda: one.view.standing.remembered.era)
+        registry.get = fail
+        with pytest.raises(UnavailableError, match="the registry does not answer: nobody there"):
+            await one.leadership.command(SetObjectives(id=1, ttft_ms=5))
+        one.view.registered(
+            InstanceRecord("i", "1", "tcp://i", "tcp://b", "m", "/m", 99, 99, 16, 9), 0.0
+        )
+        one.view.connected("i")
+        one.is_cut_off = True
+        with pytest.raises(BrokenError, match="no socket"):
+            await one.leadership.command(SetRole(id=2, instance="i", role="decode"))
+
+    scenario(body, "one")

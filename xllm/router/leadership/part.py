@@ -164,18 +164,15 @@ class Leadership(MembershipListener):
             check_row(message.instance, message.role)
         else:
             check_objectives(ServiceObjectives(message.ttft_ms or 0, message.tpot_ms or 0))
+        if isinstance(message, SetObjectives) and _asks_only(message):
+            now = self._service.objectives.now
+            return ObjectivesSet(id=message.id, ttft_ms=now.ttft_ms, tpot_ms=now.tpot_ms)
         if not self.epoch:
-            if isinstance(message, SetObjectives) and _asks_only(message):
-                now = self._service.objectives.now
-                return ObjectivesSet(id=message.id, ttft_ms=now.ttft_ms, tpot_ms=now.tpot_ms)
             raise UnavailableError(f"this router does not lead; {self._standing.describe()}")
-        try:
-            await self.office.wait_read()
-            if isinstance(message, SetObjectives):
-                return await self._set_objectives(message)
-            return await self._set_role(message)
-        except TransportError as error:
-            raise UnavailableError(f"the registry does not answer: {error.message}") from error
+        await self.office.wait_read()
+        if isinstance(message, SetObjectives):
+            return await self._set_objectives(message)
+        return await self._set_role(message)
 
     async def _set_role(self, message: SetRole) -> RoleSet:
         if self._service.view.get(message.instance) is None:
@@ -187,7 +184,11 @@ class Leadership(MembershipListener):
 
     async def _set_objectives(self, message: SetObjectives) -> ObjectivesSet:
         change = partial(amend_objectives, ttft_ms=message.ttft_ms, tpot_ms=message.tpot_ms)
-        now = read_objectives(await self.office.amend(slo_key(self._cluster.name), change))
+        try:
+            value = await self.office.amend(slo_key(self._cluster.name), change)
+        except TransportError as error:
+            raise UnavailableError(f"the registry does not answer: {error.message}") from error
+        now = read_objectives(value)
         return ObjectivesSet(id=message.id, ttft_ms=now.ttft_ms, tpot_ms=now.tpot_ms)
 
     def complaints(self) -> tuple[str, ...]:
