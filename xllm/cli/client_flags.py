@@ -6,6 +6,7 @@ Sampling flags are made from SamplingParams: a field added there is a flag at on
 from __future__ import annotations
 
 import functools
+import math
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -41,9 +42,10 @@ def service_options(function: F) -> F:
     def command(
         *args: Any, endpoint: str, timeout: float, keys_dir: str, server_key: str, **kwargs: Any
     ) -> Any:
-        def connect(at: str = "") -> Client:
+        def connect(at: str = "", longest_s: float = math.inf) -> Client:
+            timeout_s = min(timeout, longest_s)
             return Client(
-                at or endpoint, timeout_s=timeout, keys_dir=keys_dir, server_key=server_key
+                at or endpoint, timeout_s=timeout_s, keys_dir=keys_dir, server_key=server_key
             )
 
         try:

@@ -11,7 +11,7 @@ import click
 
 from xllm.cli.client_flags import service_options
 from xllm.client.synchronous import Client
-from xllm.errors import BrokenError, UnavailableError
+from xllm.errors import BrokenError, DeadlineError, UnavailableError
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -20,41 +20,53 @@ WAIT_S = 30.0
 """Longer than an election takes under leases of `cluster.lease_s`, as it is unless it is set."""
 MAX_WAIT_S = 3600.0
 PAUSE_S = 0.5
+MIN_ASK_S = 1.0
+"""What an answer may take however little of the wait is left."""
 _LEADER = re.compile(r"^this router does not lead; .+ at (tcp://\S+) does: ask there$")
 
 
 class Connect(Protocol):
-    """Of `service_options`: a client of the router at `at`, or of that of --endpoint."""
+    """Of `service_options`: a client of the router at `at`, or of that of --endpoint, whose calls
+    take `longest_s` seconds or --timeout at most."""
 
-    def __call__(self, at: str = "") -> Client: ...
+    def __call__(self, at: str = "", longest_s: float = ...) -> Client: ...
 
 
-def ask_leader(connect: Connect, ask: Callable[[Client], T], wait_s: float) -> T:
+def ask_leader(
+    connect: Connect,
+    ask: Callable[[Client], T],
+    wait_s: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
     """The leader's answer. Where a router says who leads, and at which address, that one is asked
     at once; where nobody leads, or who does cannot be reached or has not taken it, it is asked
-    again for `wait_s` seconds. UnavailableError: nobody took it until then. Other errors: as of
-    `ask`, at once; BrokenError, too, where it is the router of --endpoint."""
-    deadline = time.monotonic() + wait_s
+    again for `wait_s` seconds, each time for what is left of them (MIN_ASK_S at least).
+    UnavailableError: nobody took it until then. Other errors: as of `ask`, at once; BrokenError,
+    too, and DeadlineError before the time is over, where it is the router of --endpoint."""
+    deadline = clock() + wait_s
     at, is_told = "", False
     while True:
         try:
-            with connect(at) as client:
+            with connect(at, max(deadline - clock(), MIN_ASK_S)) as client:
                 return ask(client)
         except UnavailableError as error:
             refusal, named = error.message, _LEADER.match(error.message)
-        except BrokenError as error:
-            if not at:
+        except (BrokenError, DeadlineError) as error:
+            if not at and (isinstance(error, BrokenError) or clock() < deadline):
                 raise
-            refusal, named = f"the leader at {at} does not answer: {error.message}", None
+            silent = f"the leader at {at}" if at else "the router"
+            refusal, named = f"{silent} does not answer: {error.message}", None
         if named is not None and not at:
             at = named[1]
             continue
-        if time.monotonic() + PAUSE_S > deadline:
+        if clock() + PAUSE_S > deadline:
             raise UnavailableError(f"{refusal} (waited {wait_s:g} s: --wait)")
         if not is_told:
             click.echo(f"{refusal}; waiting up to {wait_s:g} s", err=True)
         is_told, at = True, ""
-        time.sleep(PAUSE_S)
+        sleep(PAUSE_S)
 
 
 def leader_options(function: F) -> F:
