@@ -15,7 +15,7 @@ from xllm.router.leadership.candidate import Candidate
 pytestmark = [pytest.mark.process, pytest.mark.etcd]
 
 KEY = "/xllm/default/leader"
-BASE_KEY = "/xllm/c/epoch_base"
+BASE_KEY = "/xllm/default/epoch_base"
 TTL_S = 2.0
 
 
