@@ -150,14 +150,24 @@ LOST = (("a", "decode"), ("b", "both"), ("c", "prefill"))
     ],
 )
 def test_rows_that_were_lost_come_back_and_those_written_since_stay(value, restored):
-    assert decode_roles(restore_rows(value, LOST)) == restored
+    table, num_left_out = restore_rows(value, LOST)
+    assert (decode_roles(table), num_left_out) == (restored, 0)
 
 
 def test_a_table_that_lacks_no_lost_row_is_left_as_it_is():
     for value in (None, b"", b"no table", b'{"a":"prefill","c":"both"}'):
-        assert restore_rows(value, LOST if value else LOST[1:2]) == value
-    full = msgspec.json.encode({f"i{number}": "decode" for number in range(MAX_ROWS)})
-    assert decode_roles(restore_rows(full, LOST)) == decode_roles(full)
+        assert restore_rows(value, LOST if value else LOST[1:2]) == (value, 0)
+
+
+def test_lost_rows_go_before_rows_that_say_nothing_and_those_without_room_are_counted():
+    lost = [("a", "prefill"), ("b", "both"), ("c", "decode"), ("d", "decode")]
+    full = {f"i{number}": "decode" for number in range(MAX_ROWS)}
+    table, num_left_out = restore_rows(msgspec.json.encode(full), lost)
+    assert (decode_roles(table), num_left_out) == (full, 3)
+    full.update(i3="both", i5="both")
+    table, num_left_out = restore_rows(msgspec.json.encode(full), lost)
+    telling = {name: role for name, role in full.items() if role != "both"}
+    assert (decode_roles(table), num_left_out) == ({**telling, "a": "prefill", "c": "decode"}, 1)
 
 
 # -- the mirror ----------------------------------------------------------------------------------

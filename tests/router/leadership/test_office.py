@@ -6,6 +6,7 @@ import asyncio
 
 import msgspec
 import pytest
+import structlog
 
 from xllm.errors import UnavailableError
 from xllm.protocol.bus import RouterPresence
@@ -257,8 +258,11 @@ def test_a_registry_that_lost_its_data_is_given_back_what_operators_wrote():
         await with_a_row_and_objectives(b)
         lost = b.registry.inner
         b.office.objectives_changed(None)  # before the leader knows that it leads no more
-        await elected_again(b, LocalRegistry(RegistryStore(first_revision=FORGOTTEN)))
+        with structlog.testing.capture_logs() as logs:
+            await elected_again(b, LocalRegistry(RegistryStore(first_revision=FORGOTTEN)))
         await lost.close()
+        found = [log for log in logs if log["event"] == "registry_data_lost"]
+        assert [(log["num_roles"], log["num_left_out"]) for log in found] == [(1, 0)]
         assert await b.table() == {"a": "decode"}
         assert await slo(b) == b'{"ttft_ms":300,"tpot_ms":0}'
 

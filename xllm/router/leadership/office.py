@@ -249,16 +249,24 @@ class Office:
         era, known = await self._find_era(), self._view.standing.remembered
         lost = known if known.is_lost(era) else Remembered()
         objectives = await self._find_objectives(lost)
-        roles = roles_key(self._cluster)
-        table = await self._amend(roles, lambda value: restore_rows(value, lost.roles))
+        num_left_out = 0
+
+        def restore(value: bytes | None) -> bytes | None:
+            nonlocal num_left_out
+            restored, num_left_out = restore_rows(value, lost.roles)
+            return restored
+
+        table = await self._amend(roles_key(self._cluster), restore)
         try:
             self.roles.begin(table or b"")
         except InvalidRequestError as error:
             _log.error("bad_role_table", error=error.message)
         self.mirror.begin(standing)
         if lost.era:
-            found = {"roles": self.roles.rows, "slo": str(objectives)}
-            _log.warning("registry_data_lost", era=era, before=lost.era, **found)
+            counts = {"num_roles": len(self.roles.rows), "num_left_out": num_left_out}
+            _log.warning(
+                "registry_data_lost", era=era, before=lost.era, slo=str(objectives), **counts
+            )
         self._era, self._objectives = era, objectives
         self._epoch = epoch
         self._remember()

@@ -108,17 +108,21 @@ def check_row(instance: str, role: str) -> None:
         )
 
 
-def restore_rows(value: bytes | None, lost: Iterable[tuple[str, str]]) -> bytes | None:
+def restore_rows(value: bytes | None, lost: Iterable[tuple[str, str]]) -> tuple[bytes | None, int]:
     """The registry's value (None: no key) with the rows that it has lost, as far as none were
-    written since; a value that is no table stays as it is."""
+    written since; and how many of them find no room beside rows that say more than DEFAULT_ROLE,
+    which go first. A value that is no table stays as it is."""
     try:
         rows = decode_roles(value) if value else {}
     except InvalidRequestError:
-        return value
+        return value, 0
     missing = [one for one in lost if one[0] not in rows and one[1] != DEFAULT_ROLE]
     if not missing:
-        return value
-    return msgspec.json.encode(dict([*rows.items(), *missing][:MAX_ROWS]))
+        return value, 0
+    telling = [one for one in rows.items() if one[1] != DEFAULT_ROLE]
+    silent = [one for one in rows.items() if one[1] == DEFAULT_ROLE]
+    num_left_out = max(len(telling) + len(missing) - MAX_ROWS, 0)
+    return msgspec.json.encode(dict([*telling, *missing, *silent][:MAX_ROWS])), num_left_out
 
 
 def decode_roles(value: bytes) -> dict[str, str]:
