@@ -23,3 +23,11 @@ def test_when_a_process_was_heard_last(age_ms, text):
     lost = ProcessStatus(name="i", kind="instance", state="lost", heartbeat_age_ms=age_ms)
     row = status_row(lost)
     assert (row[4], row[-1]) == ("lost", text)
+
+
+@pytest.mark.parametrize(("state", "used"), [("ready", "75% of 8"), ("unknown", "")])
+def test_memory_is_shown_of_who_has_said_what_is_free(state, used):
+    row = status_row(
+        ProcessStatus(name="i", kind="instance", state=state, num_blocks=8, num_free_blocks=2)
+    )
+    assert row[-2] == used

@@ -151,6 +151,7 @@ def test_failures_raise_their_class(code, cls):
         ({"stop": 5}, "stop", "stop must be an array, not a whole number"),
         ({"priority": "x"}, "priority", "priority must be a whole number, not a string"),
         ({"timeout_s": -1}, "timeout_s", "timeout_s must be"),
+        ({"timeout_s": "a"}, "timeout_s", "timeout_s must be a number of seconds"),
         ({"timeout_s": float("nan")}, "timeout_s", "timeout_s must be"),
     ],
 )
@@ -334,3 +335,30 @@ def test_a_request_that_no_router_takes_is_not_sent():
         assert len(router.submits) == 1
 
     talk(conversation, max_request_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (b"abc", "prompt must be a text or token ids, not bytes"),
+        ({1: 2}, "prompt must be a text or token ids, not dict"),
+        (5, "prompt must be a text or token ids, not int"),
+        ([1, "a"], "prompt[1] must be a whole number, not a string"),
+        ([1] * 100 + ["a"], "prompt[100] must be a whole number, not a string"),
+        ([1] * 100 + [None], "prompt[100] must be a whole number, not null"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_here(prompt, words):
+    async def conversation(client, router):
+        with pytest.raises(InvalidRequestError) as caught:
+            await client.generate(prompt)
+        assert words in str(caught.value)
+        assert router.submits == []
+
+    talk(conversation)
+
+
+@pytest.mark.parametrize("endpoint", [5, None, [], ["tcp://127.0.0.1:8011", 5]])
+def test_an_endpoint_is_an_address_or_several(endpoint):
+    with pytest.raises(InvalidRequestError, match="endpoint must be an address, or several"):
+        AsyncClient(endpoint)

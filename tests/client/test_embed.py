@@ -73,7 +73,14 @@ def test_an_error_names_the_input():
 
 @pytest.mark.parametrize(
     ("inputs", "param"),
-    [([], "inputs"), (["a", ""], "inputs[1]"), ([[1], []], "inputs[1]"), (["a", 3], "inputs[1]")],
+    [
+        ([], "inputs"),
+        (5, "inputs"),
+        (b"abc", "inputs"),
+        (["a", ""], "inputs[1]"),
+        ([[1], []], "inputs[1]"),
+        (["a", 3], "inputs[1]"),
+    ],
 )
 def test_bad_inputs_are_refused_before_anything_is_sent(inputs, param):
     with pytest.raises(InvalidRequestError) as caught:

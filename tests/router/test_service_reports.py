@@ -14,6 +14,8 @@ async def test_health_says_what_the_data_path_says():
     cluster = FakeCluster()
     report = await cluster.service.health(True)
     assert (report.live, report.ready) == (True, False)
+    model = cluster.service.served.first.name
+    assert report.degraded == (f"no instance of {model} is ready",)
     cluster.join("a")
     reports = await asyncio.gather(*(cluster.service.health(True) for _ in range(5)))
     assert all(one.ready and not one.degraded for one in reports)

@@ -106,4 +106,8 @@ def slo(connect: Connect, ttft_ms: int | None, tpot_ms: int | None, wait_s: floa
         lambda client: client.set_objectives(ttft_ms=ttft_ms, tpot_ms=tpot_ms),
         wait_s,
     )
-    click.echo(f"ttft_ms {ttft_ms}, tpot_ms {tpot_ms}")
+    click.echo(f"ttft_ms {_objective(ttft_ms)}, tpot_ms {_objective(tpot_ms)}")
+
+
+def _objective(value_ms: int) -> str:
+    return str(value_ms or "0 (each instance's own)")

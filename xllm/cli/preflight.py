@@ -45,7 +45,7 @@ def check_device(settings: Settings) -> None:
     if device == "npu" and importlib.util.find_spec("torch_npu") is None:
         raise DependencyError(
             "worker.device is npu, but the package torch_npu is not installed: "
-            'pip install "xllm[npu]"',
+            'pip install ".[npu]" in the directory of xLLM',
             param="worker.device",
         )
     if device == "cuda" and not any(map(os.path.exists, _CUDA_DEVICES)):

@@ -37,7 +37,7 @@ def status(connect: Callable[[], Client], as_json: bool) -> None:
 def status_row(process: ProcessStatus) -> tuple[str, ...]:
     """A process's line in the table."""
     used = ""
-    if process.num_blocks:
+    if process.num_blocks and process.state != "unknown":  # it has not said yet what is free
         share = 1 - process.num_free_blocks / process.num_blocks
         used = f"{100 * share:.0f}% of {process.num_blocks}"
     return (

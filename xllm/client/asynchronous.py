@@ -78,10 +78,7 @@ class AsyncClient:
         max_request_bytes: int = DEFAULT_MAX_REQUEST_BYTES,
         discover: bool = True,
     ) -> None:
-        endpoints = (endpoint,) if isinstance(endpoint, str) else tuple(endpoint)
-        if not endpoints:
-            raise InvalidRequestError("no endpoint given", param="endpoint")
-        self._endpoints = endpoints
+        self._endpoints = check_endpoints(endpoint)
         self._timeout_s = check_timeout(timeout_s)
         self._connect_timeout_s = check_timeout(connect_timeout_s)
         self._silence_s = check_timeout(silence_s)
@@ -306,8 +303,20 @@ class AsyncClient:
         return self._timeout_s if timeout_s is None else check_timeout(timeout_s)
 
 
+def check_endpoints(endpoint: str | Sequence[str]) -> tuple[str, ...]:
+    """One address or several, or InvalidRequestError where it is neither."""
+    if isinstance(endpoint, str):
+        return (endpoint,)
+    several = tuple(endpoint) if isinstance(endpoint, Sequence) else ()
+    if not several or not all(isinstance(one, str) for one in several):
+        raise InvalidRequestError("endpoint must be an address, or several", param="endpoint")
+    return several
+
+
 def check_timeout(timeout_s: float) -> float:
     """The timeout, or InvalidRequestError where it is no positive number of seconds."""
-    if not 0 < timeout_s < 10_000_000:
-        raise InvalidRequestError("timeout_s must be above 0 and finite", param="timeout_s")
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < 10_000_000:
+        raise InvalidRequestError(
+            "timeout_s must be a number of seconds, above 0 and finite", param="timeout_s"
+        )
     return float(timeout_s)

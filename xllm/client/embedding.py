@@ -20,6 +20,10 @@ WINDOW = 128
 
 def split_inputs(inputs: Inputs) -> list[Prompt]:
     """The inputs one by one; InvalidRequestError where there are none, or one is empty."""
+    if not isinstance(inputs, Sequence) or isinstance(inputs, bytes | bytearray):
+        kind = type(inputs).__name__
+        text = f"inputs must be a text, token ids or a list of either, not {kind}"
+        raise InvalidRequestError(text, param="inputs")
     if isinstance(inputs, str) or (inputs and isinstance(inputs[0], int)):
         return [inputs]  # type: ignore[list-item]  # the first says what the others are
     if not inputs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -121,15 +121,19 @@ def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
     """A prompt as the fields of a submit; many ids as bytes."""
     if isinstance(prompt, str):
         return {"prompt": prompt}
+    # Numbers come out of these, too, but nobody means them as token ids.
+    if isinstance(prompt, bytes | bytearray | memoryview | Mapping) or not isinstance(
+        prompt, Iterable
+    ):
+        kind = type(prompt).__name__
+        raise InvalidRequestError(f"prompt must be a text or token ids, not {kind}", param="prompt")
+    ids = tuple(prompt)
+    if len(ids) < PACK_FROM:
+        return {"prompt": ids}
     try:
-        ids = tuple(prompt)
-        if len(ids) >= PACK_FROM:
-            return {"packed_prompt": pack_tokens(ids)}
-    except OverflowError:
-        pass  # no id of any model: the router says what is one
-    except TypeError as error:
-        raise InvalidRequestError("prompt is a text or token ids", param="prompt") from error
-    return {"prompt": ids}
+        return {"packed_prompt": pack_tokens(ids)}
+    except (OverflowError, TypeError):
+        return {"prompt": ids}  # which of them is no id is said where each is looked at
 
 
 def _convert(fields: dict[str, Any], cls: type[T]) -> T:

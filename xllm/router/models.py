@@ -56,8 +56,13 @@ class ServedModels:
 
     def are_ready(self) -> bool:
         """Whether every model that is not asleep can take requests, and one at least is awake."""
-        awake = [name for name in self._intakes if not self.is_asleep(name)]
-        return bool(awake) and all(self._view.usable(name) for name in awake)
+        awake = any(not self.is_asleep(name) for name in self._intakes)
+        return awake and not self.without_instance()
+
+    def without_instance(self) -> list[str]:
+        """Names of models that nobody put to sleep, and that no instance can be asked for."""
+        names = self._intakes
+        return [one for one in names if not self._view.usable(one) and not self.is_asleep(one)]
 
     def usable_instances(self) -> list[str]:
         """Names of all instances that can take requests."""

@@ -307,6 +307,9 @@ class RouterService:
         if ready and probe:
             ready = await self.prober.probe(usable)
         degraded = degraded_parts(self.view, self.registry_degraded, self.draining)
+        degraded += tuple(
+            f"no instance of {one} is ready" for one in self.served.without_instance()
+        )
         if stood_s >= STALL_S:
             degraded += (f"this router's loop stood still for {stood_s:.1f} s",)
         for complain in self.complaints:

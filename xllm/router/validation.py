@@ -112,7 +112,7 @@ def check_prompt(prompt: str | tuple[int, ...], facts: ModelFacts, num_new: int 
         check_text_bytes("prompt", prompt, facts)
         return b""
     if len(prompt) + num_new > facts.max_model_len:
-        raise too_long(len(prompt), num_new, facts.max_model_len)
+        raise too_long(len(prompt), num_new, facts.max_model_len, "at least ")
     try:
         packed = pack_tokens(prompt)  # refuses what is below 0
         many = len(prompt) > MANY_IDS
@@ -129,7 +129,7 @@ def check_packed(packed: bytes, facts: ModelFacts, num_new: int) -> None:
     if rest:
         raise refuse("packed_prompt", f"must have {TOKEN_BYTES} bytes an id, not {len(packed)}")
     if num_ids + num_new > facts.max_model_len:
-        raise too_long(num_ids, num_new, facts.max_model_len)
+        raise too_long(num_ids, num_new, facts.max_model_len, "at least ")
     if np.frombuffer(packed, "<u4").max() >= facts.vocab_size:
         raise refuse("prompt", f"must hold ids from 0 to {facts.vocab_size - 1}")
 
@@ -248,11 +248,14 @@ def check_context(
     return resolved
 
 
-def too_long(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> ContextLengthError:
-    """The error with its numbers."""
+def too_long(
+    num_prompt_tokens: int, max_tokens: int, max_model_len: int, least: str = ""
+) -> ContextLengthError:
+    """The error with its numbers. `least`: how they are bounds, where more may be asked for."""
     return ContextLengthError(
-        f"the context is {max_model_len} tokens; this asks for {num_prompt_tokens + max_tokens}: "
-        f"{num_prompt_tokens} of the prompt and {max_tokens} of output",
+        f"the context is {max_model_len} tokens; this asks for {least}"
+        f"{num_prompt_tokens + max_tokens}: "
+        f"{num_prompt_tokens} of the prompt and {least}{max_tokens} of output",
         param="max_tokens" if num_prompt_tokens < max_model_len else "prompt",
     )
 

@@ -136,7 +136,7 @@ def test_refused_options(flags, what, capsys):
 def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert bench("--plot", "x.png") == 69
-    assert 'pip install "xllm[plot]"' in capsys.readouterr().err
+    assert 'pip install ".[plot]" in the directory of xLLM' in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,8 @@ def operated(cluster, forget):
     return cluster, instance, led[0]
 
 
-SET, UNSET = "ttft_ms 300, tpot_ms 0\n", "ttft_ms 0, tpot_ms 0\n"
+OWN = "0 (each instance's own)"
+SET, UNSET = f"ttft_ms 300, tpot_ms {OWN}\n", f"ttft_ms {OWN}, tpot_ms {OWN}\n"
 
 
 async def operate(watcher, *words) -> str:

@@ -24,7 +24,9 @@ def check_plot(path: str) -> None:
         raise ConfigError(f"--plot {path}: one of {', '.join(SUFFIXES)} is drawn", param="plot")
     if importlib.util.find_spec("matplotlib") is None:
         raise DependencyError(
-            'a plot needs matplotlib, which is an extra: pip install "xllm[plot]"', param="plot"
+            'a plot needs matplotlib, which is an extra: pip install ".[plot]" in '
+            "the directory of xLLM",
+            param="plot",
         )
 
 

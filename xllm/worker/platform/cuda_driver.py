@@ -137,5 +137,5 @@ def _import_api() -> Any:
     except ImportError as error:
         raise DependencyError(
             f"virtual memory of a GPU needs the package cuda-bindings ({error}); install it with: "
-            'pip install "xllm[gpu]"'
+            'pip install ".[gpu]" in the directory of xLLM'
         ) from error

@@ -33,7 +33,7 @@ def _import_npu() -> Any:
     except ImportError as error:
         raise DependencyError(
             "worker.device is npu, but the package torch_npu is not installed or does not load "
-            f'({error}); install it with: pip install "xllm[npu]"',
+            f'({error}); install it with: pip install ".[npu]" in the directory of xLLM',
             param="worker.device",
         ) from error
     return torch.npu  # type: ignore[attr-defined]  # torch_npu adds it
