@@ -33,7 +33,7 @@ def test_a_frozen_instance_is_lost_once_its_lease_ends():
     assert lost(view) == ["a"]
     (one,) = view.lost
     assert (one.incarnation, one.model, one.role, one.heard_at) == ("1", "m", "both", 0.0)
-    assert degraded_parts(view, False, False) == ("instance a is lost",)
+    assert degraded_parts(view, False, False, 0.0) == ("instance a is lost",)
 
 
 @pytest.mark.parametrize("incarnation", ["1", "2"])
@@ -83,7 +83,7 @@ def test_it_is_forgotten_in_the_end():
     assert lost(view) == ["a"]
     view.tick(LOST_KEPT_S + 0.1)
     assert lost(view) == []
-    assert degraded_parts(view, False, False) == ()
+    assert degraded_parts(view, False, False, 0.0) == ()
 
 
 @pytest.mark.parametrize(

@@ -80,3 +80,23 @@ async def test_status_and_metrics_show_all_processes():
     assert f'xllm_router_requests_total{{code="ok",{others}}} 7.0' in page
     assert 'xllm_router_load{instance="a",role="router",router="r2"} 4.0' in page
     cluster.close()
+
+
+@in_loop
+async def test_a_router_that_fell_silent_is_suspect():
+    cluster = FakeCluster("a")
+    cluster.service.heard(RouterPresence("r2", "1", 1))
+    silence_s = cluster.service.view.silence_s
+
+    async def said():
+        cluster.beat("a")
+        states = [one.state for one in cluster.service.status().processes if one.name == "r2"]
+        return states, (await cluster.service.health(False)).degraded
+
+    cluster.clock.now += silence_s * 0.9
+    assert await said() == (["ready"], ())
+    cluster.clock.now += silence_s * 0.2
+    assert await said() == (["suspect"], ("router r2 is suspect",))
+    cluster.service.heard(RouterPresence("r2", "1", 2))
+    assert await said() == (["ready"], ())
+    cluster.close()

@@ -91,12 +91,12 @@ def test_an_instance_that_alone_lost_the_registry_is_used_on():
     view = ready_view("a")
     assert view.deregistered("a") == NOTHING
     assert usable(view) == ["a"]
-    assert degraded_parts(view, False, False) == ("instance a is not registered",)
+    assert degraded_parts(view, False, False, 0.0) == ("instance a is not registered",)
     assert view.heartbeat(beat(seq=2), 0.2) == NOTHING
     assert usable(view) == ["a"]
     assert view.registered(record(), 0.3) == NOTHING
     assert usable(view) == ["a"]
-    assert degraded_parts(view, False, False) == ()
+    assert degraded_parts(view, False, False, 0.0) == ()
     view.deregistered("a")
     assert view.disconnected("a") == ViewChange(lost=("a",)), "it died, and did not leave"
     assert view.get("a") is None

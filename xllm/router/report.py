@@ -7,7 +7,7 @@ from collections.abc import Callable
 from xllm.protocol.questions import ProcessStatus
 from xllm.router.exposition import merge_texts
 from xllm.router.lost_instances import LostInstance
-from xllm.router.view import ClusterView, DaemonView, InstanceView
+from xllm.router.view import ClusterView, DaemonView, InstanceView, RouterView
 
 
 def process_list(
@@ -38,6 +38,7 @@ def process_list(
             name=router_name,
             kind="router",
             incarnation=router.presence.incarnation,
+            state="suspect" if _is_silent(view, router, now) else "ready",
             num_running=sum(count for _, count in router.presence.inflight),
             role=_router_role(view, router_name),
             epoch=_epoch(view, router_name),
@@ -52,7 +53,9 @@ def process_list(
     return tuple(found)
 
 
-def degraded_parts(view: ClusterView, registry_silent: bool, draining: bool) -> tuple[str, ...]:
+def degraded_parts(
+    view: ClusterView, registry_silent: bool, draining: bool, now: float
+) -> tuple[str, ...]:
     """What is not as it should be, in words."""
     parts = []
     if registry_silent:
@@ -68,7 +71,14 @@ def degraded_parts(view: ClusterView, registry_silent: bool, draining: bool) -> 
         f"instance {one.name} is not registered" for one in view if one.usable and one.leaving
     ]
     parts += [f"instance {one.name} is lost" for one in view.lost]
+    routers = sorted(view.routers.items())
+    parts += [f"router {name} is suspect" for name, one in routers if _is_silent(view, one, now)]
     return tuple(parts)
+
+
+def _is_silent(view: ClusterView, router: RouterView, now: float) -> bool:
+    """Clients that share its port are connected to it, whether it answers or not."""
+    return now - router.heard_at > view.silence_s
 
 
 def merged_metrics(view: ClusterView, name: str, own: bytes) -> bytes:

@@ -306,7 +306,8 @@ class RouterService:
         ready = self.served.are_ready() and not self.draining and stood_s < STALL_S
         if ready and probe:
             ready = await self.prober.probe(usable)
-        degraded = degraded_parts(self.view, self.registry_degraded, self.draining)
+        now = self._clock()
+        degraded = degraded_parts(self.view, self.registry_degraded, self.draining, now)
         degraded += tuple(
             f"no instance of {one} is ready" for one in self.served.without_instance()
         )

@@ -128,6 +128,8 @@ class ClusterView:
 
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s
+        self.silence_s = MISSED_HEARTBEATS * period_s
+        """Who says nothing for so long is suspect."""
         self._instances: dict[str, InstanceView] = {}
         self._daemons: dict[str, DaemonView] = {}
         self._routers: dict[str, RouterView] = {}
@@ -318,7 +320,7 @@ class ClusterView:
         if paused:
             self._excused_until = now + EXCUSED_S
             self._resumed_at = now
-        limit = now - MISSED_HEARTBEATS * self._period_s
+        limit = now - self.silence_s
         if self._resumed_at and self._resumed_at >= limit:
             return _UNCHANGED
         silent = [
