@@ -29,6 +29,8 @@ fi
 touch "$out"
 """
 KERNELS = "xllm/worker/kernels/cpu"
+TOKEN_IDS = "xllm/protocol/native"
+"""The other library: built beside them."""
 
 
 @pytest.fixture
@@ -36,7 +38,8 @@ def tree(tmp_path):
     """A copy of what the build reads."""
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / KERNELS, tmp_path / KERNELS)
+    for folder in (KERNELS, TOKEN_IDS):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so"))
     compiler = tmp_path / "compiler"
     compiler.write_text(COMPILER)
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
@@ -46,7 +49,7 @@ def tree(tmp_path):
 
 
 def build(tree, **variables):
-    """(files that were compiled, whether there is a library)."""
+    """(files of kernels that were compiled, whether there is their library)."""
     (tree / "compiled.txt").write_text("")
     compiler = str(tree / "compiler")
     done = subprocess.run(
@@ -58,7 +61,9 @@ def build(tree, **variables):
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    names = [Path(line).name for line in (tree / "compiled.txt").read_text().splitlines()]
+    assert any((tree / TOKEN_IDS).glob("_token_ids*.so")), "each is built without the other"
+    paths = map(Path, (tree / "compiled.txt").read_text().splitlines())
+    names = [path.name for path in paths if str(path.parent) == KERNELS]
     return sorted(names), any((tree / KERNELS).parent.glob("_cpu*.so"))
 
 
