@@ -23,7 +23,7 @@ from xllm.kvcache.hashing import (
     root_hash,
     split_hashes,
 )
-from xllm.protocol.native.library import load
+from xllm.protocol.native.token_ids import load
 
 GOLDEN_EMPTY = "1462b23c3082e4f7e02ed2a16bb419d704b778acd5cfbc74b610327a07419b5f"
 GOLDEN_ROOT = "af6f2652d303bdf53fc9d186c8f5dc40f661bc29fec3e80e672184c16b383cbe"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from xllm.kvcache.hashing import chain_in_python, chain_packed
-from xllm.protocol.native import library
+from xllm.protocol.native import token_ids as library
 
 needs_library = pytest.mark.skipif(library.load() is None, reason="it was not compiled here")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 
-from xllm.protocol.native.library import load
+from xllm.protocol.native.token_ids import load
 from xllm.protocol.token_bytes import TOKEN_BYTES, pack_tokens
 
 HASH_BYTES = 32

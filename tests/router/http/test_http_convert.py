@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from xllm.config.router import RouterSettings
 from xllm.errors import InvalidRequestError
 from xllm.protocol.generation import ChatMessage, ContentPart
-from xllm.protocol.native.library import load
+from xllm.protocol.native.token_ids import load
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import unpack_tokens
 from xllm.router.http.completion_body import CompletionDecoder

@@ -1,6 +1,6 @@
 // Loops over the token ids of a prompt that would be slow in Python. The interface is plain
-// pointers and integers, nothing is thrown, and library.py is the only caller. Raise kAbi with
-// every change of a signature, and _ABI in library.py with it.
+// pointers and integers, nothing is thrown, and token_ids.py is the only caller. Raise kAbi with
+// every change of a signature, and _ABI in token_ids.py with it.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

@@ -13,7 +13,7 @@ import re
 
 import msgspec
 
-from xllm.protocol.native.library import NativeTokenIds
+from xllm.protocol.native.token_ids import NativeTokenIds
 from xllm.router.http.schema import CompletionBody, IdsBody, PackedBody, decode_body
 
 _IDS_FOLLOW = re.compile(rb'"prompt"\s*:\s*\[(?=\s*\d)')

@@ -9,7 +9,7 @@ from functools import partial
 
 import msgspec
 
-from xllm.protocol.native import library as native
+from xllm.protocol.native import token_ids as native
 from xllm.protocol.questions import DetokenizeIds, TokenizeText
 from xllm.protocol.token_bytes import unpack_tokens
 from xllm.router.http.chat_shape import ChatShape
