@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 
 from tests.cli.toy_model import expected_ids, make_toy_model
-from tests.serve.served import Served
+from tests.serve.served import Served, wait_until
 from xllm import Client
 from xllm.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from xllm.router.text.model import load_text_model
@@ -86,11 +86,16 @@ def test_choices_differ(client, model):
         assert choice.token_ids == expected
 
 
+def kinds_of_all(client):
+    """The kinds of all processes once both workers, known from heartbeats, are among them."""
+    kinds = [process.kind for process in client.status()]
+    return kinds if kinds.count("instance") == kinds.count("worker") == 2 else None
+
+
 def test_questions(client):
     assert [m.name for m in client.models()] == ["toy-model"]
     assert client.health(probe=True).ready
-    kinds = sorted(p.kind for p in client.status())
-    assert kinds.count("instance") == kinds.count("worker") == 2
+    kinds = wait_until(lambda: kinds_of_all(client), what="the heartbeat of each instance")
     assert "router" in kinds
     ids = client.tokenize("hello world")
     assert client.detokenize(ids) == "hello world"

@@ -134,7 +134,7 @@ def test_cuda_without_a_gpu_is_refused() -> None:
 
 @without_npu
 def test_npu_without_its_package_is_refused() -> None:
-    with pytest.raises(DependencyError, match=r'torch_npu .* pip install "xllm\[npu\]"'):
+    with pytest.raises(DependencyError, match=r'torch_npu .* pip install "\.\[npu\]"'):
         select_platform("npu")
 
 
