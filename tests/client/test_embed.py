@@ -64,7 +64,7 @@ def test_an_error_names_the_input():
         assert (refused.value.param, refused.value.message) == ("dimensions", "as asked")
         with pytest.raises(ContextLengthError) as alone:
             await client.embed("fail context_length_exceeded prompt")
-        assert alone.value.param == "prompt"
+        assert (alone.value.param, alone.value.message) == ("inputs", "inputs: as asked")
         with pytest.raises(OverloadedError):
             await client.embed(["a", "fail overloaded prompt"])
 

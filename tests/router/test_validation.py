@@ -39,12 +39,13 @@ def check(sampling=None, **fields) -> None:
     check_request(request, LIMITS, FACTS)
 
 
-def refused(param, sampling=None, kind=InvalidRequestError, **fields) -> None:
+def refused(param, sampling=None, kind=InvalidRequestError, **fields) -> RequestError:
     with pytest.raises(RequestError) as caught:
         check(sampling, **fields)
     assert type(caught.value) is kind
     assert caught.value.param == param
     assert caught.value.http_status == 400
+    return caught.value
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def refused(param, sampling=None, kind=InvalidRequestError, **fields) -> None:
             {-1: 1.0}, {50: 1.0}, {1: 100.1}, {1: NAN}, {1: -INF}, dict.fromkeys(range(4), 0.0),
         ]),
         ("stop", [(), ("ab", "abcdef")], [("",), ("abcdefg",), ("a", "b", "c")]),
-        ("stop_token_ids", [(), (0, 49)], [(-1,), (50,), (0,) * 257]),
+        ("stop_token_ids", [(), (0, 49)], [(0,) * 257]),
     ],
 )  # fmt: skip
 def test_sampling_bounds(name, inside, outside):
@@ -87,7 +88,7 @@ def test_sampling_bounds(name, inside, outside):
         ("tpot_ms", [0, 3_600_000], [-1, 3_600_001]),
         ("cache_salt", ["", "a" * 128, "A-z_0.9~+/="], ["a" * 129, "a b", "é", "a\n"]),
         ("traceparent", ["", "0" * 256], ["0" * 257]),
-        ("prompt", [(0, 49), (1,) * 99, "a"], [(), "", (50,), (-1,), "\ud800"]),
+        ("prompt", [(0, 49), (1,) * 99, "a"], [(), "", "\ud800"]),
     ],
 )
 def test_request_bounds(name, inside, outside):
@@ -114,12 +115,32 @@ def test_exactly_one_of_prompt_and_messages():
     check(messages=talk)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [(50, "50"), (-1, "-1"), (2**63, "9223372036854775808"), (1 << 70, "a number of 71 bits")],
+)
+def test_a_foreign_id_is_told_with_its_place(wrong, told):
+    bound = "must be an id from 0 to 49, not"
+    for ids in ((wrong,), (1,) * 17 + (wrong, 1, 99)):
+        place = f"[{len(ids) - 3 if len(ids) > 1 else 0}]"
+        error = refused(f"prompt{place}", prompt=ids)
+        assert error.message == f"prompt{place} {bound} {told}"
+        error = refused(f"stop_token_ids{place}", {"stop_token_ids": ids})
+        assert error.message == f"stop_token_ids{place} {bound} {told}"
+    error = refused("logit_bias", {"logit_bias": {1: 1.0, wrong: 1.0}})
+    assert error.message == f"logit_bias must have ids from 0 to 49 as keys, not {told}"
+    error = refused("logit_bias", {"logit_bias": {1: 1.0, 7: 101.0}})
+    assert error.message == "logit_bias must have values from -100 to 100, not 101.0 for 7"
+
+
 @pytest.mark.parametrize("num_ids", [1, 99])
 def test_packed_prompts(num_ids):
     check(prompt=None, packed_prompt=pack_tokens((49,) * num_ids))
     ids = (49,) * (num_ids - 1)
     for wrong in (50, 2**31, 2**32 - 1):
-        refused("prompt", prompt=None, packed_prompt=pack_tokens((*ids, wrong)))
+        place = f"prompt[{num_ids - 1}]"
+        error = refused(place, prompt=None, packed_prompt=pack_tokens((*ids, wrong)))
+        assert error.message == f"{place} must be an id from 0 to 49, not {wrong}"
     refused("packed_prompt", prompt=None, packed_prompt=pack_tokens((*ids, 1)) + b"\0")
 
 
@@ -178,7 +199,7 @@ def test_resume_points():
     refused("resume.seed", resume=at(seed=-1))
     refused("resume.outputs", resume=at(outputs=()))
     refused("resume.outputs", {"max_tokens": 1}, resume=at())
-    refused("resume.outputs", resume=at(outputs=((50,),)))
+    refused("resume.outputs[0][1]", resume=at(outputs=((49, 50),)))
 
 
 def test_context_with_its_numbers():
@@ -257,7 +278,7 @@ def test_ids_are_packed_once(monkeypatch):
     assert len(few) <= validation.MANY_IDS < len(many)
     for start, last in itertools.product((few, many), (330, -1, 2**32, 1 << 80, -(1 << 40))):
         wrong = (*start, last)
-        with pytest.raises(InvalidRequestError, match="ids from 0 to 329"):
+        with pytest.raises(InvalidRequestError, match=rf"^prompt\[{len(start)}\].* from 0 to 329"):
             intake.check(SubmitRequest(id=1, prompt=wrong))
 
 

@@ -20,7 +20,14 @@ from xllm.client.connection import (
 )
 from xllm.client.embedding import Inputs, embed_all, split_inputs
 from xllm.client.open_request import EndMessage
-from xllm.client.requests import Messages, Prompt, build_embed, build_submit, build_tokenize
+from xllm.client.requests import (
+    Messages,
+    Prompt,
+    build_detokenize,
+    build_embed,
+    build_submit,
+    build_tokenize,
+)
 from xllm.client.results import AnswerBuilder, Completion, Embeddings
 from xllm.client.stream import TokenStream
 from xllm.errors import BadMessageError, ClosedError, InvalidRequestError
@@ -36,7 +43,6 @@ from xllm.protocol.client import ClientMessage
 from xllm.protocol.generation import RequestFinished
 from xllm.protocol.questions import (
     DetokenizedText,
-    DetokenizeIds,
     HealthReport,
     ListModels,
     ModelInfo,
@@ -244,9 +250,7 @@ class AsyncClient:
         self, token_ids: Sequence[int], *, model: str = "", timeout_s: float | None = None
     ) -> str:
         """Text of token ids."""
-        question = DetokenizeIds(
-            id=self.connection.next_id(), model=model, token_ids=tuple(token_ids)
-        )
+        question = build_detokenize(self.connection.next_id(), model, token_ids)
         return (await self._ask(question, DetokenizedText, timeout_s)).text
 
     async def aclose(self) -> None:

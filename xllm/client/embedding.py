@@ -10,6 +10,7 @@ from xllm.client.requests import Prompt
 from xllm.client.results import Embeddings
 from xllm.errors import InvalidRequestError, RateLimitError, RequestError
 from xllm.protocol.generation import RequestFinished, Usage
+from xllm.protocol.wrong_value import renamed
 
 Inputs = str | Sequence[int] | Sequence[str | Sequence[int]]
 """A text, token ids, or a list of either."""
@@ -46,10 +47,11 @@ async def embed_all(
             try:
                 return await _asked(prompt, ask, alone=len(prompts) == 1)
             except RequestError as error:
-                if len(prompts) == 1 or error.param != "prompt":
+                name = "inputs" if len(prompts) == 1 else f"inputs[{index}]"
+                found = renamed(error.message, error.param, "prompt", name)
+                if found is None:
                     raise
-                name = f"inputs[{index}]"
-                raise type(error)(f"{name}: {error.message}", param=name) from error
+                raise type(error)(found[0], param=found[1]) from error
 
     tasks = [asyncio.ensure_future(one(index, prompt)) for index, prompt in enumerate(prompts)]
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,10 +11,10 @@ from xllm.errors import InvalidRequestError
 from xllm.protocol.client import ClientMessage
 from xllm.protocol.codec import encode
 from xllm.protocol.generation import ChatMessage, SubmitRequest
-from xllm.protocol.questions import TokenizeText
+from xllm.protocol.questions import DetokenizeIds, TokenizeText
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import PACK_FROM, pack_tokens
-from xllm.protocol.wrong_value import explain
+from xllm.protocol.wrong_value import explain, shown
 
 T = TypeVar("T")
 
@@ -105,6 +105,13 @@ def build_tokenize(
     return _convert(fields, TokenizeText)
 
 
+def build_detokenize(request_id: int, model: str, token_ids: Sequence[int]) -> DetokenizeIds:
+    """A question for the text of token ids."""
+    ids = tuple(token_ids) if isinstance(token_ids, Iterable) else token_ids
+    fields = {"type": "detokenize", "id": request_id, "model": model, "token_ids": ids}
+    return _convert(fields, DetokenizeIds)
+
+
 def encode_request(message: ClientMessage) -> bytes:
     """The bytes of a message; InvalidRequestError for a text or number that has none."""
     try:
@@ -112,7 +119,11 @@ def encode_request(message: ClientMessage) -> bytes:
     except UnicodeEncodeError as error:
         raise InvalidRequestError(f"a text is no Unicode: {error.reason}") from error
     except OverflowError as error:
-        raise InvalidRequestError("a number does not fit 64 bits") from error
+        place, number = next(_beyond_64_bits("", msgspec.to_builtins(message)))
+        place = place.removeprefix("sampling.")
+        raise InvalidRequestError(
+            f"{place} must fit 64 bits, not be {shown(number)}", param=place
+        ) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"this cannot be sent: {str(error)[:200]}") from error
 
@@ -134,6 +145,20 @@ def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
         return {"packed_prompt": pack_tokens(ids)}
     except (OverflowError, TypeError):
         return {"prompt": ids}  # which of them is no id is said where each is looked at
+
+
+def _beyond_64_bits(place: str, value: Any) -> Iterator[tuple[str, int]]:
+    """The numbers in a value at `place` that no message can hold, each with its own place."""
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            if isinstance(name, int):
+                yield from _beyond_64_bits(place, name)
+            yield from _beyond_64_bits(f"{place}.{name}" if place else name, one)
+    elif isinstance(value, list | tuple):
+        for index, one in enumerate(value):
+            yield from _beyond_64_bits(f"{place}[{index}]", one)
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+        yield place, value
 
 
 def _convert(fields: dict[str, Any], cls: type[T]) -> T:

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from xllm.errors import BadMessageError
+from xllm.protocol.wrong_value import explain
 
 T = TypeVar("T")
 
@@ -32,5 +33,8 @@ class Decoder(Generic[T]):
         """The message, or BadMessageError for anything else."""
         try:
             return self._decoder.decode(data)
+        except msgspec.ValidationError as error:
+            text, _ = explain(str(error), "the message")
+            raise BadMessageError(f"no such message: {text}") from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
             raise BadMessageError(f"no such message: {str(error)[:200]}") from error

@@ -23,6 +23,7 @@ from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import PACK_FROM, TOKEN_BYTES, pack_tokens, unpack_tokens
 from xllm.router.block_names import BlockNames
 from xllm.router.embedding import VECTOR_SAMPLING, check_task
+from xllm.router.foreign_ids import foreign_id
 from xllm.router.front import Tenant
 from xllm.router.state.spec import RequestSpec
 from xllm.router.text.model import TextModel
@@ -199,7 +200,7 @@ class Intake:
         if len(token_ids) > most:
             raise ContextLengthError(f"token_ids must be at most {most}", param="token_ids")
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= size):
-            raise InvalidRequestError(f"token_ids must be from 0 to {size - 1}", param="token_ids")
+            raise foreign_id("token_ids", token_ids, size)
 
     def _known_facts(self) -> ModelFacts:
         if self._facts is None:

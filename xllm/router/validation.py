@@ -7,7 +7,6 @@ refusal names the field and its bound. What passed here cannot harm a master or 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import sys
 
@@ -17,8 +16,10 @@ from xllm.config.router import RouterSettings
 from xllm.errors import ContextLengthError, InvalidRequestError
 from xllm.protocol.generation import ChatMessage, ResumePoint, SubmitRequest
 from xllm.protocol.sampling import SamplingParams
-from xllm.protocol.token_bytes import TOKEN_BYTES, pack_tokens
+from xllm.protocol.token_bytes import TOKEN_BYTES, pack_tokens, unpack_tokens
+from xllm.protocol.wrong_value import shown
 from xllm.router.embedding import check_embedding
+from xllm.router.foreign_ids import foreign_id
 from xllm.router.text.template import MAX_KWARG_CHARS, TEMPLATE_KWARGS
 
 MAX_SEED = (1 << 64) - 1
@@ -120,7 +121,7 @@ def check_prompt(prompt: str | tuple[int, ...], facts: ModelFacts, num_new: int 
             return packed
     except OverflowError:
         pass  # neither is an id of any model
-    raise refuse("prompt", f"must hold ids from 0 to {facts.vocab_size - 1}")
+    raise foreign_id("prompt", prompt, facts.vocab_size)
 
 
 def check_packed(packed: bytes, facts: ModelFacts, num_new: int) -> None:
@@ -131,7 +132,7 @@ def check_packed(packed: bytes, facts: ModelFacts, num_new: int) -> None:
     if num_ids + num_new > facts.max_model_len:
         raise too_long(num_ids, num_new, facts.max_model_len, "at least ")
     if np.frombuffer(packed, "<u4").max() >= facts.vocab_size:
-        raise refuse("prompt", f"must hold ids from 0 to {facts.vocab_size - 1}")
+        raise foreign_id("prompt", unpack_tokens(packed), facts.vocab_size)
 
 
 def check_text_bytes(param: str, text: str, facts: ModelFacts) -> None:
@@ -208,7 +209,7 @@ def check_sampling(params: SamplingParams, limits: RouterSettings, facts: ModelF
         if len(ids) > MAX_STOP_IDS:
             raise refuse("stop_token_ids", f"must be at most {MAX_STOP_IDS} ids")
         if min(ids) < 0 or max(ids) >= facts.vocab_size:
-            raise refuse("stop_token_ids", f"must hold ids from 0 to {facts.vocab_size - 1}")
+            raise foreign_id("stop_token_ids", ids, facts.vocab_size)
 
 
 def check_resume(point: ResumePoint, params: SamplingParams, facts: ModelFacts) -> None:
@@ -220,11 +221,11 @@ def check_resume(point: ResumePoint, params: SamplingParams, facts: ModelFacts) 
     if len(point.outputs) != params.n:
         raise refuse("resume.outputs", f"must be one for each of the {params.n} choices")
     most = params.max_tokens or facts.max_model_len
-    for ids in point.outputs:
+    for choice, ids in enumerate(point.outputs):
         if len(ids) > min(most, facts.max_model_len):
             raise refuse("resume.outputs", f"must have at most {most} tokens (max_tokens)")
         if ids and (min(ids) < 0 or max(ids) >= facts.vocab_size):
-            raise refuse("resume.outputs", f"must hold ids from 0 to {facts.vocab_size - 1}")
+            raise foreign_id(f"resume.outputs[{choice}]", ids, facts.vocab_size)
 
 
 def check_resumed_length(point: ResumePoint, max_tokens: int) -> None:
@@ -291,14 +292,20 @@ def _check_number(
         raise refuse(param, f"must be {bracket} {low:g} and at most {high:g}, not {value}")
 
 
+def check_num_biases(num: int, limits: RouterSettings) -> None:
+    """So many entries of logit_bias."""
+    if num > limits.max_logit_bias:
+        raise refuse("logit_bias", f"must have at most {limits.max_logit_bias} entries, not {num}")
+
+
 def _check_bias(bias: dict[int, float], limits: RouterSettings, facts: ModelFacts) -> None:
-    if len(bias) > limits.max_logit_bias:
-        raise refuse("logit_bias", f"must be at most {limits.max_logit_bias} entries")
-    if min(bias) < 0 or max(bias) >= facts.vocab_size:
-        raise refuse("logit_bias", f"must hold ids from 0 to {facts.vocab_size - 1}")
-    for value in bias.values():
-        if not math.isfinite(value) or abs(value) > 100:
-            raise refuse("logit_bias", f"must hold values from -100 to 100, not {value}")
+    check_num_biases(len(bias), limits)
+    for one, value in bias.items():
+        if not 0 <= one < facts.vocab_size:
+            bound = f"must have ids from 0 to {facts.vocab_size - 1} as keys"
+            raise refuse("logit_bias", f"{bound}, not {shown(one)}")
+        if not abs(value) <= 100:  # nor is NaN
+            raise refuse("logit_bias", f"must have values from -100 to 100, not {value} for {one}")
 
 
 def _check_stops(stops: tuple[str, ...], limits: RouterSettings) -> None:

@@ -121,7 +121,7 @@ def test_one_bad_input_names_its_index(start_front):
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["param"] == "input[2]"
-    assert error["message"] == "input[2]: prompt must not be bad"
+    assert error["message"] == "input[2] must not be bad"
     answer = ask(front, input="bad")
     assert answer.json()["error"]["param"] == "input"
 

@@ -145,6 +145,33 @@ def test_tokenize_and_detokenize(front):
     assert refused["message"].startswith("tokens must be")
     body = {"model": "fake", "prompt": [99], "echo": True}
     assert error_of(front.post("/v1/completions", body), 400)["param"] == "prompt"
+    body["prompt"] = [[1], [99]]
+    assert error_of(front.post("/v1/completions", body), 400)["param"] == "prompt[1]"
+
+
+class PickyService(FakeService):
+    """Takes no prompt that holds 7, in the words of the service."""
+
+    def submit(self, request, tenant, sink):
+        if 7 not in request.prompt:
+            return super().submit(request, tenant, sink)
+        place = f"prompt[{request.prompt.index(7)}]"
+        text = f"{place} must be an id from 0 to 6, not 7"
+        failed = RequestFailed(id=request.id, code="invalid_value", message=text, param=place)
+        sink.send(failed)
+        return "0" * 32
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("prompts", "place"), [([[1, 2], [3, 7]], "prompt[1][1]"), ([[1, 2, 7]], "prompt[2]")]
+)
+def test_a_wrong_id_is_told_with_its_prompt(start_front, prompts, place, stream):
+    front = start_front(PickyService())
+    body = {"model": "fake", "prompt": prompts, "stream": stream}
+    error = error_of(front.post("/v1/completions", body), 400)
+    assert error["param"] == place
+    assert error["message"] == f"{place} must be an id from 0 to 6, not 7"
 
 
 def test_health_metrics_version(front):

@@ -22,7 +22,7 @@ from xllm.protocol.generation import RequestFailed, RequestFinished, SubmitReque
 from xllm.router.http.batch import window_of
 from xllm.router.http.context import Caller, FrontContext, caller_of
 from xllm.router.http.convert import prompts_of
-from xllm.router.http.problem import problem_of_failure
+from xllm.router.http.problem import failure_named, problem_of_failure
 from xllm.router.http.respond import Receive, Scope, Send, read_body, send_body
 from xllm.router.http.schema import EmbeddingBody, decode_body
 from xllm.router.http.shape import ENCODER, total_usage
@@ -188,10 +188,8 @@ class VectorAnswer:
 
     def _named(self, failure: RequestFailed) -> RequestFailed:
         """A failure of one input, in the words of this path: `prompt` is unknown here."""
-        if failure.param != "prompt":
-            return failure
         name = f"input[{failure.id}]" if len(self._requests) > 1 else "input"
-        return msgspec.structs.replace(failure, param=name, message=f"{name}: {failure.message}")
+        return failure_named(failure, name)
 
     def _abort(self) -> None:
         """Stop what is still open; requests that have ended are unknown to the service."""

@@ -115,18 +115,19 @@ class CompletionEndpoint:
         service = self._context.service
         texts: list[str] = []
         shown: list[Prompt] = []
-        for prompt in prompts:
+        for index, prompt in enumerate(prompts):
+            name = f"prompt[{index}]" if len(prompts) > 1 else "prompt"
             if isinstance(prompt, bytes):
                 prompt = tuple(unpack_tokens(prompt))
             if isinstance(prompt, str):
                 texts.append(prompt)
             else:
                 ids_message = DetokenizeIds(id=0, model=body.model, token_ids=prompt)
-                with field_named("token_ids", "prompt"):
+                with field_named("token_ids", name):
                     texts.append((await service.texts.decode(ids_message, caller.tenant)).text)
             if isinstance(prompt, str) and body.logprobs is not None:
                 text_message = TokenizeText(id=0, model=body.model, text=prompt)
-                with field_named("text", "prompt"):
+                with field_named("text", name):
                     prompt = (await service.texts.encode(text_message, caller.tenant)).token_ids
             shown.append(prompt)
         ids = tuple(prompt if isinstance(prompt, tuple) else () for prompt in shown)

@@ -33,7 +33,7 @@ from xllm.router.http.event_ids import (
     borders_of,
     proven,
 )
-from xllm.router.http.problem import problem_of, problem_of_failure
+from xllm.router.http.problem import failure_named, problem_of, problem_of_failure
 from xllm.router.http.respond import Scope, Send, send_body
 from xllm.router.http.schema import GenerationBody
 from xllm.router.http.shape import AnswerShape, Envelope, total_usage
@@ -201,7 +201,7 @@ class Generation:
         self._submit(answer, self._requests)
         results = await answer.wait_done()
         if answer.failure is not None:
-            raise problem_of_failure(answer.failure)
+            raise problem_of_failure(self._named(answer.failure))
         usage = total_usage([result.usage for result in results])
         request_id = self._ids[0]
         body = self._shape(request_id, int(time.time())).whole(results, usage)
@@ -239,12 +239,17 @@ class Generation:
         # The status waits for the first word of the service: a request that it refuses is
         # answered as an error, not as a stream that begins well.
         if messages and isinstance(messages[0], RequestFailed):
-            raise problem_of_failure(messages[0])
+            raise problem_of_failure(self._named(messages[0]))
         headers = [*STREAM_HEADERS, (b"x-request-id", opened.request_id.encode())]
         if self._posted.last_event_id:
             headers.append((RECALLED_HEADER, str(self._num_recalled).encode()))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._pass_on(opened.answer, messages, opened.writer, send)
+
+    def _named(self, failure: RequestFailed) -> RequestFailed:
+        """A failure of one of several prompts says of which."""
+        several = len(self._requests) > 1
+        return failure_named(failure, f"prompt[{failure.id}]") if several else failure
 
     def _writer(self, signer: EventSigner, stream: Stream, last: LastEvent | None) -> StreamWriter:
         options = self._body.stream_options

@@ -22,6 +22,7 @@ from xllm.errors import (
     error_from_code,
 )
 from xllm.protocol.generation import RequestFailed
+from xllm.protocol.wrong_value import renamed
 
 EXPLAINED = (RequestError, OverloadedError, UnavailableError, DeadlineError)
 """Errors whose own message is written for clients."""
@@ -62,10 +63,14 @@ def field_named(inner: str | None, outer: str) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        if error.param != inner:
+        if inner is not None:
+            found = renamed(error.message, error.param, inner, outer)
+        else:
+            found = None if error.param else (f"{outer}: {error.message}", outer)
+        if found is None:
             raise
-        message = error.message.replace(inner, outer, 1) if inner else f"{outer}: {error.message}"
-        raise type(error)(message, param=outer) from error
+        message, param = found
+        raise type(error)(message, param=param) from error
 
 
 def problem_of(error: Exception) -> Problem:
@@ -76,6 +81,14 @@ def problem_of(error: Exception) -> Problem:
         return Problem(XllmError("internal error"))
     retry = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
     return Problem(error, retry_after_s=retry)
+
+
+def failure_named(failure: RequestFailed, outer: str) -> RequestFailed:
+    """A failed request of which the body calls the prompt `outer`, in the body's words."""
+    found = renamed(failure.message, failure.param, "prompt", outer)
+    if found is None:
+        return failure
+    return msgspec.structs.replace(failure, message=found[0], param=found[1])
 
 
 def problem_of_failure(failure: RequestFailed) -> Problem:

@@ -123,7 +123,8 @@ class GenerationBody(RefusedFields, frozen=True, kw_only=True, gc=False):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[str, float] | None = None
+    """By token ids, which JSON writes as texts: see bias_of."""
     seed: int | None = None
     n: Int | None = None
     stop: str | list[str] | None = None
@@ -216,7 +217,7 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """POST /detokenize."""
 
     model: str = ""
-    tokens: list[Int]
+    tokens: list[int]
 
 
 def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
