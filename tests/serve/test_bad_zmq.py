@@ -210,7 +210,7 @@ def test_values_out_of_their_bounds_name_their_field(session):
         "sampling.temperature": {"sampling": {"temperature": float("nan")}},
         "sampling.n": {"sampling": {"n": 10**9}},
         "sampling.stop": {"sampling": {"stop": ["x" * 513]}},
-        "prompt": {"prompt": [2**40]},
+        "prompt[0]": {"prompt": [2**40]},
         "resume.outputs": {"resume": {"attempt": 1, "outputs": [[1]] * 2, "seed": 1}},
         "timeout_ms": {"timeout_ms": -1},
         "chat_template_kwargs": {
