@@ -15,12 +15,11 @@ from xllm.protocol.bus import (
     DaemonHeartbeat,
     InstanceHeartbeat,
     InstanceLoad,
-    RouterPresence,
 )
 from xllm.protocol.generation import SubmitRequest
 from xllm.protocol.records import experts_key, kv_key, load_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES
-from xllm.router.leadership.epochs import MAX_BASE, needed_base, read_base
+from xllm.router.leadership.epochs import MAX_BASE, raised_base, read_base
 from xllm.router.leadership.mirror import Mirror
 from xllm.router.leadership.objectives import (
     LiveObjectives,
@@ -36,7 +35,6 @@ from xllm.router.leadership.roles import (
     decode_roles,
     restore_rows,
 )
-from xllm.router.leadership.standing import Standing
 
 # -- roles ---------------------------------------------------------------------------------------
 
@@ -332,14 +330,12 @@ def test_objectives_that_were_lost_come_back_where_none_were_written_since():
 # -- epochs --------------------------------------------------------------------------------------
 
 
-def test_a_base_is_raised_only_where_revisions_went_back():
+def test_bases_are_read_and_raised_within_their_bounds():
     assert read_base(None) == 0
-    assert needed_base(0, 12, 11) == 0
-    assert needed_base(0, 12, 12) == 12
-    assert needed_base(0, 3, 5000) == 5000
-    assert needed_base(read_base(b"5000"), 4, 5003) == 5000
+    assert read_base(b"5000") == 5000
+    assert raised_base(5000) == 5000
     for highest in (MAX_BASE, MAX_BASE + 1, 2**64 - 1):
-        assert needed_base(0, 3, highest) == MAX_BASE
+        assert raised_base(highest) == MAX_BASE
     assert read_base(str(MAX_BASE).encode()) == MAX_BASE
 
 
@@ -347,44 +343,3 @@ def test_a_base_is_raised_only_where_revisions_went_back():
 def test_a_base_is_a_number_in_its_bounds(value):
     with pytest.raises(InvalidRequestError, match="epoch_base"):
         read_base(value)
-
-
-# -- standings -----------------------------------------------------------------------------------
-
-
-def test_a_lower_epoch_is_ignored_and_counted():
-    standing = Standing()
-    assert standing.describe().startswith("nobody is known to")
-    standing.elected("a", 10, "tcp://a")
-    roles = (("i", "both"),)
-    assert standing.heard(RouterPresence("b", "1", 1, (), 11, roles))
-    assert (standing.leader, standing.epoch, standing.roles) == ("b", 11, roles)
-    assert standing.address == ""
-    assert standing.describe().startswith("b does, at an address that is not known yet")
-    standing.elected("b", 11, "tcp://b")
-    assert standing.describe() == "b at tcp://b does: ask there"
-    assert not standing.heard(RouterPresence("a", "1", 1, (), 10, (("i", "decode"),)))
-    standing.elected("a", 10, "tcp://a")
-    assert (standing.leader, standing.address, standing.roles) == ("b", "tcp://b", roles)
-    assert standing.num_stale == 1
-    assert standing.heard(RouterPresence("c", "1", 1))
-    assert standing.heard(RouterPresence("b", "1", 2))  # it stepped down
-    assert (standing.leader, standing.epoch) == ("", 11)
-    standing.elected("b", 11, "tcp://b")
-    standing.vacant()
-    assert (standing.leader, standing.epoch) == ("", 11)
-
-
-def test_an_epoch_that_anybody_heard_of_ends_lower_ones():
-    standing = Standing()
-    standing.elected("a", 5, "tcp://a")  # as a registry that lost its data names it
-    assert standing.heard(RouterPresence("b", "1", 1, highest_epoch=5))
-    assert standing.leader == "a"
-    assert standing.heard(RouterPresence("b", "1", 2, highest_epoch=9))
-    assert (standing.leader, standing.epoch) == ("", 9)
-    assert not standing.heard(RouterPresence("a", "1", 1, leader_epoch=5, highest_epoch=5))
-    assert standing.num_stale == 1
-    standing.elected("a", 5, "tcp://a")
-    assert standing.leader == ""
-    standing.elected("b", 12, "tcp://b")
-    assert (standing.leader, standing.epoch, standing.address) == ("b", 12, "tcp://b")

@@ -93,6 +93,20 @@ async def all_see(watcher: Watcher, routers: list[str], leader) -> None:
         await until(agrees, what=f"{name} to see {leader}")
 
 
+async def all_agree(watcher: Watcher, routers: list[str], after: int) -> Leader:
+    """The leader whom the registry and all these routers name, under a higher epoch than that. On a
+    busy machine it need not be the first since then: one that is late steps down."""
+
+    async def agreed() -> Leader | None:
+        named = await watcher.leader()
+        if named is None or named.epoch <= after:
+            return None
+        seen = [await seen_by(watcher, name) for name in routers]
+        return named if set(seen) == {(named.name, named.epoch)} else None
+
+    return await until(agreed, what=f"leader of an epoch above {after} that {routers} agree on")
+
+
 def test_the_leader_is_shown_and_does_its_duties(cluster):
     async def body(watcher, leader, others):
         await all_see(watcher, cluster.alive("router"), leader)
@@ -186,7 +200,9 @@ def test_a_killed_leader_is_replaced_and_no_request_fails(cluster):
         took_s = time.monotonic() - began
         assert later.name != leader.name
         assert took_s < LEASE_S + ELECTION_S + SLOW_S
-        await all_see(watcher, cluster.alive("router"), later)
+        agreed = await all_agree(watcher, cluster.alive("router"), leader.epoch)
+        assert agreed.name != leader.name
+        assert cluster.events("epoch_base_raised") == [], "no revision has gone back"
         await load.finish()
 
     scenario(cluster, body)
@@ -275,8 +291,7 @@ def test_a_leader_that_is_cut_off_from_the_registry_steps_down_in_time(cluster):
             assert cluster.is_stopped("registry")
         finally:
             cluster.signal("registry", signal.SIGCONT)
-        later = await watcher.wait_leader(leader.epoch)
-        await all_see(watcher, cluster.alive("router"), later)
+        await all_agree(watcher, cluster.alive("router"), leader.epoch)
         assert level_of_end(cluster, leader) == "warning"
 
     scenario(cluster, body)

@@ -27,6 +27,7 @@ from xllm.protocol.records import (
 )
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.store import RegistryStore
+from xllm.protocol.registry_wire import Entry
 from xllm.router.leadership.epochs import MAX_BASE
 from xllm.router.leadership.objectives import LiveObjectives
 from xllm.router.leadership.part import Leadership
@@ -205,6 +206,34 @@ def test_a_leader_that_started_behind_a_loss_gives_way_to_those_that_remember():
         assert (await registry.get(slo_key("default"))).value == b'{"ttft_ms":300,"tpot_ms":20}'
 
     scenario(body, "new", "old")
+
+
+def test_a_claim_is_not_outbid_by_its_own_key():
+    async def body(registry: LocalRegistry, one: Router, two: Router) -> None:
+        base_key, read = epoch_base_key("default"), registry.get
+        claimed: list[int] = []
+
+        async def slow(key: str) -> Entry | None:
+            """The base is read behind a claim once all have heard of the claim's epoch."""
+            key_entry = await read(leader_key("default"))
+            if key == base_key and key_entry is not None:
+                claimed.append(key_entry.create_revision)
+                while one.view.standing.epoch != key_entry.create_revision:
+                    await asyncio.sleep(BEAT_S)
+                await asyncio.sleep(3 * BEAT_S)  # each beats, and hears what the other says
+            return await read(key)
+
+        await two.leadership.start()
+        await beat([one, two], lambda: two.leadership.epoch)
+        registry.get = slow
+        await one.leadership.start()
+        led = two.leadership.epoch
+        await registry.revoke((await read(leader_key("default"))).lease_id)
+        await beat([one, two], lambda: (one.leadership.epoch or two.leadership.epoch) > led)
+        assert set(claimed) == {one.leadership.epoch or two.leadership.epoch}, "the first claim's"
+        assert await read(base_key) is None
+
+    scenario(body, "one", "two")
 
 
 def test_what_is_in_force_is_told_by_a_leader_whose_registry_is_silent():

@@ -18,7 +18,7 @@ from xllm.protocol.registry.interface import Registry, Watch
 from xllm.protocol.registry_wire import CasResult, Change, Entry
 from xllm.protocol.transport.context import describe_error
 from xllm.router.leadership.election import Call, Election, Step
-from xllm.router.leadership.epochs import needed_base, read_base
+from xllm.router.leadership.epochs import read_base
 
 _log = structlog.get_logger("leadership")
 
@@ -192,8 +192,7 @@ class Candidate:
         revision."""
         while True:
             base, mod_revision = await self._read_base()
-            highest = self._election.highest
-            needed = needed_base(base, revision, highest)
+            needed = self._election.needed_base(base, revision)
             if needed == base:
                 return base
             value = b"%d" % needed

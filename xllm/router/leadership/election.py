@@ -17,6 +17,7 @@ import dataclasses
 import enum
 
 from xllm.protocol.registry_wire import CasResult, Entry, Lease
+from xllm.router.leadership.epochs import raised_base
 
 RENEWALS_A_LEASE = 4
 """Renewals are sent this often in a lease's time; as long, and at most MAX_TIMEOUT_S, is waited
@@ -70,6 +71,9 @@ class Election:
         self._epoch = 0
         self._revision = 0
         self._highest = 0
+        """The highest epoch heard of, or had."""
+        self._before_claim = 0
+        """The highest epoch heard of before the claim was sent."""
         self._gives_way = False
         self._entry: Entry | None = None
         self._claimed_at = 0
@@ -92,10 +96,9 @@ class Election:
         """That created the own leader key. Meaningless without an epoch."""
         return self._revision
 
-    @property
-    def highest(self) -> int:
-        """The highest epoch heard of, or had."""
-        return self._highest
+    def needed_base(self, base: int, revision: int) -> int:
+        """What the epoch base must be for the claim on its way, which was done at that revision."""
+        return base if self._is_above(base + revision) else raised_base(self._highest)
 
     @property
     def entry(self) -> Entry | None:
@@ -157,7 +160,7 @@ class Election:
             self._abandon()
             return
         epoch = base + result.entry.create_revision
-        if epoch <= self._highest:  # heard of since the base was read
+        if not self._is_above(epoch):  # a higher one was heard of since the base was read
             self._abandon()
             return
         self._epoch = self._highest = epoch
@@ -232,6 +235,8 @@ class Election:
         return None
 
     def _ask(self, step: Step, lease_id: int, now: float) -> Call:
+        if step is Step.CLAIM:
+            self._before_claim = self._highest
         self._numbers += 1
         self._sent_at = now
         timeout_s = min(self._ttl_s / RENEWALS_A_LEASE, MAX_TIMEOUT_S)
@@ -249,6 +254,12 @@ class Election:
         """The lease stood at some time after `_sent_at`, with its full time before it."""
         self._deadline = self._sent_at + ttl_s - margin_s(ttl_s)
         self._renew_at = self._sent_at + ttl_s / RENEWALS_A_LEASE
+
+    def _is_above(self, epoch: int) -> bool:
+        """Whether the claim on its way may lead under that epoch. Whoever sees the key tells of its
+        epoch, to this process, too, before the claim is answered: one that was heard of since the
+        claim was sent and is the same is the claim's own."""
+        return epoch > self._before_claim and epoch >= self._highest
 
     def _is_own(self, entry: Entry | None) -> bool:
         """A registry that lost its data may give a revision out again, but no lease's id."""

@@ -32,7 +32,7 @@ def check_base(base: int) -> int:
     return base
 
 
-def needed_base(base: int, revision: int, highest: int) -> int:
-    """What the base must be for a claim at that revision to exceed the highest epoch known; where
-    that one is above MAX_BASE, as near to it as a base can be."""
-    return base if base + revision > highest else min(highest, MAX_BASE)
+def raised_base(highest: int) -> int:
+    """What the base must be for any claim to exceed the highest epoch known; where that one is
+    above MAX_BASE, as near to it as a base can be."""
+    return min(highest, MAX_BASE)

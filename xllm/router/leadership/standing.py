@@ -36,6 +36,8 @@ class Standing:
         """Its name; "": none is known."""
         self.address = ""
         """Its ZeroMQ endpoint, where the registry told it."""
+        self._named = ("", 0, "")
+        """Leader, epoch and address as the registry's key last named them."""
         self.epoch = 0
         """The highest one heard of, of a leader that may be gone."""
         self.roles: tuple[tuple[str, str], ...] = ()
@@ -58,7 +60,7 @@ class Standing:
     def elected(self, leader: str, epoch: int, address: str) -> None:
         """The registry's key names a leader."""
         if epoch >= self.epoch:
-            self.leader, self.epoch, self.address = leader, epoch, address
+            self.leader, self.epoch, self.address = self._named = leader, epoch, address
 
     def is_out_of_range(self, epoch: int) -> bool:
         """Whether nobody is believed to have heard of that epoch."""
@@ -86,13 +88,14 @@ class Standing:
             return False
         if not word.leader_epoch:
             if word.publisher == self.leader:
-                self.vacant()  # it stepped down; the registry may not know yet
+                self.vacant()  # it stepped down, or is about to lead; the registry may know more
             return True
         if word.leader_epoch < self.epoch:
             self.num_stale += 1
             return False
         if word.publisher != self.leader:
-            self.address = ""
+            is_named = self._named[:2] == (word.publisher, word.leader_epoch)
+            self.address = self._named[2] if is_named else ""
         self.leader, self.roles = word.publisher, word.roles
         if word.era:
             self.remembered = Remembered(word.era, word.roles, word.ttft_ms, word.tpot_ms)
