@@ -26,7 +26,7 @@ def found_anew():
     ("name", "value", "reason"),
     [
         ("EXTENSION_SUFFIXES", [".none"], "it was not compiled when xllm was installed"),
-        ("_ABI", 0, "is of version 1, not 0: build it again"),
+        ("_ABI", 0, "is of version 2, not 0: build it again"),
         ("_openssl_sha256", lambda: (_ for _ in ()).throw(AttributeError("hidden")), "hidden"),
     ],
 )
@@ -44,8 +44,25 @@ def test_without_the_library_python_hashes(monkeypatch, found_anew, name, value,
 @needs_library
 @pytest.mark.parametrize(("size", "stride"), [(0, 16), (31, 16), (33, 16), (32, 0)])
 def test_what_the_library_would_read_beyond_is_refused(size, stride):
-    with pytest.raises(ValueError, match=f"a root of {size} bytes, blocks of {stride}"):
+    with pytest.raises(ValueError, match=f"a root of {size} bytes, 64 in blocks of {stride}"):
         library.load().chain(bytes(size), bytes(64), stride)
+
+
+@needs_library
+def test_more_bytes_than_a_call_takes_are_refused(monkeypatch):
+    monkeypatch.setattr(library, "MAX_BYTES", 63)
+    with pytest.raises(ValueError, match="64 in blocks of 16"):
+        library.load().chain(bytes(32), bytes(64), 16)
+    with pytest.raises(ValueError, match="64 bytes of ids"):
+        library.load().largest(bytes(64))
+
+
+@needs_library
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=200))
+@example([2**32 - 1])
+@example([7] * 64 + [2**31])
+def test_the_largest_id_is_found(ids):
+    assert library.load().largest(struct.pack(f"<{len(ids)}I", *ids)) == max(ids, default=0)
 
 
 @needs_library

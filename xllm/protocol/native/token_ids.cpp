@@ -9,13 +9,17 @@
 
 namespace {
 
-constexpr int32_t kAbi = 1;
+constexpr int32_t kAbi = 2;
 constexpr int64_t kDigestBytes = 32;
 constexpr size_t kContextBytes = 512;  // OpenSSL's SHA256_CTX has 112
 
 using Init = int (*)(void* context);
 using Update = int (*)(void* context, const void* data, size_t size);
 using Final = int (*)(uint8_t* digest, void* context);
+
+Init init_hash = nullptr;
+Update update_hash = nullptr;
+Final final_hash = nullptr;
 
 bool is_space(char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r'; }
 
@@ -41,22 +45,41 @@ uint32_t short_number(const char* at, int* digits) {
 
 XT_API int32_t xt_abi() { return kAbi; }
 
+// The functions of OpenSSL that xt_chain calls. Once, before it.
+XT_API void xt_use_sha256(Init init, Update update, Final final) {
+  init_hash = init;
+  update_hash = update;
+  final_hash = final;
+}
+
 // Digests of so many blocks of `stride` bytes, each with the digest before it, as SHA-256 makes
-// them: `digests` gets 32 bytes for each. 0 where the library refused.
-XT_API int32_t xt_chain(Init init, Update update, Final final, const uint8_t* root,
-                        const uint8_t* blocks, int64_t num_blocks, int64_t stride,
-                        uint8_t* digests) {
+// them: `digests` gets 32 bytes for each. 0 where the library refused. Sizes have 32 bits, which
+// ctypes passes without being told of.
+XT_API int32_t xt_chain(const uint8_t* root, const uint8_t* blocks, int32_t num_blocks,
+                        int32_t stride, uint8_t* digests) {
   alignas(64) unsigned char context[kContextBytes];
   const uint8_t* parent = root;
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    if (!init(context) || !update(context, parent, kDigestBytes) ||
-        !update(context, blocks + i * stride, static_cast<size_t>(stride)) ||
-        !final(digests, context))
+  for (int32_t i = 0; i < num_blocks; ++i) {
+    if (!init_hash(context) || !update_hash(context, parent, kDigestBytes) ||
+        !update_hash(context, blocks, static_cast<size_t>(stride)) ||
+        !final_hash(digests, context))
       return 0;
     parent = digests;
     digests += kDigestBytes;
+    blocks += stride;
   }
   return 1;
+}
+
+// The largest of so many ids, which need not be aligned; 0 of none.
+XT_API uint32_t xt_largest(const uint8_t* ids, int32_t count) {
+  uint32_t largest = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    uint32_t id;
+    std::memcpy(&id, ids + 4 * static_cast<int64_t>(i), 4);
+    largest = id > largest ? id : largest;
+  }
+  return largest;
 }
 
 // How many numbers a text such as that of xt_read_ids has at most.

@@ -17,13 +17,15 @@ from typing import Any
 import structlog
 
 _log = structlog.get_logger("native")
-_ABI = 1
+_ABI = 2
 """kAbi of token_ids.cpp."""
 _DIGEST_BYTES = 32
 _ID_BYTES = 4
 RELEASE_FROM = 1 << 16
 """Bytes from which other threads of Python run meanwhile. For less than that, who gave the
 interpreter away would wait longer for it than the work takes."""
+MAX_BYTES = (1 << 31) - 1
+"""Of token bytes that a call takes."""
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 _BYTES = ctypes.c_char_p
 
@@ -39,7 +41,9 @@ class NativeTokenIds:
         found = self._holding.xt_abi()
         if found != _ABI:
             raise OSError(f"{path.name} is of version {found}, not {_ABI}: build it again")
-        self._sha256 = _openssl_sha256()
+        for library in (self._holding, self._releasing):
+            library.xt_use_sha256(*_openssl_sha256())
+        self._chain, self._largest = self._holding.xt_chain, self._holding.xt_largest
         root, block = bytes(range(_DIGEST_BYTES)), bytes(64)
         if self.chain(root, block, len(block)) != hashlib.sha256(root + block).digest():
             raise OSError("OpenSSL's SHA-256 gives another digest than hashlib's")
@@ -47,18 +51,27 @@ class NativeTokenIds:
     def chain(self, root: bytes, packed: bytes, stride: int) -> bytes:
         """SHA-256 digests of the whole blocks of `stride` bytes in `packed`, each of the digest
         before it (`root` for the first) and its block; concatenated. ValueError for a root that is
-        no digest, and for blocks of nothing."""
-        if len(root) != _DIGEST_BYTES or stride <= 0:  # the library reads what is said to be there
-            raise ValueError(f"a root of {len(root)} bytes, blocks of {stride}")
-        num_blocks = len(packed) // stride
+        no digest, for blocks of nothing, and for more than MAX_BYTES."""
+        size = len(packed)
+        if len(root) != _DIGEST_BYTES or not 0 < stride <= MAX_BYTES or size > MAX_BYTES:
+            # The library reads what is said to be there.
+            raise ValueError(f"a root of {len(root)} bytes, {size} in blocks of {stride}")
+        num_blocks = size // stride
         if not num_blocks:
             return b""
-        digests = bytearray(num_blocks * _DIGEST_BYTES)
-        library = self._releasing if len(packed) >= RELEASE_FROM else self._holding
-        there = ctypes.byref(ctypes.c_char.from_buffer(digests))
-        if not library.xt_chain(*self._sha256, root, packed, num_blocks, stride, there):
+        chain = self._chain if size < RELEASE_FROM else self._releasing.xt_chain
+        digests = bytes(num_blocks * _DIGEST_BYTES)  # written before anybody else has it
+        if not chain(root, packed, num_blocks, stride, digests):
             raise OSError("OpenSSL refused to hash")
-        return bytes(digests)
+        return digests
+
+    def largest(self, packed: bytes) -> int:
+        """The largest of these ids; 0 of none. ValueError for more than MAX_BYTES."""
+        size = len(packed)
+        if size > MAX_BYTES:
+            raise ValueError(f"{size} bytes of ids")
+        found: int = self._largest(packed, size // _ID_BYTES)
+        return found
 
     def read_ids(self, text: bytes) -> bytes | None:
         """Numbers below 2**32, as JSON writes them between the brackets of a list, as token bytes;
@@ -104,11 +117,13 @@ def _openssl_sha256() -> tuple[Any, ...]:
 
 
 def _with_signatures(library: Any) -> Any:
-    """As token_ids.cpp has them."""
+    """As token_ids.cpp has them. What each request calls gets none for its arguments, bytes and
+    numbers of 32 bits, which ctypes passes by itself in a third of the time."""
     library.xt_abi.restype, library.xt_abi.argtypes = _I32, []
+    library.xt_use_sha256.restype = None
+    library.xt_use_sha256.argtypes = [_POINTER, _POINTER, _POINTER]
+    library.xt_chain.restype = _I32
+    library.xt_largest.restype = ctypes.c_uint32
     library.xt_count_ids.restype, library.xt_count_ids.argtypes = _I64, [_BYTES, _I64]
-    chain, read_ids = library.xt_chain, library.xt_read_ids
-    chain.restype = _I32
-    chain.argtypes = [_POINTER, _POINTER, _POINTER, _BYTES, _BYTES, _I64, _I64, _POINTER]
-    read_ids.restype, read_ids.argtypes = _I64, [_BYTES, _I64, _POINTER]
+    library.xt_read_ids.restype, library.xt_read_ids.argtypes = _I64, [_BYTES, _I64, _POINTER]
     return library
