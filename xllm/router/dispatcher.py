@@ -258,8 +258,8 @@ class Dispatcher:
                 if not request.told:
                     self._first_token(request)
                 self._deliver(request, one)  # type: ignore[arg-type]  # by `kind`
-            elif isinstance(one, SendTo):
-                self._send(request, one)
+            elif kind is SendTo:
+                self._send(request, one)  # type: ignore[arg-type]  # by `kind`
             elif one is Wish.FLUSH:
                 self._timer.add(request, state.hold_s)
             elif one is Wish.PLACE:
@@ -267,13 +267,13 @@ class Dispatcher:
                 self._metrics.num_moves += request.is_moving
                 self._placement.leave(request)
                 self._place(request)
-            elif isinstance(one, RequestFinished | RequestFailed):
+            else:
                 del self.open[state.spec.request_id]
                 self._homeless.pop(state.spec.request_id, None)
                 self._metrics.num_dropped += state.num_dropped
                 if state.moves.is_convicted:
                     _log.error("request_ends_workers", request_id=state.spec.request_id)
-                self._ended(request, one)
+                self._ended(request, one)  # type: ignore[arg-type]  # nothing else is left
 
     def _place(self, request: InflightRequest) -> None:
         state = request.state

@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 from typing import Any, Protocol
 
+import msgspec
+
 from xllm.protocol.generation import RequestFailed, RequestFinished, ResumePoint, next_life
 from xllm.protocol.instance import InstanceRequest
 from xllm.router.front import Sink
@@ -36,54 +38,36 @@ class AdmissionDoor(Protocol):
         ...
 
 
-class InflightRequest:
+class InflightRequest(msgspec.Struct, eq=False):
     """A request without a terminal message. `state` is None while its text is encoded, and while
-    it waits for an instance with room."""
+    it waits for an instance with room. (A Struct is made several times faster than an object of
+    Python's.)"""
 
-    __slots__ = (
-        "account",
-        "client_id",
-        "counted",
-        "deadline",
-        "encoding",
-        "is_moving",
-        "life",
-        "num_held",
-        "placed",
-        "sink",
-        "started",
-        "state",
-        "told",
-    )
+    client_id: int
+    sink: Sink
+    started: float
+    deadline: float
+    state: RequestLife | None = None
+    encoding: asyncio.Future[Any] | None = None
+    life: int = 1
+    """Its first attempt here; above 1: another router was lost with it."""
+    num_held: int = 0
+    """Tokens that it brought along from there."""
+    placed: str = ""
+    """The instance whose requests it counts among."""
+    is_moving: bool = False
+    """Whether its next placing is a move that may have to wait."""
+    told: bool = False
+    """Whether a first token was handed out."""
+    account: str = ""
+    """Under whose limits it falls, once it was let in."""
+    counted: bool = False
+    """Whether its account has limits, and counts it among its open requests."""
 
-    def __init__(
-        self,
-        client_id: int,
-        sink: Sink,
-        started: float,
-        deadline: float,
-        resume: ResumePoint | None = None,
-    ) -> None:
-        self.client_id = client_id
-        self.sink = sink
-        self.started = started
-        self.deadline = deadline
-        self.state: RequestLife | None = None
-        self.encoding: asyncio.Future[Any] | None = None
-        self.life = 1 if resume is None else next_life(resume.attempt)
-        """Its first attempt here; above 1: another router was lost with it."""
-        self.num_held = 0 if resume is None else sum(map(len, resume.outputs))
-        """Tokens that it brought along from there."""
-        self.placed = ""
-        """The instance whose requests it counts among."""
-        self.is_moving = False
-        """Whether its next placing is a move that may have to wait."""
-        self.told = False
-        """Whether a first token was handed out."""
-        self.account = ""
-        """Under whose limits it falls, once it was let in."""
-        self.counted = False
-        """Whether its account has limits, and counts it among its open requests."""
+    def resumes(self, point: ResumePoint) -> None:
+        """It was another router's, up to there."""
+        self.life = next_life(point.attempt)
+        self.num_held = sum(map(len, point.outputs))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

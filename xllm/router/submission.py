@@ -95,7 +95,9 @@ class Submission:
         now = self._clock()
         time_s = request.timeout_ms / 1000 if request.timeout_ms > 0 else self._limits.timeout_s
         deadline = now + min(time_s, self._limits.timeout_s)
-        opened = InflightRequest(request.id, sink, now, deadline, request.resume)
+        opened = InflightRequest(request.id, sink, now, deadline)
+        if request.resume is not None:
+            opened.resumes(request.resume)
         self._dispatcher.enter(request_id, opened)
         try:
             self._check_room()
@@ -103,17 +105,16 @@ class Submission:
             intake = self._served.find(request.model)
             packed = intake.check(request)
             self._served.check_awake(intake.name)
-            begin = partial(
-                self._begin, intake, request, tenant, request_id, seed, deadline, packed, borders
-            )
-            start = partial(self._start, opened, recall)
-            if recall is not None or is_long_request(request):
+            is_long = is_long_request(request)
+            if is_long or recall is not None:
                 rank = (not request.offline, request.priority)
                 self._admission.foresee(opened, intake.name, tenant.name, rank)
-            if is_long_request(request):
-                self._later(opened, request_id, self._pool.run(tenant.name, begin), start)
+            asked = intake, request, tenant, request_id, seed, deadline, packed, borders
+            if is_long:
+                begun = self._pool.run(tenant.name, partial(self._begin, *asked))
+                self._later(opened, request_id, begun, partial(self._start, opened, recall))
             else:
-                start(begin())
+                self._start(opened, recall, self._begin(*asked))
         except Exception as error:
             self._refuse(request_id, opened, error)
         return request_id
@@ -155,8 +156,9 @@ class Submission:
         text = intake.text
         sampling, prompt_ids = spec.sampling, spec.prompt_ids
         state = RequestLife(spec, [text.output(sampling, prompt_ids) for _ in range(sampling.n)])
-        for choice, border in zip(state.choices, borders, strict=False):
-            choice.border = border
+        if borders:
+            for choice, border in zip(state.choices, borders, strict=False):
+                choice.border = border
         return state, _PLACE if request.resume is None else state.resume(request.resume)
 
     def _start(self, opened: InflightRequest, recall: Recall | None, beginning: Beginning) -> None:

@@ -34,7 +34,10 @@ class Traffic:
             return
         one.num_inflight += 1
         one.unseen_tokens += num_tokens
-        self._sent.setdefault(name, deque()).append((now, num_tokens))
+        sent = self._sent.get(name)
+        if sent is None:
+            sent = self._sent[name] = deque()
+        sent.append((now, num_tokens))
 
     def left(self, name: str) -> None:
         """A request of this router ended there or was moved away."""

@@ -106,15 +106,11 @@ class RouterSocket(Channel, Generic[T]):
 
     def _receive_one(self) -> bool:
         socket = self._socket
-        # As frames, which know whether more follow: to ask the socket costs more than to receive.
         try:
-            first = socket.recv(_NOBLOCK, copy=False)
+            identity = socket.recv(_NOBLOCK)  # behind which a ROUTER always has more
         except zmq.Again:
             return False
-        if not first.more:
-            self._count_bad()
-            return True
-        identity = first.bytes
+        # As frames, which know whether more follow: to ask the socket costs more than to receive.
         frame = socket.recv(_NOBLOCK, copy=False)
         if self._has_keys or identity not in self._keys:
             self._note_peer(identity, frame)

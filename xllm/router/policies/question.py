@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import msgspec
+
 from xllm.router.view import InstanceView
 
 Stages = tuple[tuple[str, str], ...]
@@ -48,14 +50,13 @@ class PrefixSource(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RouteQuestion:
+class RouteQuestion(msgspec.Struct, frozen=True, gc=False):
     """One request as far as its route depends on it."""
 
     num_prompt_tokens: int
     """All tokens whose KV is needed: the prompt, and what was answered before a move."""
     block_size: int = 16
-    cached: Mapping[str, CachedTiers] = dataclasses.field(default_factory=dict)
+    cached: Mapping[str, CachedTiers] = {}
     """By instance; who holds nothing is absent."""
     session: str = ""
     """What the client says belongs together; empty: nothing."""

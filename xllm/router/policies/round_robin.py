@@ -18,8 +18,13 @@ class RoundRobin:
     def choose(self, candidates: Sequence[InstanceView], ask: RouteQuestion) -> Stages:
         """Whose turn it is."""
         last = self._last
-        names = [one.record.name for one in candidates]
-        name = min([name for name in names if name > last] or names)
-        self._last = name
+        first = following = ""
+        for one in candidates:
+            name = one.record.name
+            if name > last and (not following or name < following):
+                following = name
+            if not first or name < first:
+                first = name
+        name = self._last = following or first
         self._figures.count("turn")
         return (("both", name),)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from xllm.errors import InvariantError
 from xllm.protocol.generation import ChoiceResult, TokenDelta
 from xllm.protocol.sampling import TokenLogprobs
@@ -15,39 +17,24 @@ from xllm.router.state.spec import RequestSpec
 from xllm.router.text.output import TextOutput
 
 
-class ChoiceState:
+class ChoiceState(msgspec.Struct, eq=False, gc=False):
     """State of one choice. `matches` says whether its text can end it (stop strings): only then
     is text made as tokens come, else when they are sent."""
 
-    __slots__ = (
-        "_text",
-        "border",
-        "finish_reason",
-        "ids",
-        "index",
-        "logprobs",
-        "matches",
-        "num_sent",
-        "output",
-        "stop_reason",
-        "told",
-    )
-
-    def __init__(self, index: int, output: TextOutput, matches: bool) -> None:
-        self.index = index
-        self.output = output
-        self.matches = matches
-        self.ids: list[int] = []
-        self.num_sent = 0
-        self.border = 0
-        """A delta ends exactly behind so many tokens, once they are there; 0: it is passed."""
-        self.logprobs: list[TokenLogprobs] | None = None
-        self.finish_reason = ""
-        self.stop_reason: str | int | None = None
-        self.told = False
-        """Whether a delta said how it ended."""
-        self._text: list[str] = []
-        """Text made and not sent."""
+    index: int
+    output: TextOutput
+    matches: bool
+    ids: list[int] = []
+    num_sent: int = 0
+    border: int = 0
+    """A delta ends exactly behind so many tokens, once they are there; 0: it is passed."""
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str = ""
+    stop_reason: str | int | None = None
+    told: bool = False
+    """Whether a delta said how it ended."""
+    _text: list[str] = []
+    """Text made and not sent."""
 
     def resume(self, token_ids: Sequence[int], spec: RequestSpec) -> None:
         """Take over tokens of an earlier life; of a stream the client holds their text too."""

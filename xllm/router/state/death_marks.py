@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from xllm.protocol.instance import PASSED_TOKENS
 from xllm.router.state.choice import ChoiceState
 
 
-class DeathMarks:
+class DeathMarks(msgspec.Struct, eq=False, gc=False):
     """Where each choice was at the last of these deaths; before the first, nowhere."""
 
-    __slots__ = ("_num_tokens",)
-
-    def __init__(self) -> None:
-        self._num_tokens: tuple[int, ...] = ()
+    _num_tokens: tuple[int, ...] = ()
 
     def set_at(self, choices: Sequence[ChoiceState]) -> None:
         """An instance died: this is how far they are."""

@@ -26,17 +26,18 @@ def finished(
             usage=Usage(len(spec.prompt_ids), 0, cached_tokens),
             embedding=shorten(words.vector, spec.dimensions),
         )
+    results = []
+    num_new = 0
+    for choice in choices:
+        results.append(choice.result(spec.stream))
+        num_new += len(choice.ids)
     return RequestFinished(
-        id=spec.client_id,
-        request_id=spec.request_id,
-        choices=tuple([choice.result(spec.stream) for choice in choices]),
-        usage=Usage(
-            prompt_tokens=len(spec.prompt_ids),
-            completion_tokens=sum([len(choice.ids) for choice in choices]),
-            cached_tokens=cached_tokens,
-        ),
-        seed=spec.sampling.seed or 0,
-        prompt_logprobs=None if words.scores is None else tuple(words.scores),
+        spec.client_id,
+        spec.request_id,
+        tuple(results),
+        Usage(len(spec.prompt_ids), num_new, cached_tokens),
+        spec.sampling.seed or 0,
+        None if words.scores is None else tuple(words.scores),
     )
 
 

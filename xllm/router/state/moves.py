@@ -12,6 +12,8 @@ PATIENCE_S.
 
 from __future__ import annotations
 
+import msgspec
+
 from xllm.errors import InvariantError, OverloadedError, UnavailableError
 
 MAX_MOVES = 5
@@ -23,38 +25,25 @@ PATIENCE_S = 30.0
 """How long a request that lost its instance, or holds tokens, waits for another."""
 
 
-class MoveRecord:
+class MoveRecord(msgspec.Struct, eq=False, gc=False):
     """The moves of one request."""
 
-    __slots__ = (
-        "avoid",
-        "died_at",
-        "homeless_since",
-        "is_convicted",
-        "last_refusal",
-        "num_deaths",
-        "num_lost",
-        "num_moves",
-        "resumed",
-    )
-
-    def __init__(self) -> None:
-        self.num_moves = 0
-        """Attempts that did not end, whatever the reason."""
-        self.num_lost = 0
-        """Those that were not refused."""
-        self.num_deaths = 0
-        """Those of them that speak against it."""
-        self.died_at: frozenset[str] = frozenset()
-        """The instances where it had these."""
-        self.is_convicted = False
-        """It was given up for them."""
-        self.avoid: frozenset[str] = frozenset()
-        """Instances that refused it since it was last accepted."""
-        self.last_refusal = ""
-        self.homeless_since = 0.0
-        self.resumed = False
-        """Whether it was lost with another router before it came here."""
+    num_moves: int = 0
+    """Attempts that did not end, whatever the reason."""
+    num_lost: int = 0
+    """Those that were not refused."""
+    num_deaths: int = 0
+    """Those of them that speak against it."""
+    died_at: frozenset[str] = frozenset()
+    """The instances where it had these."""
+    is_convicted: bool = False
+    """It was given up for them."""
+    avoid: frozenset[str] = frozenset()
+    """Instances that refused it since it was last accepted."""
+    last_refusal: str = ""
+    homeless_since: float = 0.0
+    resumed: bool = False
+    """Whether it was lost with another router before it came here."""
 
     def refused(self, instance: str, code: str) -> None:
         """That instance took it not, and said why."""

@@ -5,21 +5,21 @@ Invariant: a word that comes twice, after a move, changes nothing.
 
 from __future__ import annotations
 
+import msgspec
+
 from xllm.protocol.instance import PooledVector, PromptScores
 from xllm.protocol.sampling import TokenLogprobs
 
 PromptWord = PromptScores | PooledVector
 
 
-class PromptWords:
-    """Collects them. `num_scored`: positions of the prompt that get scores; 0: none."""
+class PromptWords(msgspec.Struct, eq=False, gc=False):
+    """Collects them."""
 
-    __slots__ = ("scores", "vector", "wants_vector")
-
-    def __init__(self, num_scored: int, wants_vector: bool) -> None:
-        self.scores: list[TokenLogprobs | None] | None = [None] * num_scored or None
-        self.wants_vector = wants_vector
-        self.vector: bytes | None = None
+    wants_vector: bool = False
+    scores: list[TokenLogprobs | None] | None = None
+    """One for each position, where they are asked for."""
+    vector: bytes | None = None
 
     @property
     def is_complete(self) -> bool:

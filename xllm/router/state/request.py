@@ -74,8 +74,9 @@ class RequestLife:
         self._flush_wished = False
         self._heard = False
         """Whether the present attempt was accepted: a word of it came."""
-        num_scored = 0 if spec.sampling.prompt_logprobs is None else len(spec.prompt_ids)
-        self._prompt_words = PromptWords(num_scored, spec.embed)
+        self._prompt_words = PromptWords(spec.embed)
+        if spec.sampling.prompt_logprobs is not None:
+            self._prompt_words.scores = [None] * len(spec.prompt_ids)
 
     # -- starting and moving -----------------------------------------------------------------
 
@@ -288,8 +289,10 @@ class RequestLife:
         return SendTo(self.instance, CancelRequest(self.spec.request_id, self.attempt, choice))
 
     def _all_finished(self) -> bool:
-        words = self._prompt_words
-        return words.is_complete and all(choice.finish_reason for choice in self.choices)
+        for choice in self.choices:
+            if not choice.finish_reason:
+                return False
+        return self._prompt_words.is_complete
 
     def _deltas(self) -> list[Instruction]:
         """All that was not said yet."""
