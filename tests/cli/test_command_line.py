@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -93,6 +94,8 @@ def test_serve_takes_every_setting_as_a_flag(capsys):
         (["serve", "--registry", "tcp://127.0.0.1:99999"], 64, "from 1 to 65535"),
         (["serve", "--registry", "tcp://:2400"], 64, "tcp://host:port"),
         (["serve", "--registry", "tcp://127.0.0.1:1;key=abc"], 64, "cluster.registry: a public"),
+        (["status", "--endpoint", "tcp://127.0.0.1:99999"], 64, "a port from 1 to 65535"),
+        (["chat", "--endpoint", "127.0.0.1:8011"], 64, "is not tcp://host:port or ipc://path"),
         (["serve", "--admission-tenant-limits-file", "/nowhere"], 64, "/nowhere"),
     ],
 )
@@ -108,12 +111,12 @@ def test_refusals_are_one_clear_line(arguments, code, words, capsys, monkeypatch
     assert "Traceback" not in err
 
 
-def fail_with(error):
+def fail_with(error, endpoint="tcp://127.0.0.1:1"):
     @service_options
     def command(connect):
         raise error
 
-    command(endpoint="tcp://127.0.0.1:1", timeout=1.0, keys_dir="", server_key="")
+    command(endpoint=endpoint, timeout=1.0, keys_dir="", server_key="")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,17 @@ def test_what_a_service_lacks_is_no_bug_of_xllm(error):
     with pytest.raises(DependencyError, match=error.message) as caught:
         fail_with(error)
     assert caught.value.exit_code == 69
+
+
+def test_a_name_that_nobody_knows_is_what_is_wrong(monkeypatch):
+    def unknown(host, port):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(DependencyError) as caught:
+        fail_with(BrokenError("no router answers"), endpoint="tcp://mistyped:8011")
+    told = "tcp://mistyped:8011: the name mistyped is not known here (Name or service not known)"
+    assert caught.value.message == told
 
 
 @pytest.mark.parametrize(
@@ -164,8 +178,6 @@ def test_unknown_variables_refuse_to_start(capsys, monkeypatch):
 
 
 def test_a_port_in_use(capsys):
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -106,8 +106,10 @@ def test_a_router_that_was_never_there_is_passed_by():
 def test_addresses_that_cannot_be_tried_are_passed_by():
     async def main() -> None:
         first, last = FakeRouter(), FakeRouter()
-        bad = ["tcp://127.0.0.1:port", "tcp://10.1.2.3:8011", "http://127.0.0.1"]
-        async with AsyncClient([first.endpoint, *bad, last.endpoint], silence_s=0.2) as client:
+        bad = "tcp://10.1.2.3:8011"  # without a key of it
+        named = [RouterAddress(one) for one in ("tcp://127.0.0.1:port", "http://127.0.0.1")]
+        first.named = last.named = tuple(named)
+        async with AsyncClient([first.endpoint, bad, last.endpoint], silence_s=0.2) as client:
             stream = client.stream("part 1 a b")
             await stream.read()
             first.mute = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import socket
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -42,15 +43,19 @@ def service_options(function: F) -> F:
     def command(
         *args: Any, endpoint: str, timeout: float, keys_dir: str, server_key: str, **kwargs: Any
     ) -> Any:
+        asked = endpoint
+
         def connect(at: str = "", longest_s: float = math.inf) -> Client:
+            nonlocal asked
+            asked = at or endpoint
             timeout_s = min(timeout, longest_s)
-            return Client(
-                at or endpoint, timeout_s=timeout_s, keys_dir=keys_dir, server_key=server_key
-            )
+            return Client(asked, timeout_s=timeout_s, keys_dir=keys_dir, server_key=server_key)
 
         try:
             return function(*args, connect=connect, **kwargs)
         except BrokenError as error:
+            if unknown := _unknown_name(asked):
+                raise DependencyError(f"{asked}: {unknown}") from error
             hint = "; `xllm serve` starts a service here, --endpoint names another one's"
             if not server_key:
                 hint += ", and one with keys wants --keys-dir and --server-key"
@@ -61,7 +66,7 @@ def service_options(function: F) -> F:
         except (OverloadedError, UnavailableError) as error:
             raise DependencyError(error.message) from error
         except DeadlineError as error:
-            raise DependencyError(f"{endpoint}: {error.message} (--timeout)") from error
+            raise DependencyError(f"{asked}: {error.message} (--timeout)") from error
 
     options = (
         click.option(
@@ -86,6 +91,18 @@ def service_options(function: F) -> F:
     for option in reversed(options):
         decorated = option(decorated)
     return typing.cast("F", decorated)
+
+
+def _unknown_name(endpoint: str) -> str:
+    """What is wrong with the host of an endpoint where nobody answers, if its name is."""
+    scheme, _, rest = endpoint.partition("://")
+    host = rest.rpartition(":")[0].strip("[]")
+    try:
+        if scheme == "tcp":
+            socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError) as error:
+        return f"the name {host} is not known here ({getattr(error, 'strerror', error)})"
+    return ""
 
 
 def sampling_options(*, without: Sequence[str] = ()) -> Callable[[F], F]:

@@ -53,6 +53,7 @@ from xllm.protocol.questions import (
     StatusReport,
     TokenizedText,
 )
+from xllm.protocol.transport.endpoint import check_service_endpoint
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:8011"
 DEFAULT_TIMEOUT_S = 600.0
@@ -308,12 +309,16 @@ class AsyncClient:
 
 
 def check_endpoints(endpoint: str | Sequence[str]) -> tuple[str, ...]:
-    """One address or several, or InvalidRequestError where it is neither."""
+    """One address or several; InvalidRequestError where it is neither, ConfigError where one
+    cannot be a service's."""
     if isinstance(endpoint, str):
-        return (endpoint,)
-    several = tuple(endpoint) if isinstance(endpoint, Sequence) else ()
+        several: tuple[str, ...] = (endpoint,)
+    else:
+        several = tuple(endpoint) if isinstance(endpoint, Sequence) else ()
     if not several or not all(isinstance(one, str) for one in several):
         raise InvalidRequestError("endpoint must be an address, or several", param="endpoint")
+    for one in several:
+        check_service_endpoint(one, "endpoint")
     return several
 
 

@@ -246,6 +246,7 @@ class ClientConnection:
     def _turn(self, why: str) -> None:
         """Go on with what is open at the next router: the same one where there is no other. An
         address that cannot be tried at all (it is none, or its key was revoked) is passed by."""
+        self._routers.tried(self._socket.reach)
         self._socket.close()
         self._session.lost(why)
         found = ""
@@ -294,7 +295,8 @@ class ClientConnection:
         elif verdict is Verdict.NEXT:
             self._turn(f"{self.endpoint} does not answer")
         elif verdict is Verdict.GIVE_UP:
-            self._session.fail_all(BrokenError(f"no router answers at {self._routers}"))
+            self._routers.tried(self._socket.reach)
+            self._session.fail_all(BrokenError(self._routers.unanswered()))
             self._watch.rested(now)
             self._turn("")
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 
 from xllm.config.exposure import is_local_endpoint
 from xllm.protocol.questions import RouterAddress
+from xllm.protocol.transport.dealer import Reach
+from xllm.protocol.transport.endpoint import WHICH_ADDRESS
 
 MAX_ROUTERS = 64
 """Known at a time; further names are not learnt."""
@@ -23,6 +25,7 @@ class RouterList:
         self._named: list[RouterAddress] = []
         self._discover = discover
         self._at = self._given[0]
+        self._reached: dict[str, Reach] = {}
 
     @property
     def present(self) -> RouterAddress:
@@ -34,6 +37,18 @@ class RouterList:
 
     def __str__(self) -> str:
         return ", ".join(one.endpoint for one in (*self._given, *self._named))
+
+    def tried(self, reach: Reach) -> None:
+        """How far one came with the present one."""
+        self._reached[self._at.endpoint] = reach
+
+    def unanswered(self) -> str:
+        """What is told where none of them answers: what was found at each."""
+        every = [*self._given, *self._named]
+        told = [f"{one.endpoint} ({self._found(one)})" for one in every]
+        silent = any(self._reached.get(one.endpoint) is Reach.SOMETHING for one in every)
+        hint = f"; {WHICH_ADDRESS}" if silent else ""
+        return f"no router answers at {', '.join(told)}{hint}"
 
     def learn(self, named: Iterable[RouterAddress]) -> None:
         """The present router named the others that it knows: they replace what was named before."""
@@ -48,6 +63,17 @@ class RouterList:
         every = [*self._given, *self._named]
         places = [place for place, one in enumerate(every) if one.endpoint == self._at.endpoint]
         self._at = every[(places[0] + 1) % len(every)] if places else every[0]
+
+    def _found(self, router: RouterAddress) -> str:
+        match self._reached.get(router.endpoint, Reach.NOTHING):
+            case Reach.NOTHING:
+                return "nothing takes connections there"
+            case Reach.SOMETHING:
+                return "something listens there that does not speak ZeroMQ, or stands still"
+            case Reach.OTHER_KEYS:
+                return "it speaks without keys" if router.public_key else "it speaks with keys only"
+            case Reach.PEER:
+                return "it says nothing"
 
     def _fits(self, named: RouterAddress) -> bool:
         given = self._given[0]

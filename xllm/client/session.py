@@ -240,7 +240,9 @@ class ClientSession:
             entry = self._open.get(request_id)
             if entry is None or entry.deadline > now:
                 continue
-            self._fail(request_id, DeadlineError(f"no end within {entry.timeout_s:g} s"))
+            asked = entry.is_sent or entry.num_losses or entry.num_refusals
+            missed = "no end" if asked else "no router answered"
+            self._fail(request_id, DeadlineError(f"{missed} within {entry.timeout_s:g} s"))
             if entry.is_sent:
                 aborts.append(AbortRequest(id=request_id))
         return aborts

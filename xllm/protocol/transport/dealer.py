@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -18,6 +19,9 @@ from xllm.protocol.transport.limits import SocketLimits
 from xllm.protocol.transport.monitor import (
     CONNECTED,
     DISCONNECTED,
+    KEYS_DIFFER,
+    MISUNDERSTOOD,
+    REACHED,
     REFUSED,
     REFUSED_PAUSE_S,
     ConnectionMonitor,
@@ -25,6 +29,19 @@ from xllm.protocol.transport.monitor import (
 
 _log = structlog.get_logger("transport")
 T = TypeVar("T")
+
+
+class Reach(enum.Enum):
+    """How far a socket came with its peer, at most."""
+
+    NOTHING = enum.auto()
+    """Nothing takes connections at the address."""
+    SOMETHING = enum.auto()
+    """Something does, but said no word of ZeroMQ."""
+    OTHER_KEYS = enum.auto()
+    """It speaks ZeroMQ with keys where we do without, or the other way round."""
+    PEER = enum.auto()
+    """There was a connection."""
 
 
 class DealerSocket(Channel, Generic[T]):
@@ -63,6 +80,7 @@ class DealerSocket(Channel, Generic[T]):
         self._is_suspended = bool(server_key) and self._is_barred
         self._monitor: ConnectionMonitor | None = None
         self._gone_untold = False
+        self.reach = Reach.NOTHING
         self.connected = endpoint.startswith("inproc://")
         if not self.connected:
             self._monitor = self._watch(self._connection_event)
@@ -120,6 +138,7 @@ class DealerSocket(Channel, Generic[T]):
             if self._gone_untold:
                 self._tell_gone()  # both events waited: a process that was stopped, say
             self.connected = True
+            self.reach = Reach.PEER
             if self._outboxes:
                 self._schedule_look()
             if self._on_connected is not None:
@@ -133,6 +152,10 @@ class DealerSocket(Channel, Generic[T]):
             self._loop.call_later(REFUSED_PAUSE_S, self._try_again)
             if self._on_refused is not None:
                 self._on_refused()
+        elif event == REACHED and self.reach is Reach.NOTHING:
+            self.reach = Reach.SOMETHING
+        elif event == MISUNDERSTOOD and descriptor == KEYS_DIFFER:
+            self.reach = Reach.OTHER_KEYS
 
     def _try_again(self) -> None:
         if self._closed or self._is_suspended or self.connected:

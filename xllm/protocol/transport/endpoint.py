@@ -16,6 +16,7 @@ from xllm.config.exposure import is_loopback
 from xllm.errors import ConfigError, NameTakenError
 
 MAX_IPC_PATH_BYTES = 107
+WHICH_ADDRESS = "the ZeroMQ address is the one that `xllm serve` prints as ZeroMQ"
 _KEY_MARK = ";key="
 _PUBLIC_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _HOST_AND_PORT = re.compile(r"[^\s/]+:(\d{1,5})")
@@ -64,6 +65,18 @@ def check_tcp_port(endpoint: str, param: str) -> None:
         raise ConfigError(
             f"{param}: {endpoint!r} is not tcp://host:port with a port from 1 to 65535",
             param=param,
+        )
+
+
+def check_service_endpoint(endpoint: str, param: str) -> None:
+    """ConfigError, which names the setting or argument, for what cannot be a service's address."""
+    scheme, _, rest = endpoint.partition("://")
+    if scheme == "tcp":
+        check_tcp_port(endpoint, param)
+    elif scheme != "ipc" or not rest:
+        hint = f"; {WHICH_ADDRESS}" if scheme in ("http", "https") else ""
+        raise ConfigError(
+            f"{param}: {endpoint!r} is not tcp://host:port or ipc://path{hint}", param=param
         )
 
 

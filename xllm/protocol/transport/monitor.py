@@ -15,14 +15,21 @@ CONNECTED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 ACCEPTED = int(zmq.EVENT_ACCEPTED)
 DISCONNECTED = int(zmq.EVENT_DISCONNECTED)
 REFUSED = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+REACHED = int(zmq.EVENT_CONNECTED)
+"""Something took the connection; whether it speaks ZeroMQ is not known yet."""
+MISUNDERSTOOD = int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+KEYS_DIFFER = 0x11000002
+"""MISUNDERSTOOD comes with this where one side speaks with keys and the other without
+(ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)."""
+_EVENTS = ACCEPTED | CONNECTED | DISCONNECTED | REFUSED | REACHED | MISUNDERSTOOD
 REFUSED_PAUSE_S = 0.5
 """ZeroMQ never tries a peer again that did not accept our key; we do, after this time: it may be
 admitted by then."""
 
 
 class ConnectionMonitor:
-    """Calls `on_event(event, descriptor)` for connections of one socket, and `on_refused(endpoint)`
-    where a peer does not accept our key."""
+    """Calls `on_event(event, value)` for connections of one socket. `value`: a descriptor, or what
+    is wrong where MISUNDERSTOOD happened."""
 
     def __init__(
         self,
@@ -38,7 +45,7 @@ class ConnectionMonitor:
         address = f"inproc://monitor-{id(self)}"
         self._socket = transport.socket(zmq.PAIR)
         try:
-            socket.monitor(address, ACCEPTED | CONNECTED | DISCONNECTED | REFUSED)
+            socket.monitor(address, _EVENTS)
         except zmq.ZMQError as error:
             self._socket.close(0)
             raise BackpressureError(f"no further socket: {error.strerror}") from error
