@@ -1,6 +1,6 @@
 """The conversation with routers: what each message asks of the master, and where answers go.
 
-Holds the connections' requests (`routes`), the role under its epoch, and open probes. Knows
+Holds the connections' requests (`routes`), what leaders commanded, and open probes. Knows
 nothing of steps. A connection that is lost has its requests aborted after a second, unless a
 higher attempt of them came by another one meanwhile; one that does not read has them ended, and
 hears so when it reads again.
@@ -22,16 +22,14 @@ from xllm.errors import (
     UnavailableError,
     XllmError,
 )
-from xllm.master.fencing import EpochGate
+from xllm.master.leader_commands import LeaderCommands
 from xllm.master.outcome import StepOutcome
 from xllm.master.routes import RequestRoutes
 from xllm.protocol.codec import Decoder
 from xllm.protocol.instance import (
-    ROLES,
     AdmitRequest,
     AssignRole,
     CancelRequest,
-    Drained,
     DrainInstance,
     FrameRefused,
     HeldTokens,
@@ -71,8 +69,7 @@ class RouterConversation:
     def __init__(self, master: ServedModel, endpoint: str) -> None:
         self._master = master
         self.routes = RequestRoutes()
-        self.role = "both"
-        self.epochs = EpochGate()
+        self.commands = LeaderCommands(master, self._send, self._name_of)
         self._probes: dict[int, tuple[bytes, int]] = {}
         # Attempts of which a router that did not read has lost words, until it was told.
         self._voids: dict[bytes, dict[str, int]] = {}
@@ -182,7 +179,7 @@ class RouterConversation:
         elif isinstance(message, SetSleep):
             self._master.spawn(self._set_sleep(router, message))
         elif isinstance(message, AssignRole | DrainInstance):
-            self._command(router, message)
+            self.commands.command(router, message)
 
     def _pong(self, router: bytes, message: PingInstance) -> None:
         try:
@@ -284,34 +281,18 @@ class RouterConversation:
         self._master.transport.num_refused += 1
         if router not in self._foreign:
             self._foreign.add(router)
-            peer = self._socket.peer(router)
             _log.error(
                 "router_speaks_for_another",
-                peer=peer.name if peer is not None else "",
+                peer=self._name_of(router),
                 request_id=message.request_id,
                 message=type(message).__name__,
             )
         return False
 
-    def _command(self, router: bytes, message: AssignRole | DrainInstance) -> None:
-        refusal = self.epochs.refusal(message.epoch)
-        if refusal is not None:
-            self._master.metrics.num_stale_commands += 1
-            _log.warning("epoch_refused", epoch=refusal.epoch, highest=refusal.highest)
-            self._send(router, refusal)
-        elif isinstance(message, DrainInstance):
-            self._master.begin_drain()
-            self._master.spawn(self._drain(router, message.timeout_ms / 1000))
-        elif message.role not in ROLES:
-            _log.error("unknown_role", role=message.role[:40], epoch=message.epoch)
-        elif message.role != self.role:
-            _log.info("role_assigned", role=message.role, epoch=message.epoch)
-            self.role = message.role
-            self._master.beat()
-
-    async def _drain(self, router: bytes, timeout_s: float) -> None:
-        num_aborted = await self._master.drain(timeout_s)
-        self._send(router, Drained(num_aborted))
+    def _name_of(self, router: bytes) -> str:
+        """Of the connection's key; "": it has none."""
+        peer = self._socket.peer(router)
+        return peer.name if peer is not None else ""
 
     # -- probes --------------------------------------------------------------------------------
 
@@ -347,6 +328,7 @@ class RouterConversation:
     def _on_gone(self, router: bytes) -> None:
         self._voids.pop(router, None)
         self._foreign.discard(router)
+        self.commands.gone(router)
         orphans = self.routes.owned_by(router)
         if orphans:
             _log.warning("router_gone", num_requests=len(orphans))

@@ -28,6 +28,7 @@ class MasterMetrics:
         self.num_cached_tokens = 0
         self.num_worker_ends = 0
         self.num_stale_commands = 0
+        self.num_epochs_out_of_range = 0
         self._statistics: SchedulerStatistics | None = None
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -61,6 +62,11 @@ class MasterMetrics:
             ("cached_prompt_tokens", "Prompt tokens found cached.", self.num_cached_tokens),
             ("worker_ends", "Workers lost.", self.num_worker_ends),
             ("stale_commands", "Commands of replaced leaders, refused.", self.num_stale_commands),
+            (
+                "epochs_out_of_range",
+                "Commands under epochs above 2^62 - 1 of no leader in the registry, ignored.",
+                self.num_epochs_out_of_range,
+            ),
         )
         for name, text, value in counters:
             yield CounterMetricFamily(f"xllm_master_{name}", text, value=value)

@@ -1,4 +1,5 @@
-"""An instance's entry in the registry: written when its worker is ready, kept, withdrawn.
+"""An instance's entry in the registry: written when its worker is ready, kept, withdrawn; and who
+leads, where that is asked.
 
 A registry that does not answer, or takes no writes, costs nothing but being found: the first write
 is tried again until it succeeds. The lease is the Registration's business.
@@ -19,9 +20,10 @@ from xllm.errors import (
     TransportError,
     XllmError,
 )
-from xllm.protocol.codec import encode
+from xllm.protocol.codec import Decoder, encode
+from xllm.protocol.epochs import leader_epoch
 from xllm.protocol.message import PROTOCOL_VERSION
-from xllm.protocol.records import InstanceRecord, instance_key
+from xllm.protocol.records import InstanceRecord, LeaderRecord, instance_key, leader_key
 from xllm.protocol.registry.holder import own_process
 from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.keeper import HELD_PAUSE_S, Registration
@@ -46,6 +48,7 @@ class InstanceRegistration:
         on_replaced: Callable[[str], None],
     ) -> None:
         cluster = settings.cluster
+        self._leader_key = leader_key(cluster.name)
         self._registry: Registry | None = None
         self._record: InstanceRecord | None = None
         self._registration: Registration | None = None
@@ -82,6 +85,17 @@ class InstanceRegistration:
                 await self._registration.refresh()
                 return
             self._is_registered = await self._until(self._registration.attempt)
+
+    async def leader_epoch(self) -> int:
+        """The epoch of the leader that the registry names; 0: nobody, or there is no registry.
+        XllmError: it does not answer, or what it says cannot be read."""
+        if self._registry is None:
+            return 0
+        entry = await self._registry.get(self._leader_key)
+        if entry is None:
+            return 0
+        record = Decoder[LeaderRecord](LeaderRecord).decode(entry.value)
+        return leader_epoch(record, entry.create_revision)
 
     async def _until(self, attempt: Callable[[], Awaitable[bool]]) -> bool:
         """Try again until it succeeds; False where it is over before that."""

@@ -63,7 +63,7 @@ class ServedModel:
             self.metrics,
         )
         pump.loops[settings.model.name] = self.steps
-        self._registration = InstanceRegistration(
+        self.registration = InstanceRegistration(
             settings, self.name, master.incarnation, self.transport, master.replaced
         )
 
@@ -136,12 +136,12 @@ class ServedModel:
 
     async def wait_for_name(self) -> None:
         """See InstanceRegistration."""
-        await self._registration.wait_for_name()
+        await self.registration.wait_for_name()
 
     async def register(self) -> None:
         """Say in the registry what is served now; returns when it is there. NameTakenError where
         another living process has the name."""
-        await self._registration.publish(self.record())
+        await self.registration.publish(self.record())
 
     def worker_lost(self, reason: str, by_itself: bool, num_in_steps: int) -> None:
         """All requests end, and routers resubmit them elsewhere, or here again. Those in the steps
@@ -172,7 +172,7 @@ class ServedModel:
 
     async def withdraw(self) -> None:
         """Leave the registry."""
-        await self._registration.withdraw()
+        await self.registration.withdraw()
 
     def close(self) -> None:
         """Close the sockets."""
@@ -201,7 +201,11 @@ class ServedModel:
         # What the worker counts is said once.
         metrics = self.workers.metrics + self.transport.metrics() if self.index == 0 else b""
         beat = self._heartbeats.make(
-            self.state, self.conversation.role, self.scheduler, metrics, self.workers.states
+            self.state,
+            self.conversation.commands.role,
+            self.scheduler,
+            metrics,
+            self.workers.states,
         )
         try:
             self._bus.publish(TOPIC, beat)

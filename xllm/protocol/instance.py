@@ -71,7 +71,8 @@ class DrainInstance(ArrayMessage, frozen=True):
 
 
 class AssignRole(ArrayMessage, frozen=True):
-    """The leader's word on what this instance is for. Lower epochs are refused."""
+    """The leader's word on what this instance is for. Lower epochs are refused; those above
+    MAX_BASE (see epochs) are ignored unless the registry names them."""
 
     role: str
     epoch: int

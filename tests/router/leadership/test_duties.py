@@ -16,10 +16,10 @@ from xllm.protocol.bus import (
     InstanceHeartbeat,
     InstanceLoad,
 )
+from xllm.protocol.epochs import MAX_BASE, raised_base, read_base
 from xllm.protocol.generation import SubmitRequest
 from xllm.protocol.records import experts_key, kv_key, load_key
 from xllm.protocol.registry.interface import MAX_GUARDED_WRITES
-from xllm.router.leadership.epochs import MAX_BASE, raised_base, read_base
 from xllm.router.leadership.mirror import Mirror
 from xllm.router.leadership.objectives import (
     LiveObjectives,

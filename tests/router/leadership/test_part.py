@@ -16,6 +16,7 @@ from xllm.errors import BrokenError, UnavailableError
 from xllm.protocol.administration import ObjectivesSet, SetObjectives, SetRole
 from xllm.protocol.bus import RouterPresence
 from xllm.protocol.codec import encode
+from xllm.protocol.epochs import MAX_BASE
 from xllm.protocol.instance import AssignRole, EpochRefused
 from xllm.protocol.records import (
     InstanceRecord,
@@ -28,7 +29,6 @@ from xllm.protocol.records import (
 from xllm.protocol.registry.local import LocalRegistry
 from xllm.protocol.registry.store import RegistryStore
 from xllm.protocol.registry_wire import Entry
-from xllm.router.leadership.epochs import MAX_BASE
 from xllm.router.leadership.objectives import LiveObjectives
 from xllm.router.leadership.part import Leadership
 from xllm.router.leadership.standing import Remembered

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import structlog
 
 from xllm.errors import InvalidRequestError, XllmError
+from xllm.protocol.epochs import read_base
 from xllm.protocol.registry.interface import Registry, Watch
 from xllm.protocol.registry_wire import CasResult, Change, Entry
 from xllm.protocol.transport.context import describe_error
 from xllm.router.leadership.election import Call, Election, Step
-from xllm.router.leadership.epochs import read_base
 
 _log = structlog.get_logger("leadership")
 

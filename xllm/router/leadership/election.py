@@ -16,8 +16,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from xllm.protocol.epochs import raised_base
 from xllm.protocol.registry_wire import CasResult, Entry, Lease
-from xllm.router.leadership.epochs import raised_base
 
 RENEWALS_A_LEASE = 4
 """Renewals are sent this often in a lease's time; as long, and at most MAX_TIMEOUT_S, is waited

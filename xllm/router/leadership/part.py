@@ -21,6 +21,7 @@ from xllm.protocol.authority import PeerRole
 from xllm.protocol.bus import BusMessage, DaemonHeartbeat, InstanceHeartbeat, RouterPresence
 from xllm.protocol.client import RouterMessage
 from xllm.protocol.codec import Decoder, encode
+from xllm.protocol.epochs import MAX_BASE, leader_epoch
 from xllm.protocol.instance import EpochRefused
 from xllm.protocol.records import (
     InstanceRecord,
@@ -33,7 +34,6 @@ from xllm.protocol.registry.interface import Registry
 from xllm.protocol.registry.waiting import wait_registry
 from xllm.protocol.registry_wire import Change, Entry
 from xllm.router.leadership.candidate import Candidate, boot_clock
-from xllm.router.leadership.epochs import MAX_BASE, check_base
 from xllm.router.leadership.figures import LeadershipFigures
 from xllm.router.leadership.objectives import (
     ServiceObjectives,
@@ -255,7 +255,7 @@ class Leadership(MembershipListener):
             return
         try:
             record = self._decoder.decode(entry.value)
-            epoch = check_base(record.epoch_base) + entry.create_revision
+            epoch = leader_epoch(record, entry.create_revision)
         except (BadMessageError, InvalidRequestError) as error:
             _log.error("bad_record", key=entry.key, error=error.message)
             return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from xllm.protocol.bus import RouterPresence
-from xllm.router.leadership.epochs import MAX_BASE
+from xllm.protocol.epochs import is_out_of_range
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Standing:
 
     def is_out_of_range(self, epoch: int) -> bool:
         """Whether nobody is believed to have heard of that epoch."""
-        return epoch > max(self.epoch, MAX_BASE)
+        return is_out_of_range(epoch, self.epoch)
 
     def learned(self, epoch: int) -> bool:
         """Somebody has heard of that epoch: who leads under a lower one does not lead. False: it is

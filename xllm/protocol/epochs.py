@@ -11,10 +11,22 @@ higher revision and no lower base, and no two claims have one epoch.
 from __future__ import annotations
 
 from xllm.errors import InvalidRequestError
+from xllm.protocol.records import LeaderRecord
 
 MAX_BASE = (1 << 62) - 1
 """So that a base and a revision fit in 64 bits. Higher epochs are believed of the registry alone:
 against what is merely said no base could be raised."""
+
+
+def is_out_of_range(epoch: int, known: int) -> bool:
+    """Whether nobody is believed to have that epoch who merely says so. `known`: the highest one
+    believed until now, of the registry, too."""
+    return epoch > max(known, MAX_BASE)
+
+
+def leader_epoch(record: LeaderRecord, create_revision: int) -> int:
+    """The epoch of whom the leader key names; InvalidRequestError naming the bounds of its base."""
+    return check_base(record.epoch_base) + create_revision
 
 
 def read_base(value: bytes | None) -> int:
