@@ -9,8 +9,9 @@ from xllm.protocol.bus import InstanceHeartbeat, InstanceLoad
 from xllm.protocol.records import InstanceRecord
 from xllm.router.policies.make import make_policy
 from xllm.router.policies.question import RouteFigures, RouteQuestion
+from xllm.router.process_views import InstanceView
 from xllm.router.traffic import Traffic
-from xllm.router.view import ClusterView, InstanceView
+from xllm.router.view import ClusterView
 
 BLOCK = 16
 

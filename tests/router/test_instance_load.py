@@ -11,8 +11,8 @@ from xllm.router.policies.load import (
     queued_tokens,
     takes_more,
 )
+from xllm.router.process_views import InstanceView
 from xllm.router.traffic import UNDER_WAY_S
-from xllm.router.view import InstanceView
 
 
 def test_a_heartbeat_is_brought_forward_by_what_was_sent_and_what_ended():

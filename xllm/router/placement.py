@@ -22,10 +22,11 @@ from xllm.router.policies.question import (
     RouteQuestion,
     Stages,
 )
+from xllm.router.process_views import InstanceView
 from xllm.router.state.instructions import SendTo
 from xllm.router.state.request import RequestLife
 from xllm.router.traffic import Traffic
-from xllm.router.view import ClusterView, InstanceView
+from xllm.router.view import ClusterView
 
 WHOLE = "both"
 """The role of an instance that runs requests from their prompt to their end."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from xllm.protocol.questions import ProcessStatus
 from xllm.router.exposition import merge_texts
 from xllm.router.lost_instances import LostInstance
-from xllm.router.view import ClusterView, DaemonView, InstanceView, RouterView
+from xllm.router.process_views import DaemonView, InstanceView, RouterView
+from xllm.router.view import ClusterView
 
 
 def process_list(

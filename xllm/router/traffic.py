@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import deque
 
 from xllm.protocol.bus import InstanceHeartbeat, RouterPresence
-from xllm.router.view import ClusterView, InstanceView
+from xllm.router.process_views import InstanceView
+from xllm.router.view import ClusterView
 
 UNDER_WAY_S = 0.02
 PRESENCE_S = 1.0

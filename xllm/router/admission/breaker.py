@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from xllm.errors import EngineError, InvariantError, WorkerLostError, XllmError
-from xllm.router.view import InstanceView
+from xllm.router.process_views import InstanceView
 
 FAILURES = frozenset((EngineError.code, WorkerLostError.code, XllmError.code, InvariantError.code))
 """Codes of an attempt's end that speak against its instance."""

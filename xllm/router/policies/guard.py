@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xllm.router.policies.load import num_requests
-from xllm.router.view import InstanceView
+from xllm.router.process_views import InstanceView
 
 
 class ImbalanceGuard:

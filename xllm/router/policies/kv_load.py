@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from xllm.router.policies.last_chosen import LastChosen
 from xllm.router.policies.load import free_blocks, num_requests
 from xllm.router.policies.question import RouteFigures, RouteQuestion, Stages
-from xllm.router.view import InstanceView
+from xllm.router.process_views import InstanceView
 
 
 class KvLoad:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from xllm.router.policies.last_chosen import LastChosen
 from xllm.router.policies.load import num_requests, queued_tokens
 from xllm.router.policies.question import RouteFigures, RouteQuestion, Stages
-from xllm.router.view import InstanceView
+from xllm.router.process_views import InstanceView
 
 
 class LeastLoad:

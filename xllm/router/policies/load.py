@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from xllm.router.view import InstanceView
+from xllm.router.process_views import InstanceView
 
 
 def num_requests(one: InstanceView) -> int:

@@ -28,7 +28,7 @@ from xllm.router.policies.guard import ImbalanceGuard
 from xllm.router.policies.last_chosen import LastChosen
 from xllm.router.policies.load import loads_of
 from xllm.router.policies.question import CachedTiers, RouteFigures, RouteQuestion, Stages
-from xllm.router.view import InstanceView
+from xllm.router.process_views import InstanceView
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from xllm.router.view import InstanceView
+from xllm.router.process_views import InstanceView
 
 Stages = tuple[tuple[str, str], ...]
 """[(role, instance), ...]; at present one of role `both`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xllm.router.policies.question import RouteFigures, RouteQuestion, Stages
-from xllm.router.view import InstanceView
+from xllm.router.process_views import InstanceView
 
 
 class RoundRobin:

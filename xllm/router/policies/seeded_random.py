@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from xllm.router.policies.question import RouteFigures, RouteQuestion, Stages
-from xllm.router.view import InstanceView
+from xllm.router.process_views import InstanceView
 
 
 class SeededRandom:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 from xllm.router.policies.guard import ImbalanceGuard
 from xllm.router.policies.question import Policy, RouteFigures, RouteQuestion, Stages
-from xllm.router.view import InstanceView
+from xllm.router.process_views import InstanceView
 
 
 class SessionAffinity:
