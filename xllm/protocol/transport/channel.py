@@ -65,6 +65,8 @@ class Channel:
         self._send_part = super(zmq.Socket, self._socket).send
         self._fd: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]  # FD is an int
         self._outboxes = Outboxes(name, limits)
+        self._behind = self._outboxes.peers
+        """Peers that something waits for already."""
         self._burst: list[tuple[bytes, Sequence[bytes]]] = []
         """Peers and messages that leave at the next look, which is scheduled."""
         self._look_scheduled = False
@@ -217,11 +219,9 @@ class Channel:
         message: they pass the bound by a burst at most."""
         if self._closed:
             raise ClosedError(f"{self.name} is closed")
-        outboxes = self._outboxes
         if self._look_scheduled:
             burst = self._burst
-            small = sum(map(len, parts)) <= _SMALL_BYTES
-            if small and not (outboxes and peer in outboxes):
+            if peer not in self._behind and sum(map(len, parts)) <= _SMALL_BYTES:
                 burst.append((peer, parts))
                 if len(burst) >= _MAX_BURST:
                     self._send_burst()
@@ -232,8 +232,8 @@ class Channel:
             # First, for one that fails may swallow the descriptor's edge, too.
             self._look_scheduled = True
             self._loop.call_soon(self._look)
-        if (outboxes and peer in outboxes) or not self._try_send(parts):
-            outboxes.put(peer, parts)
+        if peer in self._behind or not self._try_send(parts):
+            self._outboxes.put(peer, parts)
             self._schedule_retry()
 
     def flush(self) -> None:
@@ -243,11 +243,10 @@ class Channel:
 
     def _send_burst(self) -> None:
         burst, self._burst = self._burst, []
-        outboxes = self._outboxes
         for peer, parts in burst:
             try:
-                if (outboxes and peer in outboxes) or not self._try_send(parts):
-                    outboxes.put(peer, parts, anyway=True)
+                if peer in self._behind or not self._try_send(parts):
+                    self._outboxes.put(peer, parts, anyway=True)
                     self._schedule_retry()
             except BrokenError:
                 pass  # the peer is gone, and so is its connection, which is told

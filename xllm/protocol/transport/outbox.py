@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from xllm.errors import BackpressureError, BrokenError
 from xllm.protocol.transport.limits import SocketLimits
@@ -28,12 +28,11 @@ class Outboxes:
         self._name = name
         self._limits = limits
         self._boxes: dict[bytes, _Outbox] = {}
+        self.peers: Container[bytes] = self._boxes
+        """For whom something waits; who sends much may keep it, it is never another."""
 
     def __bool__(self) -> bool:
         return bool(self._boxes)
-
-    def __contains__(self, peer: bytes) -> bool:
-        return peer in self._boxes
 
     def put(self, peer: bytes, parts: Parts, *, anyway: bool = False) -> None:
         """Behind what waits for that peer. BackpressureError past the bound, unless the sender
