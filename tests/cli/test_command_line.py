@@ -144,6 +144,11 @@ def test_a_name_that_nobody_knows_is_what_is_wrong(monkeypatch):
         fail_with(BrokenError("no router answers"), endpoint="tcp://mistyped:8011")
     told = "tcp://mistyped:8011: the name mistyped is not known here (Name or service not known)"
     assert caught.value.message == told
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: host == "b" and unknown(host, 0))
+    with pytest.raises(DependencyError) as caught:
+        fail_with(BrokenError("no router answers"), endpoint="tcp://a:8011,tcp://b:8011")
+    told = "no router answers; tcp://b:8011: the name b is not known here"
+    assert caught.value.message.startswith(told)
 
 
 @pytest.mark.parametrize(

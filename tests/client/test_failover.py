@@ -97,7 +97,11 @@ def test_a_router_that_was_never_there_is_passed_by():
         router = FakeRouter()
         endpoints = [free_endpoint(), free_endpoint(), router.endpoint]
         async with AsyncClient(endpoints) as client:
+            assert (client.endpoint, client.left) == (endpoints[0], ())
             assert (await client.generate("echo a")).text == "a"
+            assert client.endpoint == router.endpoint
+            found = "does not answer (nothing takes connections there)"
+            assert client.left == tuple(f"{one} {found}" for one in endpoints[:2])
         router.close()
 
     asyncio.run(main())
@@ -115,8 +119,12 @@ def test_addresses_that_cannot_be_tried_are_passed_by():
             first.mute = True
             assert await asyncio.wait_for(read_all(stream), 20) == "b"
             last.close()
+            assert any(one.startswith(f"{bad} cannot be tried: ") for one in client.left)
+            assert f"{first.endpoint} does not answer" in client.left
             first.mute = False
             assert (await asyncio.wait_for(client.generate("echo a"), 20)).text == "a"
+            assert client.endpoint == first.endpoint
+            assert not any(one.startswith(first.endpoint) for one in client.left)
         first.close()
 
     asyncio.run(main())

@@ -37,26 +37,29 @@ _TYPES: dict[Any, Any] = {
 
 
 def service_options(function: F) -> F:
-    """Decorator: where the service is. The command gets a `connect()` that makes a Client."""
+    """Decorator: where the service is. The command gets a `connect()` that makes a Client of all
+    routers of --endpoint."""
 
     @functools.wraps(function)
     def command(
         *args: Any, endpoint: str, timeout: float, keys_dir: str, server_key: str, **kwargs: Any
     ) -> Any:
-        asked = endpoint
+        asked = routers = tuple(one.strip() for one in endpoint.split(","))
 
         def connect(at: str = "", longest_s: float = math.inf) -> Client:
             nonlocal asked
-            asked = at or endpoint
+            asked = (at,) if at else routers
             timeout_s = min(timeout, longest_s)
             return Client(asked, timeout_s=timeout_s, keys_dir=keys_dir, server_key=server_key)
 
         try:
             return function(*args, connect=connect, **kwargs)
         except BrokenError as error:
-            if unknown := _unknown_name(asked):
-                raise DependencyError(f"{asked}: {unknown}") from error
-            hint = "; `xllm serve` starts a service here, --endpoint names another one's"
+            unknown = [f"{one}: {what}" for one in asked if (what := _unknown_name(one))]
+            if len(unknown) == len(asked):
+                raise DependencyError("; ".join(unknown)) from error
+            hint = "".join(f"; {one}" for one in unknown)
+            hint += "; `xllm serve` starts a service here, --endpoint names another one's"
             if not server_key:
                 hint += ", and one with keys wants --keys-dir and --server-key"
             else:
@@ -66,15 +69,16 @@ def service_options(function: F) -> F:
         except (OverloadedError, UnavailableError) as error:
             raise DependencyError(error.message) from error
         except DeadlineError as error:
-            raise DependencyError(f"{asked}: {error.message} (--timeout)") from error
+            raise DependencyError(f"{', '.join(asked)}: {error.message} (--timeout)") from error
 
     options = (
         click.option(
             "--endpoint",
             default=DEFAULT_ENDPOINT,
             show_default=True,
-            metavar="TCP",
-            help="ZeroMQ endpoint of a router.",
+            metavar="TCP[,TCP...]",
+            help="ZeroMQ endpoint of a router, or of several: where one does not answer, the next "
+            "is asked.",
         ),
         click.option(
             "--timeout",

@@ -26,7 +26,7 @@ _LEADER = re.compile(r"^this router does not lead; .+ at (tcp://\S+) does: ask t
 
 
 class Connect(Protocol):
-    """Of `service_options`: a client of the router at `at`, or of that of --endpoint, whose calls
+    """Of `service_options`: a client of the router at `at`, or of those of --endpoint, whose calls
     take `longest_s` seconds or --timeout at most."""
 
     def __call__(self, at: str = "", longest_s: float = ...) -> Client: ...
@@ -44,7 +44,7 @@ def ask_leader(
     at once; where nobody leads, or who does cannot be reached or has not taken it, it is asked
     again for `wait_s` seconds, each time for what is left of them (MIN_ASK_S at least).
     UnavailableError: nobody took it until then. Other errors: as of `ask`, at once; BrokenError,
-    too, and DeadlineError before the time is over, where it is the router of --endpoint."""
+    too, and DeadlineError before the time is over, where it is a router of --endpoint."""
     deadline = clock() + wait_s
     at, is_told = "", False
     while True:

@@ -25,6 +25,9 @@ def status(connect: Callable[[], Client], as_json: bool) -> None:
     with connect() as client:
         processes = client.status()
         degraded = client.health().degraded
+        if client.left:
+            told = (*client.left, f"{client.endpoint} was asked instead")
+            click.echo("; ".join(told), err=True)
     if as_json:
         full = [{name: getattr(p, name) for name in p.__struct_fields__} for p in processes]
         click.echo(msgspec.json.encode(full).decode())

@@ -113,6 +113,16 @@ class AsyncClient:
             )
         return self._connection
 
+    @property
+    def endpoint(self) -> str:
+        """The router spoken with at present, or to be tried first."""
+        return self._endpoints[0] if self._connection is None else self._connection.endpoint
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Why each router but that one was last turned away from, if it was: a line each."""
+        return () if self._connection is None else self._connection.left
+
     async def generate(
         self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any
     ) -> Completion:

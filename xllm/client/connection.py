@@ -94,6 +94,11 @@ class ClientConnection:
         return self._routers.present.endpoint
 
     @property
+    def left(self) -> tuple[str, ...]:
+        """Why each router but the present one was last turned away from, if it was."""
+        return self._routers.left
+
+    @property
     def connected(self) -> bool:
         """Whether a router is there at present."""
         return not self._closed and self._socket.connected
@@ -246,7 +251,7 @@ class ClientConnection:
     def _turn(self, why: str) -> None:
         """Go on with what is open at the next router: the same one where there is no other. An
         address that cannot be tried at all (it is none, or its key was revoked) is passed by."""
-        self._routers.tried(self._socket.reach)
+        self._routers.leave(self._socket.reach, why)
         self._socket.close()
         self._session.lost(why)
         found = ""
@@ -256,6 +261,7 @@ class ClientConnection:
                 self._socket = self._open_socket()
             except XllmError as error:
                 found = error.message
+                self._routers.pass_by(f"{self.endpoint} cannot be tried: {found}")
             else:
                 return
         self._session.fail_all(BrokenError(f"none of {self._routers} can be tried: {found}"))
@@ -298,7 +304,7 @@ class ClientConnection:
             self._routers.tried(self._socket.reach)
             self._session.fail_all(BrokenError(self._routers.unanswered()))
             self._watch.rested(now)
-            self._turn("")
+            self._turn(f"{self.endpoint} does not answer")
 
 
 def _with_identity(message: SubmitRequest) -> SubmitRequest:

@@ -26,6 +26,7 @@ class RouterList:
         self._discover = discover
         self._at = self._given[0]
         self._reached: dict[str, Reach] = {}
+        self._left: dict[str, str] = {}
 
     @property
     def present(self) -> RouterAddress:
@@ -37,6 +38,22 @@ class RouterList:
 
     def __str__(self) -> str:
         return ", ".join(one.endpoint for one in (*self._given, *self._named))
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Why each router but the present one was last turned away from, if it was."""
+        return tuple(why for one, why in self._left.items() if one != self._at.endpoint)
+
+    def leave(self, reach: Reach, why: str) -> None:
+        """The present one is turned away from; how far one came with it, and why."""
+        self.tried(reach)
+        self.pass_by(why if reach is Reach.PEER else f"{why} ({self._found(self._at)})")
+
+    def pass_by(self, why: str) -> None:
+        """The present one will not be spoken with."""
+        known = {one.endpoint for one in (*self._given, *self._named)}
+        self._left = {one: told for one, told in self._left.items() if one in known}
+        self._left[self._at.endpoint] = why
 
     def tried(self, reach: Reach) -> None:
         """How far one came with the present one."""

@@ -59,6 +59,16 @@ class Client:
         self._thread = threading.Thread(target=self._run, name="xllm-client", daemon=True)
         self._thread.start()
 
+    @property
+    def endpoint(self) -> str:
+        """The router spoken with at present, or to be tried first."""
+        return self._client.endpoint
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Why each router but that one was last turned away from, if it was: a line each."""
+        return self._client.left
+
     def generate(
         self, prompt: Prompt, *, timeout_s: float | None = None, **options: Any
     ) -> Completion:
