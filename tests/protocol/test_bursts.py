@@ -192,7 +192,7 @@ def test_a_queue_has_bounds_of_messages_and_bytes():
     boxes = Outboxes("it", SocketLimits(max_queued_messages=2, max_queued_bytes=10))
     with pytest.raises(BackpressureError):
         boxes.put(b"a", (b"a", b"x" * 10))
-    assert b"a" not in boxes
+    assert b"a" not in boxes.peers
     boxes.put(b"a", (b"a", b"1"))
     boxes.put(b"a", (b"a", b"2"))
     with pytest.raises(BackpressureError):
