@@ -20,7 +20,11 @@ class ModelSettings:
     )
     revision: str = setting("", "Hub revision to download; empty: the main one.")
     max_model_len: int = setting(
-        0, "Longest prompt + output; 0: what the model allows.", unit="tokens", low=0
+        0,
+        "Longest prompt + output; 0: what the model allows, and more is refused (of several models "
+        "each has what it allows of it).",
+        unit="tokens",
+        low=0,
     )
     implementation: str = setting(
         "auto",

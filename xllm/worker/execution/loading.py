@@ -63,16 +63,15 @@ def load_model(
 ) -> LoadedModel:
     """Set the platform up for a model and read its configuration and weights onto the device.
     `implementation` and `quantization`: see ModelSettings; `num_threads` and `kernels`: see
-    WorkerSettings. `asked` says which task the model is for: one that embeds is loaded without its
-    head. Of several ranks, the part of rank `rank` is read. `invariant`: see select_team.
+    WorkerSettings. `asked` says which task the model is for (one that embeds is loaded without its
+    head), and the context that it must have; `rank`: its part is read of several. `invariant`:
+    see select_team.
 
     Raises ConfigError or DependencyError naming the file, key or tensor that stands in the way,
     or the memory that is lacking.
     """
-    raw: RawConfig = read_config(directory)
-    task = resolve_task(
-        asked or ModelSettings(), directory, headless=is_headless(raw.architecture())
-    )
+    raw, asked = read_config(directory), asked or ModelSettings()
+    task = resolve_task(asked, directory, headless=is_headless(raw.architecture()))
     select = functools.partial(select_team, kernels, platform.device, invariant=invariant)
     if implementation == "transformers" or (
         implementation == "auto" and not is_native(raw.architecture())
@@ -80,10 +79,12 @@ def load_model(
         _check_library(raw, quantization, num_ranks)
         prepare = functools.partial(platform.prepare, num_threads)
         loaded = _load_library(directory, raw, asked_dtype, platform, progress, prepare, select)
+        _check_model_len(asked, loaded.model.config)
         return dataclasses.replace(loaded, task=task)
     family = find_family(raw.architecture())
     checkpoint = open_checkpoint(directory)
     config = family.read(raw)
+    _check_model_len(asked, config)
     dtype = resolve_dtype(asked_dtype, config.dtype or checkpoint.dtype(), platform.name == "cpu")
     unused: tuple[str, ...] = (_HEAD,)
     if task.pooling:
@@ -105,6 +106,16 @@ def load_model(
     rows = 0 if shards is None else shards.head_rows
     revision = checkpoint.revision(directory)
     return LoadedModel(model, dtype, revision, table.num_bytes, team, task, rows)
+
+
+def _check_model_len(asked: ModelSettings, config: ModelConfig) -> None:
+    """ConfigError for a longer context than the model has: nobody would see that it is cut."""
+    if asked.max_model_len > config.max_positions:
+        raise ConfigError(
+            f"model.max_model_len must be at most {config.max_positions}, which is what the "
+            f"model's config.json allows (0 takes all of it), not {asked.max_model_len}",
+            param="model.max_model_len",
+        )
 
 
 def _check_library(raw: RawConfig, quantization: str, num_ranks: int) -> None:
@@ -193,9 +204,9 @@ def _settle_names(table: WeightTable, checkpoint: Checkpoint, is_tied: bool) -> 
 
 def resolve_model_len(settings: Settings, config: ModelConfig) -> int:
     """The longest prompt + output: the settings' where they are tighter than the model. Warns
-    where they are not."""
+    where they are not, as they may be for one of several models."""
     asked, most = settings.model.max_model_len, config.max_positions
     if asked <= most:
         return asked or most
-    _log.warning("context_cut_to_model", asked=asked, max_model_len=most)
+    _log.warning("context_cut_to_model", model=settings.model.name, asked=asked, max_model_len=most)
     return most

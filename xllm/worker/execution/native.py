@@ -106,7 +106,8 @@ class NativeExecutor:
         """Read the weights, unless they are here; see HostedExecutor."""
         if self._engine is not None or self._read is not None:
             return
-        read = self._read = read_model(self._settings, progress)
+        is_alone = self._pages is None
+        read = self._read = read_model(self._settings, progress, is_alone=is_alone)
         if self._ranks is not None:
             self._ranks.place(read.platform)
         if self._pages is not None and not self._has_asked:

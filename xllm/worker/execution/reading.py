@@ -25,8 +25,11 @@ class ReadModel:
     model_len: int
 
 
-def read_model(settings: Settings, progress: Callable[[int, int], None]) -> ReadModel:
-    """Read the model that the settings name. Raises ConfigError or DependencyError."""
+def read_model(
+    settings: Settings, progress: Callable[[int, int], None], *, is_alone: bool
+) -> ReadModel:
+    """Read the model that the settings name. Raises ConfigError or DependencyError. A longest
+    context that holds for further models, too (not `is_alone`), may be more than this one has."""
     model, worker = settings.model, settings.worker
     if not model.path:
         raise ConfigError("model.path is empty: no model directory", param="model.path")
@@ -41,7 +44,7 @@ def read_model(settings: Settings, progress: Callable[[int, int], None]) -> Read
         num_threads=place_engine(settings, platform.name),
         kernels=worker.kernels,
         quantization=model.quantization,
-        asked=model,
+        asked=model if is_alone else dataclasses.replace(model, max_model_len=0),
         rank=worker.rank,
         num_ranks=settings.master.num_workers,
         invariant=worker.deterministic,
