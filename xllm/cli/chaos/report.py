@@ -9,7 +9,7 @@ from xllm.cli.chaos.comparing import EQUAL, Differences
 from xllm.cli.chaos.ledger import Ledger
 from xllm.cli.chaos.options import ChaosOptions
 from xllm.cli.chaos.scenarios.table import Scenario
-from xllm.cli.chaos.verdict import Injection, section, summary_ms
+from xllm.cli.chaos.verdict import Injection, is_time, section, summary_ms
 
 
 class ChaosReport:
@@ -74,6 +74,7 @@ class ChaosReport:
             "routers": options.routers,
             "streams": options.streams,
             "seed": options.seed,
+            "slack": options.slack,
             "requests": self.num_requests,
             "faults": len(self.injections),
             "interrupted": self.num_interrupted,
@@ -132,13 +133,21 @@ def table(report: dict[str, object]) -> list[str]:
         rows.append(tuple(str(cell) for cell in cells))
     widths = [max(len(row[at]) for row in rows) for at in range(len(_COLUMNS))]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    too_late = False
     for name, one in sections.items():
+        missed = [c for c in one["criteria"] if not c["passed"]]
         lines += [
-            f"{name}: {c['name']} is {c['value']:g}, not at most {c['limit']:g}"
-            for c in one["criteria"]
-            if not c["passed"]
+            f"{name}: {c['name']} is {c['value']:g}, not at most {c['limit']:g}" for c in missed
         ]
+        too_late |= any(is_time(c["name"]) for c in missed)
         lines += [f"{name}: {text}" for text in one["broken"]]
+    slack = report["slack"]
+    assert isinstance(slack, float)
+    if too_late:
+        lines.append(
+            f"bounds of time are for a machine that does nothing else; on a slow or busy one: "
+            f"--slack {3 * slack:g}"
+        )
     counts = ("requests", "faults", "interrupted", "lost", "duplicated", "reordered", "foreign",
               "failed")  # fmt: skip
     lines.append(", ".join(f"{name} {report[name]}" for name in counts))

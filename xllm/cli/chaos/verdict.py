@@ -70,6 +70,11 @@ class Criterion:
         return self.value is None or self.value <= self.limit
 
 
+def is_time(criterion: str) -> bool:
+    """Whether a criterion of this name bounds a time, which `slack` multiplies."""
+    return criterion.endswith("_ms")
+
+
 def summary_ms(spans_s: Iterable[float]) -> dict[str, float]:
     """Median and worst in milliseconds; empty where there is nothing."""
     known = [span * 1000 for span in spans_s if span >= 0]
