@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.router.leadership.test_election import KEY, TTL_S, World
 from xllm.protocol.registry_wire import CasResult, Entry, Lease
 from xllm.router.leadership.election import Election
-
-TTL_S = 2.0
-KEY = "/leader"
 
 
 def claiming(*heard: int):
@@ -48,3 +46,19 @@ def test_a_claim_gives_way_to_a_higher_epoch_that_is_heard_of_before_its_answer(
     one.outbid(21)
     one.claimed(call, CasResult(True, 20, Entry(KEY, b"me", 20, 20, 7)), 0.2)
     assert one.epoch == 0
+
+
+def test_whose_claim_is_done_in_a_quiet_cluster_leads():
+    for seed in range(40):
+        world = World(seed, 4, 0.0, 0.0)
+        world.quiet_at = 0.0
+        for router in world.routers:
+            world.at(world.random.uniform(0, 0.5), router.begin)
+        world.run(5.0)
+        [leader] = world.leaders()
+        before = world.store.revision
+        leader.die()
+        world.run(15.0)
+        changes = world.store.changes_after(KEY, before)
+        assert [change.entry is not None for change in changes] == [False, True], seed
+        assert [one.election.epoch for one in world.leaders()] == [world.store.revision]

@@ -196,6 +196,15 @@ class Router:
         """The oldest change that was not told yet, whichever this is about."""
         change = self.news.popleft()
         self.election.seen(change.entry, change.revision)
+        if change.entry is not None:
+            self.tell(change.entry.create_revision)
+
+    def tell(self, epoch: int) -> None:
+        """Whoever knows an epoch says so, to itself, too: it may come before the claim's answer."""
+        for router in self.world.routers:
+            if router is self or not self.world.is_lost(router):
+                come_at = self.world.now + self.world.delay()
+                self.world.at(come_at, router.act, lambda it=router: it.election.outbid(epoch))
 
     def pause(self, seconds: float) -> None:
         self.resumes_at = max(self.resumes_at, self.world.now + seconds)
