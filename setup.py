@@ -1,7 +1,7 @@
-"""Builds the CPU kernels, and the routers' loops over token ids, beside the package; metadata and
-dependencies are in setup.cfg.
+"""Builds the CPU kernels, and the routers' loops over token ids and text, beside the package;
+metadata and dependencies are in setup.cfg.
 
-Both libraries are optional: without a compiler the engine runs on torch alone, and routers on
+The libraries are optional: without a compiler the engine runs on torch alone, and routers on
 Python. Files are compiled at the same time, as many as there are CPUs or MAX_JOBS allows, and again
 only where they, a header that they include or this file changed.
 """
@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 _KERNELS = Path("xllm/worker/kernels/cpu")
 _TOKEN_IDS = Path("xllm/protocol/native")
+_WORDS = Path("xllm/router/text/native")
 _OBJECTS = "build/kernels"
 
 
@@ -97,5 +98,6 @@ setup(
     ext_modules=[
         library("xllm.worker.kernels._cpu", _KERNELS),
         library("xllm.protocol.native._token_ids", _TOKEN_IDS),
+        library("xllm.router.text.native._words", _WORDS),
     ],
 )

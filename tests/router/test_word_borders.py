@@ -91,7 +91,7 @@ def test_where_they_are(text, gpt2, letters_first):
 def test_words_are_encoded_at_once_as_if_each_were_alone(kind, words):
     made = tokenizer(kind)
     expected = [pack_tokens(made.encode(word, add_special_tokens=False).ids) for word in words]
-    encoder = WordEncoder(made, BORDERS[kind].words)
+    encoder = WordEncoder(made, BORDERS[kind].split)
     assert encoder.encode(words) == expected
     text = "".join(words)
     row = BORDERS[kind].words.findall(text)
@@ -101,7 +101,7 @@ def test_words_are_encoded_at_once_as_if_each_were_alone(kind, words):
 
 
 def test_many_words_are_one_call():
-    encoder = WordEncoder(tokenizer("demo"), LETTERS_FIRST_BORDERS.words)
+    encoder = WordEncoder(tokenizer("demo"), LETTERS_FIRST_BORDERS.split)
     for words in (
         ["to", " be,\n", "or"],
         [" \u017eluti\u010dk\u00fd", " k\u016f\u0148", " \U0001f642"],
@@ -116,7 +116,7 @@ def test_a_tokenizer_that_leaves_bytes_out_is_asked_word_by_word():
         models.BPE(vocab={"a": 0, "\u0120": 1, "\u0120a": 2}, merges=[("\u0120", "a")])
     )
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    encoder = WordEncoder(made, GPT2_BORDERS.words)
+    encoder = WordEncoder(made, GPT2_BORDERS.split)
     for words in (["zz", " zy"], ["a", " z", " a"], [" z", " a"], ["z"]):
         expected = [pack_tokens(made.encode(word).ids) for word in words]
         assert encoder.encode(words) == expected

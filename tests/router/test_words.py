@@ -33,7 +33,7 @@ class FakeEncoder:
 
 def words(num_words: int) -> tuple[KnownWords, FakeEncoder]:
     encoder = FakeEncoder()
-    return KnownWords(encoder, GPT2_BORDERS.words, num_words * WORD_BYTES), encoder
+    return KnownWords(encoder, GPT2_BORDERS.split, num_words * WORD_BYTES), encoder
 
 
 TEXTS = st.text(alphabet="ab \n\t\r\u3000\x1f.", max_size=40)

@@ -29,8 +29,8 @@ fi
 touch "$out"
 """
 KERNELS = "xllm/worker/kernels/cpu"
-TOKEN_IDS = "xllm/protocol/native"
-"""The other library, built beside that of the kernels."""
+OTHERS = {"xllm/protocol/native": "_token_ids", "xllm/router/text/native": "_words"}
+"""The other libraries, built beside that of the kernels."""
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def tree(tmp_path):
     """A copy of what the build reads."""
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
-    for folder in (KERNELS, TOKEN_IDS):
+    for folder in (KERNELS, *OTHERS):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so"))
     compiler = tmp_path / "compiler"
     compiler.write_text(COMPILER)
@@ -85,7 +85,8 @@ def test_a_file_that_does_not_compile_leaves_no_library(tree):
     compiled, is_built = build(tree)
     assert "team.cpp" in compiled
     assert not is_built
-    assert any((tree / TOKEN_IDS).glob("_token_ids*.so")), "each is built without the other"
+    for folder, name in OTHERS.items():
+        assert any((tree / folder).glob(f"{name}*.so")), "each is built without the others"
     (tree / "wrong.txt").unlink()
     assert build(tree)[1]
 

@@ -10,11 +10,12 @@ import ctypes
 import functools
 import hashlib
 import sys
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import structlog
+
+from xllm.protocol.native.library import open_library
 
 _log = structlog.get_logger("native")
 _ABI = 2
@@ -96,14 +97,7 @@ def load() -> NativeTokenIds | None:
 def _find() -> NativeTokenIds | str:
     if sys.byteorder != "little":
         return "token bytes are little-endian, and this machine is not"
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_token_ids{suffix}")
-        if path.is_file():
-            try:
-                return NativeTokenIds(path)
-            except (ImportError, OSError, AttributeError) as error:
-                return str(error)
-    return "it was not compiled when xllm was installed"
+    return open_library(Path(__file__).parent, "_token_ids", NativeTokenIds)
 
 
 def _openssl_sha256() -> tuple[Any, ...]:

@@ -52,8 +52,8 @@ class SegmentEncoder:
         self.words: KnownWords | None = None
         """What knows the words of new segments, where those are encoded apart."""
         if borders is not None and max_bytes > 0:
-            encoder = WordEncoder(tokenizer, borders.words)
-            self.words = KnownWords(encoder, borders.words, max_bytes // WORDS_SHARE)
+            encoder = WordEncoder(tokenizer, borders.split)
+            self.words = KnownWords(encoder, borders.split, max_bytes // WORDS_SHARE)
             max_bytes -= max_bytes // WORDS_SHARE
         self.kept = KeptBytes(max_bytes)
         self.num_hits = 0

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from xllm.router.text.native.words import GPT2, LETTERS_FIRST, load
+
 _SPACE = re.compile(r"\S(?= )")
 _LETTERS_FIRST = re.compile(
     re.escape(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}")
@@ -30,13 +32,26 @@ _LETTERS_FIRST = re.compile(
 
 class WordBorders(NamedTuple):
     """Ways to find such places. `cut` matches the character before one; `words` finds all that
-    stands between them: what it finds is the whole text."""
+    stands between them: what it finds is the whole text. `rule`: its compiled twin."""
 
     cut: re.Pattern[str]
     words: re.Pattern[str]
+    rule: int
+
+    def split(self, text: str) -> list[str]:
+        """What `words` finds in a text."""
+        native = load()
+        if native is not None:
+            try:
+                return native.split(text, self.rule)
+            except ValueError:
+                pass  # it is one of the few that the twin does not take
+        return self.words.findall(text)
 
 
-GPT2_BORDERS = WordBorders(_SPACE, re.compile(r"\s*\S+(?:(?!\n\S)[^\S ]\s*\S*)*(?:\n(?=\S))?|\s+"))
+GPT2_BORDERS = WordBorders(
+    _SPACE, re.compile(r"\s*\S+(?:(?!\n\S)[^\S ]\s*\S*)*(?:\n(?=\S))?|\s+"), GPT2
+)
 LETTERS_FIRST_BORDERS = WordBorders(
     _SPACE,
     re.compile(
@@ -44,6 +59,7 @@ LETTERS_FIRST_BORDERS = WordBorders(
         r"|\s*[\r\n]"  # behind a space
         r"|\s+"  # at the end
     ),
+    LETTERS_FIRST,
 )
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
 from tokenizers import Tokenizer
 
 from xllm.protocol.token_bytes import TOKEN_BYTES, pack_tokens
+
+Split = Callable[[str], list[str]]
 
 
 class _TokenLengths(dict[int, int]):
@@ -29,11 +30,11 @@ class _TokenLengths(dict[int, int]):
 
 
 class WordEncoder:
-    """Of a byte-level tokenizer. `words` finds the words of a text (see word_borders)."""
+    """Of a byte-level tokenizer. `split` finds the words of a text (see word_borders)."""
 
-    def __init__(self, tokenizer: Tokenizer, words: re.Pattern[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, split: Split) -> None:
         self._tokenizer = tokenizer
-        self._split = words.findall
+        self._split = split
         self._lengths = _TokenLengths(tokenizer)
 
     def encode(self, words: Sequence[str]) -> list[bytes]:

@@ -8,10 +8,9 @@ to another costs time only.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from sys import getsizeof
 from typing import Protocol
 
@@ -64,9 +63,9 @@ class KnownWords:
     """Encodes by words. `split` finds the words of a text; `max_bytes`: of what is remembered, all
     tenants together."""
 
-    def __init__(self, encoder: Encoder, split: re.Pattern[str], max_bytes: int) -> None:
+    def __init__(self, encoder: Encoder, split: Callable[[str], list[str]], max_bytes: int) -> None:
         self._encoder = encoder
-        self._split = split.findall
+        self._split = split
         self._max_words = max_bytes // WORD_BYTES
         self._vocabularies: OrderedDict[bytes, _Vocabulary] = OrderedDict()
         self._num_words = 0

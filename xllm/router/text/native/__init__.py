@@ -1,0 +1,1 @@
+"""What is compiled of the text side: the search for the words of a text."""
