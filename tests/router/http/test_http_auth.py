@@ -77,7 +77,7 @@ def test_two_authorization_headers_are_none(keyed):
 
 
 def paths():
-    context = FrontContext(FakeService(), None, None, 0)
+    context = FrontContext(FakeService(), None, None)
     figures = HttpFigures(CollectorRegistry(), lambda: 0)
     return [route.path.replace("{name:path}", "fake") for route in routes_of(context, figures)]
 

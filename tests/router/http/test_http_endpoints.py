@@ -3,7 +3,7 @@
 import pytest
 
 from tests.router.http.fake_service import FakeService
-from tests.router.http.front_thread import chat, sse_events, wait_until
+from tests.router.http.front_thread import chat, raw_post, sse_events, wait_until
 from xllm import __version__
 from xllm.protocol.generation import RequestFailed
 from xllm.router.http import application
@@ -132,6 +132,7 @@ def test_models(front):
     shown = front.get("/v1/models").json()
     assert [one["id"] for one in shown["data"]] == ["fake"]
     assert front.get("/v1/models/fake").json() == shown["data"][0]
+    assert shown["data"][0]["created"] == 0  # the same at every router, whenever it was started
     assert error_of(front.get("/v1/models/other/name"), 404)["code"] == "model_not_found"
 
 
@@ -147,6 +148,16 @@ def test_tokenize_and_detokenize(front):
     assert error_of(front.post("/v1/completions", body), 400)["param"] == "prompt"
     body["prompt"] = [[1], [99]]
     assert error_of(front.post("/v1/completions", body), 400)["param"] == "prompt[1]"
+
+
+@pytest.mark.parametrize("body", [b"", b" \r\n"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+def test_an_empty_body_is_called_one(front, path, body):
+    with front.socket() as sock:
+        sock.sendall(raw_post(path, body))
+        answer = sock.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b'"the body is empty, and must be a JSON object"' in answer
 
 
 class PickyService(FakeService):

@@ -16,7 +16,7 @@ NAMES = set(re.findall(r"`([^`]+)`", PAGE))
 
 
 def test_every_path_is_on_the_page():
-    context = FrontContext(FakeService(), None, None, 0)
+    context = FrontContext(FakeService(), None, None)
     paths = {route.path for route in routes_of(context, HttpFigures(CollectorRegistry(), int))}
     assert paths == {name for name in NAMES if name.startswith("/")}
 

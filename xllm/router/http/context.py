@@ -45,8 +45,6 @@ class FrontContext:
     service: RouterService
     settings: RouterSettings
     limits: HttpLimits
-    started_at: int
-    """Seconds since 1970."""
     users_are_sessions: bool = False
     """Whether a `user` field names a session (routing.sessions)."""
 

@@ -21,6 +21,8 @@ from xllm.router.http.respond import Receive, Scope, Send, read_body, send_body
 from xllm.router.http.schema import DetokenizeBody, TokenizeBody, decode_body
 
 GET = ("GET", "HEAD")
+CREATED = 0
+"""When a model was made is nowhere said. All routers must say the same of it."""
 METRICS_TYPE = (b"content-type", CONTENT_TYPE_LATEST.encode())
 
 
@@ -54,7 +56,7 @@ class ModelsEndpoint:
         return {
             "id": model.name,
             "object": "model",
-            "created": self._context.started_at,
+            "created": CREATED,
             "owned_by": "xllm",
             "max_model_len": model.max_model_len,
             "ready": model.ready,

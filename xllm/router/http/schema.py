@@ -229,4 +229,6 @@ def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
         text, param = explain(str(error), "the body")
         raise InvalidRequestError(text, param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        if not data.strip():
+            raise InvalidRequestError("the body is empty, and must be a JSON object") from error
         raise InvalidRequestError(f"the body is not valid JSON: {str(error)[:200]}") from error

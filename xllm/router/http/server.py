@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import functools
 import socket
-import time
 from collections.abc import Generator
 from typing import Any, cast
 
@@ -59,7 +58,6 @@ class HttpFront:
             service,
             settings.router,
             self._limits,
-            int(time.time()),
             settings.routing.sessions == "user",
         )
         self._figures = HttpFigures(service.registry, lambda: self.num_connections)
