@@ -19,12 +19,12 @@ from xllm.protocol.transport.security import Security, create_keys
 
 def test_a_pair_is_made_shown_and_never_overwritten(tmp_path, capsys):
     directory = str(tmp_path / "keys")
-    assert run_command(["keys", "create", directory]) == 0
+    assert run_command(["keys", "make", directory]) == 0
     public = capsys.readouterr().out.strip()
     assert len(public) == 40
     assert run_command(["keys", "show", directory]) == 0
     assert capsys.readouterr().out.strip() == public
-    assert run_command(["keys", "create", directory]) == 64
+    assert run_command(["keys", "make", directory]) == 64
     assert Security.load(directory).public_key == public
     for folder, _, names in os.walk(directory):
         assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700

@@ -40,19 +40,12 @@ def make(directory: str) -> None:
 
 @keys.command()
 @click.argument("directory")
-def create(directory: str) -> None:
-    """The same as make."""
-    click.echo(create_keys(directory))
-
-
-@keys.command()
-@click.argument("directory")
 def show(directory: str) -> None:
     """Print the public key of DIRECTORY."""
     click.echo(Security.load(directory).public_key)
 
 
-@keys.command(name="list")
+@keys.command(name="list", short_help="Print whom the node of DIRECTORY admits.")
 @click.argument("directory")
 def list_(directory: str) -> None:
     """Print whom the node of DIRECTORY admits: name, list, roles, public key."""
@@ -64,7 +57,7 @@ def list_(directory: str) -> None:
         raise ConfigError("; ".join(refused.values()))
 
 
-@keys.command()
+@keys.command(short_help="Admit a peer to the node of DIRECTORY.")
 @click.argument("directory")
 @click.argument("name")
 @click.argument("public_key")
@@ -82,7 +75,7 @@ def allow(directory: str, name: str, public_key: str, client: bool, roles: tuple
     click.echo(f"{name} is allowed; running processes admit it within a second")
 
 
-@keys.command()
+@keys.command(short_help="Take a peer off the lists of DIRECTORY.")
 @click.argument("directory")
 @click.argument("name")
 def revoke(directory: str, name: str) -> None:
