@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import click
 import pytest
 
 from xllm.cli.client_flags import service_options
@@ -200,11 +201,30 @@ def test_version():
     assert "pyzmq" in done.stdout
 
 
+def groups(command, path="xllm"):
+    """Each group of commands, with its path and its context."""
+    if isinstance(command, click.Group):
+        context = click.Context(command, info_name=path)
+        yield path, command, context
+        for name in command.list_commands(context):
+            yield from groups(command.get_command(context, name), f"{path} {name}")
+
+
+def test_no_line_of_a_list_of_commands_is_cut():
+    found = {path: command.get_help(context) for path, command, context in groups(root)}
+    assert set(found) == {"xllm", "xllm node", "xllm keys", "xllm bench"}
+    for path, text in found.items():
+        lines = text.partition("Commands:")[2].strip().splitlines()
+        assert len(lines) > 2, path
+        assert [line for line in lines if line.endswith("...")] == []
+
+
 def test_devices():
     done = run("devices")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert {line.split()[0] for line in lines} == {"cpu", "cuda", "npu"}
+    assert "worker.device" not in done.stdout  # nobody set it
     assert re.match(
         r"cpu +found +cpu \(.* of [\d.]+ GiB free, kernels cpu, collectives gloo", lines[0]
     )

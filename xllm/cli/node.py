@@ -30,7 +30,7 @@ def node() -> None:
     """Start, stop and look at the processes that a node file describes."""
 
 
-@node.command()
+@node.command(short_help="Start what FILE describes and does not run yet.")
 @click.argument("file")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds a process may take.")
 def start(file: str, timeout: float) -> None:
@@ -47,7 +47,7 @@ def start(file: str, timeout: float) -> None:
     asyncio.run(NodeStarter(described, timeout, click.echo).start_all())
 
 
-@node.command()
+@node.command(short_help="Stop what FILE describes, the registry last.")
 @click.argument("file")
 def stop(file: str) -> None:
     """Stop what FILE describes: routers drain first, the registry ends last."""

@@ -53,7 +53,10 @@ def open_engine(settings: Settings, executor: Any = None) -> LocalEngine:
     return engine
 
 
-@click.command(context_settings={"max_content_width": 100})
+@click.command(
+    context_settings={"max_content_width": 100},
+    short_help="Time one batch, again and again, on a model here.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--input-len", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--output-len", type=click.IntRange(min=1), default=32, show_default=True)
@@ -106,7 +109,10 @@ def latency(
         write_plot(plot, f"{settings.model.name}: {title}", in_turn(measured))
 
 
-@click.command(context_settings={"max_content_width": 100})
+@click.command(
+    context_settings={"max_content_width": 100},
+    short_help="Tokens a second of many requests at once, on a model here.",
+)
 @dataset_options
 @click.option("--json", "json_path", default="", metavar="FILE", help="All figures as JSON.")
 @click.option("--plot", default="", metavar="FILE", help="Picture (.png, .svg, .pdf).")

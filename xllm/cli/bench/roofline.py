@@ -167,7 +167,10 @@ class PhaseMeter:
         return steps
 
 
-@click.command(context_settings={"max_content_width": 100})
+@click.command(
+    context_settings={"max_content_width": 100},
+    short_help="What each phase of a step reaches of this machine's limits.",
+)
 @click.option("--prefill", default="128,512", show_default=True, metavar="N,N", help="Prompts.")
 @click.option("--rows", default="1,4,16,32", show_default=True, metavar="N,N", help="Decodes.")
 @click.option("--json", "json_path", default="", metavar="FILE", help="All figures as JSON.")

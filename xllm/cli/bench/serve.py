@@ -43,7 +43,10 @@ class EndpointOptions:
     server_key: str
 
 
-@click.command(context_settings={"max_content_width": 100})
+@click.command(
+    context_settings={"max_content_width": 100},
+    short_help="Put load on a running endpoint and show its figures.",
+)
 @click.option(
     "--base-url",
     default=DEFAULT_URL,
