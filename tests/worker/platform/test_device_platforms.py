@@ -153,8 +153,11 @@ def test_whose_kernels_a_gpu_runs(gpu, monkeypatch, capability, has_triton, kern
 
 def test_no_gpu(gpu) -> None:
     gpu.num_devices = 0
-    with pytest.raises(DependencyError, match="torch sees no GPU"):
+    with pytest.raises(DependencyError, match=r"^torch sees no GPU"):
         CudaPlatform()
+    with pytest.raises(DependencyError, match=r"^worker\.device is cuda, but torch sees") as asked:
+        select_platform("cuda")
+    assert asked.value.param == "worker.device"
 
 
 def test_an_npu(ascend, monkeypatch) -> None:

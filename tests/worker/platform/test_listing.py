@@ -33,7 +33,7 @@ def select(kind: str, rank: int = 0) -> CpuPlatform:
 
 
 def test_every_device_and_what_is_missing(monkeypatch) -> None:
-    monkeypatch.setattr(listing, "select_platform", select)
+    monkeypatch.setattr(listing, "make_platform", select)
     cpu, first, second, npu = list_devices()
     assert (cpu.kind, cpu.is_there) == ("cpu", True)
     assert cpu.text.endswith("virtual memory of the system")
@@ -46,6 +46,6 @@ def test_a_driver_that_does_not_answer(monkeypatch) -> None:
     def broken(kind: str, rank: int = 0) -> CpuPlatform:
         raise RuntimeError("Unexpected error from cudaGetDeviceCount()\nmore")
 
-    monkeypatch.setattr(listing, "select_platform", broken)
+    monkeypatch.setattr(listing, "make_platform", broken)
     assert [device.is_there for device in list_devices()] == [False] * 3
     assert list_devices()[1].text == "Unexpected error from cudaGetDeviceCount()"

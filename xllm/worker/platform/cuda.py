@@ -28,9 +28,7 @@ class CudaPlatform:
     def __init__(self, rank: int = 0) -> None:
         if not torch.cuda.is_available():
             raise DependencyError(
-                "worker.device is cuda, but torch sees no GPU: a CUDA build of torch and a driver "
-                "are needed",
-                param="worker.device",
+                "torch sees no GPU: a CUDA build of torch and a driver are needed"
             )
         self.device = torch.device("cuda", rank % torch.cuda.device_count())
 

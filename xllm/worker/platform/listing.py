@@ -6,7 +6,7 @@ import dataclasses
 
 from xllm.errors import DependencyError, EngineError
 from xllm.worker.platform.platform import Platform
-from xllm.worker.platform.selection import select_platform
+from xllm.worker.platform.selection import make_platform
 
 KINDS = ("cpu", "cuda", "npu")
 _GIB = 1 << 30
@@ -32,7 +32,7 @@ def _of_kind(kind: str) -> list[FoundDevice]:
     seen = set()
     for rank in range(_MAX_DEVICES):
         try:
-            platform = select_platform(kind, rank)
+            platform = make_platform(kind, rank)
             if platform.device in seen:
                 break  # ranks begin again with the first device
             seen.add(platform.device)

@@ -32,9 +32,8 @@ def _import_npu() -> Any:
         importlib.import_module("torch_npu")
     except ImportError as error:
         raise DependencyError(
-            "worker.device is npu, but the package torch_npu is not installed or does not load "
-            f'({error}); install it with: pip install ".[npu]" in the directory of xLLM',
-            param="worker.device",
+            f"the package torch_npu is not installed or does not load ({error}); install it with: "
+            'pip install ".[npu]" in the directory of xLLM'
         ) from error
     return torch.npu  # type: ignore[attr-defined]  # torch_npu adds it
 
@@ -49,10 +48,7 @@ class NpuPlatform:
     def __init__(self, rank: int = 0) -> None:
         self._npu = _import_npu()
         if not self._npu.is_available():
-            raise DependencyError(
-                "worker.device is npu, but torch_npu sees no device: the CANN driver is needed",
-                param="worker.device",
-            )
+            raise DependencyError("torch_npu sees no device: the CANN driver is needed")
         self.device = torch.device("npu", rank % int(self._npu.device_count()))
 
     def prepare(self, num_threads: int, model_bytes: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from xllm.errors import ConfigError
+from xllm.errors import ConfigError, DependencyError
 from xllm.worker.platform.cpu import CpuPlatform
 from xllm.worker.platform.cuda import CudaPlatform
 from xllm.worker.platform.npu import NpuPlatform, npu_available
@@ -15,6 +15,16 @@ from xllm.worker.platform.platform import Platform
 
 
 def select_platform(device: str, rank: int = 0) -> Platform:
+    """The platform that a setting asks for; errors name the setting. See make_platform."""
+    try:
+        return make_platform(device, rank)
+    except DependencyError as error:
+        raise DependencyError(
+            f"worker.device is {device}, but {error.message}", param="worker.device"
+        ) from error
+
+
+def make_platform(device: str, rank: int = 0) -> Platform:
     """The platform of a device kind; `auto` takes the first accelerator found, else the CPU.
 
     Raises DependencyError where the kind's package or device is absent, ConfigError for an
