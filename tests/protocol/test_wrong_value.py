@@ -60,6 +60,19 @@ def test_a_map_of_keys_at_the_top():
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "told", "param"),
+    [
+        ('{"ids": [1, %s]}', "ids[1] must be a number of fewer digits", "ids[1]"),
+        ('{"bias": {"%s": 1}}', "each key of bias must be a number of fewer digits", "bias"),
+    ],
+)
+def test_more_digits_than_are_read(text, told, param):
+    with pytest.raises(msgspec.ValidationError) as caught:
+        msgspec.json.decode(text % ("9" * 5000), type=Part)
+    assert explain(str(caught.value), "the body") == (told, param)
+
+
 def test_frames_of_wrong_values_are_refused_in_the_same_words():
     decoder = Decoder(ClientMessage)
     for fields, told in (

@@ -9,6 +9,7 @@ _PLACE = re.compile(r"`\$\.?([^`]*?)(?:\[\.\.\.\])?`$|missing required field `(\
 _EXPECTED = re.compile(
     r"Expected `([a-z |]+)`, got `([\w.]+)`(?: - at (`key` in )?`\$\.?([^`]*)`)?"
 )
+_TOO_LONG = re.compile(r"Integer value out of range(?: - at (`key` in )?`\$\.?([^`]*)`)?")
 _MISSING = re.compile(r"Object missing required field `(\w+)`(?: - at `\$\.?([^`]*)`)?")
 _BOUND = re.compile(r"Expected `int` ([<>]=) (-?\d+) - at `\$\.?([^`]*)`")
 _WANTED = {
@@ -38,6 +39,9 @@ def explain(text: str, whole: str) -> tuple[str, str | None]:
         given = _GIVEN.get(match[2], match[2])
         what = _called(match[4] or "", whole, of_keys=bool(match[3]))
         return f"{what} must be {' or '.join(wanted)}, not {given}", param
+    if match := _TOO_LONG.fullmatch(text):
+        what = _called(match[2] or "", whole, of_keys=bool(match[1]))
+        return f"{what} must be a number of fewer digits", param
     if match := _MISSING.fullmatch(text):
         return f"{match[2]}.{match[1]} is missing" if match[2] else f"{match[1]} is missing", param
     if match := _BOUND.fullmatch(text):

@@ -295,14 +295,11 @@ def _check_number(
         raise refuse(param, f"must be {bracket} {low:g} and at most {high:g}, not {value}")
 
 
-def check_num_biases(num: int, limits: RouterSettings) -> None:
-    """So many entries of logit_bias."""
-    if num > limits.max_logit_bias:
-        raise refuse("logit_bias", f"must have at most {limits.max_logit_bias} entries, not {num}")
-
-
 def _check_bias(bias: dict[int, float], limits: RouterSettings, facts: ModelFacts) -> None:
-    check_num_biases(len(bias), limits)
+    if len(bias) > limits.max_logit_bias:
+        raise refuse(
+            "logit_bias", f"must have at most {limits.max_logit_bias} entries, not {len(bias)}"
+        )
     for one, value in bias.items():
         if not 0 <= one < facts.vocab_size:
             bound = f"must have ids from 0 to {facts.vocab_size - 1} as keys"

@@ -23,15 +23,11 @@ from xllm.router.http.schema import (
     MessageBody,
     PackedBody,
 )
-from xllm.router.validation import check_num_biases
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for plain completions; a chat may use what the context leaves."""
 
 TRACEPARENT = re.compile(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-WHOLE_NUMBER = re.compile(r"-?[0-9]{1,20}")
-MAX_KEY_CHARS = 24
-"""So much is told of a key that is no number."""
 PlainPrompt = str | tuple[int, ...]
 """A text, or token ids."""
 Prompt = PlainPrompt | bytes
@@ -62,7 +58,7 @@ def chat_request(
             "max_tokens and max_completion_tokens differ", param="max_completion_tokens"
         )
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = sampling_of(body, limit_too if limit is None else limit, logprobs, settings)
+    sampling = sampling_of(body, limit_too if limit is None else limit, logprobs)
     return msgspec.structs.replace(
         _request(body, sampling, settings, trace, session),
         messages=chat_messages(body.messages),
@@ -81,7 +77,7 @@ def completion_requests(
     scoring = bool(body.echo) and body.max_tokens == 0
     limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     # A prompt that is only scored still runs one step; its token is dropped from the answer.
-    sampling = sampling_of(body, 1 if scoring else limit, body.logprobs, settings)
+    sampling = sampling_of(body, 1 if scoring else limit, body.logprobs)
     if body.echo and body.logprobs is not None:
         sampling = with_prompt_logprobs(sampling, body.logprobs)
     request = _request(body, sampling, settings, trace, session)
@@ -194,7 +190,7 @@ def chat_message(body: MessageBody, index: int) -> ChatMessage:
 
 
 def sampling_of(
-    body: GenerationBody, max_tokens: int | None, logprobs: int | None, settings: RouterSettings
+    body: GenerationBody, max_tokens: int | None, logprobs: int | None
 ) -> SamplingParams:
     """Sampling parameters, with the protocol's defaults for what is not given."""
     stop = body.stop
@@ -208,7 +204,7 @@ def sampling_of(
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=bias_of(body.logit_bias, settings) if body.logit_bias else {},
+        logit_bias=body.logit_bias or {},
         seed=body.seed,
         n=1 if body.n is None else body.n,
         stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
@@ -218,18 +214,6 @@ def sampling_of(
         skip_special_tokens=body.skip_special_tokens is not False,
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
     )
-
-
-def bias_of(bias: dict[str, float], settings: RouterSettings) -> dict[int, float]:
-    """A logit_bias by token ids."""
-    check_num_biases(len(bias), settings)  # before each of them is looked at
-    for key in bias:
-        if not WHOLE_NUMBER.fullmatch(key):
-            raise InvalidRequestError(
-                f"logit_bias must have token ids as keys, not {key[:MAX_KEY_CHARS]!r}",
-                param="logit_bias",
-            )
-    return {int(key): value for key, value in bias.items()}
 
 
 def with_prompt_logprobs(sampling: SamplingParams, count: int) -> SamplingParams:

@@ -18,6 +18,8 @@ from xllm.protocol.wrong_value import explain
 T = TypeVar("T")
 
 ABSENT = msgspec.Raw(b"")
+MAX_KEY_CHARS = 24
+"""So much is told of a key that is no number."""
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """An integer of 64 bits: nothing larger is passed on, whatever the field's own bound is."""
 
@@ -123,8 +125,7 @@ class GenerationBody(RefusedFields, frozen=True, kw_only=True, gc=False):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    """By token ids, which JSON writes as texts: see bias_of."""
+    logit_bias: dict[int, float] | None = None
     seed: int | None = None
     n: Int | None = None
     stop: str | list[str] | None = None
@@ -220,6 +221,22 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     tokens: list[int]
 
 
+class BiasBody(msgspec.Struct, frozen=True, gc=False):
+    """The keys of a logit_bias, whatever they are."""
+
+    logit_bias: dict[str, msgspec.Raw]
+
+
+def _wrong_key(data: bytes) -> str:
+    """The begin of the first key of a body's logit_bias that is no number; one is."""
+    for key in msgspec.json.decode(data, type=BiasBody).logit_bias:
+        try:
+            msgspec.convert(key, int, strict=False)
+        except msgspec.ValidationError:
+            return key[:MAX_KEY_CHARS]
+    return ""
+
+
 def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
     """A body as its type, or InvalidRequestError that names the field. Of a key that stands
     twice, the last value holds."""
@@ -227,6 +244,8 @@ def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
         text, param = explain(str(error), "the body")
+        if param == "logit_bias" and text.startswith("each key"):
+            text = f"logit_bias must have token ids as keys, not {_wrong_key(data)!r}"
         raise InvalidRequestError(text, param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         if not data.strip():
