@@ -18,7 +18,8 @@ from xllm.protocol.sampling import SamplingParams
 from xllm.protocol.token_bytes import pack_tokens
 from xllm.router import validation
 from xllm.router.front import Tenant
-from xllm.router.validation import ModelFacts, check_context, check_request
+from xllm.router.model_facts import ModelFacts
+from xllm.router.validation import check_context, check_request
 
 LIMITS = RouterSettings(
     max_choices=4,

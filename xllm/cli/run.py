@@ -43,7 +43,8 @@ def run(
     no sockets. The chat template is used where the model has one."""
     from xllm.cli.offline import OfflineEngine
     from xllm.cli.screen import LaunchScreen
-    from xllm.router.validation import ANY_MODEL, check_sampling
+    from xllm.router.model_facts import ANY_MODEL
+    from xllm.router.sampling_bounds import check_sampling
 
     configure_command_logs("run", settings)
     if settings.model.more:

@@ -25,10 +25,10 @@ from xllm.router.block_names import BlockNames
 from xllm.router.embedding import VECTOR_SAMPLING, check_task
 from xllm.router.foreign_ids import foreign_id
 from xllm.router.front import Tenant
+from xllm.router.model_facts import ModelFacts
 from xllm.router.state.spec import RequestSpec
 from xllm.router.text.model import TextModel
 from xllm.router.validation import (
-    ModelFacts,
     check_context,
     check_messages,
     check_request,
