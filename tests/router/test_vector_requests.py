@@ -143,8 +143,8 @@ RESUME = ResumePoint(attempt=1, outputs=((),), seed=0)
     [
         ({"prompt": ""}, "prompt"),
         ({"prompt": ()}, "prompt"),
-        ({"prompt": (330,)}, "prompt"),
-        ({"prompt": (-1,)}, "prompt"),
+        ({"prompt": (330,)}, "prompt[0]"),
+        ({"prompt": (-1,)}, "prompt[0]"),
         ({"messages": TALK}, "messages"),
         ({"max_tokens": 3}, "sampling"),
         ({"n": 2}, "sampling"),
