@@ -7,6 +7,7 @@ import contextlib
 import socket
 from array import array
 
+import numpy as np
 import pytest
 import uvloop
 
@@ -77,6 +78,8 @@ def test_many_token_ids_leave_as_bytes(length):
         ids = [number % 900 for number in range(length)]
         await client.generate(ids)
         await client.generate(array("I", ids))
+        await client.generate(np.array(ids))
+        assert len(router.submits) == 3
         for submit in router.submits:
             if length < 64:
                 assert (submit.prompt, submit.packed_prompt) == (tuple(ids), b"")

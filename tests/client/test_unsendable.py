@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.client.test_async_client import talk
@@ -42,5 +43,17 @@ def test_what_cannot_be_detokenized_is_refused_here(ids, told):
         with pytest.raises(InvalidRequestError) as caught:
             await client.detokenize(ids)
         assert caught.value.message == told
+
+    talk(conversation)
+
+
+@pytest.mark.parametrize("length", [1, 100])
+def test_numbers_of_numpy_that_are_no_integers_are_no_ids(length):
+    async def conversation(client, router):
+        with pytest.raises(InvalidRequestError, match=r"a whole number|numpy"):
+            await client.generate(np.full(length, 1.5))
+        with pytest.raises(InvalidRequestError):
+            await client.generate(np.ones((length, 2), dtype=int))
+        assert router.submits == []
 
     talk(conversation)

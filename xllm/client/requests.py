@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import msgspec
 
@@ -107,7 +108,8 @@ def build_tokenize(
 
 def build_detokenize(request_id: int, model: str, token_ids: Sequence[int]) -> DetokenizeIds:
     """A question for the text of token ids."""
-    ids = tuple(token_ids) if isinstance(token_ids, Iterable) else token_ids
+    is_row = isinstance(token_ids, Iterable)
+    ids = tuple(map(_plain_number, token_ids)) if is_row else token_ids
     fields = {"type": "detokenize", "id": request_id, "model": model, "token_ids": ids}
     return _convert(fields, DetokenizeIds)
 
@@ -140,11 +142,21 @@ def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
         raise InvalidRequestError(f"prompt must be a text or token ids, not {kind}", param="prompt")
     ids = tuple(prompt)
     if len(ids) < PACK_FROM:
-        return {"prompt": ids}
+        return {"prompt": tuple(map(_plain_number, ids))}
     try:
         return {"packed_prompt": pack_tokens(ids)}
     except (OverflowError, TypeError):
         return {"prompt": ids}  # which of them is no id is said where each is looked at
+
+
+def _plain_number(one: object) -> object:
+    """An integer of another library as Python's own; what is none as it is, to be refused."""
+    if isinstance(one, int) or not isinstance(one, SupportsIndex):
+        return one
+    try:
+        return operator.index(one)
+    except TypeError:
+        return one  # of numpy and torch all numbers have the method, and whole tensors
 
 
 def _beyond_64_bits(place: str, value: Any) -> Iterator[tuple[str, int]]:
