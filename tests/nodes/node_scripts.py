@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
@@ -27,13 +26,6 @@ def run_script(name, *arguments):
         text=True,
         timeout=TIMEOUT_S,
     )
-
-
-def free_port():
-    """A port of the loopback interface that nobody has just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

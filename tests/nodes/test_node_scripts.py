@@ -9,7 +9,8 @@ import socket
 
 import pytest
 
-from tests.nodes.node_scripts import free_port, pids, run_script, stopped_at_the_end, wait_until
+from tests.free_ports import free_port
+from tests.nodes.node_scripts import pids, run_script, stopped_at_the_end, wait_until
 from tests.registry.etcd_server import one_etcd
 from xllm.protocol.codec import Decoder
 from xllm.protocol.records import DaemonRecord

@@ -9,8 +9,8 @@ import signal
 import pytest
 
 from tests.fixtures.models import make_model
+from tests.free_ports import free_port
 from tests.nodes.node_scripts import (
-    free_port,
     logs,
     pids,
     run_script,

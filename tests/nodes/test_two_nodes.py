@@ -12,8 +12,8 @@ import signal
 import pytest
 
 from tests.cli.toy_model import expected_ids, make_toy_model
+from tests.free_ports import free_port
 from tests.nodes.node_scripts import (
-    free_port,
     logs,
     pids,
     run_script,

