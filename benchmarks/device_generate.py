@@ -27,6 +27,7 @@ import torch
 import uvloop
 from transformers import AutoModelForCausalLM
 
+from benchmarks.context import context_length
 from benchmarks.peer_hosts import EngineHost, Requests
 from benchmarks.random_model import SHAPES, write_random_model
 from benchmarks.workloads import make
@@ -104,7 +105,7 @@ async def measure(options: argparse.Namespace, directory: pathlib.Path) -> dict[
             {
                 "model.path": str(directory),
                 "model.name": options.shape,
-                "model.max_model_len": "2048",
+                "model.max_model_len": context_length(directory),
                 "worker.device": options.device,
                 "worker.kv_cache_bytes": str(options.kv_bytes),
                 "cluster.log_level": "warning",

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from benchmarks.context import context_length
+
 PROMPT_TOKENS = 512
 NUM_DECODES = 16
 SLACK = 1.15
@@ -126,7 +128,7 @@ def measure(options: argparse.Namespace, out: Any) -> None:
         {
             "model.path": str(directory.resolve()),
             "model.dtype": options.dtype,
-            "model.max_model_len": "2048",
+            "model.max_model_len": context_length(directory),
             "worker.num_threads": str(options.threads),
             "worker.kernels": options.kernels,
             "worker.kv_cache_bytes": str(options.kv_mib * MIB),

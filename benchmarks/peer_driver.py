@@ -25,6 +25,7 @@ if __package__ in (None, ""):  # run as a file: its folder is no place for modul
 
 import uvloop
 
+from benchmarks.context import context_length
 from benchmarks.peer_hosts import LIMIT_S, EngineHost, Host, HttpHost, Requests, ZmqHost
 from benchmarks.workloads import worker
 from xllm.cli.local_service import local_service
@@ -49,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "model.path": os.path.abspath(options.model),
         "model.name": pathlib.Path(options.model).resolve().name,
         "model.dtype": options.dtype,
-        "model.max_model_len": str(options.max_model_len),
+        "model.max_model_len": context_length(options.model, options.max_model_len),
         "worker.num_threads": str(options.threads),
         "cluster.log_level": "warning",
     }

@@ -28,6 +28,7 @@ from typing import Any
 import msgspec
 import uvloop
 
+from benchmarks.context import context_length
 from benchmarks.peer_hosts import Clocks, EngineHost, Requests
 from benchmarks.random_model import SHAPES, write_random_model
 from xllm.cli.model_source import demo_model_path
@@ -51,7 +52,6 @@ def engine_settings(options: argparse.Namespace, pipelined: bool) -> dict[str, s
     """What to load, by setting."""
     settings = {
         "model.dtype": options.dtype,
-        "model.max_model_len": "2048",
         "worker.num_threads": str(options.threads),
         "worker.kv_cache_bytes": str(KV_BYTES),
         "scheduler.async_scheduling": str(pipelined).lower(),
@@ -60,10 +60,12 @@ def engine_settings(options: argparse.Namespace, pipelined: bool) -> dict[str, s
     if options.toy_ms is not None:
         settings |= {"worker.engine": "toy", "worker.toy_step_ms": str(options.toy_ms)}
         settings |= {"model.name": "toy", "worker.toy_num_blocks": "8192"}
+        settings |= {"model.max_model_len": "2048"}
     else:
         path = options.model or demo_model_path()
         settings |= {"model.path": str(pathlib.Path(path).resolve())}
         settings |= {"model.name": pathlib.Path(path).resolve().name}
+        settings |= {"model.max_model_len": context_length(path)}
     return settings
 
 

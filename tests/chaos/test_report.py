@@ -16,7 +16,7 @@ def told(slack: float, **found: object) -> list[str]:
     return table(report.as_json())
 
 
-@pytest.mark.parametrize(("slack", "proposed"), [(1.0, "3"), (2.5, "7.5")])
+@pytest.mark.parametrize(("slack", "proposed"), [(1.0, "3"), (2.5, "7.5"), (50.0, "100")])
 def test_a_bound_of_time_that_does_not_hold_proposes_more_slack(slack, proposed):
     lines = told(slack, detect_s=2.6 * slack)
     assert f"F01: detect_ms is {2600 * slack:g}, not at most {1000 * slack:g}" in lines
@@ -27,3 +27,7 @@ def test_a_bound_of_time_that_does_not_hold_proposes_more_slack(slack, proposed)
 @pytest.mark.parametrize("found", [{}, {"failures": {"unavailable": 1}}, {"broken": ["odd"]}])
 def test_what_is_no_bound_of_time_does_not(found):
     assert not [line for line in told(1.0, detect_s=0.1, **found) if "--slack" in line]
+
+
+def test_no_more_slack_is_proposed_than_is_taken():
+    assert not [line for line in told(100.0, detect_s=260.0) if "--slack" in line]

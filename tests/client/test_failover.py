@@ -113,6 +113,13 @@ def test_addresses_that_cannot_be_tried_are_passed_by():
         bad = "tcp://10.1.2.3:8011"  # without a key of it
         named = [RouterAddress(one) for one in ("tcp://127.0.0.1:port", "http://127.0.0.1")]
         first.named = last.named = tuple(named)
+        async with AsyncClient([bad, first.endpoint]) as client:
+            assert (await client.generate("echo a")).text == "a"
+            assert client.endpoint == first.endpoint
+            assert [one.startswith(f"{bad} cannot be tried: ") for one in client.left] == [True]
+        async with AsyncClient([bad, "tcp://10.1.2.4:8011"]) as client:
+            with pytest.raises(BrokenError, match=r"10\.1\.2\.3:8011 is on another machine"):
+                await client.generate("echo a")
         async with AsyncClient([first.endpoint, bad, last.endpoint], silence_s=0.2) as client:
             stream = client.stream("part 1 a b")
             await stream.read()

@@ -122,6 +122,10 @@ def test_a_higher_epoch_that_the_registry_names_is_believed(often):
         master.epoch = MAX_BASE + 60
         assert await master.say(DrainInstance(0, MAX_BASE + 60)) == "decode"
         assert master.num_drains == 1
+        master.epoch = MAX_BASE + 70
+        both = DrainInstance(0, MAX_BASE + 70), AssignRole("both", MAX_BASE + 70)
+        assert await master.say(*both) == "both"
+        assert master.num_drains == 2, "a role does not replace a drain"
 
     run(scenario)
 

@@ -9,7 +9,7 @@ from tests.protocol.socket_pairs import BOTH, run, until
 from xllm.errors import BrokenError, ConfigError
 from xllm.protocol.generation import AbortRequest
 from xllm.protocol.transport.context import Transport
-from xllm.protocol.transport.dealer import DealerSocket
+from xllm.protocol.transport.dealer import DealerSocket, Reach
 from xllm.protocol.transport.router import RouterSocket
 from xllm.protocol.transport.security import CLIENT_DOMAIN, Security, create_keys
 
@@ -44,6 +44,7 @@ def test_keys_admit_the_listed_and_nobody_else(tmp_path):
         bad.send(AbortRequest(id=2))
         plain.send(AbortRequest(id=3))
         await until(lambda: refused)
+        assert bad.reach is Reach.REFUSED
         good.send(AbortRequest(id=1))
         await until(lambda: seen)
         assert seen == [1]

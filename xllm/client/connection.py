@@ -83,7 +83,7 @@ class ClientConnection:
         """The present router stops, or refused us: the next one is turned to in a moment."""
         self._timer: asyncio.TimerHandle | None = None
         try:
-            self._socket = self._open_socket()
+            self._socket = self._open_any()
         except BaseException:
             self._transport.close()
             raise
@@ -171,6 +171,19 @@ class ClientConnection:
 
     # -- routers -------------------------------------------------------------------------------
 
+    def _open_any(self) -> DealerSocket[RouterMessage]:
+        """To the present router, or the next one after it that can be tried at all: of one that
+        cannot the address is none, or its key was revoked. XllmError: none can."""
+        whys: list[XllmError] = []
+        for _ in range(len(self._routers)):
+            try:
+                return self._open_socket()
+            except XllmError as error:
+                whys.append(error)
+                self._routers.pass_by(f"{self.endpoint} cannot be tried: {error.message}")
+                self._routers.turn()
+        raise whys[0]
+
     def _open_socket(self) -> DealerSocket[RouterMessage]:
         router = self._routers.present
         self._count_routers()
@@ -249,22 +262,16 @@ class ClientConnection:
         self._session.fail_all(PermissionDeniedError(f"{self.endpoint} does not know our key"))
 
     def _turn(self, why: str) -> None:
-        """Go on with what is open at the next router: the same one where there is no other. An
-        address that cannot be tried at all (it is none, or its key was revoked) is passed by."""
+        """Go on with what is open at the next router: the same one where there is no other."""
         self._routers.leave(self._socket.reach, why)
         self._socket.close()
         self._session.lost(why)
-        found = ""
-        for _ in range(len(self._routers)):
-            self._routers.turn()
-            try:
-                self._socket = self._open_socket()
-            except XllmError as error:
-                found = error.message
-                self._routers.pass_by(f"{self.endpoint} cannot be tried: {found}")
-            else:
-                return
-        self._session.fail_all(BrokenError(f"none of {self._routers} can be tried: {found}"))
+        self._routers.turn()
+        try:
+            self._socket = self._open_any()
+        except XllmError as error:
+            text = f"none of {self._routers} can be tried: {error.message}"
+            self._session.fail_all(BrokenError(text))
 
     def _send_word(self, word: AbortRequest | Ping) -> None:
         try:

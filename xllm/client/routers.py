@@ -47,13 +47,15 @@ class RouterList:
     def leave(self, reach: Reach, why: str) -> None:
         """The present one is turned away from; how far one came with it, and why."""
         self.tried(reach)
-        self.pass_by(why if reach is Reach.PEER else f"{why} ({self._found(self._at)})")
+        is_told = reach in (Reach.PEER, Reach.REFUSED)
+        self.pass_by(why if is_told else f"{why} ({self._found(self._at)})")
 
     def pass_by(self, why: str) -> None:
         """The present one will not be spoken with."""
         known = {one.endpoint for one in (*self._given, *self._named)}
-        self._left = {one: told for one, told in self._left.items() if one in known}
-        self._left[self._at.endpoint] = why
+        kept = {one: told for one, told in self._left.items() if one in known}
+        self._left = {**kept, self._at.endpoint: why}  # another thread may be reading the old one
+        self._reached = {one: reach for one, reach in self._reached.items() if one in known}
 
     def tried(self, reach: Reach) -> None:
         """How far one came with the present one."""
@@ -89,6 +91,8 @@ class RouterList:
                 return "something listens there that does not speak ZeroMQ, or stands still"
             case Reach.OTHER_KEYS:
                 return "it speaks without keys" if router.public_key else "it speaks with keys only"
+            case Reach.REFUSED:
+                return "it does not know our key"
             case Reach.PEER:
                 return "it says nothing"
 

@@ -1,7 +1,7 @@
 """What a leader commands of an instance: its role, and that it drains.
 
 A shell around the gate of epochs: an epoch out of range is looked up in the registry, once a second
-at most, and a command under it waits for that; of a connection's only the last one does.
+at most, and a command under it waits for that; of a connection's only the last one of each kind.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class LeaderCommands:
         self._send = send
         self._name_of = name_of
         self._epochs = EpochGate()
-        self._unproven: dict[bytes, Command] = {}
-        """By connection, the last command under an epoch that the registry must confirm."""
+        self._unproven: dict[tuple[bytes, type[Command]], Command] = {}
+        """By connection, the last commands under epochs that the registry must confirm."""
         self._is_looking_up = False
         self._looked_up_at = -LOOK_UP_S
         self._ignored: set[bytes] = set()
@@ -57,14 +57,17 @@ class LeaderCommands:
         if not self._epochs.is_out_of_range(message.epoch):
             self._carry_out(router, message)
             return
-        self._unproven[router] = message
+        key = router, type(message)
+        self._unproven.pop(key, None)  # to the end: they are carried out as they came
+        self._unproven[key] = message
         if not self._is_looking_up:
             self._is_looking_up = True
             self._master.spawn(self._prove())
 
     def gone(self, router: bytes) -> None:
         """Nothing is kept of that connection."""
-        self._unproven.pop(router, None)
+        for kind in (AssignRole, DrainInstance):
+            self._unproven.pop((router, kind), None)
         self._ignored.discard(router)
 
     def _carry_out(self, router: bytes, message: Command) -> None:
@@ -95,10 +98,11 @@ class LeaderCommands:
                 waiting = dict(self._unproven)
                 await self._look_up()
                 self._looked_up_at = time.monotonic()
-                for router, message in waiting.items():
-                    if self._unproven.get(router) is not message:
-                        continue  # it is gone, or has said another word since
-                    del self._unproven[router]
+                for key, message in waiting.items():
+                    if self._unproven.get(key) is not message:
+                        continue  # the connection is gone, or has said another word since
+                    del self._unproven[key]
+                    router, _ = key
                     if self._epochs.is_out_of_range(message.epoch):
                         self._ignore(router, message)
                     else:

@@ -64,7 +64,7 @@ class MasterMetrics:
             ("stale_commands", "Commands of replaced leaders, refused.", self.num_stale_commands),
             (
                 "epochs_out_of_range",
-                "Commands under epochs above 2^62 - 1 of no leader in the registry, ignored.",
+                "Commands under epochs above 2^62 - 1 that the registry did not confirm.",
                 self.num_epochs_out_of_range,
             ),
         )

@@ -9,12 +9,15 @@ import pytest
 
 from tests.router.http.test_http_convert import chat
 from xllm.errors import InvalidRequestError
-from xllm.router.http.schema import DetokenizeBody, decode_body
+from xllm.router.http.schema import CompletionBody, DetokenizeBody, decode_body
 
+COMPLETION = msgspec.json.Decoder(CompletionBody)
 DETOKENIZE = msgspec.json.Decoder(DetokenizeBody)
 
 
-@pytest.mark.parametrize("key", ["abc", "1.5", "", " 5", "5_0", "+5", "٥", "9" * 5000])
+@pytest.mark.parametrize(
+    "key", ["abc", "1.5", "", " 5", "5_0", "+5", "٥", "1.0", "1e2", "9" * 5000]
+)
 def test_a_key_of_logit_bias_that_is_no_id_is_told(key):
     with pytest.raises(InvalidRequestError) as caught:
         chat(logit_bias={"17": 1, key: 1})
@@ -22,6 +25,15 @@ def test_a_key_of_logit_bias_that_is_no_id_is_told(key):
     told = f"logit_bias must have token ids as keys, not {key[:24]!r}"
     assert caught.value.message == told
     assert chat(logit_bias={"-1": 1, "7": 2}).sampling.logit_bias == {-1: 1.0, 7: 2.0}
+
+
+@pytest.mark.parametrize(
+    "behind", ["}} x", "}, ", '}, "logit_bias": null}', '}, "logit_bias": {"1": 2}}']
+)
+def test_a_body_that_is_wrong_behind_such_a_key_is_refused(behind):
+    body = f'{{"model": "m", "prompt": "a", "logit_bias": {{"a": 1{behind}'
+    with pytest.raises(InvalidRequestError, match=r"^logit_bias must have token ids as keys$"):
+        decode_body(COMPLETION, body.encode())
 
 
 @pytest.mark.parametrize("number", [2**70, 2**63, -1])

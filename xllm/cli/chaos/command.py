@@ -11,7 +11,7 @@ import json
 import click
 
 from xllm.cli.chaos.ending import run_to_end
-from xllm.cli.chaos.options import ChaosOptions, FiniteRange
+from xllm.cli.chaos.options import MAX_SLACK, ChaosOptions, FiniteRange
 from xllm.cli.chaos.scenarios.table import SCENARIOS, Scenario
 from xllm.errors import ConfigError
 
@@ -38,7 +38,7 @@ EXIT_INVALID = 2
               help="The launcher's own, an etcd of its own, or one that runs.")  # fmt: skip
 @click.option("--model", default="", help="Model directory; empty: the bundled one.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--slack", type=FiniteRange(1, 100), default=1.0, show_default=True,
+@click.option("--slack", type=FiniteRange(1, MAX_SLACK), default=1.0, show_default=True,
               help="Multiplies the bounds of times.")  # fmt: skip
 @click.option("--keep", is_flag=True, help="Leave the directory with the logs behind.")
 def chaos(scenario: str, list_only: bool, as_json: bool, **options: object) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+MAX_SLACK = 100
+
 
 class FiniteRange(click.FloatRange):
     """A number within bounds; `nan` is in none."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from xllm.cli.chaos.comparing import EQUAL, Differences
 from xllm.cli.chaos.ledger import Ledger
-from xllm.cli.chaos.options import ChaosOptions
+from xllm.cli.chaos.options import MAX_SLACK, ChaosOptions
 from xllm.cli.chaos.scenarios.table import Scenario
 from xllm.cli.chaos.verdict import Injection, is_time, section, summary_ms
 
@@ -143,10 +143,10 @@ def table(report: dict[str, object]) -> list[str]:
         lines += [f"{name}: {text}" for text in one["broken"]]
     slack = report["slack"]
     assert isinstance(slack, float)
-    if too_late:
+    if too_late and slack < MAX_SLACK:
         lines.append(
             f"bounds of time are for a machine that does nothing else; on a slow or busy one: "
-            f"--slack {3 * slack:g}"
+            f"--slack {min(MAX_SLACK, 3 * slack):g}"
         )
     counts = ("requests", "faults", "interrupted", "lost", "duplicated", "reordered", "foreign",
               "failed")  # fmt: skip

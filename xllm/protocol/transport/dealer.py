@@ -40,6 +40,8 @@ class Reach(enum.Enum):
     """Something does, but said no word of ZeroMQ."""
     OTHER_KEYS = enum.auto()
     """It speaks ZeroMQ with keys where we do without, or the other way round."""
+    REFUSED = enum.auto()
+    """It does not accept our key."""
     PEER = enum.auto()
     """There was a connection."""
 
@@ -149,6 +151,7 @@ class DealerSocket(Channel, Generic[T]):
             # Later, so that what the peer said before it left is handled first.
             self._loop.call_soon(self._tell_gone)
         elif event == REFUSED:
+            self.reach = Reach.REFUSED
             self._loop.call_later(REFUSED_PAUSE_S, self._try_again)
             if self._on_refused is not None:
                 self._on_refused()

@@ -227,14 +227,19 @@ class BiasBody(msgspec.Struct, frozen=True, gc=False):
     logit_bias: dict[str, msgspec.Raw]
 
 
-def _wrong_key(data: bytes) -> str:
-    """The begin of the first key of a body's logit_bias that is no number; one is."""
-    for key in msgspec.json.decode(data, type=BiasBody).logit_bias:
+def _wrong_key(data: bytes) -> str | None:
+    """The begin of the first key of a body's logit_bias that is no number; None where none is
+    found: the body may be no JSON behind it, or have the field twice."""
+    try:
+        keys = msgspec.json.decode(data, type=BiasBody).logit_bias
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
+        return None
+    for key in keys:
         try:
-            msgspec.convert(key, int, strict=False)
-        except msgspec.ValidationError:
+            msgspec.json.decode(msgspec.json.encode({key: 0}), type=dict[int, int])
+        except msgspec.MsgspecError:
             return key[:MAX_KEY_CHARS]
-    return ""
+    return None
 
 
 def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
@@ -245,7 +250,9 @@ def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
     except msgspec.ValidationError as error:
         text, param = explain(str(error), "the body")
         if param == "logit_bias" and text.startswith("each key"):
-            text = f"logit_bias must have token ids as keys, not {_wrong_key(data)!r}"
+            key = _wrong_key(data)
+            text = "logit_bias must have token ids as keys"
+            text += "" if key is None else f", not {key!r}"
         raise InvalidRequestError(text, param=param) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         if not data.strip():
