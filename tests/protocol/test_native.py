@@ -8,17 +8,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from tests.fixtures.compiled import looked_for_anew, needs
 from xllm.kvcache.hashing import chain_in_python, chain_packed
 from xllm.protocol.native import token_ids as library
 
-needs_library = pytest.mark.skipif(library.load() is None, reason="it was not compiled here")
-
-
-@pytest.fixture
-def found_anew():
-    library.load.cache_clear()
-    yield
-    library.load.cache_clear()
+needs_library, found_anew = needs(library), looked_for_anew(library)
 
 
 @needs_library

@@ -9,20 +9,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from tests.fixtures.compiled import looked_for_anew, needs
 from xllm.router.text.native import words as library
 from xllm.router.text.word_borders import GPT2_BORDERS, LETTERS_FIRST_BORDERS
 
-needs_library = pytest.mark.skipif(library.load() is None, reason="it was not compiled here")
+needs_library, found_anew = needs(library), looked_for_anew(library)
 BORDERS = pytest.mark.parametrize("borders", [GPT2_BORDERS, LETTERS_FIRST_BORDERS])
 SIGNS = "a.'é½你🙂\u200b\u0301\xc2\u0fff\u2020"
 WHITE = " \n\r\t\f\v\x1c\x1f\x85\xa0\u1680\u2000\u200a\u2028\u202f\u205f\u3000"
-
-
-@pytest.fixture
-def found_anew():
-    library.load.cache_clear()
-    yield
-    library.load.cache_clear()
 
 
 @needs_library

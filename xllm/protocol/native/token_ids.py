@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from xllm.protocol.native.library import open_library
+from xllm.protocol.native.opening import open_library
 
 _log = structlog.get_logger("native")
 _ABI = 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from xllm.protocol.native.library import open_library
+from xllm.protocol.native.opening import open_library
 
 _log = structlog.get_logger("native")
 _ABI = 1
