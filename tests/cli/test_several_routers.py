@@ -24,10 +24,10 @@ def test_status_asks_the_next_router_and_says_which_did_not_answer(capsys, flags
         mute.mute = True
         code, out, err = status(capsys, f"{dead}, {mute.endpoint},{router.endpoint}", *flags)
         assert code == 0
-        assert err == (
-            f"{dead} does not answer (nothing takes connections there); "
-            f"{mute.endpoint} does not answer; {router.endpoint} was asked instead\n"
-        )
+        # How far one came with the mute one is a matter of time on a busy machine.
+        assert err.startswith(f"{dead} does not answer (nothing takes connections there); ")
+        assert f"; {mute.endpoint} does not answer" in err
+        assert err.endswith(f"; {router.endpoint} was asked instead\n")
         if flags:
             assert [one["name"] for one in json.loads(out)] == ["i0"]
         else:

@@ -1,6 +1,7 @@
 """The frame of a process: timers, failures, children, run directories."""
 
 import asyncio
+import gc
 import os
 import pathlib
 import signal
@@ -15,6 +16,7 @@ from tests.protocol import children_targets
 from xllm.errors import ConfigError, InvariantError
 from xllm.protocol.actor.base import Actor
 from xllm.protocol.actor.children import Children, ChildSpec
+from xllm.protocol.actor.run import YOUNG_OBJECTS
 from xllm.protocol.actor.rundir import RunDirectory, sweep
 
 
@@ -176,3 +178,23 @@ def test_a_run_directory_is_not_made_in_a_foreign_place(tmp_path):
     link.symlink_to(real)
     with pytest.raises(ConfigError):
         RunDirectory(str(link))
+
+
+ACTOR = """
+import gc
+from tests.fixtures.child_process import run_child
+from xllm.protocol.actor.base import Actor
+
+class Looker(Actor):
+    async def start(self):
+        print(gc.get_threshold()[0], gc.get_freeze_count() > 0, flush=True)
+        self.request_stop()
+
+run_child(lambda: Looker("looker"))
+"""
+
+
+def test_a_process_looks_for_cycles_among_many_young_objects_and_no_old_ones():
+    done = subprocess.run([sys.executable, "-c", ACTOR], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [str(YOUNG_OBJECTS), "True"], done.stderr
+    assert gc.get_threshold()[0] < YOUNG_OBJECTS
