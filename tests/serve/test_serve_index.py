@@ -116,6 +116,8 @@ def restarted(served, kind, pid, num_ready) -> None:
 
 def check_load(served) -> None:
     """The index is what the instances have."""
+    # Until it has heard of an instance, what that stored comes as a whole, not as events.
+    wait_until(lambda: is_equal(served), 30, "a router that hears all instances")
     load(served, 80)
     wait_until(lambda: is_equal(served), 30, "no divergence after load")
     assert figure(served, "blocks") > 80
