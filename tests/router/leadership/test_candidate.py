@@ -114,6 +114,10 @@ def test_a_leader_that_lost_its_key_steps_down_and_runs_again():
             assert runner.candidate.epoch == last
             runner.candidate.outbid(last + 1)
             assert runner.candidate.epoch == 0
+            last = await runner.leads()
+            runner.candidate.led(last)
+            assert runner.candidate.epoch == 0
+            assert await runner.leads() > last
         finally:
             await runner.close()
             await registry.close()

@@ -48,6 +48,30 @@ def test_a_claim_gives_way_to_a_higher_epoch_that_is_heard_of_before_its_answer(
     assert one.epoch == 0
 
 
+def test_an_epoch_that_another_leads_under_is_no_echo_of_the_own_claim():
+    """A registry that lost its data gives the other's revision out again."""
+    one, call = claiming()
+    one.led(20)
+    assert one.needed_base(0, 20) == 20
+    one.claimed(call, CasResult(True, 20, Entry(KEY, b"me", 20, 20, 7)), 0.2)
+    assert one.epoch == 0
+
+
+@pytest.mark.parametrize(("epoch", "leads"), [(19, True), (20, False), (21, False)])
+def test_who_hears_that_another_leads_under_its_epoch_or_above_leads_no_more(epoch, leads):
+    one, call = claiming()
+    one.claimed(call, CasResult(True, 20, Entry(KEY, b"me", 20, 20, 7)), 0.2)
+    one.led(epoch)
+    assert one.leads(0.3) == leads
+    if not leads:
+        revoke = one.next_call(0.3)
+        one.revoked(revoke, True, 0.4)
+        assert one.next_call(0.5) is None, "it lets others go first"
+        one.granted(one.next_call(1.0), Lease(8, TTL_S), 1.1)
+        assert one.next_call(1.1) is not None
+        assert one.needed_base(0, 20) == epoch
+
+
 def test_whose_claim_is_done_in_a_quiet_cluster_leads():
     for seed in range(40):
         world = World(seed, 4, 0.0, 0.0)

@@ -236,6 +236,21 @@ def test_a_claim_is_not_outbid_by_its_own_key():
     scenario(body, "one", "two")
 
 
+def test_two_that_lead_under_one_epoch_both_lead_no_more():
+    """As beside a registry that lost its data and gives revisions out again."""
+
+    async def body(registry: LocalRegistry, one: Router) -> None:
+        await one.leadership.start()
+        await beat([one], lambda: one.leadership.epoch)
+        led = one.leadership.epoch
+        for said, leads in ((0, led), (led - 1, led), (1 << 63, led), (led, 0)):
+            one.leadership.heard(RouterPresence("two", "i", 1, leader_epoch=said))
+            assert one.leadership.epoch == leads
+        await beat([one], lambda: one.leadership.epoch > led)
+
+    scenario(body, "one")
+
+
 def test_what_is_in_force_is_told_by_a_leader_whose_registry_is_silent():
     async def body(registry: LocalRegistry, one: Router) -> None:
         async def silence(key: str) -> None:

@@ -86,8 +86,16 @@ class Candidate:
     def outbid(self, epoch: int) -> None:
         """That epoch was heard of somewhere: a leader of a lower one steps down, and none of this
         process will have a lower one."""
+        self._outbid(epoch, self._election.outbid)
+
+    def led(self, epoch: int) -> None:
+        """Another router says that it leads under that epoch: none of this process will have the
+        same one."""
+        self._outbid(epoch, self._election.led)
+
+    def _outbid(self, epoch: int, told: Callable[[int], None]) -> None:
         led = self._election.epoch
-        self._election.outbid(epoch)
+        told(epoch)
         if led and not self._election.epoch:
             _log.warning("leader_outbid", epoch=led, by=epoch)
             self._pump()

@@ -73,7 +73,7 @@ class Election:
         self._highest = 0
         """The highest epoch heard of, or had."""
         self._before_claim = 0
-        """The highest epoch heard of before the claim was sent."""
+        """The highest epoch heard of before the claim was sent, or that another leads under."""
         self._gives_way = False
         self._entry: Entry | None = None
         self._claimed_at = 0
@@ -197,8 +197,15 @@ class Election:
         who have been there for longer."""
         self._highest = max(self._highest, epoch)
         if 0 < self._epoch < epoch:
-            self._step_down()
-            self._gives_way = True
+            self._give_way()
+
+    def led(self, epoch: int) -> None:
+        """Another says that it leads under that epoch: so it is not the echo of an own claim. A
+        registry that lost its data may give its revision out again."""
+        self._before_claim = max(self._before_claim, epoch)
+        self.outbid(epoch)
+        if self._epoch == epoch:
+            self._give_way()
 
     def disproved(self) -> None:
         """The registry has another leader, or none."""
@@ -258,13 +265,17 @@ class Election:
     def _is_above(self, epoch: int) -> bool:
         """Whether the claim on its way may lead under that epoch. Whoever sees the key tells of its
         epoch, to this process, too, before the claim is answered: one that was heard of since the
-        claim was sent and is the same is the claim's own."""
+        claim was sent and is the same is the claim's own, unless another leads under it."""
         return epoch > self._before_claim and epoch >= self._highest
 
     def _is_own(self, entry: Entry | None) -> bool:
         """A registry that lost its data may give a revision out again, but no lease's id."""
         ours = self._revision, self._lease_id
         return entry is not None and (entry.create_revision, entry.lease_id) == ours
+
+    def _give_way(self) -> None:
+        self._step_down()
+        self._gives_way = True
 
     def _step_down(self) -> None:
         self._epoch = 0
