@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from tests.fixtures.compiled import looked_for_anew, needs
+from xllm.protocol.token_bytes import pack_tokens
 from xllm.router.text.native import words as library
 from xllm.router.text.word_borders import GPT2_BORDERS, LETTERS_FIRST_BORDERS
+from xllm.router.text.word_table import PatternTable, table_maker
 
 needs_library, found_anew = needs(library), looked_for_anew(library)
 BORDERS = pytest.mark.parametrize("borders", [GPT2_BORDERS, LETTERS_FIRST_BORDERS])
@@ -67,11 +69,84 @@ def test_a_text_of_more_bytes_than_a_call_takes_is_refused(monkeypatch):
         library.load().split("éé", library.GPT2)
 
 
+SCRAPS = "ab1\0é你🙂 \n\t\u3000"
+TEXTS = st.text(alphabet=SCRAPS, max_size=30)
+# Short ones: what is long is not the same for both.
+KEEPS = st.dictionaries(
+    st.text(alphabet=SCRAPS, min_size=1, max_size=12),
+    st.lists(st.integers(0, 1 << 31), max_size=12),
+)
+
+
+@needs_library
+@BORDERS
+@given(st.lists(st.one_of(TEXTS, KEEPS, st.just(None)), max_size=12))
+def test_a_compiled_table_says_what_the_one_in_python_says(borders, steps):
+    """Of texts, after words were kept, and others of the time before."""
+    makers = [table_maker(borders), lambda: PatternTable(borders.words.findall)]
+    tables = [[make(), None] for make in makers]
+    for step in steps:
+        if step is None:
+            for made, make in zip(tables, makers, strict=True):
+                made[:] = make(), made[0]
+        elif isinstance(step, dict):
+            words = {word: pack_tokens(ids) for word, ids in step.items()}
+            # More ids than bytes cannot be: see xt_look.
+            words = {word: ids for word, ids in words.items() if len(ids) <= 4 * len(word.encode())}
+            for recent, _ in tables:
+                recent.keep(words)
+        else:
+            found = [joined(recent.look(step, older)) for recent, older in tables]
+            assert found[0] == found[1]
+
+
+def joined(row):
+    """A row with neighbouring ids as one."""
+    parts: list[bytes | str] = []
+    for part in row:
+        if parts and isinstance(part, bytes) and isinstance(parts[-1], bytes):
+            parts[-1] += part
+        elif part:
+            parts.append(part)
+    return parts
+
+
+@needs_library
+def test_many_words_are_found_and_cost_what_is_said():
+    table, words = table_maker(GPT2_BORDERS)(), {}
+    assert 0 < table.num_bytes < 1000
+    for number in range(30_000):
+        words[f" {number}"] = pack_tokens(range(number % 3))
+    table.keep(words)
+    assert 30_000 * 18 < table.num_bytes < 30_000 * 100
+    assert table.look("".join(words), None) == [b"".join(words.values())]
+    table.keep(dict.fromkeys(words, b"1234"))  # they are there already
+    assert table.look(" 2 3 x 4", None) == [words[" 2"] + words[" 3"], " x", words[" 4"]]
+
+
+@needs_library
+def test_long_words_are_not_kept():
+    table = table_maker(GPT2_BORDERS)()
+    words = {"x" * 252: b"1234", "y" * 253: b"1234", "z" * 63: b"z" * 252, "a" * 64: b"a" * 256}
+    table.keep({**words, "more ids than bytes": b"i" * 80, "b" * 20: b"i" * 80, "": b""})
+    assert table.look("x" * 252, None) == [b"1234"]
+    assert table.look("z" * 63, None) == [b"z" * 252]
+    assert table.look("b" * 20, None) == [b"i" * 80]
+    for word in ("y" * 253, "a" * 64):
+        assert table.look(word, None) == [word]
+
+
+@needs_library
+def test_a_text_of_more_bytes_than_a_table_takes_is_one_word(monkeypatch):
+    monkeypatch.setattr(library, "MAX_BYTES", 3)
+    assert table_maker(GPT2_BORDERS)().look("a b c", None) == ["a b c"]
+
+
 @needs_library
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
-        ("_ABI", 0, "is of version 1, not 0: build it again"),
+        ("_ABI", 0, "is of version 2, not 0: build it again"),
         ("open_library", lambda *_: "gone", "gone"),
     ],
 )
@@ -80,6 +155,7 @@ def test_without_the_library_the_pattern_finds_them(monkeypatch, found_anew, nam
     with capture_logs() as logs:
         for _ in range(2):
             assert GPT2_BORDERS.split("one two\n") == ["one", " two\n"]
+            assert table_maker(GPT2_BORDERS)().look("one two\n", None) == ["one", " two\n"]
     (line,) = logs
     assert (line["event"], line["log_level"]) == ("words_in_python", "warning")
     assert reason in line["reason"]

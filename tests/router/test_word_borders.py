@@ -93,11 +93,6 @@ def test_words_are_encoded_at_once_as_if_each_were_alone(kind, words):
     expected = [pack_tokens(made.encode(word, add_special_tokens=False).ids) for word in words]
     encoder = WordEncoder(made, BORDERS[kind].split)
     assert encoder.encode(words) == expected
-    text = "".join(words)
-    row = BORDERS[kind].words.findall(text)
-    assert b"".join(encoder.encode_row(text, row)) == pack_tokens(
-        made.encode(text, add_special_tokens=False).ids
-    )
 
 
 def test_many_words_are_one_call():
@@ -120,7 +115,6 @@ def test_a_tokenizer_that_leaves_bytes_out_is_asked_word_by_word():
     for words in (["zz", " zy"], ["a", " z", " a"], [" z", " a"], ["z"]):
         expected = [pack_tokens(made.encode(word).ids) for word in words]
         assert encoder.encode(words) == expected
-        assert encoder.encode_row("".join(words), words) == expected
 
 
 def test_words_are_not_put_together_where_an_added_token_has_whitespace():

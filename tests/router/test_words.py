@@ -1,4 +1,5 @@
-"""Words that are known are not encoded again, for their own tenant only, and within bounds."""
+"""Words that are known are not encoded again, for their own tenant only, and within bounds: by
+tables in Python and by compiled ones."""
 
 from __future__ import annotations
 
@@ -6,83 +7,99 @@ import threading
 import tracemalloc
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xllm.protocol.token_bytes import pack_tokens
+from xllm.router.text.native import words as library
 from xllm.router.text.word_borders import GPT2_BORDERS
-from xllm.router.text.words import VOCABULARY_WORDS, WORD_BYTES, KnownWords
+from xllm.router.text.word_table import WORD_BYTES, PatternTable, table_maker
+from xllm.router.text.words import VOCABULARY_BYTES, KnownWords
+
+MAKERS = {"python": lambda: PatternTable(GPT2_BORDERS.words.findall)}
+if library.load() is not None:
+    MAKERS["compiled"] = table_maker(GPT2_BORDERS)
+TABLES = pytest.mark.parametrize("table", MAKERS)
+ENDLESS = 1 << 24
 
 
 class FakeEncoder:
-    """A token for each character; knows what it was asked, and how often of a whole text."""
+    """A token for each character; knows what it was asked."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-        self.num_rows = 0
+        self.num_calls = 0
 
     def encode(self, words: Sequence[str]) -> list[bytes]:
         self.asked += words
-        return [pack_tokens([ord(char) for char in word]) for word in words]
-
-    def encode_row(self, text: str, words: Sequence[str]) -> list[bytes]:
-        assert text == "".join(words)
-        self.num_rows += 1
-        return self.encode(words)
+        self.num_calls += 1
+        return [ids(word) for word in words]
 
 
-def words(num_words: int) -> tuple[KnownWords, FakeEncoder]:
+def ids(text: str) -> bytes:
+    return pack_tokens([ord(char) for char in text])
+
+
+def words(table: str, max_bytes: int) -> tuple[KnownWords, FakeEncoder]:
     encoder = FakeEncoder()
-    return KnownWords(encoder, GPT2_BORDERS.split, num_words * WORD_BYTES), encoder
+    return KnownWords(encoder, MAKERS[table], max_bytes), encoder
 
 
 TEXTS = st.text(alphabet="ab \n\t\r\u3000\x1f.", max_size=40)
 
 
+@TABLES
 @given(TEXTS, TEXTS)
-def test_a_text_is_its_words_in_a_row(first, second):
-    known, _ = words(1000)
+def test_a_text_is_its_words_in_a_row(table, first, second):
+    known, _ = words(table, ENDLESS)
     for text in (first, second, first):
-        assert known.pack(text, b"") == pack_tokens([ord(char) for char in text])
+        assert known.pack([text], b"") == [ids(text)]
+    assert known.pack([first, second, first], b"new") == [ids(first), ids(second), ids(first)]
 
 
-def test_a_text_that_is_mostly_new_is_encoded_as_a_whole_and_known_words_are_not():
-    known, encoder = words(1000)
-    known.pack("to be or not to be", b"")
-    assert (known.num_encoded, known.num_tokens, encoder.num_rows) == (18, 18, 1)
-    known.pack("to be", b"")
-    assert len(encoder.asked) == 6
-    assert (known.num_encoded, known.num_tokens) == (18, 23)
-    known.pack("to be it or not it", b"")
-    assert encoder.asked[6:] == [" it"]
-    assert (known.num_encoded, known.num_tokens, encoder.num_rows) == (21, 41, 1)
+@TABLES
+def test_only_words_that_are_new_are_encoded_all_at_once(table):
+    known, encoder = words(table, ENDLESS)
+    known.pack(["to be or not to be"], b"")
+    assert encoder.asked == ["to", " be", " or", " not", " to"]
+    assert (known.num_encoded, known.num_tokens) == (15, 18)
+    known.pack(["to be"], b"")
+    assert (known.num_encoded, known.num_tokens, encoder.num_calls) == (15, 23, 1)
+    texts = ["to be it or not it", " it", "\0 to\0", " ž\0 ž"]
+    assert known.pack(texts, b"") == [ids(text) for text in texts]
+    assert encoder.asked[5:] == [" it", "\0", " to\0", " ž\0", " ž"]
+    assert (known.num_encoded, encoder.num_calls) == (15 + 3 + 1 + 4 + 3 + 2, 2)
 
 
-def test_no_tenant_finds_the_words_of_another():
-    known, encoder = words(1000)
-    known.pack("a secret", b"one")
-    known.pack("a secret", b"two")
+@TABLES
+def test_no_tenant_finds_the_words_of_another(table):
+    known, encoder = words(table, ENDLESS)
+    known.pack(["a secret"], b"one")
+    known.pack(["a secret"], b"two")
     assert encoder.asked == ["a", " secret"] * 2
 
 
-def test_what_hardly_comes_again_is_not_kept():
-    known, encoder = words(1000)
-    for word in ("x" * 60, "\u4f60" * 30, "\U0001f642" * 20):
-        known.pack(word, b"")
-        known.pack(word, b"")
+@TABLES
+def test_what_hardly_comes_again_is_not_kept(table):
+    known, encoder = words(table, ENDLESS)
+    known.pack([""], b"")
+    empty = known.num_bytes
+    for word in ("x" * 80, "\u4f60" * 70, "\U0001f642" * 64):
+        for _ in range(2):
+            assert known.pack([word], b"") == [ids(word)]
         assert encoder.asked.count(word) == 2
-    assert known.num_bytes == VOCABULARY_WORDS * WORD_BYTES
+    assert known.num_bytes == empty
 
 
-def test_what_a_word_costs_is_bounded():
-    known, _ = words(100_000)
+def test_what_a_word_costs_in_python_is_bounded():
+    known, _ = words("python", 100_000 * WORD_BYTES)
     texts = [char * size + f"{number}" for number in range(2000) for char, size in
              (("x", 15), ("\u4f60", 9), ("\U0001f642", 3))]  # fmt: skip
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        for text in texts:
-            known.pack(text, b"")
+        known.pack(texts, b"")
         grown = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
@@ -90,44 +107,63 @@ def test_what_a_word_costs_is_bounded():
     assert known.num_bytes >= len(texts) * WORD_BYTES
 
 
-def test_tenants_without_words_cost_too():
-    known, _ = words(40)
-    for number in range(100):
-        known.pack("x" * 100, b"%d" % number)
-        assert known.num_bytes <= 40 * WORD_BYTES
+@TABLES
+def test_tenants_cost_within_the_bound_with_words_and_without(table):
+    for text in ("x" * 300, "some words of its own"):
+        known, _ = words(table, 10 * VOCABULARY_BYTES)
+        for number in range(100):
+            known.pack([text], b"%d" % number)
+            assert VOCABULARY_BYTES <= known.num_bytes <= 10 * VOCABULARY_BYTES
 
 
-def test_words_in_use_stay_known_and_the_others_make_room():
-    known, encoder = words(40)
-    for number in range(200):
-        known.pack(f"always here {number}", b"")
-        assert known.num_bytes <= 40 * WORD_BYTES
+@TABLES
+def test_words_in_use_stay_known_and_the_others_make_room(table):
+    room = 40 * WORD_BYTES
+    known, encoder = words(table, room)
+    for number in range(2000):
+        known.pack([f"always here {number}"], b"")
+        assert known.num_bytes <= room
     assert encoder.asked.count(" here") == 1
-    known.pack("0 0 here", b"")
+    known.pack(["0 0 here"], b"")
     assert encoder.asked.count(" 0") == 2  # forgotten meanwhile
+    assert encoder.asked.count(" here") == 1
 
 
-def test_the_tenant_that_has_not_asked_for_longest_is_forgotten():
-    known, encoder = words(40)
-    for number in range(10):
-        known.pack("some words of its own", b"%d" % number)
-        assert known.num_bytes <= 40 * WORD_BYTES
-    encoder.asked.clear()
-    known.pack("some words of its own", b"9")
+@TABLES
+def test_a_text_of_more_words_than_there_is_room_for_leaves_others_their_words(table):
+    known, encoder = words(table, 400 * WORD_BYTES)
+    known.pack(["its own words"], b"one")
+    text = " ".join(map(str, range(50_000)))
+    assert known.pack([text], b"two") == [ids(text)]
+    assert known.num_bytes <= 400 * WORD_BYTES
+    del encoder.asked[:]
+    known.pack(["its own words"], b"one")
     assert not encoder.asked
-    known.pack("some words of its own", b"0")
-    assert len(encoder.asked) == 5
 
 
-def test_threads_may_ask_at_once():
-    known, _ = words(64)
+@TABLES
+def test_the_tenant_that_has_not_asked_for_longest_is_forgotten(table):
+    known, encoder = words(table, 8 * VOCABULARY_BYTES)
+    for number in range(20):
+        known.pack(["some words"], b"%d" % number)
+    encoder.asked.clear()
+    known.pack(["some words"], b"19")
+    assert not encoder.asked
+    known.pack(["some words"], b"0")
+    assert encoder.asked == ["some", " words"]
+
+
+@TABLES
+def test_threads_may_ask_at_once(table):
+    room = 64 * WORD_BYTES
+    known, _ = words(table, room)
     wrong: list[str] = []
 
     def ask(owner: bytes) -> None:
         for number in range(2000):
-            text = f"word {number % 97} of {number % 13} kinds"
-            if known.pack(text, owner) != pack_tokens([ord(char) for char in text]):
-                wrong.append(text)
+            texts = [f"word {number % 97}", f" of {number % 13} kinds"]
+            if known.pack(texts, owner) != [ids(text) for text in texts]:
+                wrong.append(texts[0])
 
     threads = [threading.Thread(target=ask, args=(b"%d" % (one % 2),)) for one in range(4)]
     for thread in threads:
@@ -135,4 +171,4 @@ def test_threads_may_ask_at_once():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert 0 < known.num_bytes <= 64 * WORD_BYTES
+    assert 0 < known.num_bytes <= room

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from hashlib import sha256
+from hashlib import blake2b
 
 from tokenizers import Tokenizer
 
@@ -21,6 +21,7 @@ from xllm.protocol.token_bytes import TOKEN_BYTES, pack_tokens, unpack_tokens
 from xllm.router.text.kept import KeptBytes
 from xllm.router.text.word_borders import WordBorders, find_word_borders, state_of
 from xllm.router.text.word_encoder import WordEncoder
+from xllm.router.text.word_table import table_maker
 from xllm.router.text.words import KnownWords
 
 CHUNK_CHARS = 2048
@@ -30,6 +31,7 @@ NAMED_BY_TEXT = 128
 MAX_BYTES = 64 << 20
 WORDS_SHARE = 4
 """One part in so many of what may be remembered is for words."""
+_Name = tuple[bytes, str | bytes]
 
 
 class SegmentEncoder:
@@ -53,7 +55,7 @@ class SegmentEncoder:
         """What knows the words of new segments, where those are encoded apart."""
         if borders is not None and max_bytes > 0:
             encoder = WordEncoder(tokenizer, borders.split)
-            self.words = KnownWords(encoder, borders.split, max_bytes // WORDS_SHARE)
+            self.words = KnownWords(encoder, table_maker(borders), max_bytes // WORDS_SHARE)
             max_bytes -= max_bytes // WORDS_SHARE
         self.kept = KeptBytes(max_bytes)
         self.num_hits = 0
@@ -69,19 +71,39 @@ class SegmentEncoder:
 
     def pack(self, text: str, owner: bytes) -> bytes:
         """The same as bytes."""
-        if self._cut is None:
-            return b"".join([self._chunk(one, owner) for one in self._chunks(text)])
         parts: list[bytes] = []
+        new: list[tuple[int, _Name, str]] = []
+        for piece, special in self._pieces(text):
+            packed = special
+            if packed is None:
+                name = (owner, piece if len(piece) <= NAMED_BY_TEXT else _digest(piece))
+                packed = self.kept.get(name)
+                if packed is None:
+                    new.append((len(parts), name, piece))
+                    packed = b""
+                else:
+                    self.num_hits += 1
+                    self.num_found += len(packed) // TOKEN_BYTES
+            parts.append(packed)
+        if new:
+            encoded = self._encode([piece for _, _, piece in new], owner)
+            for (place, name, _), packed in zip(new, encoded, strict=True):
+                self.num_encoded += len(packed) // TOKEN_BYTES
+                self.kept.put(name, packed)
+                parts[place] = packed
+        return b"".join(parts)
+
+    def _pieces(self, text: str) -> Iterator[tuple[str, bytes | None]]:
+        """What a text is made of: special tokens, with their ids, and what is between them, in
+        chunks."""
         special = True
-        for piece in self._cut.split(text):
+        for segment in self._cut.split(text) if self._cut is not None else (text,):
             special = not special
             if special:
-                parts.append(self._special[piece])
-            elif len(piece) > CHUNK_CHARS:
-                parts += [self._chunk(one, owner) for one in self._chunks(piece)]
-            elif piece:
-                parts.append(self._chunk(piece, owner))
-        return b"".join(parts)
+                yield segment, self._special[segment]
+            else:
+                for chunk in self._chunks(segment):
+                    yield chunk, None
 
     def _chunks(self, segment: str) -> Iterator[str]:
         """The pieces of a segment: cuts depend on what stands before them only, so that a segment
@@ -94,24 +116,16 @@ class SegmentEncoder:
         if start < len(segment):
             yield segment[start:]
 
-    def _chunk(self, text: str, owner: bytes) -> bytes:
-        name: tuple[bytes, str | bytes] = (owner, text)
-        if len(text) > NAMED_BY_TEXT:
-            name = (owner, sha256(text.encode()).digest())
-        packed = self.kept.get(name)
-        if packed is not None:
-            self.num_hits += 1
-            self.num_found += len(packed) // TOKEN_BYTES
-            return packed
-        packed = self._encode(text) if self.words is None else self.words.pack(text, owner)
-        self.num_encoded += len(packed) // TOKEN_BYTES
-        self.kept.put(name, packed)
-        return packed
-
-    def _encode(self, text: str) -> bytes:
+    def _encode(self, pieces: list[str], owner: bytes) -> list[bytes]:
+        if self.words is not None:
+            return self.words.pack(pieces, owner)
         # The batch call skips the offsets of tokens in the text: a third of the time.
-        fast = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return pack_tokens(fast[0].ids)
+        encoded = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        return [pack_tokens(one.ids) for one in encoded]
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=32).digest()
 
 
 def make_segment_encoder(tokenizer: Tokenizer, max_bytes: int = MAX_BYTES) -> SegmentEncoder | None:

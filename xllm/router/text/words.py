@@ -11,40 +11,35 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from sys import getsizeof
+from itertools import islice
 from typing import Protocol
 
 from xllm.protocol.token_bytes import TOKEN_BYTES
+from xllm.router.text.word_table import WordTable
 
-WORD_BYTES = 320
-"""What a word costs at most: its name, its ids, its place in the table."""
-PLACE_BYTES = 140
-"""Of these, what does not depend on the word."""
-VOCABULARY_WORDS = 4
-"""What a tenant costs beside its words, in words."""
-
-Known = dict[str, bytes]
+VOCABULARY_BYTES = 1280
+"""What a tenant costs beside its words, about."""
+TURN_OVER = 5
+"""One tenant's words turn over at one part in so many of the room: a table that grows doubles, and
+there are two."""
+KEPT_AT_ONCE = 256
 
 
 class _Vocabulary:
-    """Of one tenant: words since the last turn-over, and those of the time before that were not
-    met since."""
+    """Of one tenant: words since the last turn-over, and those of the time before that."""
 
     __slots__ = ("counted", "older", "recent")
 
-    def __init__(self) -> None:
-        self.recent: Known = {}
-        self.older: Known = {}
+    def __init__(self, recent: WordTable) -> None:
+        self.recent = recent
+        self.older: WordTable | None = None
         self.counted = 0
-        """Words of it in the sum over all tenants."""
+        """Bytes of it in the sum over all tenants."""
 
-    def __len__(self) -> int:
-        return VOCABULARY_WORDS + len(self.recent) + len(self.older)
-
-    def keep(self, word: str, packed: bytes) -> None:
-        """Longer ones hardly come again."""
-        if getsizeof(word) + len(packed) <= WORD_BYTES - PLACE_BYTES:
-            self.recent[word] = packed
+    @property
+    def num_bytes(self) -> int:
+        older = self.older
+        return VOCABULARY_BYTES + self.recent.num_bytes + (older.num_bytes if older else 0)
 
 
 class Encoder(Protocol):
@@ -54,86 +49,74 @@ class Encoder(Protocol):
         """Of some words."""
         ...
 
-    def encode_row(self, text: str, words: Sequence[str]) -> Sequence[bytes]:
-        """Of all words of a text."""
-        ...
-
 
 class KnownWords:
-    """Encodes by words. `split` finds the words of a text; `max_bytes`: of what is remembered, all
-    tenants together."""
+    """Encodes by words. `make_table` makes the tables of them; `max_bytes`: of what is remembered,
+    all tenants together."""
 
-    def __init__(self, encoder: Encoder, split: Callable[[str], list[str]], max_bytes: int) -> None:
+    def __init__(
+        self, encoder: Encoder, make_table: Callable[[], WordTable], max_bytes: int
+    ) -> None:
         self._encoder = encoder
-        self._split = split
-        self._max_words = max_bytes // WORD_BYTES
+        self._make_table = make_table
+        self._max_bytes = max_bytes
         self._vocabularies: OrderedDict[bytes, _Vocabulary] = OrderedDict()
-        self._num_words = 0
         self._lock = threading.Lock()
+        self.num_bytes = 0
+        """Of all words that are remembered, about."""
         self.num_tokens = 0
         """Tokens of all texts."""
         self.num_encoded = 0
         """Those that had to be encoded."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all words that are remembered, about."""
-        return WORD_BYTES * self._num_words
-
-    def pack(self, text: str, owner: bytes) -> bytes:
-        """The ids of a text that begins and ends where it may be cut."""
-        words = self._split(text)
+    def pack(self, texts: Sequence[str], owner: bytes) -> list[bytes]:
+        """The ids of each of some texts that begin and end where they may be cut. What nobody
+        knows of them is encoded at once, since a call costs as much as some words."""
         vocabulary = self._vocabulary(owner)
-        # One pass without a branch: most words are known.
-        found: list[bytes | None] = list(map(vocabulary.recent.get, words))
-        if None in found:
-            missing = [word for word, packed in zip(words, found, strict=True) if packed is None]
-            older = vocabulary.older  # another thread may put another in its place
-            learned = {word: older[word] for word in missing if word in older}
-            unknown = [word for word in dict.fromkeys(missing) if word not in learned]
-            # A whole text is encoded faster than half of its words.
-            if 2 * len(unknown) > len(words):
-                unknown = words
-                encoded = self._encoder.encode_row(text, words)
-            else:
-                encoded = self._encoder.encode(unknown)
-            self.num_encoded += sum(map(len, encoded)) // TOKEN_BYTES
-            learned.update(zip(unknown, encoded, strict=True))
-            for word, packed in learned.items():
-                vocabulary.keep(word, packed)
-            self._make_room(owner, vocabulary)
-            pairs = zip(words, found, strict=True)
-            whole = b"".join(
-                [learned[word] if packed is None else packed for word, packed in pairs]
-            )
-        else:
-            whole = b"".join(found)  # type: ignore[arg-type]  # none is None
-        self.num_tokens += len(whole) // TOKEN_BYTES
-        return whole
+        recent, older = vocabulary.recent, vocabulary.older
+        rows = [recent.look(text, older) for text in texts]
+        unknown = dict.fromkeys([part for row in rows for part in row if isinstance(part, str)])
+        words = list(unknown)
+        learned = dict(zip(words, self._encoder.encode(words), strict=True)) if words else {}
+        self.num_encoded += sum(map(len, learned.values())) // TOKEN_BYTES
+        self._keep(owner, vocabulary, learned)
+        packed = [
+            b"".join([learned[part] if isinstance(part, str) else part for part in row])
+            for row in rows
+        ]
+        self.num_tokens += sum(map(len, packed)) // TOKEN_BYTES
+        return packed
 
     def _vocabulary(self, owner: bytes) -> _Vocabulary:
         with self._lock:
             vocabulary = self._vocabularies.get(owner)
             if vocabulary is None:
-                vocabulary = self._vocabularies[owner] = _Vocabulary()
+                vocabulary = self._vocabularies[owner] = _Vocabulary(self._make_table())
                 self._count(vocabulary)
             else:
                 self._vocabularies.move_to_end(owner)
             return vocabulary
 
-    def _make_room(self, owner: bytes, vocabulary: _Vocabulary) -> None:
-        """One tenant's words turn over at two fifths of the room; whoever has not asked for
-        longest is forgotten first."""
-        with self._lock:
-            if self._vocabularies.get(owner) is not vocabulary:
-                return  # forgotten meanwhile
-            if 5 * len(vocabulary.recent) > 2 * self._max_words:
-                vocabulary.older, vocabulary.recent = vocabulary.recent, {}
-            self._count(vocabulary)
+    def _keep(self, owner: bytes, vocabulary: _Vocabulary, learned: dict[str, bytes]) -> None:
+        """Whoever has not asked for longest is forgotten first."""
+        pairs = iter(learned.items())
+        while True:
+            some = dict(islice(pairs, KEPT_AT_ONCE))
+            with self._lock:
+                if self._vocabularies.get(owner) is not vocabulary:
+                    return  # forgotten meanwhile
+                if some:
+                    vocabulary.recent.keep(some)
+                if TURN_OVER * vocabulary.recent.num_bytes > self._max_bytes:
+                    vocabulary.older, vocabulary.recent = vocabulary.recent, self._make_table()
+                self._count(vocabulary)
+            if len(some) < KEPT_AT_ONCE:
+                return
 
     def _count(self, vocabulary: _Vocabulary) -> None:
-        self._num_words += len(vocabulary) - vocabulary.counted
-        vocabulary.counted = len(vocabulary)
-        while self._num_words > self._max_words:
+        num_bytes = vocabulary.num_bytes
+        self.num_bytes += num_bytes - vocabulary.counted
+        vocabulary.counted = num_bytes
+        while self.num_bytes > self._max_bytes:
             _, gone = self._vocabularies.popitem(last=False)
-            self._num_words -= gone.counted
+            self.num_bytes -= gone.counted

@@ -1,120 +1,26 @@
-// The words of a text, as the patterns of word_borders.py find them, with Python's whitespace.
-// Nothing is thrown, and words.py is the only caller. Raise kAbi with every change of a signature,
-// and _ABI in words.py with it.
+// The words of a text, and their token ids where a table knows them. Nothing is thrown but where
+// memory ends, and words.py is the only caller. Raise kAbi with every change of a signature, and
+// _ABI in words.py with it.
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
+
+#include "borders.h"
+#include "table.h"
 
 #define XT_API extern "C" __attribute__((visibility("default")))
 
 namespace {
 
-constexpr int32_t kAbi = 1;
-constexpr int32_t kGpt2 = 1;
+using xllm::Entry;
+using xllm::Text;
+using xllm::WordTable;
 
-// What the patterns tell apart: a space, a newline, other whitespace, and the rest.
-enum Kind : uint8_t { kSigns, kSpace, kNewline, kBlank, kLead };
+constexpr int32_t kAbi = 2;
 
-struct Kinds {
-  Kind of[256] = {};
-  constexpr Kinds() {
-    for (int c : {0x09, 0x0b, 0x0c, 0x1c, 0x1d, 0x1e, 0x1f}) of[c] = kBlank;
-    of[0x20] = kSpace;
-    of[0x0a] = of[0x0d] = kNewline;
-    for (int c : {0xc2, 0xe1, 0xe2, 0xe3}) of[c] = kLead;  // whitespace of several bytes, perhaps
-  }
+// A word that no table knows: where it is in the text, and how many bytes of ids stand before it.
+struct Unknown {
+  int32_t start, end, ids_bytes;
 };
-constexpr Kinds kKinds;
-
-// UTF-8. Bytes of what is no whitespace are signs, each.
-class Text {
- public:
-  Text(const uint8_t* text, int32_t size) : text_(text), size_(size) {}
-
-  bool ends_at(int32_t at) const { return at >= size_; }
-  uint8_t byte(int32_t at) const { return text_[at]; }
-  Kind kind(int32_t at) const {
-    const Kind kind = kKinds.of[text_[at]];
-    return kind != kLead ? kind : wide(at) ? kBlank : kSigns;
-  }
-  bool has_signs(int32_t at) const { return at < size_ && kind(at) == kSigns; }
-
-  int32_t behind_signs(int32_t at) const {
-    while (at < size_ && kind(at) == kSigns) ++at;
-    return at;
-  }
-  int32_t behind_whitespace(int32_t at) const {
-    while (at < size_ && kind(at) != kSigns) at += width(at);
-    return at;
-  }
-  int32_t behind_blanks(int32_t at) const {  // whitespace but newlines
-    while (at < size_ && (kind(at) == kSpace || kind(at) == kBlank)) at += width(at);
-    return at;
-  }
-  // Behind the last newline of the whitespace that begins here; `at` where it has none.
-  int32_t behind_last_newline(int32_t at) const {
-    int32_t found = at;
-    for (; at < size_ && kind(at) != kSigns; at += width(at))
-      if (kind(at) == kNewline) found = at + 1;
-    return found;
-  }
-
- private:
-  // Bytes of the whitespace here.
-  int32_t width(int32_t at) const { return text_[at] < 0x80 ? 1 : wide(at); }
-
-  // Bytes of whitespace that has several; 0: it is none.
-  int32_t wide(int32_t at) const {
-    if (size_ - at < 2) return 0;
-    const uint8_t first = text_[at], second = text_[at + 1];
-    if (first == 0xc2) return second == 0x85 || second == 0xa0 ? 2 : 0;
-    if (size_ - at < 3) return 0;
-    const uint8_t third = text_[at + 2];
-    bool found = false;
-    if (first == 0xe1) {
-      found = second == 0x9a && third == 0x80;  // U+1680
-    } else if (first == 0xe2 && second == 0x80) {
-      found = third <= 0x8a || third == 0xa8 || third == 0xa9 || third == 0xaf;  // U+2000 to 202F
-    } else if (first == 0xe2) {
-      found = second == 0x81 && third == 0x9f;  // U+205F
-    } else if (first == 0xe3) {
-      found = second == 0x80 && third == 0x80;  // U+3000
-    }
-    return found ? 3 : 0;
-  }
-
-  const uint8_t* text_;
-  int32_t size_;
-};
-
-// GPT2_BORDERS.words
-int32_t gpt2_end(const Text& text, int32_t at) {
-  at = text.behind_whitespace(at);
-  if (text.ends_at(at)) return at;
-  at = text.behind_signs(at);
-  while (!text.ends_at(at) && text.kind(at) != kSpace) {
-    if (text.byte(at) == '\n' && text.has_signs(at + 1)) return at + 1;
-    at = text.behind_signs(text.behind_whitespace(at));
-  }
-  return at;
-}
-
-// LETTERS_FIRST_BORDERS.words
-int32_t letters_first_end(const Text& text, int32_t at) {
-  const int32_t first = text.behind_blanks(at);
-  if (!text.has_signs(first)) {
-    const int32_t behind = text.behind_last_newline(at);
-    return behind > at ? behind : text.behind_whitespace(at);
-  }
-  at = text.behind_signs(first);
-  while (!text.ends_at(at) && text.kind(at) == kBlank) {
-    const int32_t next = text.behind_blanks(at);
-    if (!text.has_signs(next)) break;
-    at = text.behind_signs(next);
-  }
-  if (text.ends_at(at) || text.kind(at) == kSpace) return at;
-  return text.behind_last_newline(at);
-}
 
 }  // namespace
 
@@ -127,10 +33,60 @@ XT_API int32_t xt_part_words(const uint8_t* text, int32_t size, int32_t rule, ui
   uint8_t* to = parted;
   for (int32_t at = 0; at < size;) {
     if (at > 0) *to++ = 0;
-    const int32_t end = rule == kGpt2 ? gpt2_end(whole, at) : letters_first_end(whole, at);
+    const int32_t end = xllm::word_end(whole, at, rule);
     std::memcpy(to, text + at, static_cast<size_t>(end - at));
     to += end - at;
     at = end;
   }
   return static_cast<int32_t>(to - parted);
+}
+
+XT_API WordTable* xt_new_table(uint64_t secret) { return new WordTable(secret); }
+
+XT_API void xt_free_table(WordTable* table) { delete table; }
+
+XT_API int64_t xt_table_bytes(const WordTable* table) { return table->num_bytes(); }
+
+// The ids of the words of a text that `recent` knows, or `older` does, which may be null: those are
+// in `recent` then, too. `ids` has room for four times the text, and `unknown` for one for each of
+// its bytes. Returns how many are unknown; the one behind the last says where the ids end.
+XT_API int32_t xt_look(WordTable* recent, const WordTable* older, const uint8_t* text, int32_t size,
+                       int32_t rule, uint8_t* ids, Unknown* unknown) {
+  const Text whole(text, size);
+  int32_t ids_bytes = 0, num_unknown = 0;
+  for (int32_t at = 0, end; at < size; at = end) {
+    end = xllm::word_end(whole, at, rule);
+    Entry found;
+    bool is_known = false;
+    if (end - at <= WordTable::kMaxBytes) {
+      const uint64_t hash = recent->hash(text + at, end - at);
+      is_known = recent->find(hash, text + at, end - at, &found);
+      if (!is_known && older && older->find(hash, text + at, end - at, &found)) {
+        is_known = true;
+        recent->keep(hash, found);
+      }
+    }
+    if (is_known) {
+      std::memcpy(ids + ids_bytes, found.ids, static_cast<size_t>(found.ids_bytes));
+      ids_bytes += found.ids_bytes;
+    } else {
+      unknown[num_unknown++] = {at, end, ids_bytes};
+    }
+  }
+  unknown[num_unknown] = {size, size, ids_bytes};
+  return num_unknown;
+}
+
+// Keeps words, which lie in a row as their ids do. `sizes`: bytes of the first word and of its ids,
+// of the second word, and so on.
+XT_API void xt_keep(WordTable* table, const uint8_t* words, const uint8_t* ids,
+                    const int32_t* sizes, int32_t num_words) {
+  for (int32_t one = 0; one < num_words; ++one) {
+    const int32_t word_bytes = sizes[2 * one], ids_bytes = sizes[2 * one + 1];
+    // No room in `ids` is asked for more than a text's bytes have (see xt_look).
+    if (ids_bytes <= 4 * word_bytes)
+      table->keep(table->hash(words, word_bytes), {words, ids, word_bytes, ids_bytes});
+    words += word_bytes;
+    ids += ids_bytes;
+  }
 }

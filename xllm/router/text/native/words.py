@@ -1,12 +1,16 @@
-"""The compiled search for the words of a text, loaded with ctypes.
+"""The compiled search for the words of a text and for their token ids, loaded with ctypes.
 
-Its twins are the patterns of `word_borders`, which stand in where the library was not compiled.
+Its twins are the patterns of `word_borders` and `PatternTable`, which stand in where the library
+was not compiled. Every call keeps the interpreter, so that no two threads are in a table.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
+from array import array
+from collections.abc import Mapping
 from pathlib import Path
 
 import structlog
@@ -14,12 +18,17 @@ import structlog
 from xllm.protocol.native.opening import open_library
 
 _log = structlog.get_logger("native")
-_ABI = 1
+_ABI = 2
 """kAbi of words.cpp."""
-MAX_BYTES = (1 << 30) - 1
-"""Of a text: numbers have 32 bits there."""
+MAX_BYTES = (1 << 29) - 1
+"""Of a text: numbers have 32 bits there, and so have the bytes of its ids."""
 GPT2, LETTERS_FIRST = 1, 2
 """Rules: the patterns of these names in `word_borders`."""
+_ID_BYTES = 4
+_UNKNOWN_BYTES = 12
+"""Of `Unknown` in words.cpp: three numbers."""
+_SECRET = int.from_bytes(os.urandom(8), "little")
+"""Of the tables: who does not know it cannot make words that are slow to find."""
 
 
 class NativeWords:
@@ -30,8 +39,13 @@ class NativeWords:
         found = library.xt_abi()
         if found != _ABI:
             raise OSError(f"{path.name} is of version {found}, not {_ABI}: build it again")
-        # Without types for its arguments: bytes, and numbers of 32 bits.
+        # Without types for their arguments: bytes, pointers, and numbers of 32 bits.
         self._part_words = library.xt_part_words
+        self.look, self.keep = library.xt_look, library.xt_keep
+        self.new_table, self.free_table = library.xt_new_table, library.xt_free_table
+        self.table_bytes = library.xt_table_bytes
+        self.new_table.restype = ctypes.c_void_p
+        self.table_bytes.restype = ctypes.c_int64
 
     def split(self, text: str, rule: int) -> list[str]:
         """The words of a text by GPT2 or LETTERS_FIRST. ValueError (a UnicodeEncodeError, too) for
@@ -47,6 +61,55 @@ class NativeWords:
         size = self._part_words(data, len(data), rule, parted)
         # All words in one call: slices of the text would take most of the time.
         return parted[:size].decode().split("\0")
+
+
+class NativeTable:
+    """See WordTable. `rule`: GPT2 or LETTERS_FIRST."""
+
+    def __init__(self, library: NativeWords, rule: int) -> None:
+        self._library = library
+        self._rule = rule
+        self._table = ctypes.c_void_p(library.new_table(ctypes.c_uint64(_SECRET)))
+
+    def __del__(self) -> None:
+        self._library.free_table(self._table)
+
+    @property
+    def num_bytes(self) -> int:
+        """See WordTable."""
+        num_bytes: int = self._library.table_bytes(self._table)
+        return num_bytes
+
+    def look(self, text: str, older: NativeTable | None) -> list[bytes | str]:
+        """See WordTable."""
+        data = text.encode()
+        size = len(data)
+        if size > MAX_BYTES:
+            return [text]
+        ids, unknown = bytes(_ID_BYTES * size), bytes(_UNKNOWN_BYTES * (size + 1))
+        others = None if older is None else older._table
+        call = self._library.look
+        num_unknown = call(self._table, others, data, size, self._rule, ids, unknown)
+        places = array("i", unknown[: _UNKNOWN_BYTES * (num_unknown + 1)])
+        row: list[bytes | str] = []
+        behind = 0
+        for start, end, ids_bytes in zip(*[iter(places)] * 3, strict=True):
+            if ids_bytes > behind:
+                row.append(ids[behind:ids_bytes])
+                behind = ids_bytes
+            if end > start:
+                row.append(data[start:end].decode())
+        return row
+
+    def keep(self, words: Mapping[str, bytes]) -> None:
+        """See WordTable."""
+        names = [word.encode() for word in words]
+        sizes = array("i")
+        for name, packed in zip(names, words.values(), strict=True):
+            sizes.append(len(name))
+            sizes.append(len(packed))
+        ids = b"".join(words.values())
+        self._library.keep(self._table, b"".join(names), ids, sizes.tobytes(), len(names))
 
 
 @functools.cache
