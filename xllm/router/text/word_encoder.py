@@ -39,20 +39,22 @@ class WordEncoder:
 
     def encode(self, words: Sequence[str]) -> list[bytes]:
         """The ids of each word as bytes (see token_bytes)."""
-        # Those that begin a line would be parts of the word before them, in a row.
-        spaced = [word for word in words if word[0] == " "]
-        text = "".join(spaced)
+        # In a row, others than the first would be parts of the word before them.
+        others = [word for word in words if word[0] != " "]
+        row = others[:1] + [word for word in words if word[0] == " "]
+        text = "".join(row)
         together = None
-        if len(spaced) > 1 and self._split(text) == spaced:
-            together = self._encode_together(text, spaced)
+        if len(row) > 1 and self._split(text) == row:
+            together = self._encode_together(text, row)
         if together is None:
             return self._encode_apart(words)
-        known = dict(zip(spaced, together, strict=True))
-        rest = [word for word in words if word not in known]
-        known.update(zip(rest, self._encode_apart(rest), strict=True))
+        known = dict(zip(row, together, strict=True))
+        known.update(zip(others[1:], self._encode_apart(others[1:]), strict=True))
         return [known[word] for word in words]
 
     def _encode_apart(self, words: Sequence[str]) -> list[bytes]:
+        if not words:
+            return []
         encoded = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
         return [pack_tokens(one.ids) for one in encoded]
 
