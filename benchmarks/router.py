@@ -13,8 +13,8 @@ router does.
 as keeps about a core busy; `20_closed`, twenty that never pause, over twenty of a bare HTTP
 answerer: on few cores that is a queue, and a time is the queue's length times a request's CPU;
 `direct`, what was subtracted; `cpu_ms`, the routers' CPU for one request.
-`tokenize_cpu_ms` is the tokenizer's part, alone. `second_turn_ms`: a conversation of 220 KB that
-goes on, one request at a time. `peer_rps` is null without a peer.
+`tokenize_cpu_ms` is what the tokenizer takes that remembers nothing. `second_turn_ms`: a
+conversation of 220 KB that goes on, one request at a time. `peer_rps` is null without a peer.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class RouterBench:
         return float(found["ttft_p50_ms"])
 
     def tokenize_cpu_ms(self, chars: int) -> float:
-        """CPU of the tokenizer alone for a text of that size, nothing of it known."""
+        """CPU of the tokenizer alone for a text of that size."""
         spent = []
         for text in prompts(chars, 0, 5, time.time_ns()):
             began = time.process_time()

@@ -68,7 +68,7 @@ class OurHost(Host):
     ) -> None:
         super().__init__(log)
         path, self.model = resolve_model(ModelSettings(path=model))
-        self.text = load_text_model(path)
+        self.text = load_text_model(path, kept_bytes=0)
         self._directory = tempfile.TemporaryDirectory(prefix="xr")
         run_dir = self._directory.name
         self.instance = f"ipc://{run_dir}/i-0"
