@@ -64,6 +64,17 @@ def test_a_second_turn_encodes_only_its_tail_and_tenants_share_nothing():
     assert made.num_hits == 1
 
 
+def test_a_segment_that_comes_again_in_one_text_is_encoded_once():
+    for made in (make_segment_encoder(tokenizer()), two_models("demo")[0].segments):
+        turn, end = "the quick brown fox, once more", "<|im_end|>"
+        before = made.num_hits, made.num_encoded, made.num_found
+        made.encode(turn, b"alone")
+        size = made.num_encoded - before[1]
+        made.encode((turn + end) * 100, b"again")
+        after = made.num_hits, made.num_encoded, made.num_found
+        assert after == (before[0] + 99, before[1] + 2 * size, before[2] + 99 * size)
+
+
 def test_what_is_remembered_is_bounded():
     made = make_segment_encoder(tokenizer(), max_bytes=2000)
     for number in range(50):

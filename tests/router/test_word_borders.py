@@ -82,7 +82,7 @@ def test_where_they_are(text, gpt2, letters_first):
     st.lists(
         st.one_of(
             st.text(alphabet=ALPHABET, min_size=1, max_size=5),
-            st.sampled_from([" the", " fox", " 12", "a\n", " b.", " \x00"]),
+            st.sampled_from([" the", " fox", " 12", "a\n", "b,\n", "12\n", " b.", " \x00"]),
         ),
         max_size=6,
         unique=True,
@@ -93,6 +93,17 @@ def test_words_are_encoded_at_once_as_if_each_were_alone(kind, words):
     expected = [pack_tokens(made.encode(word, add_special_tokens=False).ids) for word in words]
     encoder = WordEncoder(made, BORDERS[kind].split)
     assert encoder.encode(words) == expected
+
+
+@pytest.mark.parametrize("kind", BORDERS)
+def test_lines_and_words_behind_spaces_are_encoded_together(kind):
+    encoder = WordEncoder(tokenizer(kind), BORDERS[kind].split)
+    asked: list[list[str]] = []
+    apart = encoder._encode_apart
+    encoder._encode_apart = lambda words: asked.append(list(words)) or apart(words)
+    words = ["a,b\n", " fox", "end", "c\n", "\t12", " the", "off", "\n"]
+    assert encoder.encode(words) == apart(words)
+    assert asked == [["\t12", "off", "\n"]]
 
 
 def test_many_words_are_one_call():

@@ -15,7 +15,7 @@ from xllm.protocol.token_bytes import pack_tokens
 from xllm.router.text.native import words as library
 from xllm.router.text.word_borders import GPT2_BORDERS
 from xllm.router.text.word_table import WORD_BYTES, PatternTable, table_maker
-from xllm.router.text.words import VOCABULARY_BYTES, KnownWords
+from xllm.router.text.words import AT_ONCE, VOCABULARY_BYTES, KnownWords
 
 MAKERS = {"python": lambda: PatternTable(GPT2_BORDERS.words.findall)}
 if library.load() is not None:
@@ -30,10 +30,13 @@ class FakeEncoder:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.num_calls = 0
+        self.most = 0
+        """Words of one call."""
 
     def encode(self, words: Sequence[str]) -> list[bytes]:
         self.asked += words
         self.num_calls += 1
+        self.most = max(self.most, len(words))
         return [ids(word) for word in words]
 
 
@@ -139,6 +142,16 @@ def test_a_text_of_more_words_than_there_is_room_for_leaves_others_their_words(t
     del encoder.asked[:]
     known.pack(["its own words"], b"one")
     assert not encoder.asked
+
+
+@TABLES
+def test_many_words_do_not_hold_the_interpreter_in_one_call(table):
+    known, encoder = words(table, ENDLESS)
+    texts = ["\n".join(map(str, range(at, at + 999))) for at in range(0, 5000, 1000)]
+    for _ in range(2):
+        assert known.pack(texts, b"") == [ids(text) for text in texts]
+    assert len(encoder.asked) == 5 * 999
+    assert (encoder.most, encoder.num_calls) == (AT_ONCE, 5 * 999 // AT_ONCE + 1)
 
 
 @TABLES

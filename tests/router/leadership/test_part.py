@@ -251,6 +251,21 @@ def test_two_that_lead_under_one_epoch_both_lead_no_more():
     scenario(body, "one")
 
 
+def test_above_the_bound_no_word_unseats_a_leader():
+    """What nobody could exceed is believed of the registry alone."""
+
+    async def body(registry: LocalRegistry, one: Router) -> None:
+        one.view.standing.learned(MAX_BASE)
+        await one.leadership.start()
+        await beat([one], lambda: one.leadership.epoch)
+        led = one.leadership.epoch
+        assert led > MAX_BASE
+        one.leadership.heard(RouterPresence("two", "i", 1, leader_epoch=led))
+        assert one.leadership.epoch == led
+
+    scenario(body, "one")
+
+
 def test_what_is_in_force_is_told_by_a_leader_whose_registry_is_silent():
     async def body(registry: LocalRegistry, one: Router) -> None:
         async def silence(key: str) -> None:

@@ -225,7 +225,8 @@ class Leadership(MembershipListener):
             self.office.heard(message)
         elif isinstance(message, RouterPresence):
             self._candidate.outbid(self._standing.epoch)
-            if message.leader_epoch and not self._standing.is_out_of_range(message.leader_epoch):
+            # Above that a word is believed of the registry alone: this one unseats nobody.
+            if 0 < message.leader_epoch <= MAX_BASE:
                 self._candidate.led(message.leader_epoch)
             self._name_epoch(message.publisher, "highest_epoch", message.highest_epoch)
             self._name_epoch(message.publisher, "leader_epoch", message.leader_epoch)

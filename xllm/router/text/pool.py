@@ -1,7 +1,8 @@
 """Long texts go through the tokenizer in threads, a few at a time for each tenant.
 
-The tokenizers library releases the interpreter's lock, so the loop stays free. A tenant that
-sends many long texts waits for its own; others pass. Used from the loop's thread only.
+The tokenizers library releases the interpreter's lock while it encodes, and what is read and handed
+over by one call is kept short, so the loop stays free. A tenant that sends many long texts waits
+for its own; others pass. Used from the loop's thread only.
 """
 
 from __future__ import annotations

@@ -71,27 +71,33 @@ class SegmentEncoder:
 
     def pack(self, text: str, owner: bytes) -> bytes:
         """The same as bytes."""
-        parts: list[bytes] = []
-        new: list[tuple[int, _Name, str]] = []
+        parts: list[bytes | _Name] = []
+        new: dict[_Name, str] = {}
+        repeated: list[_Name] = []
         for piece, special in self._pieces(text):
-            packed = special
-            if packed is None:
-                name = (owner, piece if len(piece) <= NAMED_BY_TEXT else _digest(piece))
-                packed = self.kept.get(name)
-                if packed is None:
-                    new.append((len(parts), name, piece))
-                    packed = b""
-                else:
-                    self.num_hits += 1
-                    self.num_found += len(packed) // TOKEN_BYTES
-            parts.append(packed)
-        if new:
-            encoded = self._encode([piece for _, _, piece in new], owner)
-            for (place, name, _), packed in zip(new, encoded, strict=True):
-                self.num_encoded += len(packed) // TOKEN_BYTES
-                self.kept.put(name, packed)
-                parts[place] = packed
-        return b"".join(parts)
+            if special is not None:
+                parts.append(special)
+                continue
+            name = (owner, piece if len(piece) <= NAMED_BY_TEXT else _digest(piece))
+            packed = self.kept.get(name)
+            if packed is not None:
+                self._count_hit(packed)
+            elif name in new:
+                repeated.append(name)
+            else:
+                new[name] = piece
+            parts.append(name if packed is None else packed)
+        encoded = dict(zip(new, self._encode(list(new.values()), owner), strict=True))
+        for name, packed in encoded.items():
+            self.num_encoded += len(packed) // TOKEN_BYTES
+            self.kept.put(name, packed)
+        for name in repeated:
+            self._count_hit(encoded[name])
+        return b"".join([part if isinstance(part, bytes) else encoded[part] for part in parts])
+
+    def _count_hit(self, packed: bytes) -> None:
+        self.num_hits += 1
+        self.num_found += len(packed) // TOKEN_BYTES
 
     def _pieces(self, text: str) -> Iterator[tuple[str, bytes | None]]:
         """What a text is made of: special tokens, with their ids, and what is between them, in
@@ -117,11 +123,16 @@ class SegmentEncoder:
             yield segment[start:]
 
     def _encode(self, pieces: list[str], owner: bytes) -> list[bytes]:
+        if not pieces:
+            return []
         if self.words is not None:
             return self.words.pack(pieces, owner)
+        return [self._encode_one(piece) for piece in pieces]
+
+    def _encode_one(self, piece: str) -> bytes:
         # The batch call skips the offsets of tokens in the text: a third of the time.
-        encoded = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        return [pack_tokens(one.ids) for one in encoded]
+        fast = self._tokenizer.encode_batch_fast([piece], add_special_tokens=False)
+        return pack_tokens(fast[0].ids)
 
 
 def _digest(text: str) -> bytes:

@@ -39,9 +39,7 @@ class WordEncoder:
 
     def encode(self, words: Sequence[str]) -> list[bytes]:
         """The ids of each word as bytes (see token_bytes)."""
-        # In a row, others than the first would be parts of the word before them.
-        others = [word for word in words if word[0] != " "]
-        row = others[:1] + [word for word in words if word[0] == " "]
+        row = _row(words)
         text = "".join(row)
         together = None
         if len(row) > 1 and self._split(text) == row:
@@ -49,7 +47,8 @@ class WordEncoder:
         if together is None:
             return self._encode_apart(words)
         known = dict(zip(row, together, strict=True))
-        known.update(zip(others[1:], self._encode_apart(others[1:]), strict=True))
+        others = [word for word in words if word not in known]
+        known.update(zip(others, self._encode_apart(others), strict=True))
         return [known[word] for word in words]
 
     def _encode_apart(self, words: Sequence[str]) -> list[bytes]:
@@ -78,3 +77,21 @@ class WordEncoder:
             parts.append(packed[first * TOKEN_BYTES : (last + 1) * TOKEN_BYTES])
             first = last + 1
         return parts if first == len(ids) else None
+
+
+def _row(words: Sequence[str]) -> list[str]:
+    """As many of them as are words of what they make one after the other, as a rule: lines, one
+    more, and those behind a space. Others would be parts of the word before them."""
+    lines: list[str] = []
+    spaced: list[str] = []
+    one: list[str] = []
+    for word in words:
+        if word[0] == " ":
+            spaced.append(word)
+        elif word[0].isspace():
+            continue
+        elif word[-1] == "\n":
+            lines.append(word)
+        elif not one:
+            one.append(word)
+    return lines + one + spaced

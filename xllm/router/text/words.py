@@ -22,7 +22,9 @@ VOCABULARY_BYTES = 1280
 TURN_OVER = 5
 """One tenant's words turn over at one part in so many of the room: a table that grows doubles, and
 there are two."""
-KEPT_AT_ONCE = 256
+AT_ONCE = 256
+"""Words that are encoded by one call, and kept: the tokenizer's library holds the interpreter while
+it reads and hands over."""
 
 
 class _Vocabulary:
@@ -71,15 +73,19 @@ class KnownWords:
 
     def pack(self, texts: Sequence[str], owner: bytes) -> list[bytes]:
         """The ids of each of some texts that begin and end where they may be cut. What nobody
-        knows of them is encoded at once, since a call costs as much as some words."""
+        knows of all of them is encoded together, since a call costs as much as some words."""
         vocabulary = self._vocabulary(owner)
         recent, older = vocabulary.recent, vocabulary.older
         rows = [recent.look(text, older) for text in texts]
-        unknown = dict.fromkeys([part for row in rows for part in row if isinstance(part, str)])
-        words = list(unknown)
-        learned = dict(zip(words, self._encoder.encode(words), strict=True)) if words else {}
-        self.num_encoded += sum(map(len, learned.values())) // TOKEN_BYTES
-        self._keep(owner, vocabulary, learned)
+        learned: dict[str, bytes] = {}
+        unknown = iter({part: None for row in rows for part in row if isinstance(part, str)})
+        while some := list(islice(unknown, AT_ONCE)):
+            new = dict(zip(some, self._encoder.encode(some), strict=True))
+            self.num_encoded += sum(map(len, new.values())) // TOKEN_BYTES
+            learned |= new
+            self._keep(owner, vocabulary, new)
+        if not learned:
+            self._keep(owner, vocabulary, learned)  # what only `older` knew is in `recent`
         packed = [
             b"".join([learned[part] if isinstance(part, str) else part for part in row])
             for row in rows
@@ -99,24 +105,20 @@ class KnownWords:
 
     def _keep(self, owner: bytes, vocabulary: _Vocabulary, learned: dict[str, bytes]) -> None:
         """Whoever has not asked for longest is forgotten first."""
-        pairs = iter(learned.items())
-        while True:
-            some = dict(islice(pairs, KEPT_AT_ONCE))
-            with self._lock:
-                if self._vocabularies.get(owner) is not vocabulary:
-                    return  # forgotten meanwhile
-                if some:
-                    vocabulary.recent.keep(some)
-                if TURN_OVER * vocabulary.recent.num_bytes > self._max_bytes:
-                    vocabulary.older, vocabulary.recent = vocabulary.recent, self._make_table()
-                self._count(vocabulary)
-            if len(some) < KEPT_AT_ONCE:
-                return
+        with self._lock:
+            if self._vocabularies.get(owner) is not vocabulary:
+                return  # forgotten meanwhile
+            if learned:
+                vocabulary.recent.keep(learned)
+            if TURN_OVER * vocabulary.recent.num_bytes > self._max_bytes:
+                vocabulary.older, vocabulary.recent = vocabulary.recent, self._make_table()
+            self._count(vocabulary)
 
     def _count(self, vocabulary: _Vocabulary) -> None:
         num_bytes = vocabulary.num_bytes
-        self.num_bytes += num_bytes - vocabulary.counted
+        total = self.num_bytes + num_bytes - vocabulary.counted
         vocabulary.counted = num_bytes
-        while self.num_bytes > self._max_bytes:
+        while total > self._max_bytes:
             _, gone = self._vocabularies.popitem(last=False)
-            self.num_bytes -= gone.counted
+            total -= gone.counted
+        self.num_bytes = total

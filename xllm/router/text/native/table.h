@@ -21,21 +21,20 @@ class WordTable {
   static constexpr int32_t kMaxBytes = 252;
 
   // `secret`: without it nobody can tell which words meet at a place.
-  explicit WordTable(uint64_t secret) : secret_(secret | 1), slots_(kFirstSlots) {}
+  explicit WordTable(uint64_t secret) : secret_(secret), slots_(kFirstSlots) {}
 
   int64_t num_bytes() const {
     return static_cast<int64_t>(slots_.capacity() * sizeof(Slot) + entries_.capacity());
   }
 
   uint64_t hash(const uint8_t* word, int32_t size) const {
-    uint64_t state = secret_ ^ static_cast<uint64_t>(size) * kOdd;
-    for (; size > 0; word += 8, size -= 8) {
+    uint64_t state = secret_;
+    for (int32_t left = size; left > 0; word += 8, left -= 8) {
       uint64_t part = 0;
-      std::memcpy(&part, word, static_cast<size_t>(size < 8 ? size : 8));
-      const __uint128_t product = static_cast<__uint128_t>(state ^ part) * ((secret_ ^ kOdd) | 1);
-      state = static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
+      std::memcpy(&part, word, static_cast<size_t>(left < 8 ? left : 8));
+      state = mixed(state ^ part);
     }
-    return state * kOdd;
+    return mixed(state ^ static_cast<uint64_t>(size));  // which tells apart what ends in NULs
   }
 
   bool find(uint64_t hash, const uint8_t* word, int32_t size, Entry* found) const {
@@ -78,6 +77,11 @@ class WordTable {
   static constexpr uint64_t kOdd = 0x9e3779b97f4a7c15;
   static constexpr size_t kFirstSlots = 16;  // powers of two
   static constexpr size_t kMaxEntries = size_t{1} << 31;
+
+  uint64_t mixed(uint64_t state) const {
+    const __uint128_t product = static_cast<__uint128_t>(state) * ((secret_ ^ kOdd) | 1);
+    return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
+  }
 
   static uint32_t tag(uint64_t hash) { return static_cast<uint32_t>(hash); }
   size_t place(uint64_t hash) const { return (hash >> 32) & (slots_.size() - 1); }

@@ -15,7 +15,7 @@ using xllm::Entry;
 using xllm::Text;
 using xllm::WordTable;
 
-constexpr int32_t kAbi = 2;
+constexpr int32_t kAbi = 3;
 
 // A word that no table knows: where it is in the text, and how many bytes of ids stand before it.
 struct Unknown {
@@ -47,14 +47,15 @@ XT_API void xt_free_table(WordTable* table) { delete table; }
 
 XT_API int64_t xt_table_bytes(const WordTable* table) { return table->num_bytes(); }
 
-// The ids of the words of a text that `recent` knows, or `older` does, which may be null: those are
-// in `recent` then, too. `ids` has room for four times the text, and `unknown` for one for each of
-// its bytes. Returns how many are unknown; the one behind the last says where the ids end.
+// The ids of the words of a text that begin from `start`, which is a border, and before `stop`, as far as `recent` knows them, or `older` does, which may be null: those
+// are in `recent` then, too. `ids` has room for four times what lies between, and a word more, and
+// `unknown` for one for each byte of that, and one more. Returns how many are unknown; the one behind
+// the last says where the next word begins, and where the ids end.
 XT_API int32_t xt_look(WordTable* recent, const WordTable* older, const uint8_t* text, int32_t size,
-                       int32_t rule, uint8_t* ids, Unknown* unknown) {
+                       int32_t start, int32_t stop, int32_t rule, uint8_t* ids, Unknown* unknown) {
   const Text whole(text, size);
-  int32_t ids_bytes = 0, num_unknown = 0;
-  for (int32_t at = 0, end; at < size; at = end) {
+  int32_t ids_bytes = 0, num_unknown = 0, at = start;
+  for (int32_t end; at < stop; at = end) {
     end = xllm::word_end(whole, at, rule);
     Entry found;
     bool is_known = false;
@@ -73,7 +74,7 @@ XT_API int32_t xt_look(WordTable* recent, const WordTable* older, const uint8_t*
       unknown[num_unknown++] = {at, end, ids_bytes};
     }
   }
-  unknown[num_unknown] = {size, size, ids_bytes};
+  unknown[num_unknown] = {at, at, ids_bytes};
   return num_unknown;
 }
 
@@ -83,8 +84,8 @@ XT_API void xt_keep(WordTable* table, const uint8_t* words, const uint8_t* ids,
                     const int32_t* sizes, int32_t num_words) {
   for (int32_t one = 0; one < num_words; ++one) {
     const int32_t word_bytes = sizes[2 * one], ids_bytes = sizes[2 * one + 1];
-    // No room in `ids` is asked for more than a text's bytes have (see xt_look).
-    if (ids_bytes <= 4 * word_bytes)
+    // More ids than bytes have no room in xt_look.
+    if (word_bytes <= WordTable::kMaxBytes && ids_bytes <= 4 * word_bytes)
       table->keep(table->hash(words, word_bytes), {words, ids, word_bytes, ids_bytes});
     words += word_bytes;
     ids += ids_bytes;

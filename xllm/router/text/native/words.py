@@ -18,10 +18,14 @@ import structlog
 from xllm.protocol.native.opening import open_library
 
 _log = structlog.get_logger("native")
-_ABI = 2
+_ABI = 3
 """kAbi of words.cpp."""
-MAX_BYTES = (1 << 29) - 1
-"""Of a text: numbers have 32 bits there, and so have the bytes of its ids."""
+MAX_BYTES = (1 << 30) - 1
+"""Of a text: numbers have 32 bits there."""
+KEPT_BYTES = 252
+"""Of a word, and of its ids: of longer ones nothing is kept (kMaxBytes of table.h)."""
+LOOK_BYTES = 1 << 15
+"""Of a text that are looked at before other threads may have the interpreter: about 0.3 ms."""
 GPT2, LETTERS_FIRST = 1, 2
 """Rules: the patterns of these names in `word_borders`."""
 _ID_BYTES = 4
@@ -83,33 +87,44 @@ class NativeTable:
     def look(self, text: str, older: NativeTable | None) -> list[bytes | str]:
         """See WordTable."""
         data = text.encode()
-        size = len(data)
-        if size > MAX_BYTES:
+        if len(data) > MAX_BYTES:
             return [text]
-        ids, unknown = bytes(_ID_BYTES * size), bytes(_UNKNOWN_BYTES * (size + 1))
-        others = None if older is None else older._table
-        call = self._library.look
-        num_unknown = call(self._table, others, data, size, self._rule, ids, unknown)
-        places = array("i", unknown[: _UNKNOWN_BYTES * (num_unknown + 1)])
         row: list[bytes | str] = []
-        behind = 0
-        for start, end, ids_bytes in zip(*[iter(places)] * 3, strict=True):
+        start = 0
+        while start < len(data):
+            start = self._look_on(data, start, older, row)
+        return row
+
+    def _look_on(
+        self, data: bytes, start: int, older: NativeTable | None, row: list[bytes | str]
+    ) -> int:
+        """Look at some words more; where the next one begins."""
+        size = len(data)
+        stop = min(size, start + LOOK_BYTES)
+        ids = bytes(_ID_BYTES * (stop - start) + KEPT_BYTES)
+        unknown = bytes(_UNKNOWN_BYTES * (stop - start + 1))
+        others = None if older is None else older._table
+        rule, call = self._rule, self._library.look
+        num_unknown = call(self._table, others, data, size, start, stop, rule, ids, unknown)
+        places = array("i", unknown[: _UNKNOWN_BYTES * (num_unknown + 1)])
+        behind = end = 0
+        for begin, end, ids_bytes in zip(*[iter(places)] * 3, strict=True):
             if ids_bytes > behind:
                 row.append(ids[behind:ids_bytes])
                 behind = ids_bytes
-            if end > start:
-                row.append(data[start:end].decode())
-        return row
+            if end > begin:
+                row.append(data[begin:end].decode())
+        return end
 
     def keep(self, words: Mapping[str, bytes]) -> None:
         """See WordTable."""
-        names = [word.encode() for word in words]
+        pairs = [(word.encode(), ids) for word, ids in words.items() if len(word) <= KEPT_BYTES]
         sizes = array("i")
-        for name, packed in zip(names, words.values(), strict=True):
+        for name, ids in pairs:
             sizes.append(len(name))
-            sizes.append(len(packed))
-        ids = b"".join(words.values())
-        self._library.keep(self._table, b"".join(names), ids, sizes.tobytes(), len(names))
+            sizes.append(len(ids))
+        names, packed = b"".join([one for one, _ in pairs]), b"".join([one for _, one in pairs])
+        self._library.keep(self._table, names, packed, sizes.tobytes(), len(pairs))
 
 
 @functools.cache
