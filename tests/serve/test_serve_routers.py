@@ -16,6 +16,7 @@ from xllm import Client
 
 pytestmark = pytest.mark.process
 PROMPT = (70, 71, 72)
+ROUTERS = {"router-0", "router-1"}
 
 
 @pytest.fixture
@@ -96,3 +97,24 @@ def test_routers_share_a_port_and_stand_in_for_each_other(served, model):
         done = client.generate(PROMPT, max_tokens=20, seed=4)
         assert done.token_ids == expected_ids(model, PROMPT, 20, seed=4)
     assert served.process.poll() is None
+
+
+def test_a_router_that_drains_leaves_the_port_to_the_others(model, tmp_path_factory):
+    flags = ("--routers", "2", "--worker-toy-step-ms", "10")
+    with Served(model, f"/tmp/{tmp_path_factory.mktemp('xd').name}", *flags) as served:
+        wait_until(lambda: {answering_router(served) for _ in range(8)} == ROUTERS, 30, "both")
+        with Client(endpoints(served)[1], discover=False, timeout_s=60) as client:
+            words = client.stream(PROMPT, max_tokens=800, seed=4, ignore_eos=True)
+            stream = iter(words)
+            num_tokens = len(next(stream).token_ids)
+            started = re.findall(r"router-1: listens \(pid (\d+)\)", served.text)
+            os.kill(int(started[-1]), signal.SIGTERM)
+            wait_until(lambda: "router-1: drains, 1 open" in served.text, 30, "the drain")
+            for _ in range(20):
+                assert answering_router(served) == "router-0"
+            num_tokens += sum(len(word.token_ids) for word in stream)
+        assert num_tokens == 800
+        wait_until(
+            lambda: {answering_router(served) for _ in range(8)} == ROUTERS, 30, "both again"
+        )
+    assert served.process.returncode == 0

@@ -204,6 +204,7 @@ class RouterActor(Actor):
         grace_s = self._settings.cluster.shutdown_s
         if self._http is not None:
             self.service.submission.draining = True
+            self._http.drain()
             self.zmq.say_stopping()
             num_open = self.service.num_open
             if self._reporter is not None:

@@ -196,9 +196,11 @@ class Dispatcher:
     def changed(self, change: ViewChange) -> None:
         """Instances were lost or became usable."""
         for name in change.lost:
-            _log.warning("instance_lost", instance=name)
             self._foreign.discard(name)
-            if name not in change.left:
+            if name in change.left:
+                _log.info("instance_left", instance=name)
+            else:
+                _log.warning("instance_lost", instance=name)
                 self._placement.died(name)
             self._move_all(name)
         if change.suspect:

@@ -277,3 +277,33 @@ def test_a_storm_of_connections_leaves_nothing(front):
     wait_until(lambda: front.call(lambda: front.front.num_connections == 0))
     assert front.call(lambda: front.service.num_open) == 0
     assert front.post(PATH, chat()).status_code == 200
+
+
+def test_a_front_that_drains_leaves_a_shared_port_to_others(start_front):
+    """Idle connections end, answers under way are the last of theirs, new ones go elsewhere."""
+    service = FakeService(held=True)
+    front = start_front(service, share_port=True)
+    request = raw_post("/v1/chat/completions", chat(max_tokens=2))
+    with front.socket() as idle, front.socket() as busy, front.socket() as fresh:
+        idle.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert idle.recv(65536).startswith(b"HTTP/1.1 200")
+        busy.sendall(request)
+        wait_until(lambda: len(service.open) == 1)
+        front.call(front.front.drain)
+        assert idle.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", front.port), timeout=10)
+        fresh.sendall(request)
+        wait_until(lambda: len(service.open) == 2)
+        for request_id in list(service.open):
+            front.call(service.answer, request_id)
+        answer = read_all(busy)
+        assert status_of(answer) == 200
+        assert b"connection: close" in answer
+        assert fresh.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_a_front_that_has_its_port_alone_says_itself_that_it_drains(start_front):
+    front = start_front()
+    front.call(front.front.drain)
+    assert front.get("/health").status_code == 200

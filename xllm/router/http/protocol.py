@@ -220,6 +220,14 @@ class GuardedProtocol(TasklessProtocol):
         self.loop.call_later(CLOSE_AFTER_REFUSAL_S, self.transport.close)
 
 
+def drain(connection: GuardedProtocol) -> None:
+    """End it with its present answer; at once where there is none, unless a request comes, or the
+    first one still has to: its client would take that for a failure."""
+    cycle = connection.cycle
+    if cycle is not None and not (cycle.response_complete and connection._raw_head_bytes):
+        connection.shutdown()
+
+
 def bad(message: str) -> Problem:
     """A request that is no proper HTTP."""
     return Problem(InvalidRequestError(message))

@@ -23,7 +23,7 @@ from xllm.router.http.auth import Gate, KeyFile
 from xllm.router.http.context import FrontContext
 from xllm.router.http.figures import HttpFigures
 from xllm.router.http.limits import HttpLimits, limits_of
-from xllm.router.http.protocol import GuardedProtocol
+from xllm.router.http.protocol import GuardedProtocol, drain
 from xllm.router.service import RouterService
 
 BACKLOG = 2048
@@ -83,6 +83,16 @@ class HttpFront:
         self._arm_sweep()
         self._look_at_keys()
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def drain(self) -> None:
+        """Where other processes listen at the address, too: take no new connection, which they
+        get then, and end each that is open with its answer."""
+        if self._server is None or not self._settings.router.share_port:
+            return
+        for listener in self._server.servers:
+            listener.close()
+        for connection in list(self._server.server_state.connections):
+            drain(cast("GuardedProtocol", connection))
 
     async def stop(self) -> None:
         """Accept nothing more, let open responses end (the service has ended their requests),
