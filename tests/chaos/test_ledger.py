@@ -12,8 +12,9 @@ from xllm.cli.chaos.comparing import EQUAL, Differences, compare
 from xllm.cli.chaos.ledger import Ledger
 from xllm.cli.chaos.load import RECALLED, _Source
 from xllm.cli.chaos.oracle import expected_streams
-from xllm.cli.chaos.verdict import Injection, Limits, judge, section
+from xllm.cli.chaos.verdict import Injection, Limits, calm_in, judge, section
 from xllm.cli.model_source import demo_model_path
+from xllm.cli.supervision import Quarantine, Restart, RestartPolicy
 from xllm.protocol.sampling import SamplingParams
 
 STREAM = tuple(range(100, 130))
@@ -173,3 +174,17 @@ def test_the_oracle_depends_on_all_of_a_request():
     assert streams[0] != streams[1]
     assert streams == expected_streams(model, (40, 41, 42), one)
     assert streams != expected_streams(model, (40, 42, 41), one)
+
+
+def test_nobody_is_ended_so_often_that_the_launcher_leaves_it_out():
+    ends = [Injection("F01", "a", at, 0, ended="a") for at in (0.0, 10.0, 20.0)]
+    others = [Injection("F04", "a", 21.0, 0), Injection("F01", "b", 22.0, 0, ended="b")]
+    assert calm_in([*ends, *others], 30.0) == 0
+    ends.append(Injection("F01", "a", 25.0, 0, ended="a"))
+    policy = RestartPolicy()
+    for one in ends:
+        policy.exited(-9, one.at, was_ready=True, needed=False)
+    assert calm_in([*ends, *others], 30.0) == 30.0
+    assert calm_in([*ends, *others], 60.0) == 0
+    assert isinstance(policy.exited(-9, 60.0, was_ready=True, needed=False), Restart)
+    assert isinstance(policy.exited(-9, 60.0, was_ready=True, needed=False), Quarantine)

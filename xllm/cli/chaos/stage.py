@@ -19,7 +19,7 @@ from xllm.cli.chaos.events import Event
 from xllm.cli.chaos.ledger import Ledger
 from xllm.cli.chaos.load import StreamLoad
 from xllm.cli.chaos.surroundings import Surroundings
-from xllm.cli.chaos.verdict import Injection
+from xllm.cli.chaos.verdict import Injection, calm_in
 from xllm.client.results import Completion
 from xllm.errors import DeadlineError, XllmError
 
@@ -67,6 +67,7 @@ class Stage:
         felt the fault before have ended; InvalidRunError where that does not come. A request
         that is moved too often is given up on purpose: no fault is to meet the last one's."""
         options = self.cluster.options
+        await asyncio.sleep(calm_in(self.injections, time.monotonic()))
         await asyncio.sleep(self.rng.uniform(0.0, options.phase_s))
         at_each = options.streams // (2 * options.instances)
         since = self.injections[-1].settled_at if self.injections else 0.0

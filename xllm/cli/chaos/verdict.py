@@ -10,6 +10,8 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
 
+from xllm.cli.supervision import MAX_CRASHES, WINDOW_S
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -42,6 +44,8 @@ class Injection:
     detect_s: float = -1.0
     recover_s: float = -1.0
     settled_at: float = 0.0
+    ended: str = ""
+    """The launcher's process that it ended."""
     gaps_s: list[float] = dataclasses.field(default_factory=list)
     """Of the streams over ZeroMQ that went on elsewhere."""
     http_gaps_s: list[float] = dataclasses.field(default_factory=list)
@@ -54,6 +58,20 @@ class Injection:
     notes: dict[str, float] = dataclasses.field(default_factory=dict)
     broken: list[str] = dataclasses.field(default_factory=list)
     """What did not come out as it should have, beyond tokens and times."""
+
+
+def calm_in(injections: Iterable[Injection], now: float) -> float:
+    """Seconds until one end more of any process would not be one too many for the launcher (see
+    supervision), which leaves such a one out for a while: faults would find no streams there."""
+    ends: dict[str, list[float]] = {}
+    for one in injections:
+        if one.ended and now - one.at < WINDOW_S:
+            ends.setdefault(one.ended, []).append(one.at)
+    most = MAX_CRASHES - 1
+    return max(
+        (times[-most] + WINDOW_S - now for times in ends.values() if len(times) >= most),
+        default=0.0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
