@@ -7,6 +7,7 @@ here, are refused by name rather than silently dropped.
 
 from __future__ import annotations
 
+import json
 import operator
 from typing import Annotated, Literal, TypeVar
 
@@ -242,6 +243,22 @@ def _wrong_key(data: bytes) -> str | None:
     return None
 
 
+def _why_no_json(data: bytes, told: str) -> str:
+    """What the decoder says, but where it is wrong: it counts bytes that are no UTF-8 from the
+    beginning of their string, and takes a string that ends in half a character for a cut body."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        return f"byte {error.start} is not UTF-8"
+    if "truncated" in told:
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            return told
+        return "a surrogate in a string stands alone"
+    return told
+
+
 def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
     """A body as its type, or InvalidRequestError that names the field. Of a key that stands
     twice, the last value holds."""
@@ -257,4 +274,5 @@ def decode_body(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         if not data.strip():
             raise InvalidRequestError("the body is empty, and must be a JSON object") from error
-        raise InvalidRequestError(f"the body is not valid JSON: {str(error)[:200]}") from error
+        why = _why_no_json(data, str(error)[:200])
+        raise InvalidRequestError(f"the body is not valid JSON: {why}") from error
