@@ -107,8 +107,7 @@ class ClusterView:
         fresh = InstanceView(record, heard_at=now, listed_at=now)
         self._instances[record.name] = fresh
         self._usable.clear()
-        # What ran at one that is not connected was lost with the connection.
-        return ViewChange(lost=(record.name,)) if old is not None and old.connected else _UNCHANGED
+        return ViewChange(lost=(record.name,)) if old is not None else _UNCHANGED
 
     def deregistered(self, name: str, *, replaced: bool = False) -> ViewChange:
         """A record is gone: the instance drains, or its lease ended while it lives on. Which of
@@ -125,7 +124,7 @@ class ClusterView:
             one.leaving = True
             return _UNCHANGED
         self._remove(one)
-        return ViewChange(lost=(name,)) if one.connected else _UNCHANGED
+        return ViewChange(lost=(name,))
 
     def connected(self, name: str) -> ViewChange:
         """The connection to an instance stands."""
